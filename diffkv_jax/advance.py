@@ -1,0 +1,126 @@
+"""What happens to the cache after the last layer of a step: the clocks, and in decode the compression event."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from diffkv_jax.cache import KVCache
+from diffkv_jax.event import Plan, admit, apply_plan, plan_event
+from diffkv_jax.layer_state import layer_clock, per_head, put_layer, stored_layer, take_layer, with_stored
+from diffkv_jax.pallas_kernels.compact import Tokens, release_all
+from diffkv_jax.prefill_layer import observed_after
+from diffkv_jax.steps import DecodeStep, PrefillStep
+
+
+def after_decode(cache: KVCache, step: DecodeStep) -> KVCache:
+    """Count the new tokens; every `flush` steps run a compression event."""
+    active = step.active.astype(jnp.int32)
+    cache = dataclasses.replace(
+        cache,
+        seq_len=cache.seq_len + active,
+        recent_len=cache.recent_len + active,
+        observed=cache.observed + active,
+        steps=cache.steps + 1,
+    )
+    if not cache.spec.paged_layers:
+        return dataclasses.replace(cache, recent_len=jnp.minimum(cache.recent_len, cache.spec.window))
+    return lax.cond(cache.steps % cache.spec.flush == 0, compress, lambda cache: cache, cache)
+
+
+def after_prefill(cache: KVCache, step: PrefillStep, chunk_len: int) -> KVCache:
+    """Count the chunk's tokens. A request that found no page in some layer is emptied: its pages go back, its `overflow` stays set."""
+    seq_len = cache.seq_len + step.length
+    cache = dataclasses.replace(
+        cache,
+        seq_len=seq_len,
+        recent_len=jnp.minimum(cache.recent_len + step.length, cache.spec.window),
+        observed=observed_after(cache, step, chunk_len),
+        steps=jnp.int32(0),
+    )
+    return lax.cond(cache.overflow.any(), _empty_overflown, lambda cache: cache, cache)
+
+
+def compress(cache: KVCache) -> KVCache:
+    """One compression event over all layers and requests.
+
+    All layers are planned before any is changed: a request whose new pages are not all free is left exactly as it was, with
+    `overflow` set.
+    """
+    spec = cache.spec
+    layers = len(spec.paged_layers)
+
+    def count_pages(layer, needed):
+        return needed + _plan(cache, layer).pages.reshape(spec.num_requests, -1).sum(axis=1)
+
+    needed = lax.fori_loop(0, layers, count_pages, jnp.zeros(spec.num_requests, jnp.int32))
+    admitted = admit(needed, cache.ring.count)
+    leaving = _leaving(cache)
+    cache = lax.fori_loop(0, layers, lambda layer, cache: _compress_layer(cache, layer, admitted), cache)
+    return dataclasses.replace(
+        cache,
+        recent_len=cache.recent_len - jnp.where(admitted, leaving, 0),
+        overflow=cache.overflow | (~admitted & (leaving > 0)),
+    )
+
+
+def _leaving(cache: KVCache) -> Array:
+    """Tokens of each request that leave the recent window now, int32 [R]: always its oldest."""
+    return jnp.maximum(cache.recent_len - cache.spec.window, 0)
+
+
+def _plan(cache: KVCache, layer: Array) -> Plan:
+    tokens = _oldest(cache, layer)
+    leaving = jnp.arange(cache.spec.flush) < per_head(cache, _leaving(cache))[:, None]
+    clock = layer_clock(cache, layer, cache.seq_len, cache.observed)
+    stored = stored_layer(cache, layer)
+    return plan_event(
+        cache.spec, stored, clock, tokens.significance, tokens.position, leaving, one_victim=cache.spec.flush == 1
+    )
+
+
+def _oldest(cache: KVCache, layer: Array) -> Tokens:
+    """The oldest `flush` recent tokens of each head."""
+    n = cache.spec.flush
+    k, v = (take_layer(x, layer)[:, :n] for x in (cache.recent_k, cache.recent_v))
+    if cache.spec.layout.scored:
+        significance = take_layer(cache.recent_significance, layer)[:, :n]
+    else:
+        significance = jnp.zeros(k.shape[:2], jnp.float32)
+    position = per_head(cache, cache.seq_len - cache.recent_len)[:, None] + jnp.arange(n)
+    return Tokens(k, v, significance, position)
+
+
+def _compress_layer(cache: KVCache, layer: Array, admitted: Array) -> KVCache:
+    plan = _plan(cache, layer)
+    stored = apply_plan(cache.spec.layout, stored_layer(cache, layer), plan, _oldest(cache, layer), per_head(cache, admitted))
+    cache = with_stored(cache, layer, stored)
+    shift = per_head(cache, jnp.where(admitted, _leaving(cache), 0))
+    cache = dataclasses.replace(
+        cache, recent_k=_shifted(cache.recent_k, layer, shift), recent_v=_shifted(cache.recent_v, layer, shift)
+    )
+    if cache.spec.layout.scored:
+        cache = dataclasses.replace(cache, recent_significance=_shifted(cache.recent_significance, layer, shift))
+    return cache
+
+
+def _shifted(recent: Array, layer: Array, shift: Array) -> Array:
+    """`recent [L, R, K, N, ...]` with the first `shift [B]` slots of a layer removed and zeros behind."""
+    one = take_layer(recent, layer)
+    slot = jnp.arange(one.shape[1]) + shift[:, None]
+    shape = (*slot.shape, *(1,) * (one.ndim - 2))
+    moved = jnp.take_along_axis(one, jnp.minimum(slot, one.shape[1] - 1).reshape(shape), axis=1)
+    return put_layer(recent, layer, jnp.where((slot < one.shape[1]).reshape(shape), moved, 0))
+
+
+def _empty_overflown(cache: KVCache) -> KVCache:
+    """Give back the pages of every request whose `overflow` is set and forget its tokens."""
+    gone = cache.overflow
+
+    def empty_layer(layer, cache):
+        stored = release_all(stored_layer(cache, layer), cache.spec.layout, per_head(cache, gone))
+        return with_stored(cache, layer, stored)
+
+    cache = lax.fori_loop(0, len(cache.spec.paged_layers), empty_layer, cache)
+    counters = {name: jnp.where(gone, 0, getattr(cache, name)) for name in ("seq_len", "recent_len", "observed")}
+    return dataclasses.replace(cache, **counters)

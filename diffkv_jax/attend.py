@@ -1,0 +1,52 @@
+"""`attend`: the one place where a model meets the cache."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from diffkv_jax.cache import CacheSpec, KVCache
+from diffkv_jax.decode_layer import decode_layer
+from diffkv_jax.prefill_layer import prefill_layer
+from diffkv_jax.steps import DecodeStep, PrefillStep
+from diffkv_jax.window_layer import window_layer
+
+
+def attend(
+    cache: KVCache, layer: Array, q: Array, k: Array, v: Array, positions: Array, step: DecodeStep | PrefillStep
+) -> tuple[Array, KVCache]:
+    """Attention of one layer of one step over the cache, which takes the new tokens in.
+
+    Args:
+        cache: as it is before this layer.
+        layer: int32 [], index of the layer in the model; may be traced.
+        q: [R, T, num_q_heads, head_dim] after RoPE.
+        k, v: [R, T, num_kv_heads, head_dim], K after RoPE.
+        positions: unused here (the cache knows the positions); part of the call so that a model needs no other channel.
+        step: `DecodeStep` (T = 1) or `PrefillStep` (right-aligned chunk).
+
+    Returns:
+        The output [R, T, num_q_heads, head_dim] in q's dtype, and the cache. `seq_len` and its like change after the last layer only
+        (`diffkv_jax.advance`).
+    """
+    del positions
+    spec = cache.spec
+    paged = decode_layer if isinstance(step, DecodeStep) else prefill_layer
+    slot = jnp.asarray(_slots(spec))[layer]
+    if not spec.window_layers:
+        return paged(cache, slot, q, k, v, step)
+    if not spec.paged_layers:
+        return window_layer(cache, slot, q, k, v, step)
+    is_window = jnp.asarray([w is not None for w in spec.attention.sliding_windows])[layer]
+
+    def windowed(cache):
+        return window_layer(cache, slot, q, k, v, step)
+
+    return lax.cond(is_window, windowed, lambda cache: paged(cache, slot, q, k, v, step), cache)
+
+
+def _slots(spec: CacheSpec) -> np.ndarray:
+    """Index of each layer of the model among those of its own kind."""
+    slots = np.zeros(spec.attention.num_layers, np.int32)
+    for layers in (spec.paged_layers, spec.window_layers):
+        slots[list(layers)] = np.arange(len(layers))
+    return slots

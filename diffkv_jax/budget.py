@@ -1,0 +1,81 @@
+"""Bytes to pages: how large a pool a memory budget buys, and what cannot fit."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from functools import partial
+
+import humanize
+import jax
+import numpy as np
+
+from diffkv_jax.cache import CacheSpec, KVCache, empty_cache
+from diffkv_jax.policy import CompressionPolicy
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(budget: int | str) -> int:
+    """Bytes from an integer or text such as "512MiB" or "1.5 GB".
+
+    Raises:
+        ValueError: not a positive amount, or an unknown unit.
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", str(budget))
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or match[1].count(".") > 1:
+        raise ValueError(f"memory_budget={budget!r} must be a number of bytes or text such as '512MiB' or '2GB'")
+    amount = int(float(match[1]) * unit)
+    if amount <= 0:
+        raise ValueError(f"memory_budget={budget!r} must be more than zero bytes")
+    return amount
+
+
+def tree_bytes(tree) -> int:
+    """Bytes of all arrays (or array shapes) of a pytree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def cache_bytes(spec: CacheSpec) -> int:
+    """Bytes of all arrays of the cache that `spec` describes, from their shapes."""
+    alpha = np.zeros((len(spec.paged_layers), spec.num_requests, spec.attention.num_kv_heads, 2), np.float32)
+    shapes: KVCache = jax.eval_shape(partial(empty_cache, spec), alpha)
+    return tree_bytes(shapes)
+
+
+def with_pool(spec: CacheSpec, policy: CompressionPolicy, totals: Sequence[int], budget: int | str | None) -> CacheSpec:
+    """`spec` with `num_pages` set from the budget; without one, enough for every token in the highest tier.
+
+    Args:
+        totals: tokens that each request will come to.
+
+    Raises:
+        ValueError: even with every token in the cheapest form the policy allows, the tokens do not fit; names the smallest budget
+            with which they can, and the one that always suffices.
+    """
+    least, most = _page_bounds(spec, policy, totals)
+    if budget is None:
+        return dataclasses.replace(spec, num_pages=max(most, 1))
+    amount = parse_bytes(budget)
+    fixed = cache_bytes(dataclasses.replace(spec, num_pages=0))
+    per_page = cache_bytes(dataclasses.replace(spec, num_pages=1)) - fixed
+    pages = (amount - fixed) // per_page
+    if pages < least:
+        needs, suffices = (humanize.naturalsize(fixed + n * per_page, binary=True, format="%.3f") for n in (least, most))
+        raise ValueError(
+            f"memory_budget={budget!r} cannot hold {list(totals)} tokens with policy {policy.name!r}: the smallest budget that can is "
+            f"{fixed + least * per_page} bytes ({needs}), {fixed + most * per_page} bytes ({suffices}) always suffice; "
+            "raise the budget, ask for fewer tokens or choose a smaller policy"
+        )
+    return dataclasses.replace(spec, num_pages=max(min(pages, most), 1))
+
+
+def _page_bounds(spec: CacheSpec, policy: CompressionPolicy, totals: Sequence[int]) -> tuple[int, int]:
+    """Pages without which the tokens cannot fit, and pages with which they always do."""
+    layout, heads = spec.layout, len(spec.paged_layers) * spec.attention.num_kv_heads
+    stored = [max(total - spec.window, 0) for total in totals]
+    cheapest = [min(layout.pages_for(tier, n) for tier in range(layout.tiers)) for n in stored]
+    if policy.drops:
+        cheapest = [min(pages, 1) for pages in cheapest]
+    dearest = [layout.pages_for(0, n) + layout.tiers - 1 if n else 0 for n in stored]
+    return heads * sum(cheapest), heads * sum(dearest)

@@ -1,0 +1,130 @@
+"""`KVCache`: the whole compressed cache as one immutable pytree, and `CacheSpec`, its static description."""
+
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from diffkv_jax.model_protocol import AttentionSpec
+from diffkv_jax.pallas_kernels.compact import FreeRing
+from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
+from diffkv_jax.policy import CompressionPolicy
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Everything about a cache that the compiler must know. Thresholds are not here: they are arrays of the cache."""
+
+    attention: AttentionSpec
+    layout: PageLayout
+    num_requests: int
+    max_len: int
+    num_pages: int
+    window: int
+    flush: int
+    observe: int | Literal["all"] | None
+    dtype: str
+
+    @staticmethod
+    def build(attention: AttentionSpec, policy: CompressionPolicy, *, num_requests: int, max_len: int, num_pages: int, dtype: str, tokens: int = 32) -> "CacheSpec":
+        """The spec of a cache for `num_requests` sequences of up to `max_len` tokens; `tokens` lanes a page (32, or 128 on TPU)."""
+        layout = PageLayout.solve(
+            policy.formats(dtype), attention.head_dim, tokens=tokens, max_len=max_len, scored=policy.observe is not None
+        )
+        return CacheSpec(attention, layout, num_requests, max_len, num_pages, policy.window, policy.flush, policy.observe, dtype)
+
+    @cached_property
+    def paged_layers(self) -> tuple[int, ...]:
+        """Layers with global attention, whose tokens are compressed in pages."""
+        return tuple(i for i, window in enumerate(self.attention.sliding_windows) if window is None)
+
+    @cached_property
+    def window_layers(self) -> tuple[int, ...]:
+        """Layers with a sliding window, which keep their own full-precision ring."""
+        return tuple(i for i, window in enumerate(self.attention.sliding_windows) if window is not None)
+
+    @property
+    def ring_len(self) -> int:
+        """Tokens that the ring of a sliding-window layer holds."""
+        return min(max((w for w in self.attention.sliding_windows if w is not None), default=0), self.max_len)
+
+    @property
+    def max_pages(self) -> int:
+        """Width of a head's page table: every token in the high tier and one part-filled page of each other tier."""
+        return self.layout.pages_for(0, self.max_len) + self.layout.tiers
+
+    def capacity(self, tier: int) -> int:
+        """Slots, in whole pages, that a tier of one head can come to."""
+        return self.layout.pages_for(tier, self.max_len) * self.layout.tokens_per_page(tier)
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of one layer that own pages: requests x KV heads."""
+        return self.num_requests * self.attention.num_kv_heads
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """The compressed cache of a batch. Changed only by pure functions under `jax.jit`; donate it to have it updated in place.
+
+    Axes: L paged layers, S sliding-window layers, R requests, K KV heads, N = window + flush recent slots.
+    """
+
+    spec: CacheSpec = field(metadata={"static": True})
+    pages: Pages  # the pool, shared by all layers, heads and requests
+    ring: FreeRing  # ids of the pages that nobody owns
+    page_table: Array  # int32 [L, R, K, max_pages]; tier 0 grows from the left, tier 1 from the right; num_pages = none
+    tier_len: Array  # int32 [L, R, K, tiers] tokens
+    alpha: Array  # float32 [L, R, K, 2] thresholds (high, low) in units of 1 / seq_len
+    recent_k: Array  # [L, R, K, N, head_dim] cache dtype, oldest first
+    recent_v: Array  # [L, R, K, N, head_dim]
+    recent_significance: Array  # float32 [L, R, K, N]
+    ring_k: Array  # [S, R, K, ring_len, head_dim]; position p lies in slot p % ring_len
+    ring_v: Array  # [S, R, K, ring_len, head_dim]
+    seq_len: Array  # int32 [R] tokens seen
+    recent_len: Array  # int32 [R] tokens in the recent slots
+    observed: Array  # int32 [R] queries that have scored so far
+    overflow: Array  # bool [R] the pool could not give this request a page
+    steps: Array  # int32 [] decode steps since the last prompt
+    pending: Array  # int32 [R] token sampled last and not yet seen by the model, -1 = none
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        return f"KVCache(num_requests={spec.num_requests}, max_len={spec.max_len}, num_pages={spec.num_pages}, dtype={spec.dtype!r})"
+
+
+jax.tree_util.register_dataclass(
+    KVCache, data_fields=[f.name for f in fields(KVCache) if f.name != "spec"], meta_fields=["spec"]
+)
+
+
+def empty_cache(spec: CacheSpec, alpha: np.ndarray | Array) -> KVCache:
+    """A cache without tokens. `alpha` float32 [paged layers, requests, kv_heads, 2]; every page is zeroed and free."""
+    paged, windowed = len(spec.paged_layers), len(spec.window_layers)
+    heads = (spec.num_requests, spec.attention.num_kv_heads)
+    head_dim, slots = spec.attention.head_dim, spec.window + spec.flush
+    zeros = partial(jnp.zeros, dtype=spec.dtype)
+    counter = jnp.zeros(spec.num_requests, jnp.int32)
+    return KVCache(
+        spec=spec,
+        pages=Pages.zeros(spec.layout, spec.num_pages),
+        ring=FreeRing.full(spec.num_pages),
+        page_table=jnp.full((paged, *heads, spec.max_pages), spec.num_pages, jnp.int32),
+        tier_len=jnp.zeros((paged, *heads, spec.layout.tiers), jnp.int32),
+        alpha=jnp.asarray(alpha, jnp.float32),
+        recent_k=zeros((paged, *heads, slots, head_dim)),
+        recent_v=zeros((paged, *heads, slots, head_dim)),
+        recent_significance=jnp.zeros((paged, *heads, slots if spec.layout.scored else 0), jnp.float32),
+        ring_k=zeros((windowed, *heads, spec.ring_len, head_dim)),
+        ring_v=zeros((windowed, *heads, spec.ring_len, head_dim)),
+        seq_len=counter,
+        recent_len=counter,
+        observed=counter,
+        overflow=jnp.zeros(spec.num_requests, bool),
+        steps=jnp.int32(0),
+        pending=counter - 1,
+    )

@@ -1,0 +1,40 @@
+"""One decode step of a paged layer: append to the recent window, attend, accumulate significance."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array
+
+from diffkv_jax.cache import KVCache
+from diffkv_jax.layer_state import layer_heads, per_head, put_layer, take_layer
+from diffkv_jax.pallas_kernels.append import append_recent
+from diffkv_jax.pallas_kernels.attention import decode_attention
+from diffkv_jax.steps import DecodeStep
+
+
+def decode_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: DecodeStep) -> tuple[Array, KVCache]:
+    """`q [R, 1, num_q_heads, d]`, `k`, `v [R, 1, num_kv_heads, d]` to the output like `q` and the cache; `layer` counts paged layers."""
+    spec = cache.spec
+    recent_k = append_recent(cache.recent_k, layer, k[:, 0], cache.recent_len, step.active)
+    recent_v = append_recent(cache.recent_v, layer, v[:, 0], cache.recent_len, step.active)
+    cache = dataclasses.replace(cache, recent_k=recent_k, recent_v=recent_v)
+    heads = layer_heads(cache, layer, cache.recent_len + step.active)
+    live = per_head(cache, step.active)
+    heads = heads._replace(tier_len=jnp.where(live[:, None], heads.tier_len, 0), recent_len=jnp.where(live, heads.recent_len, 0))
+    out, significance, recent_scores = decode_attention(
+        q.reshape(spec.num_heads, -1, spec.attention.head_dim),
+        cache.pages,
+        spec.layout,
+        heads,
+        max_len=spec.max_len,
+        sm_scale=spec.attention.sm_scale,
+        logits_soft_cap=spec.attention.logits_soft_cap,
+    )
+    if spec.layout.scored:
+        scores = take_layer(cache.recent_significance, layer) + recent_scores
+        cache = dataclasses.replace(
+            cache,
+            pages=dataclasses.replace(cache.pages, significance=significance),
+            recent_significance=put_layer(cache.recent_significance, layer, scores),
+        )
+    return out.reshape(q.shape).astype(q.dtype), cache

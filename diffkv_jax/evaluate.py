@@ -1,0 +1,120 @@
+"""What compression costs: teacher-forced logits through a compressed cache, against the full cache on the same text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from tqdm import tqdm
+
+from diffkv_jax.cache import KVCache
+from diffkv_jax.generate import make_cache, prefill
+from diffkv_jax.model_protocol import CausalLM
+from diffkv_jax.policy import CompressionPolicy
+from diffkv_jax.prompt import as_batch, check_context, chunk_size
+from diffkv_jax.runner import decode_step
+
+SEGMENT = 16  # decode steps in one compiled call: how often progress is shown and logits go to the host
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A compressed run against the full one on the same tokens; arrays are float64 [R, steps].
+
+    Attributes:
+        kl: Kullback-Leibler divergence of the compressed next-token distribution from the full one, nats.
+        top1: 1 where both rank the same token first.
+        nll_full, nll: negative log-likelihood of the text's next token, nats.
+    """
+
+    kl: np.ndarray
+    top1: np.ndarray
+    nll_full: np.ndarray
+    nll: np.ndarray
+
+    @property
+    def perplexity_full(self) -> np.ndarray:
+        """Perplexity with the full cache, float64 [R]."""
+        return np.exp(self.nll_full.mean(axis=1))
+
+    @property
+    def perplexity(self) -> np.ndarray:
+        """Perplexity with the compressed cache, float64 [R]."""
+        return np.exp(self.nll.mean(axis=1))
+
+
+def teacher_forced(
+    model: CausalLM,
+    params,
+    tokens: np.ndarray,
+    context: int,
+    policy: CompressionPolicy,
+    *,
+    memory_budget: int | str | None = None,
+    cache_dtype: str | None = None,
+    prefill_chunk: int = 1024,
+    progress: str | None = None,
+) -> tuple[np.ndarray, KVCache]:
+    """Prefill `tokens[:, :context]` int [R, N], then feed the others one at a time while the cache goes on compressing.
+
+    Returns log-probabilities float32 [R, N - context, vocab], row i after seeing `context + i + 1` tokens, and the cache at the end.
+    `progress` names a progress bar; None shows none.
+
+    Raises:
+        ValueError: bad tokens, or a context that leaves nothing to feed.
+    """
+    batch, sizes = as_batch(np.asarray(tokens), None, model.attention.vocab_size)
+    if not 1 <= context < batch.shape[1]:
+        raise ValueError(f"context={context} must be at least 1 and leave something of the {batch.shape[1]} tokens to feed")
+    check_context(model.attention, sizes, batch.shape[1])
+    cache = make_cache(model, policy, sizes, memory_budget=memory_budget, cache_dtype=cache_dtype)
+    observe = policy.observe if isinstance(policy.observe, int) else 0
+    size = chunk_size(context, prefill_chunk, observe)
+    _, cache = prefill(model, params, cache, batch, np.full_like(sizes, context), size)
+    held = batch[:, context:].T  # [steps, R]
+    rows = []
+    for first in tqdm(range(0, len(held), SEGMENT), desc=progress, disable=progress is None, unit_scale=SEGMENT, unit=" tokens"):
+        part = np.zeros((SEGMENT, held.shape[1]), np.int32)
+        real = held[first : first + SEGMENT]
+        part[: len(real)] = real
+        log_probs, cache = _feed(model, params, cache, jnp.asarray(part), jnp.arange(SEGMENT) < len(real))
+        rows.append(np.asarray(log_probs[: len(real)]))
+    return np.concatenate(rows).swapaxes(0, 1), cache
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def _feed(model: CausalLM, params, cache: KVCache, tokens: Array, real: Array) -> tuple[Array, KVCache]:
+    """Feed `tokens` int32 [S, R], steps that are not `real` bool [S] changing nothing; log-probabilities [S, R, vocab]."""
+
+    def step(cache, inputs):
+        token, live = inputs
+
+        def feed(cache):
+            active = jnp.full(token.shape, True) & ~cache.overflow
+            logits, cache = decode_step(model, params, cache, token, active)
+            return jax.nn.log_softmax(logits), cache
+
+        def skip(cache):
+            return jnp.zeros((*token.shape, model.attention.vocab_size), jnp.float32), cache
+
+        log_probs, cache = lax.cond(live, feed, skip, cache)
+        return cache, log_probs
+
+    cache, log_probs = lax.scan(step, cache, (tokens, real))
+    return log_probs, cache
+
+
+def quality(full: np.ndarray, compressed: np.ndarray, next_tokens: Sequence[Sequence[int]] | np.ndarray) -> Quality:
+    """Compare log-probabilities [R, steps, vocab] of two runs; `next_tokens` int [R, steps] is what the text goes on with."""
+    p = full.astype(np.float64)
+    q = compressed.astype(np.float64)
+    index = np.asarray(next_tokens)[..., None]
+    return Quality(
+        kl=(np.exp(p) * (p - q)).sum(axis=-1),
+        top1=(p.argmax(axis=-1) == q.argmax(axis=-1)).astype(np.float64),
+        nll_full=-np.take_along_axis(p, index, axis=-1)[..., 0],
+        nll=-np.take_along_axis(q, index, axis=-1)[..., 0],
+    )

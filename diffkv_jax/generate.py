@@ -1,0 +1,208 @@
+"""`generate`: prompts in, tokens and the compressed cache out."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from diffkv_jax.budget import with_pool
+from diffkv_jax.cache import CacheSpec, KVCache, empty_cache
+from diffkv_jax.model_protocol import CausalLM
+from diffkv_jax.policy import CompressionPolicy
+from diffkv_jax.prompt import as_batch, check_context, chunk_size, chunks
+from diffkv_jax.runner import decode_step, prefill_chunk
+from diffkv_jax.sampling import Greedy, Sample, next_token
+
+RUNNING, EOS, LENGTH, CACHE_FULL = range(4)
+FINISH_REASONS = ("running", "eos", "length", "cache_full")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOutput:
+    """What `generate` returns.
+
+    Attributes:
+        tokens: int32 [R, max_new_tokens], generated ids, a stop id included; zeros behind `lengths`.
+        lengths: int32 [R], how many were generated.
+        finish_reason: per request "eos", "length" or "cache_full" (the pool had no page left for it).
+        cache: the compressed cache; give it to the next call to go on. It is donated there.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    finish_reason: tuple[str, ...]
+    cache: KVCache
+
+
+def generate(
+    model: CausalLM,
+    params,
+    tokens,
+    lengths: Sequence[int] | np.ndarray | None = None,
+    *,
+    policy: CompressionPolicy | None = None,
+    memory_budget: int | str | None = None,
+    max_new_tokens: int = 128,
+    sampling: Greedy | Sample | None = None,
+    key: Array | None = None,
+    stop_token_ids: Sequence[int] = (),
+    cache: KVCache | None = None,
+    max_len: int | None = None,
+    cache_dtype: str | None = None,
+    prefill_chunk: int = 1024,
+) -> GenerateOutput:
+    """Continue prompts with a compressed KV cache. A batch row gives the same tokens as the same request alone.
+
+    Args:
+        model: satisfies `CausalLM`; static, so reuse the object.
+        params: its parameters.
+        tokens: int [R, N] right-padded with `lengths` int [R], or a ragged list of lists.
+        policy: how to compress; `CompressionPolicy.none()` when None. Fixed by the first call when `cache` is given.
+        memory_budget: bytes or text such as "512MiB" for the whole cache; None reserves for every token in the highest tier.
+        max_new_tokens: most tokens to generate.
+        sampling: `Greedy()` (default) or `Sample(...)`.
+        key: a random key (request i draws with `fold_in(key, i)`) or one key a request `[R]`; needed by `Sample`.
+        stop_token_ids: a request ends with "eos" when it generates one of them.
+        cache: from an earlier call: the prompts go on where it ended. Donated.
+        max_len: most tokens that a request may ever come to in this cache; what this call needs when None.
+        cache_dtype: dtype of exact tokens ("full" tier, recent window); the model's when None.
+        prefill_chunk: prompts go in chunks of this many tokens, a power of two; a prompt that fits one is attended exactly.
+
+    Raises:
+        ValueError: bad input, named, before anything is computed.
+    """
+    attention = model.attention
+    batch, sizes = as_batch(tokens, lengths, attention.vocab_size)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if cache is not None:
+        batch, sizes = _continued(cache, batch, sizes, policy, memory_budget)
+    seen = np.zeros_like(sizes) if cache is None else np.asarray(cache.seq_len)
+    totals = seen + sizes + max_new_tokens - 1
+    limit = cache.spec.max_len if cache is not None else max_len or int(totals.max())
+    check_context(attention, totals, limit)
+    keys = _request_keys(sampling, key, len(sizes))
+    if cache is None:
+        cache = make_cache(model, policy or CompressionPolicy.none(), totals, max_len=limit, memory_budget=memory_budget, cache_dtype=cache_dtype)
+    observe = cache.spec.observe if isinstance(cache.spec.observe, int) else 0
+    size = chunk_size(int(sizes.max()), prefill_chunk, observe)
+    logits, cache = prefill(model, params, cache, batch, sizes, size)
+    width = 1 << (max_new_tokens - 1).bit_length()
+    stops = jnp.asarray([*stop_token_ids, -1], jnp.int32)
+    state = _decode(model, params, cache, logits, keys, jnp.int32(max_new_tokens), stops, sampling or Greedy(), width)
+    out, counts, reasons = jax.device_get((state.tokens, state.lengths, state.reason))
+    return GenerateOutput(out[:, :max_new_tokens], counts, tuple(FINISH_REASONS[r] for r in reasons), state.cache)
+
+
+def make_cache(
+    model: CausalLM,
+    policy: CompressionPolicy,
+    totals: Sequence[int] | np.ndarray,
+    *,
+    max_len: int | None = None,
+    memory_budget: int | str | None = None,
+    cache_dtype: str | None = None,
+) -> KVCache:
+    """An empty cache for requests that come to `totals` tokens each; the other arguments are those of `generate`."""
+    attention = model.attention
+    totals = [int(n) for n in totals]
+    spec = CacheSpec.build(
+        attention, policy, num_requests=len(totals), max_len=max_len or max(totals), num_pages=0, dtype=cache_dtype or attention.dtype
+    )
+    spec = with_pool(spec, policy, totals, memory_budget)
+    alpha = policy.thresholds(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads)
+    return jax.jit(partial(empty_cache, spec))(alpha)
+
+
+def prefill(model: CausalLM, params, cache: KVCache, tokens: np.ndarray, lengths: np.ndarray, size: int) -> tuple[Array, KVCache]:
+    """Feed prompts `[R, N]` in chunks of `size`; logits [R, vocab] of each prompt's last token and the cache (donated)."""
+    logits = None
+    cache = dataclasses.replace(cache, overflow=jnp.zeros_like(cache.overflow))
+    for part, real, last in chunks(tokens, lengths, size):
+        logits, cache = prefill_chunk(model, params, cache, jnp.asarray(part), jnp.asarray(real), jnp.asarray(last))
+    assert logits is not None  # as_batch refuses empty prompts
+    return logits, cache
+
+
+class _State(NamedTuple):
+    """The decode loop's carry; R requests."""
+
+    cache: KVCache
+    token: Array  # int32 [R] last sampled, not yet seen by the model
+    tokens: Array  # int32 [R, width]
+    lengths: Array  # int32 [R]
+    reason: Array  # int32 [R] RUNNING until the request has ended
+
+
+@partial(jax.jit, static_argnames=("model", "sampling", "width"), donate_argnames="cache")
+def _decode(model, params, cache, logits, keys, limit, stops, sampling, width) -> _State:
+    """Sample, feed, sample ... until every request has ended. No host read."""
+    requests = logits.shape[0]
+    start = _State(
+        cache,
+        jnp.zeros(requests, jnp.int32),
+        jnp.zeros((requests, width), jnp.int32),
+        jnp.zeros(requests, jnp.int32),
+        jnp.where(cache.overflow, CACHE_FULL, RUNNING),
+    )
+
+    def take(state: _State, logits: Array) -> _State:
+        """Sample one token for every running request and see whether it ends there."""
+        running = state.reason == RUNNING
+        drawn = next_token(sampling, logits, jax.vmap(jax.random.fold_in)(keys, state.lengths))
+        token = jnp.where(running, drawn, state.token)
+        column = jnp.where(running, state.lengths, width)
+        lengths = state.lengths + running
+        ended = jnp.where((token[:, None] == stops).any(axis=1), EOS, jnp.where(lengths >= limit, LENGTH, RUNNING))
+        return _State(
+            state.cache,
+            token,
+            state.tokens.at[jnp.arange(requests), column].set(token, mode="drop"),
+            lengths,
+            jnp.where(running, ended, state.reason),
+        )
+
+    def step(state: _State) -> _State:
+        running = state.reason == RUNNING
+        logits, cache = decode_step(model, params, state.cache, state.token, running)
+        reason = jnp.where(running & cache.overflow, CACHE_FULL, state.reason)
+        return take(state._replace(cache=cache, reason=reason), logits)
+
+    state = lax.while_loop(lambda state: jnp.any(state.reason == RUNNING), step, take(start, logits))
+    pending = jnp.where(state.lengths > 0, state.token, -1)
+    return state._replace(cache=dataclasses.replace(state.cache, pending=pending))
+
+
+def _continued(cache: KVCache, batch: np.ndarray, sizes: np.ndarray, policy, memory_budget) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts that go on from `cache`, each with the token that was sampled last (the model has not seen it) put before it."""
+    if policy is not None or memory_budget is not None:
+        raise ValueError("policy and memory_budget are fixed by the call that made the cache; leave them out when cache= is given")
+    if len(sizes) != cache.spec.num_requests:
+        raise ValueError(f"the cache holds {cache.spec.num_requests} requests, given {len(sizes)} prompts; they must match row by row")
+    if any(x.is_deleted() for x in jax.tree.leaves(cache)):
+        raise ValueError("this cache was given to an earlier call, which took its memory; use the cache that call returned")
+    pending = np.asarray(cache.pending)
+    had = (pending >= 0).astype(np.int32)
+    joined = np.zeros((batch.shape[0], batch.shape[1] + 1), np.int32)
+    for i, n in enumerate(sizes):
+        joined[i, : had[i]] = pending[i]
+        joined[i, had[i] : had[i] + n] = batch[i, :n]
+    return joined, sizes + had
+
+
+def _request_keys(sampling: Greedy | Sample | None, key: Array | None, requests: int) -> Array:
+    """One random key a request."""
+    if key is None:
+        if isinstance(sampling, Sample):
+            raise ValueError("sampling=Sample(...) needs key=, such as jax.random.key(0)")
+        key = jax.random.key(0)
+    if key.ndim == 1 and key.shape[0] == requests and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    if key.ndim != 0 or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"key must be jax.random.key(seed) or one such key for each of the {requests} requests, given {key.dtype} {key.shape}")
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(requests))

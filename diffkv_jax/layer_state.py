@@ -1,0 +1,63 @@
+"""One layer of a `KVCache` with requests and heads flattened to B = R x K, and back."""
+
+import dataclasses
+from functools import partial
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from diffkv_jax.cache import KVCache
+from diffkv_jax.event import Clock
+from diffkv_jax.pallas_kernels.attention import Heads
+from diffkv_jax.pallas_kernels.compact import Stored
+
+_LAYERED = ("page_table", "tier_len")
+
+
+def take_layer(array: Array, layer: Array) -> Array:
+    """`array[layer]` of `[L, R, K, ...]`, flattened to `[B, ...]`."""
+    one = lax.dynamic_index_in_dim(array, layer, keepdims=False)
+    return one.reshape(-1, *one.shape[2:])
+
+
+def put_layer(array: Array, layer: Array, value: Array) -> Array:
+    """`array` with `array[layer]` replaced by `value [B, ...]`."""
+    return lax.dynamic_update_index_in_dim(array, value.reshape(array.shape[1:]).astype(array.dtype), layer, 0)
+
+
+def per_head(cache: KVCache, per_request: Array) -> Array:
+    """`[R, ...]` repeated over the KV heads, `[B, ...]`."""
+    return jnp.repeat(per_request, cache.spec.attention.num_kv_heads, axis=0, total_repeat_length=cache.spec.num_heads)
+
+
+def stored_layer(cache: KVCache, layer: Array) -> Stored:
+    """The stored tokens of a paged layer."""
+    return Stored(cache.pages, cache.ring, *(take_layer(getattr(cache, name), layer) for name in _LAYERED))
+
+
+def with_stored(cache: KVCache, layer: Array, stored: Stored) -> KVCache:
+    """The cache with a layer's stored tokens replaced."""
+    put = partial(put_layer, layer=layer)
+    return dataclasses.replace(
+        cache,
+        pages=stored.pages,
+        ring=stored.ring,
+        page_table=put(cache.page_table, value=stored.page_table),
+        tier_len=put(cache.tier_len, value=stored.tier_len),
+    )
+
+
+def layer_heads(cache: KVCache, layer: Array, recent_len: Array) -> Heads:
+    """What attention reads of a paged layer; `recent_len` int32 [R]."""
+    return Heads(
+        take_layer(cache.page_table, layer),
+        take_layer(cache.tier_len, layer),
+        take_layer(cache.recent_k, layer),
+        take_layer(cache.recent_v, layer),
+        per_head(cache, recent_len),
+    )
+
+
+def layer_clock(cache: KVCache, layer: Array, seq_len: Array, observed: Array) -> Clock:
+    """Where the heads of a paged layer stand, given `seq_len` and `observed` int32 [R]."""
+    return Clock(per_head(cache, seq_len), per_head(cache, observed), take_layer(cache.alpha, layer))

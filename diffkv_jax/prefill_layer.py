@@ -1,0 +1,141 @@
+"""One prompt chunk of a paged layer: attend, score, and let the tokens that leave the recent window into the tiers."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from diffkv_jax.cache import CacheSpec, KVCache
+from diffkv_jax.event import admit, apply_plan, plan_event
+from diffkv_jax.layer_state import layer_clock, layer_heads, per_head, put_layer, stored_layer, take_layer, with_stored
+from diffkv_jax.pallas_kernels.attention import Heads
+from diffkv_jax.pallas_kernels.compact import Tokens, ranked
+from diffkv_jax.pallas_kernels.prefill_attention import Chunk, ColumnSums, Scale, column_sums, prefill_attention
+from diffkv_jax.steps import PrefillStep
+
+
+def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: PrefillStep) -> tuple[Array, KVCache]:
+    """`q [R, C, num_q_heads, d]`, `k`, `v [R, C, num_kv_heads, d]` to the output like `q` and the cache; `layer` counts paged layers.
+
+    K and V of the chunk exist exactly for this one layer only: they are in pages and window when it returns.
+    """
+    spec = cache.spec
+    heads = layer_heads(cache, layer, cache.recent_len)
+    chunk = _by_head(cache, q, k, v, step.length)
+    scale = Scale(spec.attention.sm_scale, spec.attention.logits_soft_cap)
+    out, lse = prefill_attention(chunk, cache.pages, spec.layout, heads, scale)
+    sums = _scores(cache, chunk, lse, heads, scale, step)
+    pages = dataclasses.replace(cache.pages, significance=sums.pages)
+    cache = dataclasses.replace(cache, pages=pages)
+    gathered = _gather(cache, layer, chunk, heads, sums)
+    attended = lse[0, 0, 0] > -jnp.inf  # always so, but the compiler cannot know: the event waits for attention's reads of the pool
+    cache = lax.cond(attended, lambda cache: _store(cache, layer, gathered, step), lambda cache: cache, cache)
+    cache = _keep_window(cache, layer, gathered)
+    out = out.reshape(*_grouped(spec), -1, spec.attention.head_dim)  # [R, K, G, C, d]
+    return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(q.dtype), cache
+
+
+def observing_rows(spec: CacheSpec, chunk_len: int) -> int:
+    """Rows of a chunk of `chunk_len` that score when it is the last one."""
+    return chunk_len if spec.observe == "all" else min(int(spec.observe or 0), chunk_len)
+
+
+class _Gathered(NamedTuple):
+    """Recent window and chunk side by side, n = window + flush + C."""
+
+    tokens: Tokens  # [B, n, ...]
+    valid: Array  # bool [B, n]
+
+
+def _grouped(spec: CacheSpec) -> tuple[int, int, int]:
+    attention = spec.attention
+    return spec.num_requests, attention.num_kv_heads, attention.num_q_heads // attention.num_kv_heads
+
+
+def _by_head(cache: KVCache, q: Array, k: Array, v: Array, length: Array) -> Chunk:
+    """Requests and KV heads flattened, K and V rounded to the cache dtype, everything float32."""
+    spec = cache.spec
+    requests, kv_heads, group = _grouped(spec)
+    chunk_len, d = q.shape[1], q.shape[3]
+    q = jnp.moveaxis(q.reshape(requests, chunk_len, kv_heads, group, d), 1, 3).reshape(-1, group, chunk_len, d)
+    k, v = (jnp.moveaxis(x, 1, 2).reshape(-1, chunk_len, d).astype(spec.dtype).astype(jnp.float32) for x in (k, v))
+    padding = jnp.arange(chunk_len) < chunk_len - per_head(cache, length)[:, None]
+    k, v = (jnp.where(padding[..., None], 0, x) for x in (k, v))
+    return Chunk(q.astype(jnp.float32), k, v, per_head(cache, length))
+
+
+def _scores(cache: KVCache, chunk: Chunk, lse: Array, heads: Heads, scale: Scale, step: PrefillStep) -> ColumnSums:
+    """Column sums of the observing rows when `step.compress`, with "all" also of every earlier chunk; else unchanged and zeros."""
+    spec = cache.spec
+    silent = ColumnSums(
+        cache.pages.significance, jnp.zeros(heads.recent_k.shape[:2], jnp.float32), jnp.zeros(chunk.k.shape[:2], jnp.float32)
+    )
+    if not spec.layout.scored:
+        return silent
+    rows = observing_rows(spec, chunk.k.shape[1])
+
+    def score(_):
+        return column_sums(chunk, lse, rows, cache.pages, spec.layout, heads, scale)
+
+    return lax.cond(step.compress | (spec.observe == "all"), score, lambda _: silent, None)
+
+
+def _gather(cache: KVCache, layer: Array, chunk: Chunk, heads: Heads, sums: ColumnSums) -> _Gathered:
+    """The recent tokens and the chunk's in one row a head, with significance and positions."""
+    slots, chunk_len = heads.recent_k.shape[1], chunk.k.shape[1]
+    start = per_head(cache, cache.seq_len)[:, None]  # position of the chunk's first token
+    recent_position = start - heads.recent_len[:, None] + jnp.arange(slots)
+    first = chunk_len - chunk.length[:, None]
+    chunk_position = start + jnp.arange(chunk_len) - first
+    recent_score = sums.recent + (take_layer(cache.recent_significance, layer) if cache.spec.layout.scored else 0)
+    tokens = Tokens(
+        k=jnp.concatenate([heads.recent_k.astype(jnp.float32), chunk.k], axis=1),
+        v=jnp.concatenate([heads.recent_v.astype(jnp.float32), chunk.v], axis=1),
+        significance=jnp.concatenate([recent_score, sums.chunk], axis=1),
+        position=jnp.concatenate([recent_position, chunk_position], axis=1),
+    )
+    valid = jnp.concatenate([jnp.arange(slots) < heads.recent_len[:, None], jnp.arange(chunk_len) >= first], axis=1)
+    return _Gathered(tokens, valid)
+
+
+def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep) -> KVCache:
+    """Let everything but the last `window` tokens into the tiers."""
+    spec = cache.spec
+    tokens, valid = gathered
+    seq_len = cache.seq_len + step.length
+    observed = observed_after(cache, step, tokens.k.shape[1] - spec.window - spec.flush)
+    clock = layer_clock(cache, layer, seq_len, observed)
+    clock = clock._replace(alpha=jnp.where(step.compress, clock.alpha, 0.0))
+    leaving = valid & (tokens.position < clock.seq_len[:, None] - spec.window)
+    leaving = leaving & ~per_head(cache, cache.overflow)[:, None]
+    stored = stored_layer(cache, layer)
+    plan = plan_event(spec, stored, clock, tokens.significance, tokens.position, leaving, one_victim=False)
+    needed = plan.pages.reshape(spec.num_requests, -1).sum(axis=1)
+    admitted = admit(needed, cache.ring.count) & ~cache.overflow
+    cache = with_stored(cache, layer, apply_plan(spec.layout, stored, plan, tokens, per_head(cache, admitted)))
+    return dataclasses.replace(cache, overflow=~admitted | cache.overflow)
+
+
+def observed_after(cache: KVCache, step: PrefillStep, chunk_len: int) -> Array:
+    """`observed` int32 [R] once this chunk has scored."""
+    spec = cache.spec
+    scoring = jnp.minimum(step.length, observing_rows(spec, chunk_len))
+    return cache.observed + jnp.where(step.compress | (spec.observe == "all"), scoring, 0)
+
+
+def _keep_window(cache: KVCache, layer: Array, gathered: _Gathered) -> KVCache:
+    """The last `window` tokens of `gathered`, oldest first, become the recent window of a layer."""
+    spec = cache.spec
+    total = gathered.valid.sum(axis=1)[:, None]
+    kept = jnp.minimum(total, spec.window)
+    rank = total - kept + jnp.arange(spec.window + spec.flush)
+    index = jnp.minimum(ranked(jnp.cumsum(gathered.valid, axis=1), rank), gathered.valid.shape[1] - 1)
+    tokens = gathered.tokens
+    k, v = (jnp.take_along_axis(x, index[..., None], axis=1) for x in (tokens.k, tokens.v))
+    cache = dataclasses.replace(cache, recent_k=put_layer(cache.recent_k, layer, k), recent_v=put_layer(cache.recent_v, layer, v))
+    if spec.layout.scored:
+        live = jnp.arange(index.shape[1]) < kept
+        scores = jnp.where(live, jnp.take_along_axis(tokens.significance, index, axis=1), 0)
+        cache = dataclasses.replace(cache, recent_significance=put_layer(cache.recent_significance, layer, scores))
+    return cache

@@ -1,0 +1,41 @@
+"""The compiled calls that `generate` and `evaluate` are made of: one prompt chunk, one decode step."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from diffkv_jax.advance import after_decode, after_prefill
+from diffkv_jax.cache import KVCache
+from diffkv_jax.model_protocol import CausalLM
+from diffkv_jax.steps import DecodeStep, PrefillStep
+
+
+def decode_step(model: CausalLM, params, cache: KVCache, token: Array, active: Array) -> tuple[Array, KVCache]:
+    """Feed `token` int32 [R] of the `active` requests (bool [R]): logits float32 [R, vocab] and the cache. Pure; call it under jit."""
+    step = DecodeStep(active)
+    positions = jnp.where(active, cache.seq_len, -1)[:, None]
+    logits, cache = model.apply({"params": params}, token[:, None], positions, cache, step)
+    return logits[:, 0], after_decode(cache, step)
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def prefill_chunk(model: CausalLM, params, cache: KVCache, tokens: Array, length: Array, last: Array) -> tuple[Array, KVCache]:
+    """Feed a right-aligned chunk: `tokens` int32 [R, C], `length` int32 [R] of them real, `last` bool [] closes the prompt.
+
+    Returns logits float32 [R, vocab] of the last token and the cache, which is donated.
+    """
+    chunk_len = tokens.shape[1]
+    step = PrefillStep(length, last | _runs_low(cache, length))
+    index = jnp.arange(chunk_len) - (chunk_len - length[:, None])
+    positions = jnp.where(index >= 0, cache.seq_len[:, None] + index, -1)
+    logits, cache = model.apply({"params": params}, tokens, positions, cache, step, last_only=True)
+    return logits[:, -1], after_prefill(cache, step, chunk_len)
+
+
+def _runs_low(cache: KVCache, length: Array) -> Array:
+    """Whether the free pages may not take the chunk in the high tier: then the policy runs before the end of the prompt."""
+    spec = cache.spec
+    pages = jnp.where(length > 0, spec.layout.pages_for(0, length) + 1, 0).sum()
+    return cache.ring.count < pages * len(spec.paged_layers) * spec.attention.num_kv_heads

@@ -1,0 +1,6 @@
+"""Causal language models in Flax Linen, used purely: parameters in, values out."""
+
+from .config import ModelConfig as ModelConfig
+from .decoder import param_shapes as param_shapes
+from .load import load_pretrained as load_pretrained
+from .registry import build_model as build_model

@@ -1,0 +1,171 @@
+"""The one decoder stack that all families share: embed, one loop over stacked layers, norm, logits."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from diffkv_jax.model_protocol import AttentionSpec
+
+from .config import ModelConfig
+from .layers import Embedding, GatedMLP, LogitsHead, RMSNorm
+from .plain_attention import NO_WINDOW
+from .rope import inverse_frequencies, rope_tables
+from .self_attention import LayerData, SelfAttention, SharedData, score_scale
+from .switches import Switches
+
+
+class DecoderLayer(nn.Module):
+    """One layer as a scan body: residual attention, then residual MLP.
+
+    Attributes:
+        keep_hidden: also give the layer's output as the scan's stacked result.
+    """
+
+    config: ModelConfig
+    switches: Switches
+    dtype: str
+    param_dtype: str
+    keep_hidden: bool
+
+    def _norm(self, name: str) -> RMSNorm:
+        return RMSNorm(self.config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, name=name)
+
+    @nn.compact
+    def __call__(self, carry: tuple[jax.Array, Any], data: LayerData, shared: SharedData) -> tuple[tuple[jax.Array, Any], Any]:
+        hidden, cache = carry
+        config, switches, types = self.config, self.switches, (self.dtype, self.param_dtype)
+        self_attn = SelfAttention(config, switches, *types, name="self_attn")
+        mlp = GatedMLP(config.intermediate_size, config.hidden_act, switches.mlp_bias, *types, name="mlp")
+        attended, cache = self_attn(self._norm("input_layernorm")(hidden), cache, data, shared)
+        if switches.sandwich_norms:  # here post_attention_layernorm stands after attention, else before the MLP
+            hidden = hidden + self._norm("post_attention_layernorm")(attended)
+            transformed = mlp(self._norm("pre_feedforward_layernorm")(hidden))
+            hidden = hidden + self._norm("post_feedforward_layernorm")(transformed)
+        else:
+            hidden = hidden + attended
+            hidden = hidden + mlp(self._norm("post_attention_layernorm")(hidden))
+        return (hidden, cache), hidden if self.keep_hidden else None
+
+
+class Decoder(nn.Module):
+    """A causal language model; satisfies `diffkv_jax.model_protocol.CausalLM`. Made by `build_model`.
+
+    Parameters follow Hugging Face's names, with the layers stacked: `model.layers.{i}.mlp.up_proj.weight` [out, in]
+    is params["layers"]["mlp"]["up_proj"]["kernel"] [num_layers, in, out].
+
+    Attributes:
+        config, switches: sizes, and the family's choices.
+        dtype: of activations and matrix products; norms, softmax, rotary embedding and logits are float32.
+        param_dtype: of the parameters that `init` makes.
+    """
+
+    config: ModelConfig
+    switches: Switches
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """The attention geometry that a cache is built from."""
+        config = self.config
+        return AttentionSpec(
+            num_layers=config.num_hidden_layers,
+            num_q_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            sliding_windows=config.sliding_windows,
+            sm_scale=score_scale(config),
+            logits_soft_cap=config.attn_logit_softcapping,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_position_embeddings,
+            dtype=self.dtype,
+        )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: Any = None,
+        step: Any = None,
+        last_only: bool = False,
+    ) -> tuple[Float[Array, "B rows vocab_size"], Any]:
+        """See `CausalLM.apply`: int32 [B, T] twice -> logits float32 [B, T or 1, vocab_size], and the cache.
+
+        Tokens at position -1 are padding: their ids are not looked at and their logits mean nothing (but are finite).
+        """
+        logits, cache, _ = self._forward(tokens, positions, cache, step, last_only=last_only, keep_hidden=False)
+        return logits, cache
+
+    def hidden_states(self, tokens: jax.Array, positions: jax.Array) -> Float[Array, "states B T hidden_size"]:
+        """The residual stream, dtype [num_layers + 1, B, T, hidden_size]: the embeddings, then each layer's output.
+
+        Call it as `model.apply({"params": params}, tokens, positions, method="hidden_states")`.
+        """
+        return self._forward(tokens, positions, None, None, last_only=True, keep_hidden=True)[2]
+
+    @nn.compact
+    def _forward(
+        self, tokens: jax.Array, positions: jax.Array, cache: Any, step: Any, *, last_only: bool, keep_hidden: bool
+    ) -> tuple[jax.Array, Any, Any]:
+        """Logits, cache, and the residual stream if `keep_hidden`, else None."""
+        _check_inputs(tokens, positions)
+        config, types = self.config, (self.dtype, self.param_dtype)
+        embed = Embedding(config.vocab_size, config.hidden_size, *types, name="embed_tokens")
+        embedded = embed(jnp.where(positions < 0, 0, tokens))
+        if self.switches.scale_embeddings:
+            embedded = embedded * jnp.asarray(config.hidden_size**0.5, embedded.dtype)
+        stack = nn.scan(
+            DecoderLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # Flax takes a tuple and annotates an int
+            length=config.num_hidden_layers,
+        )(config, self.switches, *types, keep_hidden, name="layers")
+        shared = _shared_data(config, positions, step)
+        (hidden, cache), outputs = stack((embedded, cache), _layer_data(config), shared)
+        if last_only:
+            hidden = hidden[:, -1:]
+        hidden = RMSNorm(config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, name="norm")(hidden)
+        head = embed.logits if config.tie_word_embeddings else LogitsHead(config.vocab_size, *types, name="lm_head")
+        logits, cap = head(hidden), config.final_logit_softcapping
+        if cap is not None:
+            logits = cap * jnp.tanh(logits / cap)
+        return logits, cache, jnp.concatenate([embedded[None], outputs]) if keep_hidden else None
+
+
+def param_shapes(model: Decoder) -> dict[str, Any]:
+    """The parameter tree's shapes and dtypes, a nested dict of `jax.ShapeDtypeStruct`; nothing is allocated."""
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), one, one)["params"]
+
+
+def _check_inputs(tokens: jax.Array, positions: jax.Array) -> None:
+    if tokens.ndim != 2 or tokens.shape != positions.shape:
+        raise ValueError(
+            f"tokens of shape {tokens.shape} and positions of shape {positions.shape} must both be [batch, length]; "
+            "for one sequence add a leading axis of 1."
+        )
+
+
+def _layer_data(config: ModelConfig) -> LayerData:
+    """What sets layers apart, int32 [num_layers] each."""
+    local = [window is not None and config.rope_local_base_freq is not None for window in config.sliding_windows]
+    windows = [NO_WINDOW if window is None else window for window in config.sliding_windows]
+    return LayerData(
+        layer=jnp.arange(config.num_hidden_layers, dtype=jnp.int32),
+        window=jnp.asarray(windows, jnp.int32),
+        rope=jnp.asarray(local, jnp.int32),
+    )
+
+
+def _shared_data(config: ModelConfig, positions: jax.Array, step: Any) -> SharedData:
+    """One rope table for all layers, or a global one and a local one."""
+    frequencies = [inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)]
+    if config.rope_local_base_freq is not None:
+        frequencies.append(inverse_frequencies(config.head_dim, config.rope_local_base_freq, None))
+    cos, sin = rope_tables(positions, np.stack(frequencies))
+    return SharedData(positions, cos, sin, step)

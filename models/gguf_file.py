@@ -1,0 +1,57 @@
+"""A GGUF file opened with the `gguf` package: metadata as Python values, tensors as numpy views. No PyTorch."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
+
+SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
+
+
+class GGUFFile:
+    """Metadata and tensors of one GGUF file.
+
+    metadata: {key: str | bool | int | float | list}.
+    types: {tensor name: quantization type name}.
+    shapes: {tensor name: shape, [out, in] for a matrix (the file's own order is reversed)}.
+
+    Raises ValueError for a damaged file, a file that is one part of several, and an unsupported quantization type.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            reader = GGUFReader(str(path))
+            self.metadata: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
+        except Exception as error:  # the reader meets a damaged file as IndexError, ValueError, KeyError, UnicodeDecodeError, ...
+            raise ValueError(f"{path} must be a complete GGUF file ({type(error).__name__}: {error}): copy or download it again") from error
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.types = {name: GGMLQuantizationType(tensor.tensor_type).name for name, tensor in self._tensors.items()}
+        self.shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
+        self._check_complete(len(reader.tensors))
+        self._check_types()
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor `name`, float32, [out, in] for a matrix."""
+        tensor = self._tensors[name]
+        return np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32).reshape(self.shapes[name])
+
+    def _check_complete(self, num_tensors: int) -> None:
+        if self.metadata.get("split.count", 0) > 1:
+            raise ValueError(
+                f"{self.path} is part {self.metadata.get('split.no', 0) + 1} of {self.metadata['split.count']}, but the file must hold the "
+                "whole model: join the parts with `llama-gguf-split --merge`"
+            )
+        if num_tensors == 0:
+            raise ValueError(f"{self.path} must hold a model's tensors, but it holds metadata only: use the model's own file")
+
+    def _check_types(self) -> None:
+        wrong = sorted({kind for kind in self.types.values() if kind not in SUPPORTED_TYPES})
+        if wrong:
+            names = [name for name, kind in self.types.items() if kind in wrong]
+            raise ValueError(
+                f"{self.path}: every tensor must have one of the types {SUPPORTED_TYPES}, given {wrong} in {names}: "
+                "use another quantization of the same model"
+            )

@@ -1,0 +1,72 @@
+"""The rotary-embedding part of config.json, in both of its layouts.
+
+transformers 5: `rope_parameters` {rope_type, rope_theta, factor, ...}, for Gemma 3 one such block per layer type.
+Before: `rope_theta` and `rope_scaling` (with `rope_type`, once called `type`), for Gemma 3 `rope_local_base_freq`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .config import LAYER_TYPES
+from .rope import ROPE_TYPES, RopeScaling
+
+
+def read_rope(raw: Mapping[str, Any], theta: float, local_theta: float | None, context: int) -> dict[str, Any]:
+    """`ModelConfig`'s rope_theta, rope_scaling and rope_local_base_freq.
+
+    Args:
+        raw: the parsed config.json of the text model.
+        theta, local_theta: the family's bases where config.json is silent; `local_theta` None = one base only.
+        context: max_position_embeddings, the original context where a llama3 block names none.
+    """
+    full, local = _blocks(raw, two_bases=local_theta is not None)
+    for block in (raw, full, local):
+        if block.get("partial_rotary_factor") not in (None, 1, 1.0):
+            raise ValueError(
+                f"partial_rotary_factor={block['partial_rotary_factor']} is not supported; the rotary embedding must "
+                "cover the whole head (1.0)."
+            )
+    if _rope_type(local) != "default":
+        raise ValueError(f"rope_type={_rope_type(local)!r} of the sliding_attention layers is not supported; these must be 'default'.")
+    return {
+        "rope_theta": full.get("rope_theta") or raw.get("rope_theta") or theta,
+        "rope_scaling": _scaling(full, context),
+        "rope_local_base_freq": local.get("rope_theta") or raw.get("rope_local_base_freq") or local_theta
+        if local_theta is not None
+        else None,
+    }
+
+
+def _blocks(raw: Mapping[str, Any], two_bases: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of the full_attention (or of all) layers, and those of the sliding_attention layers."""
+    given = raw.get("rope_parameters") or {}
+    nested = [kind for kind in LAYER_TYPES if kind in given]
+    if nested and not two_bases:
+        raise ValueError(
+            f"rope_parameters has blocks {nested}, but model_type={raw.get('model_type')!r} has one rotary embedding "
+            "for all layers; give one flat block."
+        )
+    full = dict((given.get("full_attention") or {}) if nested else given)
+    full.update(raw.get("rope_scaling") or {})
+    return full, dict(given.get("sliding_attention") or {})
+
+
+def _rope_type(block: Mapping[str, Any]) -> str:
+    kind = block.get("rope_type") or block.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope_type={kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}. Use a checkpoint with one of these.")
+    return kind
+
+
+def _scaling(block: Mapping[str, Any], context: int) -> RopeScaling | None:
+    kind = _rope_type(block)
+    if kind == "default":
+        return None
+    needed = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
+    missing = [name for name in needed if block.get(name) is None]
+    if missing:
+        raise ValueError(f"rope_type={kind!r} needs {', '.join(missing)} beside it; add what is missing to config.json.")
+    if kind == "linear":
+        return RopeScaling(kind, float(block["factor"]))
+    stretch = [float(block[name]) for name in needed]
+    return RopeScaling(kind, *stretch, original_max_position_embeddings=int(block.get("original_max_position_embeddings") or context))

@@ -1,0 +1,17 @@
+"""Qwen2 and Qwen2.5: Llama's layer with biases on q, k and v (arXiv:2407.10671)."""
+
+from .config import ModelConfig
+from .family import Family, sizes, windowed_from_layer
+from .switches import Switches
+
+
+def _switches(config: ModelConfig) -> Switches:
+    return Switches(qkv_bias=True)
+
+
+QWEN2 = Family(
+    hf_fields=sizes(num_key_value_heads=32, max_position_embeddings=32768),
+    rope_theta=10000.0,
+    layers=windowed_from_layer,
+    switches=_switches,
+)

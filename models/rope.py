@@ -1,0 +1,85 @@
+"""Rotary position embedding: unscaled, linear and llama3 frequencies, in Hugging Face's half-rotation layout.
+
+Source: Su et al., arXiv:2104.09864; channel c is paired with channel c + head_dim/2, as checkpoints on the
+Hugging Face hub expect. Linear scaling divides every frequency; llama3 scaling is the piecewise rule of Llama 3.1.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the frequencies are stretched for long contexts; field names are those of config.json.
+
+    `factor` is used by "linear" and "llama3". The last three are used by "llama3" only: wavelengths shorter than
+    original_max_position_embeddings / high_freq_factor stay, those longer than
+    original_max_position_embeddings / low_freq_factor are multiplied by `factor`, in between they are blended.
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("linear", "llama3"):
+            raise ValueError(
+                f"rope_type={self.rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}. "
+                "Use a checkpoint with one of these (leave the scaling out for 'default')."
+            )
+        if self.factor < 1.0:
+            raise ValueError(f"rope factor={self.factor} must be at least 1.0; it is the context length's multiple.")
+        if not 0.0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} must be positive and below "
+                f"high_freq_factor={self.high_freq_factor}; check rope_scaling in config.json."
+            )
+        if self.original_max_position_embeddings < 1:
+            raise ValueError(
+                f"original_max_position_embeddings={self.original_max_position_embeddings} must be at least 1; "
+                "it is the context length before scaling."
+            )
+
+
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[np.ndarray, "pairs"]:
+    """Radians a token for each channel pair, float32 [head_dim / 2]."""
+    frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is None:
+        return frequency.astype(np.float32)
+    if scaling.rope_type == "linear":
+        return (frequency / scaling.factor).astype(np.float32)
+    turns = scaling.original_max_position_embeddings * frequency / (2.0 * np.pi)  # within the original context
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = np.clip(keep, 0.0, 1.0)  # 1: a short wavelength, left alone; 0: a long one, fully stretched
+    return (frequency * (keep + (1.0 - keep) / scaling.factor)).astype(np.float32)
+
+
+def rope_tables(
+    positions: Int[Array, "B T"], inv_freq: Float[np.ndarray, "R pairs"]
+) -> tuple[Float[Array, "R B T pairs"], Float[Array, "R B T pairs"]]:
+    """Cosines and sines, each float32 [R, B, T, head_dim / 2].
+
+    Args:
+        positions: int32 [B, T]; padded rows (-1) are treated as position 0.
+        inv_freq: float32 [R, head_dim / 2], one row for each rope base in use.
+    """
+    place = jnp.maximum(positions, 0).astype(jnp.float32)
+    angle = place[None, :, :, None] * jnp.asarray(inv_freq)[:, None, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(
+    x: Float[Array, "B T heads head_dim"], cos: Float[Array, "B T pairs"], sin: Float[Array, "B T pairs"]
+) -> Float[Array, "B T heads head_dim"]:
+    """Rotate x [B, T, heads, head_dim] by angles [B, T, head_dim / 2]; computed in float32, returned in x's dtype."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

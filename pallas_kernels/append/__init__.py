@@ -1,0 +1,3 @@
+"""New tokens into the recent window."""
+
+from .reference import append_recent as append_recent

@@ -1,0 +1,97 @@
+"""Online softmax over the pages of a tier: the loop that decode and prefill attention share."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ..codecs import Block
+from ..pages import PageLayout, Pages, tier_page_ids
+
+CHUNK_TOKENS = 512  # tokens of one head that one step of the loop reads: about a cache's worth of decoded keys
+
+
+class Partial(NamedTuple):
+    """Softmax over part of the keys: running maximum, sum of exponentials and unnormalised output, float32."""
+
+    maximum: Array  # [..., G]
+    total: Array  # [..., G]
+    output: Array  # [..., G, d]
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], head_dim: int) -> "Partial":
+        """No keys yet."""
+        return Partial(jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, head_dim), jnp.float32))
+
+    def add(self, logits: Array, mix: Callable[[Array], Array]) -> "Partial":
+        """Take in keys with `logits [..., G, n]`, masked ones -inf; `mix(p)` multiplies weights of that shape with the values."""
+        maximum = jnp.maximum(self.maximum, logits.max(axis=-1))
+        safe = jnp.where(jnp.isfinite(maximum), maximum, 0.0)
+        weights = jnp.exp(logits - safe[..., None])
+        rescale = jnp.exp(self.maximum - safe)
+        return Partial(maximum, self.total * rescale + weights.sum(axis=-1), self.output * rescale[..., None] + mix(weights))
+
+    def normalised(self) -> tuple[Array, Array]:
+        """Output `[..., G, d]` and log-sum-exp `[..., G]`; zeros and +inf where there was no key, so that `exp(logit - lse)` is 0."""
+        some = self.total > 0
+        output = self.output / jnp.where(some, self.total, 1.0)[..., None]
+        safe_max = jnp.where(some, self.maximum, 0.0)
+        return output, jnp.where(some, safe_max + jnp.log(jnp.where(some, self.total, 1.0)), jnp.inf)
+
+
+def soft_cap(logits: Array, cap: float | None) -> Array:
+    """`cap * tanh(logits / cap)`, as Gemma 2 has it; identity when None."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+class PageChunk(NamedTuple):
+    """Some pages of a tier of each head as one long block of `lanes` tokens."""
+
+    ids: Array  # int32 [B, pages]
+    block: Block  # [B, rows, lanes]
+    valid: Array  # bool [B, lanes]
+
+
+def chunk_pages(layout: PageLayout, tier: int) -> int:
+    """Pages that one step of the loop reads."""
+    return max(1, CHUNK_TOKENS // layout.tokens_per_page(tier))
+
+
+def num_chunks(layout: PageLayout, tier: int, tokens):
+    """Steps of the loop that `tokens` tokens of a tier take (ints or arrays)."""
+    return -(-layout.pages_for(tier, tokens) // chunk_pages(layout, tier))
+
+
+def read_chunk(pages: Pages, layout: PageLayout, tier: int, page_table: Array, tier_len: Array, chunk: Array) -> PageChunk:
+    """Chunk number `chunk` of a tier of each head. `page_table [B, max_pages]`, `tier_len [B, tiers]`."""
+    n = chunk_pages(layout, tier)
+    lanes = n * layout.tokens_per_page(tier)
+    ids = tier_page_ids(page_table, tier, jnp.full(page_table.shape[:1], chunk * n, jnp.int32), n)
+    block = layout.split(tier, pages.payload.at[ids].get(mode="clip"), pages.meta.at[ids].get(mode="clip"))
+    rows_first = (jnp.moveaxis(part, 3, 1).reshape(part.shape[0], part.shape[3], lanes) for part in block)
+    return PageChunk(ids, Block(*rows_first), chunk * lanes + jnp.arange(lanes) < tier_len[:, tier, None])
+
+
+def chunk_logits(q: Array, chunk: PageChunk, layout: PageLayout, tier: int, sm_scale: float, cap: float | None) -> Array:
+    """Logits `[B, G, lanes]` of `q [B, G, d]` against a chunk, -inf where not valid."""
+    logits = layout.formats[tier].key.key_logits(q, chunk.block.k_payload, chunk.block.k_meta) * sm_scale
+    return jnp.where(chunk.valid[:, None], soft_cap(logits, cap), -jnp.inf)
+
+
+def chunk_mix(weights: Array, chunk: PageChunk, layout: PageLayout, tier: int) -> Array:
+    """`weights [B, G, lanes]` times the values of a chunk, `[B, G, d]`."""
+    return layout.formats[tier].value.value_mix(weights, chunk.block.v_payload, chunk.block.v_meta, chunk.valid)
+
+
+def add_significance(significance: Array, chunk: PageChunk, layout: PageLayout, tier: int, scores: Array) -> Array:
+    """Add `scores [B, lanes]` (0 where not valid) to the significance of a chunk's pages."""
+    shape = (*chunk.ids.shape, layout.blocks[tier], layout.tokens)
+    ids = jnp.where(chunk.valid.reshape(shape).any(axis=(-1, -2)), chunk.ids, significance.shape[0])
+    padded = jnp.pad(scores.reshape(shape), ((0, 0), (0, 0), (0, significance.shape[1] - shape[2]), (0, 0)))
+    return significance.at[ids].add(padded, mode="drop")
+
+
+def over_chunks(layout: PageLayout, tier: int, tier_len: Array, body: Callable, state):
+    """`state = body(chunk, state)` for every chunk that some head has."""
+    return lax.fori_loop(0, num_chunks(layout, tier, tier_len[:, tier].max()), body, state)

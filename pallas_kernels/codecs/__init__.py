@@ -1,0 +1,7 @@
+"""Codecs: `[head_dim, T]` blocks of K or V to rows of a page and back."""
+
+from .formats import Block as Block
+from .formats import Codec as Codec
+from .formats import KVFormat as KVFormat
+from .full import Full as Full
+from .uniform import Uniform as Uniform

@@ -1,0 +1,30 @@
+"""Plane packing of sub-byte codes along channels.
+
+A `b`-bit tensor of `d` channels has `n = 8 / b` planes. Byte row `r` holds channels `r, r + d/n, r + 2d/n, ...`, the lowest plane in the
+lowest bits. Unpacking is a shift and a mask of whole rows, and each plane is a plain matrix.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def packed_rows(bits: int, head_dim: int) -> int:
+    """Byte rows that `head_dim` channels of `bits`-bit codes take."""
+    return head_dim * bits // 8
+
+
+def pack_planes(codes: Array, bits: int) -> Array:
+    """Pack codes `[..., d, T]` (integers below `2**bits`) into uint8 rows `[..., d * bits / 8, T]`."""
+    planes = jnp.split(codes.astype(jnp.uint8), 8 // bits, axis=-2)
+    packed = planes[0]
+    for i, plane in enumerate(planes[1:], start=1):
+        packed = packed | (plane << (i * bits))
+    return packed
+
+
+def unpack_planes(packed: Array, bits: int) -> Array:
+    """Unpack uint8 rows `[..., d * bits / 8, T]` into uint8 codes `[..., d, T]`."""
+    if bits == 8:
+        return packed
+    mask = jnp.uint8(2**bits - 1)
+    return jnp.concatenate([(packed >> (i * bits)) & mask for i in range(8 // bits)], axis=-2)

@@ -1,0 +1,103 @@
+"""Uniform asymmetric quantisation per token and channel group (DiffKV, arXiv 2412.03131 sec. 5.1; docs/design.md 1)."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array
+
+from .packing import pack_planes, packed_rows, unpack_planes
+
+BITS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Codec of one tensor (K or V): `bits` a channel, `groups` of contiguous channels with their own scale and zero point.
+
+    A block is `[..., head_dim, T]`; its payload is uint8 `[..., rows, T]` and its metadata float16 `[..., 2 * groups, T]`, all scales
+    first, then all zero points.
+    """
+
+    bits: int
+    groups: int = 1
+
+    def __post_init__(self):
+        if self.bits not in BITS:
+            raise ValueError(f"bits={self.bits} must be one of {BITS}")
+        if self.groups < 1:
+            raise ValueError(f"groups={self.groups} must be at least 1")
+
+    def rows(self, head_dim: int) -> int:
+        """Payload rows (bytes a token) of one block."""
+        if (head_dim * self.bits) % 8 or head_dim % self.groups:
+            raise ValueError(
+                f"head_dim={head_dim} must be a multiple of groups={self.groups} and of {8 // self.bits} (channels in a byte at {self.bits} bits)"
+            )
+        return packed_rows(self.bits, head_dim)
+
+    @property
+    def meta_rows(self) -> int:
+        """float16 metadata rows of one block."""
+        return 2 * self.groups
+
+    def encode(self, x: Array) -> tuple[Array, Array]:
+        """Quantise `[..., d, T]` to (payload, metadata). Rounds half to even with the unrounded float32 scale and zero point."""
+        grouped = _grouped(x.astype(jnp.float32), self.groups)  # [..., groups, d / groups, T]
+        zero = grouped.min(axis=-2)
+        scale = (grouped.max(axis=-2) - zero) / (2**self.bits - 1)
+        step = jnp.where(scale > 0, scale, 1.0)
+        codes = jnp.round((grouped - zero[..., None, :]) / step[..., None, :])
+        codes = jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8).reshape(x.shape)
+        return pack_planes(codes, self.bits), jnp.concatenate([scale, zero], axis=-2).astype(jnp.float16)
+
+    def decode(self, payload: Array, meta: Array) -> Array:
+        """Dequantise to float32 `[..., d, T]`: `scale * code + zero` with the stored float16 values."""
+        scale, zero = self._scale_zero(meta)
+        codes = _grouped(unpack_planes(payload, self.bits).astype(jnp.float32), self.groups)
+        x = scale[..., None, :] * codes + zero[..., None, :]
+        return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+    def key_logits(self, q: Array, payload: Array, meta: Array) -> Array:
+        """`q [..., G, d]` times the decoded block, `[..., G, T]`; scale and zero point applied outside the dot product."""
+        scale, zero = self._scale_zero(meta)
+        codes = _grouped(unpack_planes(payload, self.bits).astype(jnp.float32), self.groups)
+        q = q.reshape(*q.shape[:-1], self.groups, -1)
+        dots = jnp.einsum("...Ggc,...gct->...gGt", q, codes)
+        sums = jnp.einsum("...Ggc->...gG", q)
+        return (dots * scale[..., None, :] + sums[..., None] * zero[..., None, :]).sum(axis=-3)
+
+    def value_mix(self, p: Array, payload: Array, meta: Array, valid: Array) -> Array:
+        """Weights `p [..., G, T]` times the decoded block, `[..., G, d]`; tokens not `valid [..., T]` are never read."""
+        scale, zero = self._scale_zero(jnp.where(valid[..., None, :], meta, 0))
+        codes = _grouped(unpack_planes(payload, self.bits).astype(jnp.float32), self.groups)
+        weights = p[..., None, :, :] * scale[..., :, None, :]  # [..., groups, G, T]
+        mixed = jnp.einsum("...gGt,...gct->...Ggc", weights, codes)
+        mixed = mixed + jnp.einsum("...Gt,...gt->...Gg", p, zero)[..., None]
+        return mixed.reshape(*mixed.shape[:-2], -1)
+
+    def demote(self, target: "Uniform", payload: Array, meta: Array) -> tuple[Array, Array]:
+        """Requantise to `target` (same groups, no more bits) on the integer codes alone; equals quantising the decoded block.
+
+        The extremes of a group are codes 0 and `2**bits - 1`, so both tiers share the zero point and the scales differ by the
+        whole factor `r = (2**bits - 1) / (2**target.bits - 1)`.
+        """
+        ratio = (2**self.bits - 1) // (2**target.bits - 1)
+        if ratio == 1:
+            return payload, meta
+        codes = (unpack_planes(payload, self.bits).astype(jnp.int32) + ratio // 2) // ratio
+        scale, zero = self._scale_zero(meta)
+        meta = jnp.concatenate([scale * ratio, zero], axis=-2).astype(jnp.float16)
+        return pack_planes(codes, target.bits), meta
+
+    def can_demote_to(self, target) -> bool:
+        """Whether `demote` applies: same groups, no more bits."""
+        return isinstance(target, Uniform) and target.groups == self.groups and target.bits <= self.bits
+
+    def _scale_zero(self, meta: Array) -> tuple[Array, Array]:
+        meta = meta.astype(jnp.float32)
+        return meta[..., : self.groups, :], meta[..., self.groups :, :]
+
+
+def _grouped(x: Array, groups: int) -> Array:
+    """`[..., d, T]` to `[..., groups, d / groups, T]`."""
+    return x.reshape(*x.shape[:-2], groups, -1, x.shape[-1])

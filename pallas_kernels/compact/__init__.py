@@ -1,0 +1,10 @@
+"""Tokens into and out of tiers, in place; free pages as a ring on the device."""
+
+from .columns import ranked as ranked
+from .columns import read_side as read_side
+from .reference import Stored as Stored
+from .reference import Tokens as Tokens
+from .reference import append_tokens as append_tokens
+from .reference import release_all as release_all
+from .reference import remove_tokens as remove_tokens
+from .ring import FreeRing as FreeRing

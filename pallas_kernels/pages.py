@@ -1,0 +1,154 @@
+"""The page: a self-contained compressed block of tokens of one head, one fixed shape for every tier (docs/design.md 2)."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .codecs import Block, KVFormat
+
+
+def least_waste(sizes: Iterable[int], waste: Callable[[int], Sequence[float]]) -> int:
+    """The size with the least worst waste over the tiers, the smallest of equals. `waste(size)` gives one fraction a tier, 1 = does not fit."""
+    return min(sizes, key=lambda size: (round(max(waste(size)), 9), size))
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Static geometry of a pool whose pages serve every tier of `formats` (tier 0 first, the highest precision).
+
+    `rows` uint8 payload rows and `meta_rows` float16 rows of `tokens` lanes; `blocks[tier]` blocks of `tokens` tokens fit one page.
+    Within a page all K rows of all blocks come first, then all V rows; metadata likewise.
+    """
+
+    formats: tuple[KVFormat, ...]
+    head_dim: int
+    tokens: int
+    rows: int
+    blocks: tuple[int, ...]
+    meta_rows: int
+    position_dtype: str
+    scored: bool
+
+    @staticmethod
+    def solve(formats: Sequence[KVFormat], head_dim: int, *, tokens: int = 32, max_len: int = 65536, scored: bool = True) -> "PageLayout":
+        """Choose `rows` between one and four of the largest blocks so that the worst waste of any tier is least.
+
+        Raises:
+            ValueError: a format cannot pack `head_dim`.
+        """
+        block_rows = [f.key.rows(head_dim) + f.value.rows(head_dim) for f in formats]
+        position_dtype = "uint16" if max_len <= 65536 else "int32"
+
+        def layout(rows: int) -> PageLayout:
+            blocks = tuple(rows // need for need in block_rows)
+            meta_rows = max(n * (f.key.meta_rows + f.value.meta_rows) for n, f in zip(blocks, formats, strict=True))
+            return PageLayout(tuple(formats), head_dim, tokens, rows, blocks, meta_rows, position_dtype, scored)
+
+        rows = least_waste(range(max(block_rows), 4 * max(block_rows) + 1), lambda rows: layout(rows).waste())
+        return layout(rows)
+
+    @property
+    def tiers(self) -> int:
+        """Number of stored tiers."""
+        return len(self.formats)
+
+    @property
+    def side_bytes(self) -> int:
+        """Bytes of significance and position of one token."""
+        return (4 if self.scored else 0) + jnp.dtype(self.position_dtype).itemsize
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all arrays of the pool."""
+        return self.tokens * (self.rows + 2 * self.meta_rows + max(self.blocks) * self.side_bytes)
+
+    def token_bytes(self, tier: int) -> int:
+        """Bytes one token of a tier needs: payload, metadata, significance and position."""
+        return self.formats[tier].token_bytes(self.head_dim) + self.side_bytes
+
+    def tokens_per_page(self, tier: int) -> int:
+        """Tokens of a tier that one page holds."""
+        return self.blocks[tier] * self.tokens
+
+    def pages_for(self, tier: int, length):
+        """Pages that `length` tokens of a tier take (ints or arrays)."""
+        return -(-length // self.tokens_per_page(tier))
+
+    def waste(self) -> tuple[float, ...]:
+        """Fraction of a full page that each tier leaves unused, all arrays counted."""
+        return tuple(1 - self.tokens_per_page(t) * self.token_bytes(t) / self.page_bytes for t in range(self.tiers))
+
+    def split(self, tier: int, payload: Array, meta: Array) -> Block:
+        """Pages `[..., rows, T]` and `[..., meta_rows, T]` as the tier's blocks `[..., blocks, rows of one tensor, T]`."""
+        fmt, n = self.formats[tier], self.blocks[tier]
+        k_rows, v_rows = fmt.key.rows(self.head_dim), fmt.value.rows(self.head_dim)
+        part = partial(_blocks, n=n)
+        return Block(
+            part(payload, 0, k_rows),
+            part(payload, n * k_rows, v_rows),
+            part(meta, 0, fmt.key.meta_rows),
+            part(meta, n * fmt.key.meta_rows, fmt.value.meta_rows),
+        )
+
+    def join(self, tier: int, block: Block, payload: Array, meta: Array) -> tuple[Array, Array]:
+        """Inverse of `split`: the blocks laid over the pages `payload`, `meta`, whose remaining rows stay."""
+        new_payload = jnp.concatenate([_rows(block.k_payload), _rows(block.v_payload)], axis=-2)
+        new_meta = jnp.concatenate([_rows(block.k_meta), _rows(block.v_meta)], axis=-2)
+        return (
+            jnp.concatenate([new_payload, payload[..., new_payload.shape[-2] :, :]], axis=-2),
+            jnp.concatenate([new_meta, meta[..., new_meta.shape[-2] :, :]], axis=-2),
+        )
+
+
+def _blocks(x: Array, first: int, rows: int, n: int) -> Array:
+    """Rows `[first, first + n * rows)` of `[..., rows, T]` as `[..., n, rows, T]`."""
+    return x[..., first : first + n * rows, :].reshape(*x.shape[:-2], n, rows, x.shape[-1])
+
+
+def _rows(x: Array) -> Array:
+    """`[..., n, rows, T]` as `[..., n * rows, T]`."""
+    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["payload", "meta", "significance", "position"], meta_fields=[])
+@dataclass(frozen=True)
+class Pages:
+    """The pool, shared by all layers, heads, requests and tiers. Page `num_pages` does not exist: reads of it are clipped, writes dropped."""
+
+    payload: Array  # uint8 [num_pages, rows, T]
+    meta: Array  # float16 [num_pages, meta_rows, T]
+    significance: Array  # float32 [num_pages, blocks, T]; [num_pages, 0, T] when the policy does not score
+    position: Array  # uint16 or int32 [num_pages, blocks, T]
+
+    @staticmethod
+    def zeros(layout: PageLayout, num_pages: int) -> "Pages":
+        """An empty pool of `num_pages` pages."""
+        blocks, lanes = max(layout.blocks), layout.tokens
+        return Pages(
+            payload=jnp.zeros((num_pages, layout.rows, lanes), jnp.uint8),
+            meta=jnp.zeros((num_pages, layout.meta_rows, lanes), jnp.float16),
+            significance=jnp.zeros((num_pages, blocks if layout.scored else 0, lanes), jnp.float32),
+            position=jnp.zeros((num_pages, blocks, lanes), layout.position_dtype),
+        )
+
+    @property
+    def num_pages(self) -> int:
+        """Capacity of the pool in pages."""
+        return self.payload.shape[0]
+
+
+def page_column(tier: int, index, max_pages: int):
+    """Column of a head's page table that holds page `index` of a tier: tier 0 from the left, tier 1 from the right."""
+    return index if tier == 0 else max_pages - 1 - index
+
+
+def tier_page_ids(page_table: Array, tier: int, first, count: int) -> Array:
+    """Ids of pages `first, first + 1, ...` (`count` of them) of a tier, `[..., count]`. `page_table [..., max_pages]`, `first [...]` or scalar."""
+    max_pages = page_table.shape[-1]
+    index = jnp.asarray(first)[..., None] + jnp.arange(count)
+    column = jnp.broadcast_to(page_column(tier, index, max_pages), (*page_table.shape[:-1], count))
+    return jnp.take_along_axis(page_table, jnp.clip(column, 0, max_pages - 1), axis=-1)

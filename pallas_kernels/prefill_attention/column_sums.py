@@ -1,0 +1,58 @@
+"""Significance from a prompt: probability mass that each key gets from the observing rows (DiffKV, arXiv 2412.03131 sec. 4)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ..attention.reference import Heads
+from ..attention.stream import add_significance, chunk_logits, over_chunks, read_chunk
+from ..pages import PageLayout, Pages
+from .reference import Chunk, Scale, exact_logits, own_logits, recent_keys
+
+BLOCK_ROWS = 64  # observing rows that one step holds
+
+
+class ColumnSums(NamedTuple):
+    """Sum over the observing rows, then maximum over the query heads of the group."""
+
+    pages: Array  # the pool's significance [num_pages, blocks, T] with the sums added
+    recent: Array  # float32 [B, window + flush]
+    chunk: Array  # float32 [B, C]
+
+
+def column_sums(chunk: Chunk, lse: Array, observe: int, pages: Pages, layout: PageLayout, heads: Heads, scale: Scale) -> ColumnSums:
+    """Score every key by the last `observe` rows of the chunk (at most C). `lse [B, G, C]` is that of `prefill_attention`."""
+    b, g, c, d = chunk.q.shape
+    rows = min(BLOCK_ROWS, observe)
+    blocks = -(-observe // rows)
+    recent = recent_keys(heads)
+
+    def summed(keys: int, logits_of: Callable) -> Array:
+        """`sum_rows exp(logit - lse)` block of rows by block, then the maximum over the group: `[B, keys]`."""
+
+        def body(i, total):
+            first = jnp.maximum(c - (i + 1) * rows, 0)  # blocks from the end; the first may overlap the second: masked
+            q = lax.dynamic_slice_in_dim(chunk.q, first, rows, axis=2).reshape(b, g * rows, d)
+            row = first + jnp.arange(rows)
+            counted = (row >= c - observe) & (row < c - i * rows) & (row >= c - chunk.length[:, None])
+            p = jnp.exp(logits_of(q, first).reshape(b, g, rows, keys) - lax.dynamic_slice_in_dim(lse, first, rows, axis=2)[..., None])
+            return total + jnp.where(counted[:, None, :, None], p, 0).sum(axis=2)
+
+        return lax.fori_loop(0, blocks, body, jnp.zeros((b, g, keys), jnp.float32)).max(axis=1)
+
+    significance = pages.significance
+    for tier in range(layout.tiers):
+
+        def add_chunk(i, significance, tier=tier):
+            part = read_chunk(pages, layout, tier, heads.page_table, heads.tier_len, i)
+            sums = summed(part.valid.shape[1], lambda q, first: chunk_logits(q, part, layout, tier, scale.sm_scale, scale.soft_cap))
+            return add_significance(significance, part, layout, tier, sums)
+
+        significance = over_chunks(layout, tier, heads.tier_len, add_chunk, significance)
+    return ColumnSums(
+        significance,
+        summed(recent.k.shape[1], lambda q, first: exact_logits(q, recent, scale)),
+        summed(c, lambda q, first: own_logits(q, chunk.k, 0, first, rows, chunk, scale)),
+    )

@@ -1,0 +1,104 @@
+"""Attention of a prompt chunk over the stored prefix, the recent window and itself, and the column sums of its observing rows."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ..attention.reference import Heads
+from ..attention.stream import Partial, add_significance, chunk_logits, chunk_mix, over_chunks, read_chunk, soft_cap
+from ..pages import PageLayout, Pages
+
+BLOCK_Q, BLOCK_KV = 256, 512  # rows of queries and of chunk keys that one step holds; BLOCK_Q divides or exceeds the chunk
+
+
+class Chunk(NamedTuple):
+    """A prompt chunk of C tokens of each of the `B` heads, right-aligned: the last `length` rows are tokens."""
+
+    q: Array  # float32 [B, G, C, d]
+    k: Array  # float32 [B, C, d]
+    v: Array  # float32 [B, C, d]
+    length: Array  # int32 [B]
+
+
+class Scale(NamedTuple):
+    """What turns dot products into logits."""
+
+    sm_scale: float
+    soft_cap: float | None
+
+
+class Exact(NamedTuple):
+    """Exact keys before the chunk (the recent window), with their mask."""
+
+    k: Array  # float32 [B, n, d]
+    v: Array  # float32 [B, n, d]
+    valid: Array  # bool [B, n]
+
+
+def recent_keys(heads: Heads) -> Exact:
+    """The recent window in float32, dead slots zeroed."""
+    valid = jnp.arange(heads.recent_k.shape[1]) < heads.recent_len[:, None]
+    k, v = (jnp.where(valid[..., None], x, 0).astype(jnp.float32) for x in (heads.recent_k, heads.recent_v))
+    return Exact(k, v, valid)
+
+
+def prefill_attention(chunk: Chunk, pages: Pages, layout: PageLayout, heads: Heads, scale: Scale) -> tuple[Array, Array]:
+    """Output `[B, G, C, d]` and log-sum-exp `[B, G, C]` (float32) of each row over stored pages, recent window and causal chunk.
+
+    Works in blocks of rows, so that no `C x C` matrix exists; the chunk's own keys above the diagonal blocks are never visited.
+    """
+    b, g, c, d = chunk.q.shape
+    rows = min(BLOCK_Q, c)
+    recent = recent_keys(heads)
+
+    def block(i):
+        q = lax.dynamic_slice_in_dim(chunk.q, i * rows, rows, axis=2).reshape(b, g * rows, d)
+        partial = Partial.empty(q.shape[:2], d)
+        for tier in range(layout.tiers):
+            partial = _add_tier(partial, q, pages, layout, tier, heads, scale)
+        partial = partial.add(exact_logits(q, recent, scale), lambda p: jnp.einsum("bqt,btd->bqd", p, recent.v))
+        partial = _add_own(partial, q, chunk, i * rows, rows, scale)
+        out, lse = partial.normalised()
+        return out.reshape(b, g, rows, d), lse.reshape(b, g, rows)
+
+    out, lse = lax.map(block, jnp.arange(c // rows))
+    return jnp.moveaxis(out, 0, 2).reshape(b, g, c, d), jnp.moveaxis(lse, 0, 2).reshape(b, g, c)
+
+
+def exact_logits(q: Array, keys: Exact, scale: Scale) -> Array:
+    """Logits `[B, Q, n]` of `q [B, Q, d]` against exact keys."""
+    logits = soft_cap(jnp.einsum("bqd,btd->bqt", q, keys.k) * scale.sm_scale, scale.soft_cap)
+    return jnp.where(keys.valid[:, None], logits, -jnp.inf)
+
+
+def _add_tier(partial: Partial, q: Array, pages, layout, tier, heads: Heads, scale: Scale) -> Partial:
+    def body(i, partial):
+        part = read_chunk(pages, layout, tier, heads.page_table, heads.tier_len, i)
+        logits = chunk_logits(q, part, layout, tier, scale.sm_scale, scale.soft_cap)
+        return partial.add(logits, lambda p: chunk_mix(p, part, layout, tier))
+
+    return over_chunks(layout, tier, heads.tier_len, body, partial)
+
+
+def _add_own(partial: Partial, q: Array, chunk: Chunk, first_row, rows: int, scale: Scale) -> Partial:
+    """Causal attention of rows `first_row ...` over the chunk's own keys, block by block up to the diagonal."""
+    c = chunk.k.shape[1]
+    width = min(BLOCK_KV, c)
+
+    def body(i, partial):
+        k, v = (lax.dynamic_slice_in_dim(x, i * width, width, axis=1) for x in (chunk.k, chunk.v))
+        logits = own_logits(q, k, i * width, first_row, rows, chunk, scale)
+        return partial.add(logits, lambda p: jnp.einsum("bqt,btd->bqd", p, v))
+
+    return lax.fori_loop(0, (first_row + rows + width - 1) // width, body, partial)
+
+
+def own_logits(q: Array, k: Array, first_key, first_row, rows: int, chunk: Chunk, scale: Scale) -> Array:
+    """Logits of `q [B, G * rows, d]` (rows `first_row ...`) against chunk keys `first_key ...`, causal and padding masked."""
+    logits = soft_cap(jnp.einsum("bqd,btd->bqt", q, k) * scale.sm_scale, scale.soft_cap)
+    row = first_row + jnp.arange(rows)
+    key = first_key + jnp.arange(k.shape[1])
+    valid = (key <= row[:, None]) & (key >= chunk.k.shape[1] - chunk.length[:, None, None])  # [B, rows, keys]
+    valid = jnp.broadcast_to(valid[:, None], (q.shape[0], q.shape[1] // rows, *valid.shape[1:]))
+    return jnp.where(valid.reshape(logits.shape), logits, -jnp.inf)

@@ -1,0 +1,20 @@
+"""Set-up of every test: the CPU unless JAX_PLATFORMS says otherwise, and compiled programs kept between runs."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+# A bounded cache is one with file locks: pytest-xdist workers and runs side by side may share it.
+jax.config.update("jax_compilation_cache_max_size", 2**30)
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / f"jax-{jax.__version__}"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A fixed random key; split it rather than use it twice."""
+    return jax.random.key(0)

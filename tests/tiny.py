@@ -1,0 +1,40 @@
+"""Tiny seeded models for tests of the cache: sharp enough that attention is not uniform."""
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffkv_jax.models import ModelConfig, build_model
+
+
+@lru_cache
+def tiny_model(*, q_heads=3, kv_heads=1, head_dim=64, layers=2, vocab=97, windows=None, sharpness=4.0, seed=0, max_len=4096):
+    """(model, params): a llama-like model in float32; `windows` per layer (None = global) makes a sliding-window one."""
+    config = ModelConfig(
+        model_type="llama" if windows is None else "mistral",
+        vocab_size=vocab,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=q_heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=max_len,
+        tie_word_embeddings=False,
+        sliding_window=next((w for w in windows if w), None) if windows else None,
+        layer_types=tuple("sliding_attention" if w else "full_attention" for w in windows) if windows else None,
+    )
+    model = build_model(config, "float32")
+    one = jnp.zeros((1, 1), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(seed), one, one)["params"]
+    attention = params["layers"]["self_attn"]
+    for name in ("q_proj", "k_proj"):  # peaked attention, so that thresholds have something to tell apart
+        attention[name]["kernel"] = attention[name]["kernel"] * sharpness**0.5
+    return model, params
+
+
+def prompt(length: int, seed: int = 0, vocab: int = 97) -> np.ndarray:
+    """Random token ids int32 [length]."""
+    return np.random.default_rng(seed).integers(0, vocab, length).astype(np.int32)
