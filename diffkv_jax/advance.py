@@ -25,7 +25,7 @@ def after_decode(cache: KVCache, step: DecodeStep) -> KVCache:
     )
     if not cache.spec.paged_layers:
         return dataclasses.replace(cache, recent_len=jnp.minimum(cache.recent_len, cache.spec.window))
-    return lax.cond(cache.steps % cache.spec.flush == 0, compress, lambda cache: cache, cache)
+    return lax.cond(cache.steps % cache.spec.flush == 0, lambda cache: compress(cache, step.active), lambda cache: cache, cache)
 
 
 def after_prefill(cache: KVCache, step: PrefillStep, chunk_len: int) -> KVCache:
@@ -41,42 +41,37 @@ def after_prefill(cache: KVCache, step: PrefillStep, chunk_len: int) -> KVCache:
     return lax.cond(cache.overflow.any(), _empty_overflown, lambda cache: cache, cache)
 
 
-def compress(cache: KVCache) -> KVCache:
-    """One compression event over all layers and requests.
+def compress(cache: KVCache, active: Array) -> KVCache:
+    """One compression event over all layers and the requests that are `active` (bool [R]); one that has ended stays as it ended.
 
     All layers are planned before any is changed: a request whose new pages are not all free is left exactly as it was, with
     `overflow` set.
     """
     spec = cache.spec
     layers = len(spec.paged_layers)
+    leaving = jnp.where(active, jnp.maximum(cache.recent_len - spec.window, 0), 0)  # always the oldest
 
     def count_pages(layer, needed):
-        return needed + _plan(cache, layer).pages.reshape(spec.num_requests, -1).sum(axis=1)
+        return needed + _plan(cache, layer, leaving).pages.reshape(spec.num_requests, -1).sum(axis=1)
 
     needed = lax.fori_loop(0, layers, count_pages, jnp.zeros(spec.num_requests, jnp.int32))
     admitted = admit(needed, cache.ring.count)
-    leaving = _leaving(cache)
-    cache = lax.fori_loop(0, layers, lambda layer, cache: _compress_layer(cache, layer, admitted), cache)
+    going = jnp.where(admitted, leaving, 0)
+    cache = lax.fori_loop(0, layers, lambda layer, cache: _compress_layer(cache, layer, going), cache)
     return dataclasses.replace(
         cache,
-        recent_len=cache.recent_len - jnp.where(admitted, leaving, 0),
+        recent_len=cache.recent_len - going,
         overflow=cache.overflow | (~admitted & (leaving > 0)),
     )
 
 
-def _leaving(cache: KVCache) -> Array:
-    """Tokens of each request that leave the recent window now, int32 [R]: always its oldest."""
-    return jnp.maximum(cache.recent_len - cache.spec.window, 0)
-
-
-def _plan(cache: KVCache, layer: Array) -> Plan:
+def _plan(cache: KVCache, layer: Array, count: Array) -> Plan:
+    """The plan of a layer when the oldest `count [R]` recent tokens of each request leave."""
     tokens = _oldest(cache, layer)
-    leaving = jnp.arange(cache.spec.flush) < per_head(cache, _leaving(cache))[:, None]
+    leaving = jnp.arange(cache.spec.flush) < per_head(cache, count)[:, None]
     clock = layer_clock(cache, layer, cache.seq_len, cache.observed)
     stored = stored_layer(cache, layer)
-    return plan_event(
-        cache.spec, stored, clock, tokens.significance, tokens.position, leaving, one_victim=cache.spec.flush == 1
-    )
+    return plan_event(cache.spec, stored, clock, tokens.significance, tokens.position, leaving, one_victim=cache.spec.flush == 1)
 
 
 def _oldest(cache: KVCache, layer: Array) -> Tokens:
@@ -91,14 +86,13 @@ def _oldest(cache: KVCache, layer: Array) -> Tokens:
     return Tokens(k, v, significance, position)
 
 
-def _compress_layer(cache: KVCache, layer: Array, admitted: Array) -> KVCache:
-    plan = _plan(cache, layer)
-    stored = apply_plan(cache.spec.layout, stored_layer(cache, layer), plan, _oldest(cache, layer), per_head(cache, admitted))
+def _compress_layer(cache: KVCache, layer: Array, going: Array) -> KVCache:
+    """Let the oldest `going [R]` recent tokens of each request into the tiers of a layer."""
+    plan = _plan(cache, layer, going)
+    stored = apply_plan(cache.spec.layout, stored_layer(cache, layer), plan, _oldest(cache, layer), per_head(cache, going > 0))
     cache = with_stored(cache, layer, stored)
-    shift = per_head(cache, jnp.where(admitted, _leaving(cache), 0))
-    cache = dataclasses.replace(
-        cache, recent_k=_shifted(cache.recent_k, layer, shift), recent_v=_shifted(cache.recent_v, layer, shift)
-    )
+    shift = per_head(cache, going)
+    cache = dataclasses.replace(cache, recent_k=_shifted(cache.recent_k, layer, shift), recent_v=_shifted(cache.recent_v, layer, shift))
     if cache.spec.layout.scored:
         cache = dataclasses.replace(cache, recent_significance=_shifted(cache.recent_significance, layer, shift))
     return cache

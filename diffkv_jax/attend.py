@@ -30,10 +30,9 @@ def attend(
     """
     del positions
     spec = cache.spec
-    paged = decode_layer if isinstance(step, DecodeStep) else prefill_layer
     slot = jnp.asarray(_slots(spec))[layer]
     if not spec.window_layers:
-        return paged(cache, slot, q, k, v, step)
+        return _paged(cache, slot, q, k, v, step)
     if not spec.paged_layers:
         return window_layer(cache, slot, q, k, v, step)
     is_window = jnp.asarray([w is not None for w in spec.attention.sliding_windows])[layer]
@@ -41,7 +40,14 @@ def attend(
     def windowed(cache):
         return window_layer(cache, slot, q, k, v, step)
 
-    return lax.cond(is_window, windowed, lambda cache: paged(cache, slot, q, k, v, step), cache)
+    return lax.cond(is_window, windowed, lambda cache: _paged(cache, slot, q, k, v, step), cache)
+
+
+def _paged(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: DecodeStep | PrefillStep) -> tuple[Array, KVCache]:
+    """One step of a layer with global attention."""
+    if isinstance(step, DecodeStep):
+        return decode_layer(cache, layer, q, k, v, step)
+    return prefill_layer(cache, layer, q, k, v, step)
 
 
 def _slots(spec: CacheSpec) -> np.ndarray:

@@ -30,7 +30,16 @@ class CacheSpec:
     dtype: str
 
     @staticmethod
-    def build(attention: AttentionSpec, policy: CompressionPolicy, *, num_requests: int, max_len: int, num_pages: int, dtype: str, tokens: int = 32) -> "CacheSpec":
+    def build(
+        attention: AttentionSpec,
+        policy: CompressionPolicy,
+        *,
+        num_requests: int,
+        max_len: int,
+        num_pages: int,
+        dtype: str,
+        tokens: int = 32,
+    ) -> "CacheSpec":
         """The spec of a cache for `num_requests` sequences of up to `max_len` tokens; `tokens` lanes a page (32, or 128 on TPU)."""
         layout = PageLayout.solve(
             policy.formats(dtype), attention.head_dim, tokens=tokens, max_len=max_len, scored=policy.observe is not None
@@ -97,9 +106,7 @@ class KVCache:
         return f"KVCache(num_requests={spec.num_requests}, max_len={spec.max_len}, num_pages={spec.num_pages}, dtype={spec.dtype!r})"
 
 
-jax.tree_util.register_dataclass(
-    KVCache, data_fields=[f.name for f in fields(KVCache) if f.name != "spec"], meta_fields=["spec"]
-)
+jax.tree_util.register_dataclass(KVCache, data_fields=[f.name for f in fields(KVCache) if f.name != "spec"], meta_fields=["spec"])
 
 
 def empty_cache(spec: CacheSpec, alpha: np.ndarray | Array) -> KVCache:

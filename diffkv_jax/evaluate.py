@@ -54,6 +54,7 @@ def teacher_forced(
     policy: CompressionPolicy,
     *,
     memory_budget: int | str | None = None,
+    max_len: int | None = None,
     cache_dtype: str | None = None,
     prefill_chunk: int = 1024,
     progress: str | None = None,
@@ -61,7 +62,8 @@ def teacher_forced(
     """Prefill `tokens[:, :context]` int [R, N], then feed the others one at a time while the cache goes on compressing.
 
     Returns log-probabilities float32 [R, N - context, vocab], row i after seeing `context + i + 1` tokens, and the cache at the end.
-    `progress` names a progress bar; None shows none.
+    `progress` names a progress bar; None shows none. The other
+    arguments are those of `generate`.
 
     Raises:
         ValueError: bad tokens, or a context that leaves nothing to feed.
@@ -69,8 +71,8 @@ def teacher_forced(
     batch, sizes = as_batch(np.asarray(tokens), None, model.attention.vocab_size)
     if not 1 <= context < batch.shape[1]:
         raise ValueError(f"context={context} must be at least 1 and leave something of the {batch.shape[1]} tokens to feed")
-    check_context(model.attention, sizes, batch.shape[1])
-    cache = make_cache(model, policy, sizes, memory_budget=memory_budget, cache_dtype=cache_dtype)
+    check_context(model.attention, sizes, max_len or batch.shape[1])
+    cache = make_cache(model, policy, sizes, max_len=max_len, memory_budget=memory_budget, cache_dtype=cache_dtype)
     observe = policy.observe if isinstance(policy.observe, int) else 0
     size = chunk_size(context, prefill_chunk, observe)
     _, cache = prefill(model, params, cache, batch, np.full_like(sizes, context), size)

@@ -28,7 +28,9 @@ class Plan(NamedTuple):
     pages: Array  # int32 [B] pages that the head needs beyond what it has
 
 
-def plan_event(spec: CacheSpec, stored: Stored, clock: Clock, significance: Array, position: Array, leaving: Array, one_victim: bool) -> Plan:
+def plan_event(
+    spec: CacheSpec, stored: Stored, clock: Clock, significance: Array, position: Array, leaving: Array, one_victim: bool
+) -> Plan:
     """Classify the tokens that leave the window and the stored ones.
 
     `significance`, `position`, `leaving` (mask) are `[B, n]` and describe the tokens in the recent window (and prompt chunk). With

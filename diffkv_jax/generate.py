@@ -1,6 +1,7 @@
 """`generate`: prompts in, tokens and the compressed cache out."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -31,12 +32,14 @@ class GenerateOutput:
         lengths: int32 [R], how many were generated.
         finish_reason: per request "eos", "length" or "cache_full" (the pool had no page left for it).
         cache: the compressed cache; give it to the next call to go on. It is donated there.
+        prefill_seconds: wall time until the prompts were in the cache, compilation included.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     finish_reason: tuple[str, ...]
     cache: KVCache
+    prefill_seconds: float
 
 
 def generate(
@@ -88,15 +91,19 @@ def generate(
     check_context(attention, totals, limit)
     keys = _request_keys(sampling, key, len(sizes))
     if cache is None:
-        cache = make_cache(model, policy or CompressionPolicy.none(), totals, max_len=limit, memory_budget=memory_budget, cache_dtype=cache_dtype)
+        cache = make_cache(
+            model, policy or CompressionPolicy.none(), totals, max_len=limit, memory_budget=memory_budget, cache_dtype=cache_dtype
+        )
     observe = cache.spec.observe if isinstance(cache.spec.observe, int) else 0
     size = chunk_size(int(sizes.max()), prefill_chunk, observe)
-    logits, cache = prefill(model, params, cache, batch, sizes, size)
+    began = time.perf_counter()
+    logits, cache = jax.block_until_ready(prefill(model, params, cache, batch, sizes, size))
+    prefill_seconds = time.perf_counter() - began
     width = 1 << (max_new_tokens - 1).bit_length()
     stops = jnp.asarray([*stop_token_ids, -1], jnp.int32)
     state = _decode(model, params, cache, logits, keys, jnp.int32(max_new_tokens), stops, sampling or Greedy(), width)
     out, counts, reasons = jax.device_get((state.tokens, state.lengths, state.reason))
-    return GenerateOutput(out[:, :max_new_tokens], counts, tuple(FINISH_REASONS[r] for r in reasons), state.cache)
+    return GenerateOutput(out[:, :max_new_tokens], counts, tuple(FINISH_REASONS[r] for r in reasons), state.cache, prefill_seconds)
 
 
 def make_cache(
@@ -204,5 +211,7 @@ def _request_keys(sampling: Greedy | Sample | None, key: Array | None, requests:
     if key.ndim == 1 and key.shape[0] == requests and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     if key.ndim != 0 or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise ValueError(f"key must be jax.random.key(seed) or one such key for each of the {requests} requests, given {key.dtype} {key.shape}")
+        raise ValueError(
+            f"key must be jax.random.key(seed) or one such key for each of the {requests} requests, given {key.dtype} {key.shape}"
+        )
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(requests))

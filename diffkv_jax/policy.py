@@ -22,7 +22,8 @@ class CompressionPolicy:
     Attributes:
         name: shown in reports.
         tiers: formats of the stored tiers, most precise first, one or two: "full", "K8V4", "K4V2:2,4" (groups after the colon) ...
-        alpha_high: threshold of the high tier in units of uniform attention 1/P: a number, or nested tuples that broadcast to [layers, requests, kv_heads].
+        alpha_high: threshold of the high tier in units of uniform attention 1/P: a number, or nested tuples that broadcast to
+            [layers, requests, kv_heads].
         alpha_low: threshold below which a token is dropped, likewise; 0 drops nothing.
         observe: how many of the last prompt queries score the prompt, "all" of them, or None: the policy does not score.
         window: number of most recent tokens that stay exact.
@@ -72,7 +73,9 @@ class CompressionPolicy:
         try:
             both = [np.broadcast_to(np.asarray(a, np.float32), shape) for a in (self.alpha_high, self.alpha_low)]
         except ValueError as error:
-            raise ValueError(f"thresholds of policy {self.name!r} must broadcast to [layers, requests, kv_heads] = {shape}: {error}") from None
+            raise ValueError(
+                f"thresholds of policy {self.name!r} must broadcast to [layers, requests, kv_heads] = {shape}: {error}"
+            ) from None
         return np.stack(both, axis=-1)
 
     def to_json(self) -> str:
@@ -109,8 +112,6 @@ def diffkv(
 def quantized(fmt: str, *, window: int = 64, flush: int = 32) -> CompressionPolicy:
     """Every token outside the recent window at one format, such as "K8V4"; nothing is dropped."""
     return CompressionPolicy(fmt, (fmt,), window=window, flush=flush)
-
-
 
 
 def load_policy(source: str | Path) -> CompressionPolicy:
@@ -162,9 +163,14 @@ def _check_thresholds(policy: CompressionPolicy) -> None:
     if np.any(low > high):
         raise ValueError(f"alpha_low={policy.alpha_low} must not exceed alpha_high={policy.alpha_high}: low tokens lie between the two")
     if policy.observe is None and (high.max() > 0 or len(policy.tiers) == 2):
-        raise ValueError(f"policy {policy.name!r} needs observe=64 or 'all': thresholds and a second tier need significance, observe is None")
+        raise ValueError(
+            f"policy {policy.name!r} needs observe=64 or 'all': thresholds and a second tier need significance, observe is None"
+        )
     if len(policy.tiers) == 1 and policy.observe is not None and not math.isclose(high.max(), low.max()):
-        raise ValueError(f"alpha_high={policy.alpha_high} must equal alpha_low={policy.alpha_low} with the single tier {policy.tiers}: there is no low tier")
+        raise ValueError(
+            f"alpha_high={policy.alpha_high} must equal alpha_low={policy.alpha_low} with the single tier {policy.tiers}: "
+            "there is no low tier between them"
+        )
 
 
 PRESETS = {"quality": partial(quantized, "K8V4"), "balanced": partial(diffkv, 1.0, 0.0), "small": partial(diffkv, 1.0, 0.02)}

@@ -9,7 +9,9 @@ from diffkv_jax.model_protocol import AttentionSpec
 MIN_CHUNK = 16
 
 
-def as_batch(tokens: np.ndarray | Sequence[Sequence[int]], lengths: Sequence[int] | np.ndarray | None, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+def as_batch(
+    tokens: np.ndarray | Sequence[Sequence[int]], lengths: Sequence[int] | np.ndarray | None, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as int32 [R, N] (right-padded) and lengths int32 [R]; `tokens` may be a ragged list, then `lengths` is not needed.
 
     Raises:
@@ -30,10 +32,14 @@ def as_batch(tokens: np.ndarray | Sequence[Sequence[int]], lengths: Sequence[int
         raise ValueError(f"lengths must have one entry for each of the {batch.shape[0]} requests, given shape {sizes.shape}")
     for i, size in enumerate(sizes):
         if not 1 <= size <= batch.shape[1]:
-            raise ValueError(f"prompt {i} has length {size}; it must hold at least one token and at most the {batch.shape[1]} given (empty prompt?)")
+            raise ValueError(
+                f"prompt {i} has length {size}; it must hold at least one token and at most the {batch.shape[1]} given (empty prompt?)"
+            )
         row = batch[i, :size]
         if row.min() < 0 or row.max() >= vocab_size:
-            raise ValueError(f"prompt {i} holds token id {row.min() if row.min() < 0 else row.max()}, outside the vocabulary [0, {vocab_size})")
+            raise ValueError(
+                f"prompt {i} holds token id {row.min() if row.min() < 0 else row.max()}, outside the vocabulary [0, {vocab_size})"
+            )
     return batch.astype(np.int32), sizes.astype(np.int32)
 
 

@@ -12,7 +12,7 @@ from .codecs import Block, KVFormat
 
 
 def least_waste(sizes: Iterable[int], waste: Callable[[int], Sequence[float]]) -> int:
-    """The size with the least worst waste over the tiers, the smallest of equals. `waste(size)` gives one fraction a tier, 1 = does not fit."""
+    """The size whose worst waste over the tiers is least, the smallest of equals; `waste(size)` gives a fraction a tier, 1 = no fit."""
     return min(sizes, key=lambda size: (round(max(waste(size)), 9), size))
 
 
@@ -117,7 +117,7 @@ def _rows(x: Array) -> Array:
 @partial(jax.tree_util.register_dataclass, data_fields=["payload", "meta", "significance", "position"], meta_fields=[])
 @dataclass(frozen=True)
 class Pages:
-    """The pool, shared by all layers, heads, requests and tiers. Page `num_pages` does not exist: reads of it are clipped, writes dropped."""
+    """The pool, shared by all layers, heads, requests and tiers. Page `num_pages` is nowhere: reads of it are clipped, writes dropped."""
 
     payload: Array  # uint8 [num_pages, rows, T]
     meta: Array  # float16 [num_pages, meta_rows, T]
@@ -147,7 +147,7 @@ def page_column(tier: int, index, max_pages: int):
 
 
 def tier_page_ids(page_table: Array, tier: int, first, count: int) -> Array:
-    """Ids of pages `first, first + 1, ...` (`count` of them) of a tier, `[..., count]`. `page_table [..., max_pages]`, `first [...]` or scalar."""
+    """Ids `[..., count]` of pages `first, first + 1, ...` of a tier. `page_table [..., max_pages]`, `first [...]` or scalar."""
     max_pages = page_table.shape[-1]
     index = jnp.asarray(first)[..., None] + jnp.arange(count)
     column = jnp.broadcast_to(page_column(tier, index, max_pages), (*page_table.shape[:-1], count))

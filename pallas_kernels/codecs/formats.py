@@ -43,6 +43,14 @@ class KVFormat:
         k_bits, v_bits, k_groups, v_groups = (int(part or 1) for part in match.groups())
         return KVFormat(Uniform(k_bits, k_groups), Uniform(v_bits, v_groups))
 
+    @property
+    def name(self) -> str:
+        """The name that `parse` reads."""
+        if isinstance(self.key, Full) or isinstance(self.value, Full):
+            return "full"
+        groups = "" if self.key.groups == self.value.groups == 1 else f":{self.key.groups},{self.value.groups}"
+        return f"K{self.key.bits}V{self.value.bits}{groups}"
+
     def token_bytes(self, head_dim: int) -> int:
         """Payload and metadata bytes of one token of one head."""
         return self.key.rows(head_dim) + self.value.rows(head_dim) + 2 * (self.key.meta_rows + self.value.meta_rows)

@@ -31,7 +31,8 @@ class Uniform:
         """Payload rows (bytes a token) of one block."""
         if (head_dim * self.bits) % 8 or head_dim % self.groups:
             raise ValueError(
-                f"head_dim={head_dim} must be a multiple of groups={self.groups} and of {8 // self.bits} (channels in a byte at {self.bits} bits)"
+                f"head_dim={head_dim} must be a multiple of groups={self.groups} and of {8 // self.bits}, the channels in a byte at "
+                f"{self.bits} bits; choose other groups or bits"
             )
         return packed_rows(self.bits, head_dim)
 

@@ -19,7 +19,7 @@ class Slots(NamedTuple):
 
 
 def locate(layout: PageLayout, page_table: Array, tier: int, slot: Array, valid: Array, num_pages: int) -> Slots:
-    """Slots of tokens number `slot [B, n]` of each head's tier; page `num_pages` (nowhere) where not `valid`. `page_table [B, max_pages]`."""
+    """Slots of tokens number `slot [B, n]` of a tier; page `num_pages` (nowhere) where not `valid`. `page_table [B, max_pages]`."""
     per_page = layout.tokens_per_page(tier)
     max_pages = page_table.shape[-1]
     index = jnp.clip(slot // per_page, 0, max_pages - 1)

@@ -94,7 +94,7 @@ class Round(NamedTuple):
     removed: Array  # slots of the victims: a top slot that holds one, else a hole below, which the top slot's token fills
     moves: Array  # whether the token of the top slot moves to `removed`
     falls: Array  # whether the victim is demoted
-    count: Array  # int32 [B] slots cleared
+    cleared: Array  # int32 [B] how many top slots
 
 
 def release_all(stored: Stored, layout: PageLayout, gone: Array) -> Stored:
@@ -112,10 +112,10 @@ def _clear(stored: Stored, layout: PageLayout, tier: int, this: Round, movers: t
     holes = locate(layout, stored.page_table, tier, this.removed, this.moves, stored.pages.num_pages)
     written = write_tokens(stored.pages, layout, tier, holes, movers)
     before = stored.tier_len[:, tier]
-    pages = [layout.pages_for(tier, n) for n in (before, before - this.count)]
+    pages, fewer = (layout.pages_for(tier, n) for n in (before, before - this.cleared))
     most = -(-width // layout.tokens_per_page(tier)) + 1
-    ring, page_table = shrink(stored.ring, stored.page_table, tier, *pages, most)
-    return Stored(written, ring, page_table, stored.tier_len.at[:, tier].add(-this.count))
+    ring, page_table = shrink(stored.ring, stored.page_table, tier, pages, fewer, most)
+    return Stored(written, ring, page_table, stored.tier_len.at[:, tier].add(-this.cleared))
 
 
 def _append_demoted(stored: Stored, layout: PageLayout, tier: int, tokens: tuple[Block, Array, Array], leaving: Array) -> Stored:
@@ -143,8 +143,8 @@ def _append(stored: Stored, layout: PageLayout, tier: int, count: Array, most: i
     per_page = layout.tokens_per_page(tier)
     length = stored.tier_len[:, tier]
     touched = (most + 2 * per_page - 2) // per_page
-    pages = [layout.pages_for(tier, n) for n in (length, length + count)]
-    ring, page_table = grow(stored.ring, stored.page_table, tier, *pages, touched)
+    pages, more = (layout.pages_for(tier, n) for n in (length, length + count))
+    ring, page_table = grow(stored.ring, stored.page_table, tier, pages, more, touched)
     rank = jnp.arange(touched * per_page) - (length % per_page)[:, None]
     valid = (rank >= 0) & (rank < count[:, None])
     tokens = fetch(jnp.maximum(rank, 0))

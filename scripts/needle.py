@@ -1,0 +1,44 @@
+"""Passkey recall: a number hidden at ten depths of a long text, asked for at its end, with the full and with compressed caches."""
+
+import corpora
+import numpy as np
+import typer
+from smollm2 import smollm2_gguf
+
+import diffkv_jax as dkv
+from diffkv_jax.models import load_pretrained
+
+PASSKEY = 48213
+NEEDLE = f"\n\nThe pass key is {PASSKEY}. Remember it. {PASSKEY} is the pass key.\n\n"
+QUESTION = "\n\nWhat is the pass key? The pass key is"
+POLICIES = {"full": dkv.CompressionPolicy.none(), "alpha (1, 0)": dkv.diffkv(1.0, 0.0), "alpha (1, 0.02)": dkv.diffkv(1.0, 0.02)}
+
+
+def prompts(tokenizer, context: int, depths: int, text: str = "king_james") -> np.ndarray:
+    """int32 [depths, context]: a text with the needle at evenly spaced depths, closed by the question."""
+    needle, question = (tokenizer(part, verbose=False).input_ids for part in (NEEDLE, QUESTION))
+    hay = tokenizer(corpora.load(text)[: 12 * context], verbose=False).input_ids[: context - len(needle) - len(question)]
+    places = [round(len(hay) * (i + 0.5) / depths) for i in range(depths)]
+    return np.array([hay[:at] + needle + hay[at:] + question for at in places], np.int32)
+
+
+def recall(context: int = 4096, depths: int = 10, policies=None, chunk: int = 1024) -> dict[str, list[bool]]:
+    """For each policy, whether the greedy answer holds the passkey, by depth."""
+    model, params, tokenizer = load_pretrained(smollm2_gguf())
+    tokens = prompts(tokenizer, context, depths)
+    found = {}
+    for name, policy in (policies or POLICIES).items():
+        out = dkv.generate(model, params, tokens, policy=policy, max_new_tokens=8, cache_dtype="bfloat16", prefill_chunk=chunk)
+        answers = tokenizer.batch_decode(out.tokens)
+        found[name] = [str(PASSKEY) in answer for answer in answers]
+        print(f"{name:16s} {sum(found[name]):2d} of {depths}  {''.join('x' if f else '.' for f in found[name])}  {answers}", flush=True)
+    return found
+
+
+def main(context: int = 4096, depths: int = 10, chunk: int = 1024) -> None:
+    """Print how often each cache answers, and at which depths (x = answered, shallow to deep)."""
+    recall(context, depths, chunk=chunk)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,161 @@
+"""Decode attention over pages full of rubbish outside the live tokens, against a dense softmax in float64."""
+
+from functools import cache, partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from diffkv_jax.pallas_kernels.attention import Heads, decode_attention
+from diffkv_jax.pallas_kernels.codecs import KVFormat
+from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
+from readback import Pool, on_device, random_pool, read_tier, slot_addresses
+
+SLOTS, MAX_LEN = 9, 800
+LENGTHS = [(0, 0), (0, 70), (130, 0), (33, 65), (600, 5), (0, 0), (1, 610)]  # 600 and 610: more than one chunk of the loop
+RECENT = [0, 3, 9, 1, 8, 5, 0]
+CASES = {  # tiers, head_dim, query heads a group, soft cap, scored
+    "K8V4+K4V2, G=1": (("K8V4", "K4V2"), 64, 1, None, True),
+    "K8V4+K4V2, G=3, d=128": (("K8V4", "K4V2"), 128, 3, None, True),
+    "grouped, G=6, capped": (("K8V4:1,2", "K4V2:2,4"), 64, 6, 5.0, True),
+    "K8V8+K4V1, G=16, d=128": (("K8V8", "K4V1"), 128, 16, None, True),
+    "K4V4, G=3": (("K4V4",), 64, 3, None, True),
+    "full, G=3, not scored": (("full",), 64, 3, None, False),
+    "full+K4V2, G=6": (("full", "K4V2"), 64, 6, None, True),
+}
+
+
+class Attended(NamedTuple):
+    """What decode attention gives: output [B, G, d], the pool's significance, scores of the recent slots [B, SLOTS]."""
+
+    output: np.ndarray
+    significance: np.ndarray
+    recent: np.ndarray
+
+
+class Case:
+    """Random tokens and queries of one case, and the compiled kernel."""
+
+    def __init__(self, tiers, head_dim: int, group: int, cap: float | None, scored: bool):
+        self.layout = PageLayout.solve(tuple(map(KVFormat.parse, tiers)), head_dim, max_len=MAX_LEN, scored=scored)
+        self.scale, self.cap = 1.5 * head_dim**-0.5, cap
+        lengths = [sizes[: self.layout.tiers] for sizes in LENGTHS]
+        self.pool = random_pool(self.layout, lengths, RECENT, max_len=MAX_LEN, slots=SLOTS, seed=group)
+        self.q = np.random.default_rng(9).normal(size=(len(LENGTHS), group, head_dim)).astype(np.float32)
+        self._kernel = jax.jit(
+            partial(decode_attention, layout=self.layout, max_len=MAX_LEN, sm_scale=self.scale, logits_soft_cap=cap),
+            static_argnames=("layout",),
+        )
+
+    def run(self, pool: Pool, q: np.ndarray | None = None) -> Attended:
+        pages, heads = on_device(pool, Pages, Heads)
+        return Attended(*jax.device_get(self._kernel(self.q if q is None else q, pages=pages, heads=heads)))
+
+    def dense(self, pool: Pool, swap: bool = False) -> Attended:
+        """The same by a softmax over all live tokens; `swap` takes keys for values."""
+        significance = pool.pages["significance"].copy()
+        output, recent = np.zeros(self.q.shape), np.zeros((len(LENGTHS), SLOTS))
+        for head, sizes in enumerate(pool.tier_len):
+            live = int(pool.recent_len[head])
+            read = [read_tier(Pages(**pool.pages), self.layout, pool.page_table[head], tier, n) for tier, n in enumerate(sizes)]
+            k = np.concatenate([pool.recent_k[head, :live], *(tier.k for tier in read)]).astype(np.float64)
+            v = np.concatenate([pool.recent_v[head, :live], *(tier.v for tier in read)]).astype(np.float64)
+            k, v = (v, k) if swap else (k, v)
+            if not len(k):
+                continue
+            p = softmax(self.q[head].astype(np.float64) @ k.T * self.scale, self.cap)
+            output[head] = p @ v
+            scores = np.split(p.max(axis=0), np.cumsum([live, *sizes])[:-1])
+            recent[head, :live] = scores[0]
+            for tier, (n, score) in enumerate(zip(sizes, scores[1:], strict=True)):
+                if self.layout.scored:
+                    significance[slot_addresses(self.layout, pool.page_table[head], tier, n)] += score
+        return Attended(output, significance, recent if self.layout.scored else np.zeros_like(recent))
+
+
+def softmax(logits: np.ndarray, cap: float | None) -> np.ndarray:
+    logits = logits if cap is None else cap * np.tanh(logits / cap)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def same(got: Attended, wanted: Attended, old: np.ndarray) -> None:
+    """Equal within float32 rounding; the significance of everything that is not a live token has the bits it had."""
+    np.testing.assert_allclose(got.output, wanted.output, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(got.recent, wanted.recent, rtol=2e-5, atol=1e-9)
+    touched = ~((wanted.significance == old) | np.isnan(old))
+    np.testing.assert_array_equal(got.significance[~touched], old[~touched])
+    np.testing.assert_allclose(got.significance[touched], wanted.significance[touched], rtol=2e-6)
+
+
+@cache
+def case(name: str) -> Case:
+    return Case(*CASES[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_a_dense_softmax(name: str):
+    this = case(name)
+    same(this.run(this.pool), this.dense(this.pool), this.pool.pages["significance"])
+
+
+def test_probabilities_of_a_group_of_one_sum_to_one():
+    this = case("K8V4+K4V2, G=1")
+    got, old = this.run(this.pool), this.pool.pages["significance"]
+    for head, sizes in enumerate(this.pool.tier_len):
+        mass = float(got.recent[head].sum())
+        for tier, n in enumerate(sizes):
+            at = slot_addresses(this.layout, this.pool.page_table[head], tier, n)
+            mass += float((got.significance[at].astype(np.float64) - old[at]).sum())
+        held = sizes.sum() + this.pool.recent_len[head]
+        assert mass == pytest.approx(1.0 if held else 0.0, abs=1e-4)
+
+
+def test_logits_of_any_size():
+    """Logits in the hundreds: the softmax is taken relative to the maximum over all tiers and the window."""
+    this = case("K8V4+K4V2, G=3, d=128")
+    q = this.q * 60
+    hot = Case.__new__(Case)
+    hot.__dict__.update(this.__dict__, q=q)
+    got, wanted = this.run(this.pool, q), hot.dense(this.pool)
+    assert np.isfinite(got.output).all()
+    np.testing.assert_allclose(got.output, wanted.output, rtol=1e-3, atol=1e-3)
+
+
+def test_a_head_without_tokens_gives_zeros():
+    this = case("K8V4+K4V2, G=1")
+    got = this.run(this.pool)
+    assert not got.output[0].any() and not got.recent[0].any()
+    assert got.output[5].any()  # only recent tokens
+
+
+def test_other_heads_do_not_matter():
+    """A head's result has the same bits whatever the other heads hold."""
+    this = case("K8V4+K4V2, G=3, d=128")
+    got = this.run(this.pool)
+    alone = this.pool._replace(tier_len=this.pool.tier_len * (np.arange(len(LENGTHS)) == 3)[:, None])
+    np.testing.assert_array_equal(this.run(alone).output[3], got.output[3])
+
+
+@pytest.mark.parametrize("mistake", ["table shifted by one", "a token too many", "a token too few", "recent too few", "tiers swapped"])
+def test_the_comparison_sees_mistakes(mistake: str):
+    this = case("K8V4+K4V2, G=3, d=128")
+    pool, old = this.pool, this.pool.pages["significance"]
+    off = (pool.tier_len[:, :1] > 0) * np.array([1, 0], np.int32)
+    bad = {
+        "table shifted by one": pool._replace(page_table=np.roll(pool.page_table, 1, axis=1)),
+        "a token too many": pool._replace(tier_len=pool.tier_len + off),
+        "a token too few": pool._replace(tier_len=pool.tier_len - off),
+        "recent too few": pool._replace(recent_len=np.maximum(pool.recent_len - 1, 0)),
+        "tiers swapped": pool._replace(page_table=np.ascontiguousarray(pool.page_table[:, ::-1])),
+    }[mistake]
+    with pytest.raises(AssertionError):
+        same(this.run(bad), this.dense(pool), old)
+
+
+@pytest.mark.parametrize("name", ["K4V4, G=3", "full, G=3, not scored"])
+def test_the_comparison_sees_swapped_keys_and_values(name: str):
+    this = case(name)
+    with pytest.raises(AssertionError):
+        same(this.run(this.pool), this.dense(this.pool, swap=True), this.pool.pages["significance"])

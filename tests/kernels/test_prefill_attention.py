@@ -1,0 +1,160 @@
+"""Attention of a prompt chunk and its column sums, over pages full of rubbish outside the live tokens, against float64 NumPy."""
+
+from functools import cache, partial
+
+import jax
+import numpy as np
+import pytest
+
+from diffkv_jax.pallas_kernels.attention import Heads
+from diffkv_jax.pallas_kernels.codecs import KVFormat
+from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
+from diffkv_jax.pallas_kernels.prefill_attention import Chunk, ColumnSums, Scale, column_sums, prefill_attention
+from readback import Pool, on_device, random_pool, read_tier, slot_addresses
+
+SLOTS, MAX_LEN = 9, 640
+STORED = [(0, 0), (70, 0), (0, 70), (33, 65), (540, 3)]
+RECENT = [0, 9, 8, 1, 5]
+CASES = {  # tiers, head_dim, query heads a group, chunk, observing rows, soft cap
+    "chunk of 32, all observe": (("K8V4", "K4V2"), 64, 3, 32, 32, None),
+    "chunk of 64, 16 observe, d=128": (("K8V4:1,2", "K4V2:2,4"), 128, 2, 64, 16, None),
+    "chunk of 128, 100 observe, capped": (("K8V4", "K4V2"), 64, 2, 128, 100, 4.0),  # the blocks of rows overlap
+    "one full tier, chunk of 64": (("full",), 64, 1, 64, 64, None),
+    "chunk of 1024": (("K4V4",), 64, 1, 1024, 64, None),  # several blocks of queries and of keys
+}
+
+
+class Case:
+    """Random stored tokens and a random chunk, and the compiled kernels."""
+
+    def __init__(self, tiers, head_dim: int, group: int, chunk_len: int, observe: int, cap: float | None):
+        self.layout = PageLayout.solve(tuple(map(KVFormat.parse, tiers)), head_dim, max_len=MAX_LEN)
+        self.scale, self.observe = Scale(1.3 * head_dim**-0.5, cap), observe
+        stored = [sizes[: self.layout.tiers] for sizes in STORED]
+        self.pool = random_pool(self.layout, stored, RECENT, max_len=MAX_LEN, slots=SLOTS, seed=chunk_len)
+        lengths = [chunk_len, 5, 0, chunk_len // 2 + 1, chunk_len]
+        rng = np.random.default_rng(5)
+        q, k, v = (rng.normal(size=(len(STORED), n, chunk_len, head_dim)).astype(np.float32) for n in (group, 1, 1))
+        self.chunk = Chunk(q, k[:, 0], v[:, 0], np.array(lengths, np.int32))  # padded rows hold draws like the others
+        self._kernel = jax.jit(partial(_both, layout=self.layout, observe=observe, scale=self.scale))
+
+    def run(self, chunk: Chunk, pool: Pool):
+        """Output, log-sum-exp and column sums."""
+        pages, heads = on_device(pool, Pages, Heads)
+        return jax.device_get(self._kernel(chunk, pages, heads=heads))
+
+    def dense(self, head: int, swap: bool = False):
+        """Output [G, n, d] and log-sum-exp [G, n] of the chunk's n tokens, and the column sums of stored, recent and chunk keys."""
+        pool, n = self.pool, int(self.chunk.length[head])
+        live, sizes = int(pool.recent_len[head]), pool.tier_len[head]
+        read = [read_tier(Pages(**pool.pages), self.layout, pool.page_table[head], tier, size) for tier, size in enumerate(sizes)]
+        own = slice(self.chunk.k.shape[1] - n, None)
+        k = np.concatenate([*(tier.k for tier in read), pool.recent_k[head, :live], self.chunk.k[head, own]]).astype(np.float64)
+        v = np.concatenate([*(tier.v for tier in read), pool.recent_v[head, :live], self.chunk.v[head, own]]).astype(np.float64)
+        k, v = (v, k) if swap else (k, v)
+        logits = self.chunk.q[head, :, own].astype(np.float64) @ k.T * self.scale.sm_scale
+        if self.scale.soft_cap:
+            logits = self.scale.soft_cap * np.tanh(logits / self.scale.soft_cap)
+        before = len(k) - n
+        logits[:, np.arange(len(k)) > before + np.arange(n)[:, None]] = -np.inf
+        lse = np.log(np.exp(logits).sum(axis=-1))
+        p = np.exp(logits - lse[..., None])
+        sums = p[:, max(n - self.observe, 0) :].sum(axis=1).max(axis=0)
+        return p @ v, lse, np.split(sums, np.cumsum([*sizes, live]))
+
+    def check(self, chunk: Chunk, pool: Pool, swap: bool = False) -> None:
+        """The kernels on `chunk` and `pool` give what this case must give."""
+        out, lse, sums = self.run(chunk, pool)
+        wanted = self.pool.pages["significance"].copy()
+        for head, n in enumerate(self.chunk.length):
+            own = slice(self.chunk.k.shape[1] - n, None)
+            output, total, (*tiers, recent, mine) = self.dense(head, swap)
+            np.testing.assert_allclose(out[head, :, own], output, rtol=1e-5, atol=3e-5)
+            np.testing.assert_allclose(lse[head, :, own], total, rtol=1e-5, atol=1e-5)
+            same_sums(sums.recent[head], recent, slice(0, len(recent)))
+            same_sums(sums.chunk[head], mine, own)
+            for tier, score in enumerate(tiers):
+                wanted[slot_addresses(self.layout, self.pool.page_table[head], tier, len(score))] += score
+        old = self.pool.pages["significance"]
+        untouched = (wanted == old) | np.isnan(old)
+        np.testing.assert_array_equal(sums.pages[untouched], old[untouched])
+        np.testing.assert_allclose(sums.pages[~untouched], wanted[~untouched], rtol=5e-6)
+
+
+def same_sums(got: np.ndarray, wanted: np.ndarray, where: slice) -> None:
+    """`wanted` at `where`, zeros elsewhere."""
+    full = np.zeros(got.shape)
+    full[where] = wanted
+    np.testing.assert_allclose(got, full, rtol=3e-5, atol=1e-9)
+
+
+def _both(chunk: Chunk, pages: Pages, heads: Heads, *, layout, observe: int, scale: Scale) -> tuple[jax.Array, jax.Array, ColumnSums]:
+    out, lse = prefill_attention(chunk, pages, layout, heads, scale)
+    return out, lse, column_sums(chunk, lse, observe, pages, layout, heads, scale)
+
+
+@cache
+def case(name: str) -> Case:
+    return Case(*CASES[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_dense_attention(name: str):
+    this = case(name)
+    this.check(this.chunk, this.pool)
+
+
+def test_column_sums_are_those_of_the_observing_rows():
+    """All masses of the observing rows, summed over one head's keys, with one query head a group: one a row."""
+    this = case("one full tier, chunk of 64")
+    _, _, sums = this.run(this.chunk, this.pool)
+    for head, n in enumerate(this.chunk.length):
+        at = slot_addresses(this.layout, this.pool.page_table[head], 0, this.pool.tier_len[head, 0])
+        stored = sums.pages[at].astype(np.float64) - this.pool.pages["significance"][at]
+        mass = stored.sum() + sums.recent[head].sum() + sums.chunk[head].sum()
+        assert mass == pytest.approx(min(n, this.observe), abs=2e-3)
+
+
+def test_padding_and_later_rows_do_not_matter():
+    """Padded rows may hold anything finite; a row does not see those after it."""
+    this = case("chunk of 32, all observe")
+    first = this.chunk.k.shape[1] - this.chunk.length[:, None]
+    padded = (np.arange(this.chunk.k.shape[1]) < first)[..., None]
+    k, v = (np.where(padded, 1e4, x).astype(np.float32) for x in (this.chunk.k, this.chunk.v))
+    q = np.where(padded[:, None], -77.0, this.chunk.q).astype(np.float32)
+    this.check(this.chunk._replace(q=q, k=k, v=v), this.pool)
+    k, v = k.copy(), v.copy()
+    k[:, -1] += 3
+    v[:, -1] -= 3
+    (one, *_), (other, *_) = this.run(this.chunk, this.pool), this.run(this.chunk._replace(k=k, v=v), this.pool)
+    for head, n in enumerate(this.chunk.length):
+        np.testing.assert_array_equal(one[head, :, 32 - n : -1], other[head, :, 32 - n : -1])
+
+
+def test_a_chunk_without_tokens_scores_nothing():
+    this = case("chunk of 32, all observe")
+    empty = this.chunk._replace(length=np.zeros_like(this.chunk.length))
+    _, _, sums = this.run(empty, this.pool)
+    np.testing.assert_array_equal(sums.pages, this.pool.pages["significance"])
+    assert not sums.recent.any() and not sums.chunk.any()
+
+
+@pytest.mark.parametrize("mistake", ["table shifted by one", "a token too many", "recent too few", "a row too few", "rows shifted by one"])
+def test_the_comparison_sees_mistakes(mistake: str):
+    this = case("chunk of 32, all observe")
+    chunk, pool = this.chunk, this.pool
+    bad = {
+        "table shifted by one": (chunk, pool._replace(page_table=np.roll(pool.page_table, 1, axis=1))),
+        "a token too many": (chunk, pool._replace(tier_len=pool.tier_len + (pool.tier_len > 0))),
+        "recent too few": (chunk, pool._replace(recent_len=np.maximum(pool.recent_len - 1, 0))),
+        "a row too few": (chunk._replace(length=np.maximum(chunk.length - 1, 0)), pool),
+        "rows shifted by one": (chunk._replace(k=np.roll(chunk.k, 1, axis=1)), pool),
+    }[mistake]
+    with pytest.raises(AssertionError):
+        this.check(*bad)
+
+
+def test_the_comparison_sees_swapped_keys_and_values():
+    this = case("one full tier, chunk of 64")
+    with pytest.raises(AssertionError):
+        this.check(this.chunk, this.pool, swap=True)

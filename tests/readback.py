@@ -1,0 +1,189 @@
+"""The pool's pages written and read by plain NumPy: what tests compare the library's kernels with.
+
+Only the layout's numbers (blocks, lanes, bits, groups) are taken from the library; addresses and decoding are done here and in
+`oracles.quantiser`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from oracles.quantiser import dequantise, unpack
+
+TIERS = ("high", "low")
+
+
+def payload_rows(codec, head_dim: int) -> int:
+    """Bytes that a token's K or V takes."""
+    return head_dim * codec.bits // 8 if hasattr(codec, "bits") else head_dim * jnp.dtype(codec.dtype).itemsize
+
+
+def meta_rows(codec) -> int:
+    """float16 numbers that a token's K or V takes: a scale and a zero point a group."""
+    return 2 * codec.groups if hasattr(codec, "bits") else 0
+
+
+def decode_tensor(codec, payload: np.ndarray, meta: np.ndarray) -> np.ndarray:
+    """Payload uint8 `[rows, T]` and metadata float16 `[meta_rows, T]` as float32 `[T, head_dim]`."""
+    if hasattr(codec, "bits"):
+        return dequantise(unpack(payload, codec.bits).T, meta[: codec.groups].T, meta[codec.groups :].T)
+    dtype = np.dtype(jnp.dtype(codec.dtype))
+    planes = payload.reshape(
+        dtype.itemsize, len(payload) // dtype.itemsize, -1 if payload.size else 0
+    )  # byte i of every channel is plane i
+    return np.ascontiguousarray(planes.transpose(2, 1, 0)).view(dtype)[..., 0].astype(np.float32)
+
+
+class TierTokens(NamedTuple):
+    """The tokens of one tier of one head, in slot order."""
+
+    position: np.ndarray  # int [n]
+    significance: np.ndarray  # float32 [n]; zeros when the policy does not score
+    k: np.ndarray  # float32 [n, head_dim]
+    v: np.ndarray  # float32 [n, head_dim]
+
+
+def slot_addresses(layout, table_row: np.ndarray, tier: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(page id, block, lane) of slots 0 to `length` of a tier: tier 0 from the left end of the table, tier 1 from the right."""
+    slot = np.arange(length)
+    page, within = np.divmod(slot, layout.blocks[tier] * layout.tokens)
+    column = page if tier == 0 else len(table_row) - 1 - page
+    return table_row[column], within // layout.tokens, within % layout.tokens
+
+
+def tensor_rows(layout, tier: int) -> list[tuple[str, int, int]]:
+    """(array, first row of block 0, rows of one block) of K payload, V payload, K metadata and V metadata."""
+    fmt, blocks = layout.formats[tier], layout.blocks[tier]
+    k_rows, v_rows = (payload_rows(codec, layout.head_dim) for codec in (fmt.key, fmt.value))
+    k_meta, v_meta = meta_rows(fmt.key), meta_rows(fmt.value)
+    return [("payload", 0, k_rows), ("payload", blocks * k_rows, v_rows), ("meta", 0, k_meta), ("meta", blocks * k_meta, v_meta)]
+
+
+def read_tier(pages, layout, table_row, tier: int, length: int) -> TierTokens:
+    """Decode the first `length` slots of a tier; `table_row` int [max_pages], `pages` with arrays that NumPy can read."""
+    page, block, lane = slot_addresses(layout, np.asarray(table_row), tier, int(length))
+    columns = []
+    for name, first, rows in tensor_rows(layout, tier):
+        row = first + block[:, None] * rows + np.arange(rows)
+        columns.append(np.asarray(getattr(pages, name))[page[:, None], row, lane[:, None]].T)
+    k_payload, v_payload, k_meta, v_meta = columns
+    fmt = layout.formats[tier]
+    significance = np.asarray(pages.significance)
+    scores = significance[page, block, lane] if significance.shape[1] else np.zeros(len(page), np.float32)
+    position = np.asarray(pages.position)[page, block, lane].astype(int)
+    return TierTokens(position, scores, decode_tensor(fmt.key, k_payload, k_meta), decode_tensor(fmt.value, v_payload, v_meta))
+
+
+def held_tokens(cache, layer: int, request: int, head: int) -> dict[int, tuple[str, np.ndarray, np.ndarray, float]]:
+    """Every token that a head of a paged layer holds: position to (tier, K float32, V float32, significance)."""
+    spec, held = cache.spec, {}
+    at = (layer, request, head)
+    for tier, name in zip(range(spec.layout.tiers), TIERS, strict=False):
+        length = int(np.asarray(cache.tier_len)[at][tier])
+        tokens = read_tier(cache.pages, spec.layout, np.asarray(cache.page_table)[at], tier, length)
+        for position, score, k, v in zip(tokens.position, tokens.significance, tokens.k, tokens.v, strict=True):
+            assert int(position) not in held, f"position {position} is held twice"
+            held[int(position)] = (name, k, v, float(score))
+    recent = int(np.asarray(cache.recent_len)[request])
+    first = int(np.asarray(cache.seq_len)[request]) - recent
+    keys, values, scores = (np.asarray(x)[at].astype(np.float32) for x in (cache.recent_k, cache.recent_v, cache.recent_significance))
+    for slot in range(recent):
+        assert first + slot not in held, f"position {first + slot} is held twice"
+        held[first + slot] = ("recent", keys[slot], values[slot], float(scores[slot]) if len(scores) else 0.0)
+    return held
+
+
+def page_ids_in_use(layout, page_table: np.ndarray, tier_len: np.ndarray, num_pages: int) -> list[int]:
+    """All page ids in tables `[..., max_pages]`; asserts that columns that no tier uses hold `num_pages` (none)."""
+    page_table, tier_len = np.asarray(page_table), np.asarray(tier_len)
+    rows = page_table.reshape(-1, page_table.shape[-1])
+    used = []
+    for row, lengths in zip(rows, tier_len.reshape(len(rows), -1), strict=True):
+        pages = [-(-int(n) // (layout.blocks[tier] * layout.tokens)) for tier, n in enumerate(lengths)]
+        right = pages[1] if len(pages) == 2 else 0
+        assert pages[0] + right <= len(row)
+        mine = [*row[: pages[0]], *row[len(row) - right :]]
+        assert all(0 <= page < num_pages for page in mine), f"{row} must hold pages {pages}"
+        unused = row[pages[0] : len(row) - right]
+        assert (unused == num_pages).all(), f"{row} holds ids beyond its pages {pages}"
+        used += [int(page) for page in mine]
+    return used
+
+
+def check_pool(layout, page_table, tier_len, ring) -> None:
+    """Every page is either free or owned by one head, and no id appears twice."""
+    ids, start, count = np.asarray(ring.ids), int(ring.start), int(ring.count)
+    used = page_ids_in_use(layout, page_table, tier_len, len(ids))
+    free = [int(ids[(start + i) % len(ids)]) for i in range(count)]
+    assert len(used) + len(free) == len(ids)
+    assert sorted(used + free) == list(range(len(ids)))
+
+
+class Pool(NamedTuple):
+    """Heads with random tokens in a pool where everything else is rubbish."""
+
+    pages: dict[str, Any]  # payload, meta, significance, position
+    page_table: np.ndarray
+    tier_len: np.ndarray
+    recent_k: np.ndarray
+    recent_v: np.ndarray
+    recent_len: np.ndarray
+
+
+def random_pool(layout, lengths, recent_len, *, max_len: int, slots: int, seed: int = 0) -> Pool:
+    """A pool for `B` heads with `lengths [B, tiers]` stored and `recent_len [B]` of `slots` recent tokens.
+
+    Codes and metadata are drawn, not encoded. Dead pages, lanes and recent slots hold 255 and NaN, unused table columns other ids.
+    """
+    rng = np.random.default_rng(seed)
+    lengths, recent_len = np.asarray(lengths, np.int32), np.asarray(recent_len, np.int32)
+    per_page = [blocks * layout.tokens for blocks in layout.blocks]
+    counts = -(-lengths // per_page)
+    num_pages, max_pages = int(counts.sum()) + 3, -(-max_len // per_page[0]) + layout.tiers
+    blocks = max(layout.blocks)
+    pages = {
+        "payload": np.full((num_pages, layout.rows, layout.tokens), 255, np.uint8),
+        "meta": np.full((num_pages, layout.meta_rows, layout.tokens), np.nan, np.float16),
+        "significance": np.full((num_pages, blocks if layout.scored else 0, layout.tokens), np.nan, np.float32),
+        "position": np.full((num_pages, blocks, layout.tokens), 65535, layout.position_dtype),
+    }
+    ids = list(rng.permutation(num_pages))
+    table = rng.choice(np.array([-7, 0, 1, num_pages - 1, num_pages, 10**6], np.int32), (len(lengths), max_pages))
+    for head, tiers in enumerate(lengths):
+        for tier, length in enumerate(tiers):
+            for page in range(counts[head, tier]):
+                table[head, page if tier == 0 else max_pages - 1 - page] = ids.pop()
+            _draw_tokens(rng, pages, layout, table[head], tier, int(length))
+    shape = (len(lengths), slots, layout.head_dim)
+    dead = (np.arange(slots) >= recent_len[:, None])[..., None]
+    recent_k, recent_v = (np.where(dead, np.nan, rng.normal(size=shape)).astype(np.float32) for _ in range(2))
+    return Pool(pages, table, lengths, recent_k, recent_v, recent_len)
+
+
+def _draw_tokens(rng, pages: dict[str, Any], layout, table_row: np.ndarray, tier: int, length: int) -> None:
+    """Random codes, scales, zero points, significance and positions for the slots of one tier of one head."""
+    page, block, lane = slot_addresses(layout, table_row, tier, length)
+    fmt = layout.formats[tier]
+    for codec, payload, meta in zip((fmt.key, fmt.value), tensor_rows(layout, tier)[:2], tensor_rows(layout, tier)[2:], strict=True):
+        if hasattr(codec, "bits"):
+            codes = rng.integers(0, 256, (length, payload[2]))
+            scale = rng.uniform(0.5, 1.0, (length, codec.groups)) * 4 / (2**codec.bits - 1)
+            numbers = np.concatenate([scale, rng.normal(size=scale.shape) - 2], axis=1)
+        else:
+            exact = rng.normal(size=(length, layout.head_dim)).astype(jnp.dtype(codec.dtype))
+            codes = exact.view(np.uint8).reshape(length, layout.head_dim, exact.dtype.itemsize).swapaxes(1, 2).reshape(length, payload[2])
+            numbers = np.zeros((length, 0))
+        for (name, first, rows), values in ((payload, codes), (meta, numbers)):
+            row = first + block[:, None] * rows + np.arange(rows)
+            pages[name][page[:, None], row, lane[:, None]] = values
+    if layout.scored:
+        pages["significance"][page, block, lane] = rng.uniform(0, 2, length)
+    pages["position"][page, block, lane] = np.arange(length)
+
+
+def on_device(pool: Pool, pages_type, heads_type):
+    """The pool as the library's `Pages` and `Heads`."""
+    pages, heads = jax.tree.map(jnp.asarray, (pool.pages, pool[1:]))
+    return pages_type(**pages), heads_type(*heads)

@@ -1,0 +1,70 @@
+"""What the compressed cache costs on a real model, at allocated bytes, and that it costs nothing beyond its codec and its drops."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+import diffkv_jax as dkv
+import quality
+from helpers_model import smollm2_gguf_path
+
+pytestmark = pytest.mark.slow
+CONTEXT, STEPS = 4096, 256
+KEEP_ALL, DROPPING = "alpha (1, 0)", "alpha (1, 0.02)"
+TEXTS = ("hamlet", "king_james", "stdlib_source")
+
+
+@cache
+def measured() -> dict[tuple[str, str], quality.Line]:
+    """Every policy on every text, prompt in one chunk: attended exactly, compressed once, as the simulation does."""
+    smollm2_gguf_path()  # skips, with the reason, where the model's package is missing
+    policies = {KEEP_ALL: dkv.diffkv(1.0, 0.0), DROPPING: dkv.diffkv(1.0, 0.02)}
+    lines = quality.measure(CONTEXT, STEPS, TEXTS, policies, chunk=CONTEXT)
+    print("\n" + quality.markdown(lines))
+    return {(line.policy, line.text): line for line in lines}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_keeping_everything_is_nearly_free(text):
+    line = measured()[KEEP_ALL, text]
+    assert line.of_bf16 <= 0.32
+    assert 1e-4 < line.mean_kl <= 0.03
+    assert line.dropped == 0
+    assert 0 < line.high < line.low
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_dropping_saves_more(text):
+    line = measured()[DROPPING, text]
+    assert line.of_bf16 <= 0.23
+    assert line.dropped > 0.1
+    assert line.mean_kl > measured()[KEEP_ALL, text].mean_kl
+
+
+@pytest.mark.parametrize(("policy", "alpha_low"), [(KEEP_ALL, 0.0), (DROPPING, 0.02)])
+def test_nothing_is_lost_beyond_codec_and_drops(policy, alpha_low):
+    """The independent simulation (torch, dense tensors, fake quantisation) makes the same decisions and comes to the same KL."""
+    simulation = pytest.importorskip("oracles.fake_quant_simulation", reason="needs torch", exc_type=ImportError)
+    model, tokens, prefilled, full = simulated_prompt("hamlet")
+    run = simulation.decode(model, prefilled, tokens[CONTEXT:-1], simulation.Policy(1.0, alpha_low))
+    figures = simulation.metrics(full.logits, run.logits, tokens[CONTEXT + 1 :])
+    line = measured()[policy, "hamlet"]
+    print(f"\n{policy}: KL {line.mean_kl:.4f}, simulated {figures['mean_kl']:.4f}; fractions {run.fractions.mean(axis=(0, 1))}")
+    assert line.mean_kl == pytest.approx(figures["mean_kl"], rel=0.25)
+    assert line.perplexity_full == pytest.approx(figures["perplexity_full"], rel=0.01)
+    recent, high, low, dropped = run.fractions.mean(axis=(0, 1))
+    assert np.allclose([line.recent, line.high, line.low, line.dropped], [recent, high, low, dropped], atol=0.01)
+
+
+@cache
+def simulated_prompt(text: str):
+    """(torch model, token list, simulated prefill, simulated full-cache run) of one text."""
+    import torch
+
+    from oracles import fake_quant_simulation as simulation
+
+    model, tokenizer = simulation.load(smollm2_gguf_path())
+    tokens = quality.text_tokens(tokenizer, [text], CONTEXT + STEPS + 1)[0]
+    prefilled = simulation.prefill(model, tokens[:CONTEXT], CONTEXT + STEPS + 1, cache_dtype=torch.bfloat16)
+    return model, tokens, prefilled, simulation.decode(model, prefilled, tokens[CONTEXT:-1])
