@@ -8,8 +8,8 @@ from jax import Array, lax
 from diffkv_jax.cache import KVCache
 from diffkv_jax.event import Plan, admit, apply_plan, plan_event
 from diffkv_jax.layer_state import layer_clock, per_head, put_layer, stored_layer, take_layer, with_stored
-from diffkv_jax.pallas_kernels.compact import Tokens, release_all
-from diffkv_jax.prefill_layer import observed_after
+from diffkv_jax.pallas_kernels.compact import Tokens
+from diffkv_jax.prefill_layer import observed_after, recent_after
 from diffkv_jax.steps import DecodeStep, PrefillStep
 
 
@@ -23,33 +23,34 @@ def after_decode(cache: KVCache, step: DecodeStep) -> KVCache:
         observed=cache.observed + active,
         steps=cache.steps + 1,
     )
-    if not cache.spec.paged_layers:
-        return dataclasses.replace(cache, recent_len=jnp.minimum(cache.recent_len, cache.spec.window))
-    return lax.cond(cache.steps % cache.spec.flush == 0, lambda cache: compress(cache, step.active), lambda cache: cache, cache)
+    spec = cache.spec
+    if not spec.paged_layers:
+        return dataclasses.replace(cache, recent_len=jnp.minimum(cache.recent_len, spec.window))
+    full = (cache.recent_len >= spec.window + spec.flush) & ~cache.overflow  # between events only after a pause
+    due = (step.active & (cache.steps % spec.flush == 0)) | full
+    return lax.cond(due.any(), lambda cache: compress(cache, due), lambda cache: cache, cache)
 
 
 def after_prefill(cache: KVCache, step: PrefillStep, chunk_len: int) -> KVCache:
-    """Count the chunk's tokens. A request that found no page in some layer is emptied: its pages go back, its `overflow` stays set."""
-    seq_len = cache.seq_len + step.length
-    cache = dataclasses.replace(
+    """Count the chunk's tokens. A request that found no page in some layer holds none any more: it starts from nothing."""
+    return dataclasses.replace(
         cache,
-        seq_len=seq_len,
-        recent_len=jnp.minimum(cache.recent_len + step.length, cache.spec.window),
-        observed=observed_after(cache, step, chunk_len),
+        seq_len=jnp.where(cache.overflow, 0, cache.seq_len + step.length),
+        recent_len=jnp.where(cache.overflow, 0, recent_after(cache, step)),
+        observed=jnp.where(cache.overflow, 0, observed_after(cache, step, chunk_len)),
         steps=jnp.int32(0),
     )
-    return lax.cond(cache.overflow.any(), _empty_overflown, lambda cache: cache, cache)
 
 
-def compress(cache: KVCache, active: Array) -> KVCache:
-    """One compression event over all layers and the requests that are `active` (bool [R]); one that has ended stays as it ended.
+def compress(cache: KVCache, due: Array) -> KVCache:
+    """One compression event over all layers and the requests that are `due` (bool [R]); one that has ended stays as it ended.
 
     All layers are planned before any is changed: a request whose new pages are not all free is left exactly as it was, with
     `overflow` set.
     """
     spec = cache.spec
     layers = len(spec.paged_layers)
-    leaving = jnp.where(active, jnp.maximum(cache.recent_len - spec.window, 0), 0)  # always the oldest
+    leaving = jnp.where(due, jnp.maximum(cache.recent_len - spec.window, 0), 0)  # always the oldest
 
     def count_pages(layer, needed):
         return needed + _plan(cache, layer, leaving).pages.reshape(spec.num_requests, -1).sum(axis=1)
@@ -105,16 +106,3 @@ def _shifted(recent: Array, layer: Array, shift: Array) -> Array:
     shape = (*slot.shape, *(1,) * (one.ndim - 2))
     moved = jnp.take_along_axis(one, jnp.minimum(slot, one.shape[1] - 1).reshape(shape), axis=1)
     return put_layer(recent, layer, jnp.where((slot < one.shape[1]).reshape(shape), moved, 0))
-
-
-def _empty_overflown(cache: KVCache) -> KVCache:
-    """Give back the pages of every request whose `overflow` is set and forget its tokens."""
-    gone = cache.overflow
-
-    def empty_layer(layer, cache):
-        stored = release_all(stored_layer(cache, layer), cache.spec.layout, per_head(cache, gone))
-        return with_stored(cache, layer, stored)
-
-    cache = lax.fori_loop(0, len(cache.spec.paged_layers), empty_layer, cache)
-    counters = {name: jnp.where(gone, 0, getattr(cache, name)) for name in ("seq_len", "recent_len", "observed")}
-    return dataclasses.replace(cache, **counters)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import humanize
@@ -21,9 +21,9 @@ def parse_bytes(budget: int | str) -> int:
     Raises:
         ValueError: not a positive amount, or an unknown unit.
     """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", str(budget))
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", str(budget))
     unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or match[1].count(".") > 1:
+    if match is None or unit is None:
         raise ValueError(f"memory_budget={budget!r} must be a number of bytes or text such as '512MiB' or '2GB'")
     amount = int(float(match[1]) * unit)
     if amount <= 0:
@@ -43,19 +43,22 @@ def cache_bytes(spec: CacheSpec) -> int:
     return tree_bytes(shapes)
 
 
-def with_pool(spec: CacheSpec, policy: CompressionPolicy, totals: Sequence[int], budget: int | str | None) -> CacheSpec:
-    """`spec` with `num_pages` set from the budget; without one, enough for every token in the highest tier.
+def with_pool(
+    spec: CacheSpec, policy: CompressionPolicy, totals: Sequence[int], room: Sequence[int], budget: int | str | None
+) -> CacheSpec:
+    """`spec` with `num_pages` set from the budget; without one, enough for every token that there is room for in the highest tier.
 
     Args:
-        totals: tokens that each request will come to.
+        totals: tokens that each request will come to now.
+        room: tokens that each request may ever come to.
 
     Raises:
         ValueError: even with every token in the cheapest form the policy allows, the tokens do not fit; names the smallest budget
             with which they can, and the one that always suffices.
     """
-    least, most = _page_bounds(spec, policy, totals)
+    least, most = _least_pages(spec, policy, totals), _most_pages(spec, room)
     if budget is None:
-        return dataclasses.replace(spec, num_pages=max(most, 1))
+        return dataclasses.replace(spec, num_pages=most)
     amount = parse_bytes(budget)
     fixed = cache_bytes(dataclasses.replace(spec, num_pages=0))
     per_page = cache_bytes(dataclasses.replace(spec, num_pages=1)) - fixed
@@ -67,15 +70,23 @@ def with_pool(spec: CacheSpec, policy: CompressionPolicy, totals: Sequence[int],
             f"{fixed + least * per_page} bytes ({needs}), {fixed + most * per_page} bytes ({suffices}) always suffice; "
             "raise the budget, ask for fewer tokens or choose a smaller policy"
         )
-    return dataclasses.replace(spec, num_pages=max(min(pages, most), 1))
+    return dataclasses.replace(spec, num_pages=min(pages, most))
 
 
-def _page_bounds(spec: CacheSpec, policy: CompressionPolicy, totals: Sequence[int]) -> tuple[int, int]:
-    """Pages without which the tokens cannot fit, and pages with which they always do."""
-    layout, heads = spec.layout, len(spec.paged_layers) * spec.attention.num_kv_heads
+def _least_pages(spec: CacheSpec, policy: CompressionPolicy, totals: Sequence[int]) -> int:
+    """Pages without which the tokens cannot fit: all in the cheapest tier, or one page a head where they may be dropped."""
+    layout = spec.layout
     stored = [max(total - spec.window, 0) for total in totals]
-    cheapest = [min(layout.pages_for(tier, n) for tier in range(layout.tiers)) for n in stored]
-    if policy.drops:
-        cheapest = [min(pages, 1) for pages in cheapest]
-    dearest = [layout.pages_for(0, n) + layout.tiers - 1 if n else 0 for n in stored]
-    return heads * sum(cheapest), heads * sum(dearest)
+    pages = [min(layout.pages_for(tier, n) for tier in range(layout.tiers)) for n in stored]
+    return _all_heads(spec, (min(n, 1) if policy.drops else n for n in pages))
+
+
+def _most_pages(spec: CacheSpec, room: Sequence[int]) -> int:
+    """Pages that always suffice: every token in the highest tier, and a part-filled page of the other one."""
+    stored = [max(total - spec.window, 0) for total in room]
+    return _all_heads(spec, (spec.layout.pages_for(0, n) + spec.layout.tiers - 1 if n else 0 for n in stored))
+
+
+def _all_heads(spec: CacheSpec, pages: Iterable[int]) -> int:
+    """Pages of one head of each request, summed over requests, layers and heads; at least one, for an array must not be empty."""
+    return max(len(spec.paged_layers) * spec.attention.num_kv_heads * sum(pages), 1)

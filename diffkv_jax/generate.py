@@ -84,24 +84,23 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if cache is not None:
-        batch, sizes = _continued(cache, batch, sizes, policy, memory_budget)
+        _check_unset(policy=policy, memory_budget=memory_budget, max_len=max_len, cache_dtype=cache_dtype)
+        batch, sizes = _continued(cache, batch, sizes)
     seen = np.zeros_like(sizes) if cache is None else np.asarray(cache.seq_len)
     totals = seen + sizes + max_new_tokens - 1
     limit = cache.spec.max_len if cache is not None else max_len or int(totals.max())
     check_context(attention, totals, limit)
     keys = _request_keys(sampling, key, len(sizes))
     if cache is None:
-        cache = make_cache(
-            model, policy or CompressionPolicy.none(), totals, max_len=limit, memory_budget=memory_budget, cache_dtype=cache_dtype
-        )
+        policy = policy or CompressionPolicy.none()
+        cache = make_cache(model, policy, totals, max_len=max_len, memory_budget=memory_budget, cache_dtype=cache_dtype)
     observe = cache.spec.observe if isinstance(cache.spec.observe, int) else 0
     size = chunk_size(int(sizes.max()), prefill_chunk, observe)
     began = time.perf_counter()
     logits, cache = jax.block_until_ready(prefill(model, params, cache, batch, sizes, size))
     prefill_seconds = time.perf_counter() - began
     width = 1 << (max_new_tokens - 1).bit_length()
-    stops = jnp.asarray([*stop_token_ids, -1], jnp.int32)
-    state = _decode(model, params, cache, logits, keys, jnp.int32(max_new_tokens), stops, sampling or Greedy(), width)
+    state = _decode(model, params, cache, logits, keys, jnp.int32(max_new_tokens), _padded(stop_token_ids), sampling or Greedy(), width)
     out, counts, reasons = jax.device_get((state.tokens, state.lengths, state.reason))
     return GenerateOutput(out[:, :max_new_tokens], counts, tuple(FINISH_REASONS[r] for r in reasons), state.cache, prefill_seconds)
 
@@ -115,13 +114,17 @@ def make_cache(
     memory_budget: int | str | None = None,
     cache_dtype: str | None = None,
 ) -> KVCache:
-    """An empty cache for requests that come to `totals` tokens each; the other arguments are those of `generate`."""
+    """An empty cache for requests that come to `totals` tokens each; the other arguments are those of `generate`.
+
+    Without `max_len` the totals are rounded up to multiples of 128, so that nearly equal prompts share their compiled programs.
+    """
     attention = model.attention
     totals = [int(n) for n in totals]
+    room = [max_len or -(-n // 128) * 128 for n in totals]
     spec = CacheSpec.build(
-        attention, policy, num_requests=len(totals), max_len=max_len or max(totals), num_pages=0, dtype=cache_dtype or attention.dtype
+        attention, policy, num_requests=len(totals), max_len=max(room), num_pages=0, dtype=cache_dtype or attention.dtype
     )
-    spec = with_pool(spec, policy, totals, memory_budget)
+    spec = with_pool(spec, policy, totals, room, memory_budget)
     alpha = policy.thresholds(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads)
     return jax.jit(partial(empty_cache, spec))(alpha)
 
@@ -181,14 +184,26 @@ def _decode(model, params, cache, logits, keys, limit, stops, sampling, width) -
         return take(state._replace(cache=cache, reason=reason), logits)
 
     state = lax.while_loop(lambda state: jnp.any(state.reason == RUNNING), step, take(start, logits))
-    pending = jnp.where(state.lengths > 0, state.token, -1)
+    unseen = (state.lengths > 0) & (state.reason != CACHE_FULL)  # the model had seen the last token when the cache was found full
+    pending = jnp.where(unseen, state.token, -1)
     return state._replace(cache=dataclasses.replace(state.cache, pending=pending))
 
 
-def _continued(cache: KVCache, batch: np.ndarray, sizes: np.ndarray, policy, memory_budget) -> tuple[np.ndarray, np.ndarray]:
+def _padded(stop_token_ids: Sequence[int]) -> Array:
+    """Stop ids int32, filled with -1 to a power of two of at least 8, so that another number of them compiles nothing."""
+    width = max(8, 1 << (len(stop_token_ids) - 1).bit_length() if stop_token_ids else 8)
+    return jnp.asarray([*stop_token_ids, *[-1] * (width - len(stop_token_ids))], jnp.int32)
+
+
+def _check_unset(**arguments) -> None:
+    """Refuse arguments that a given cache has fixed."""
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(f"{' and '.join(given)} were fixed by the call that made the cache; leave them out when cache= is given")
+
+
+def _continued(cache: KVCache, batch: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Prompts that go on from `cache`, each with the token that was sampled last (the model has not seen it) put before it."""
-    if policy is not None or memory_budget is not None:
-        raise ValueError("policy and memory_budget are fixed by the call that made the cache; leave them out when cache= is given")
     if len(sizes) != cache.spec.num_requests:
         raise ValueError(f"the cache holds {cache.spec.num_requests} requests, given {len(sizes)} prompts; they must match row by row")
     if any(x.is_deleted() for x in jax.tree.leaves(cache)):

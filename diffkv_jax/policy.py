@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ class CompressionPolicy:
         name: shown in reports.
         tiers: formats of the stored tiers, most precise first, one or two: "full", "K8V4", "K4V2:2,4" (groups after the colon) ...
         alpha_high: threshold of the high tier in units of uniform attention 1/P: a number, or nested tuples that broadcast to
-            [layers, requests, kv_heads].
+            [layers, requests, kv_heads]; layers counts those without a sliding window.
         alpha_low: threshold below which a token is dropped, likewise; 0 drops nothing.
         observe: how many of the last prompt queries score the prompt, "all" of them, or None: the policy does not score.
         window: number of most recent tokens that stay exact.
@@ -42,6 +42,8 @@ class CompressionPolicy:
     flush: int = 32
 
     def __post_init__(self):
+        if isinstance(self.tiers, str) or not isinstance(self.tiers, Sequence):
+            raise ValueError(f"tiers={self.tiers!r} must be a list of format names such as ['K8V4', 'K4V2']")
         object.__setattr__(self, "tiers", tuple(self.tiers))
         for field in ("alpha_high", "alpha_low"):
             object.__setattr__(self, field, _frozen(getattr(self, field)))
@@ -92,7 +94,8 @@ class CompressionPolicy:
         data = json.loads(text)
         known = {field.name for field in dataclasses.fields(CompressionPolicy)}
         if not isinstance(data, dict) or not {"name", "tiers"} <= set(data) <= known:
-            raise ValueError(f"a policy must be a JSON object with 'name', 'tiers' and any of {sorted(known)}, given {sorted(data)}")
+            given = sorted(data) if isinstance(data, dict) else data
+            raise ValueError(f"a policy must be a JSON object with 'name', 'tiers' and any of {sorted(known)}, given {given}")
         return CompressionPolicy(**data)
 
 
@@ -166,7 +169,7 @@ def _check_thresholds(policy: CompressionPolicy) -> None:
         raise ValueError(
             f"policy {policy.name!r} needs observe=64 or 'all': thresholds and a second tier need significance, observe is None"
         )
-    if len(policy.tiers) == 1 and policy.observe is not None and not math.isclose(high.max(), low.max()):
+    if len(policy.tiers) == 1 and policy.observe is not None and np.any(low != high):
         raise ValueError(
             f"alpha_high={policy.alpha_high} must equal alpha_low={policy.alpha_low} with the single tier {policy.tiers}: "
             "there is no low tier between them"

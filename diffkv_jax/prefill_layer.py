@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from diffkv_jax.cache import CacheSpec, KVCache
-from diffkv_jax.event import admit, apply_plan, plan_event
+from diffkv_jax.event import apply_plan, plan_event
 from diffkv_jax.layer_state import layer_clock, layer_heads, per_head, put_layer, stored_layer, take_layer, with_stored
+from diffkv_jax.overflow import make_room
 from diffkv_jax.pallas_kernels.attention import Heads
 from diffkv_jax.pallas_kernels.compact import Tokens, ranked
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk, ColumnSums, Scale, column_sums, prefill_attention
@@ -31,7 +32,7 @@ def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, st
     gathered = _gather(cache, layer, chunk, heads, sums)
     attended = lse[0, 0, 0] > -jnp.inf  # always so, but the compiler cannot know: the event waits for attention's reads of the pool
     cache = lax.cond(attended, lambda cache: _store(cache, layer, gathered, step), lambda cache: cache, cache)
-    cache = _keep_window(cache, layer, gathered)
+    cache = _keep_window(cache, layer, gathered, step)
     out = out.reshape(*_grouped(spec), -1, spec.attention.head_dim)  # [R, K, G, C, d]
     return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(q.dtype), cache
 
@@ -100,7 +101,7 @@ def _gather(cache: KVCache, layer: Array, chunk: Chunk, heads: Heads, sums: Colu
 
 
 def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep) -> KVCache:
-    """Let everything but the last `window` tokens into the tiers."""
+    """Let everything but the last `window` tokens into the tiers; a request without tokens in this chunk stays as it is."""
     spec = cache.spec
     tokens, valid = gathered
     seq_len = cache.seq_len + step.length
@@ -108,13 +109,11 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep)
     clock = layer_clock(cache, layer, seq_len, observed)
     clock = clock._replace(alpha=jnp.where(step.compress, clock.alpha, 0.0))
     leaving = valid & (tokens.position < clock.seq_len[:, None] - spec.window)
-    leaving = leaving & ~per_head(cache, cache.overflow)[:, None]
-    stored = stored_layer(cache, layer)
-    plan = plan_event(spec, stored, clock, tokens.significance, tokens.position, leaving, one_victim=False)
-    needed = plan.pages.reshape(spec.num_requests, -1).sum(axis=1)
-    admitted = admit(needed, cache.ring.count) & ~cache.overflow
-    cache = with_stored(cache, layer, apply_plan(spec.layout, stored, plan, tokens, per_head(cache, admitted)))
-    return dataclasses.replace(cache, overflow=~admitted | cache.overflow)
+    leaving = leaving & per_head(cache, (step.length > 0) & ~cache.overflow)[:, None]
+    plan = plan_event(spec, stored_layer(cache, layer), clock, tokens.significance, tokens.position, leaving, one_victim=False)
+    cache = make_room(cache, plan.pages.reshape(spec.num_requests, -1).sum(axis=1))
+    stored = apply_plan(spec.layout, stored_layer(cache, layer), plan, tokens, per_head(cache, ~cache.overflow))
+    return with_stored(cache, layer, stored)
 
 
 def observed_after(cache: KVCache, step: PrefillStep, chunk_len: int) -> Array:
@@ -124,11 +123,16 @@ def observed_after(cache: KVCache, step: PrefillStep, chunk_len: int) -> Array:
     return cache.observed + jnp.where(step.compress | (spec.observe == "all"), scoring, 0)
 
 
-def _keep_window(cache: KVCache, layer: Array, gathered: _Gathered) -> KVCache:
-    """The last `window` tokens of `gathered`, oldest first, become the recent window of a layer."""
+def recent_after(cache: KVCache, step: PrefillStep) -> Array:
+    """`recent_len` int32 [R] after this chunk."""
+    return jnp.where(step.length > 0, jnp.minimum(cache.recent_len + step.length, cache.spec.window), cache.recent_len)
+
+
+def _keep_window(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep) -> KVCache:
+    """The last tokens of `gathered`, oldest first, become the recent window of a layer."""
     spec = cache.spec
     total = gathered.valid.sum(axis=1)[:, None]
-    kept = jnp.minimum(total, spec.window)
+    kept = per_head(cache, recent_after(cache, step))[:, None]
     rank = total - kept + jnp.arange(spec.window + spec.flush)
     index = jnp.minimum(ranked(jnp.cumsum(gathered.valid, axis=1), rank), gathered.valid.shape[1] - 1)
     tokens = gathered.tokens

@@ -17,10 +17,10 @@ def as_batch(
     Raises:
         ValueError: no request, an empty prompt, lengths that do not fit, a token id outside the vocabulary, or not integers.
     """
-    if not isinstance(tokens, np.ndarray) and lengths is None and not hasattr(tokens, "shape"):
+    if not hasattr(tokens, "shape"):
         rows = [np.asarray(row) for row in tokens]
-        lengths = np.array([len(row) for row in rows], np.int32)
-        padded = np.zeros((len(rows), max([0, *lengths])), np.int64)
+        lengths = np.array([len(row) for row in rows], np.int32) if lengths is None else lengths
+        padded = np.zeros((len(rows), max([0, *map(len, rows)])), np.int64)
         for i, row in enumerate(rows):
             padded[i, : len(row)] = _integers(row) if len(row) else 0
         tokens = padded

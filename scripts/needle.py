@@ -1,12 +1,12 @@
 """Passkey recall: a number hidden at ten depths of a long text, asked for at its end, with the full and with compressed caches."""
 
-import corpora
 import numpy as np
 import typer
-from smollm2 import smollm2_gguf
 
+import corpora
 import diffkv_jax as dkv
 from diffkv_jax.models import load_pretrained
+from smollm2 import smollm2_gguf
 
 PASSKEY = 48213
 NEEDLE = f"\n\nThe pass key is {PASSKEY}. Remember it. {PASSKEY} is the pass key.\n\n"
@@ -25,11 +25,12 @@ def prompts(tokenizer, context: int, depths: int, text: str = "king_james") -> n
 def recall(context: int = 4096, depths: int = 10, policies=None, chunk: int = 1024) -> dict[str, list[bool]]:
     """For each policy, whether the greedy answer holds the passkey, by depth."""
     model, params, tokenizer = load_pretrained(smollm2_gguf())
+    assert tokenizer is not None  # a GGUF file carries one
     tokens = prompts(tokenizer, context, depths)
     found = {}
     for name, policy in (policies or POLICIES).items():
         out = dkv.generate(model, params, tokens, policy=policy, max_new_tokens=8, cache_dtype="bfloat16", prefill_chunk=chunk)
-        answers = tokenizer.batch_decode(out.tokens)
+        answers = [tokenizer.decode(row) for row in out.tokens]
         found[name] = [str(PASSKEY) in answer for answer in answers]
         print(f"{name:16s} {sum(found[name]):2d} of {depths}  {''.join('x' if f else '.' for f in found[name])}  {answers}", flush=True)
     return found

@@ -89,17 +89,15 @@ def test_sampling_with_a_key_for_each_request(model, prompts):
     assert (again.tokens != batch.tokens).any()
 
 
-IDLE_CHUNK = "a chunk in which a row has no token of its own still takes that row's surplus of recent tokens into the high tier"
-IDLE_STEPS = "an event in decode also compresses rows that have ended, which alone would not have come to it"
 TURNS = {
-    "same lengths": ((40, 63, 50, 45), False, ()),
-    "an idle chunk": ((40, 63, 100, 50), False, pytest.mark.xfail(strict=True, reason=IDLE_CHUNK)),
-    "a row that ended early": ((40, 63, 50, 45), True, pytest.mark.xfail(strict=True, reason=IDLE_STEPS)),
+    "same lengths": ((40, 63, 50, 45), False),
+    "an idle chunk": ((40, 63, 100, 50), False),
+    "a row that ended early": ((40, 63, 50, 45), True),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lengths", "stops"), [pytest.param(*case[:2], marks=case[2], id=name) for name, case in TURNS.items()])
+@pytest.mark.parametrize(("lengths", "stops"), TURNS.values(), ids=TURNS)
 def test_second_turn(model, prompts, greedy, lengths, stops):
     """Two turns as a batch and alone."""
     stop = int(greedy[0].tokens[2, 5]) if stops else -2

@@ -126,7 +126,6 @@ def test_cache_full_in_decode(starved_in_decode):
     np.testing.assert_array_equal(out.tokens[1, : POLICY.flush], ample.tokens[1, : POLICY.flush])
 
 
-@pytest.mark.xfail(strict=True, reason="_decode keeps as pending a token that the model has already seen when the cache is full")
 def test_going_on_after_cache_full_in_decode(starved_in_decode):
     """The token that was being fed when the pages ran out is in the window: it must not be fed twice."""
     out, _ = starved_in_decode
@@ -177,7 +176,6 @@ def test_long_prompts_share_one_prefill_program(model):
     assert prefill_chunk._cache_size() == before + 1
 
 
-@pytest.mark.xfail(strict=True, reason="the pool is sized by each call's own prompt lengths, so every new length is a new program")
 def test_prompt_lengths_share_a_spec_when_max_len_is_given(model):
     specs = [make_cache(model[0], POLICY, [n], max_len=4096).spec for n in (1000, 3000)]
     assert specs[0] == specs[1]

@@ -49,7 +49,10 @@ def copies_of_pool(text: str, num_pages: int) -> list[str]:
 @pytest.mark.parametrize("step", ["decode", pytest.param("prefill", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("diffkv", "flush 1"))])
 def test_pool_is_updated_in_place(name, step):
-    """Donation is honoured: the pool of 256 MiB is an alias of the input, never copied, and little else is needed."""
+    """Donation is honoured: the pool of 256 MiB is an alias of the input, never copied, and little else is needed.
+
+    A prompt chunk needs room for its own 256 tokens, which no pool makes larger (see the test of its peak).
+    """
     model, params = tiny_model(layers=4, q_heads=6, kv_heads=2)
     cache = cache_shapes(model, POLICIES[name], requests=2, max_len=4000, pool=256 * MIB)
     pool = tree_bytes(cache.pages)
@@ -58,8 +61,8 @@ def test_pool_is_updated_in_place(name, step):
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= pool
-    assert memory.temp_size_in_bytes < 0.05 * pool, f"{memory.temp_size_in_bytes / MIB:.1f} MiB"
-    text = compiled.as_text()
+    assert memory.temp_size_in_bytes < (0.05 if step == "decode" else 0.1) * pool, f"{memory.temp_size_in_bytes / MIB:.1f} MiB"
+    text = compiled.as_text() or ""
     assert f"u8[{cache.pages.num_pages}," in text, "the search must be able to find the payload"
     assert not copies_of_pool(text, cache.pages.num_pages)
 
@@ -144,10 +147,16 @@ def test_report_counts_tokens(counted):
     assert report.dropped[0, 0, 0] == 500 - 364 and report.dropped[1, 1, 0] == 60 - 93  # impossible lengths, but counted
     np.testing.assert_allclose(report.kept_fraction, np.array([201, 133, 496]) / (4 * 560))
     assert [name.split()[-1] for name in report.tier_names] == ["K8V4", "K4V2"]
-    shared = report.allocated - report.layer_allocated.sum()
+    shared = report.allocated - report.allocated_bytes.sum()
     counters = (counted.ring.start, counted.ring.count, counted.seq_len, counted.recent_len, counted.observed)
     counters += (counted.overflow, counted.steps, counted.pending)
     assert shared == sum(x.nbytes for x in counters)
+    layout = counted.spec.layout
+    page = layout.page_bytes + 4  # 4: the page's place in the free ring
+    wanted = [layout.pages_for(0, 200) * page, layout.pages_for(1, 100) * page]
+    tables = (counted.spec.max_pages + 2 + 2) * 4  # page ids, two lengths, two thresholds
+    np.testing.assert_array_equal(report.allocated_bytes[0, 0, 0], [*wanted, tables + (64 + 32) * (2 * 64 * 4 + 4)])
+    assert report.logical == report.logical_bytes.sum()
     assert "K8V4" in str(report) and "dropped" in str(report)
 
 

@@ -119,11 +119,12 @@ ALPHAS = st.sampled_from([(0.0, 0.0), (1.0, 0.0), (1.0, 0.3), (3.0, 1.0), (0.5, 
 FREE = st.sampled_from([3, 10, 20, 40, PAGES])
 LENGTH = st.one_of(st.just(0), st.integers(1, CHUNK))
 PROMPT = st.tuples(st.just("prompt"), st.tuples(*[LENGTH] * REQUESTS), st.booleans())
-DECODE = st.tuples(st.just("decode"), st.tuples(*[st.booleans()] * REQUESTS), st.integers(1, 6))
+DECODE = st.tuples(st.just("decode"), st.tuples(*[st.sampled_from([True] * 5 + [False])] * REQUESTS), st.integers(1, 6))
 
 
-def run_operations(program: Program, alpha, free: int, operations) -> KVCache:
-    cache = program.empty(alpha, free)
+def run_operations(program: Program, alpha, free: int, operations) -> None:
+    """As in `generate`, a request that sat out a step goes on only once its window has been emptied by a prompt."""
+    cache, live = program.empty(alpha, free), np.full(REQUESTS, True)
     hidden = {int(i) for i in cache.ring.ids[free:]}
     keeps_all = np.array([low == 0 for _, low in alpha])
     for seed, (kind, which, how) in enumerate(operations):
@@ -136,15 +137,15 @@ def run_operations(program: Program, alpha, free: int, operations) -> KVCache:
             check_flags(program, cleared, after, lengths + waiting)
             gone = np.asarray(after.overflow)
             assert not np.asarray(after.tier_len)[:, gone].any() and not np.asarray(after.seq_len)[gone].any()
-            steps = [after]
+            steps, live = [after], np.asarray(after.recent_len) <= WINDOW
         else:
-            _, steps = program.decode(cache, how, np.array(which) & (room >= how), seed)
+            live = live & which & (room >= how)
+            _, steps = program.decode(cache, how, live, seed)
             for one, other in zip([cache, *steps], steps, strict=False):
                 check_flags(program, one, other, np.full(REQUESTS, program.spec.flush))
                 assert (np.asarray(other.overflow) >= np.asarray(one.overflow)).all()
         for cache in steps:
             check_invariants(cache, hidden, keeps_all)
-    return cache
 
 
 OPERATIONS = {"alpha": st.tuples(*[ALPHAS] * REQUESTS), "free": FREE, "operations": st.lists(PROMPT | DECODE, min_size=2, max_size=8)}
@@ -179,6 +180,16 @@ def test_the_checks_reject_damage():
             check_invariants(damaged, hidden, keeps)
     with pytest.raises(AssertionError):
         check_flags(run, cache, dataclasses.replace(cache, overflow=jnp.array([False, True, False])), np.full(REQUESTS, 4))
+
+
+def test_pausing_loses_no_token():
+    """A request that sits out the step of an event and then goes on: its window must not run over."""
+    run = program("diffkv")
+    _, cache = run.prompt(run.empty(), (20, 20, 20))
+    for steps, first in ((FLUSH - 1, True), (1, False), (FLUSH, True)):
+        _, caches = run.decode(cache, steps, active=(first, True, True))
+        cache = caches[-1]
+        check_invariants(cache, set(), np.full(REQUESTS, True))
 
 
 @pytest.mark.parametrize("others", [(0.0, 0.0), (20.0, 0.0), (20.0, 20.0)], ids=["high", "low", "dropped"])
@@ -222,6 +233,17 @@ def test_starvation_in_a_prompt():
     assert not np.asarray(cache.tier_len)[:, 1].any() and (np.asarray(cache.page_table)[:, 1] == PAGES).all()
     assert int(cache.ring.count) == free - 2 * (need[0] + need[2])
     check_invariants(cache, {int(i) for i in run.empty().ring.ids[free:]}, np.full(REQUESTS, True))
+
+
+def test_starvation_in_a_prompt_does_not_spread():
+    """Requests 0 and 2 fit the pool without request 1, which does not fit: only 1 is flagged."""
+    run = program("diffkv")
+    kv_heads, pages_for = run.spec.attention.num_kv_heads, run.spec.layout.pages_for
+    lengths = (WINDOW + 1, CHUNK, WINDOW + 2)
+    need = [kv_heads * pages_for(0, n - WINDOW) for n in lengths]
+    _, cache = run.prompt(run.empty(free=sum(need) + 1), lengths)
+    assert 2 * (need[0] + need[2]) <= sum(need) + 1
+    assert np.asarray(cache.overflow).tolist() == [False, True, False]
 
 
 def poisoned(cache: KVCache) -> KVCache:

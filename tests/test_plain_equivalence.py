@@ -87,8 +87,7 @@ def check_geometry(model, params) -> None:
     assert error(logits, wanted[np.arange(len(short)), short - 1]) <= TOLERANCE, "prompt of one chunk"
 
 
-NO_PAGES = pytest.mark.xfail(strict=True, raises=TypeError, reason="after_prefill slices the page table of a model without paged layers")
-MARKS = {name: pytest.mark.slow for name in GEOMETRIES if "dim96" not in name} | {"all_windows_more_than_chunk": NO_PAGES}
+MARKS = {name: pytest.mark.slow for name in GEOMETRIES if "dim96" not in name}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in GEOMETRIES])
