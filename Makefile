@@ -16,6 +16,8 @@ VENV_DEMO := .venv-demo
 TEST_EXTRAS := hf,test
 # Two processes: small programs compile on one core each. XDIST= runs the quick tests in one process.
 XDIST := -n 2 --dist worksteal
+# By file: the slow files keep the runs of the real model that their tests share.
+XDIST_SLOW := -n 2 --dist loadfile
 FOLDERS := diffkv_jax models pallas_kernels scripts tests
 INSTALLED_BY := pyproject.toml requirements/constraints.txt requirements/data.txt
 
@@ -34,7 +36,7 @@ test: lint
 	$(VENV)/bin/python -m pytest -m "not slow" $(XDIST) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m slow $(XDIST_SLOW) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -90,7 +90,9 @@ def _oldest(cache: KVCache, layer: Array) -> Tokens:
 def _compress_layer(cache: KVCache, layer: Array, going: Array) -> KVCache:
     """Let the oldest `going [R]` recent tokens of each request into the tiers of a layer."""
     plan = _plan(cache, layer, going)
-    stored = apply_plan(cache.spec.layout, stored_layer(cache, layer), plan, _oldest(cache, layer), per_head(cache, going > 0))
+    stored = apply_plan(
+        cache.spec.layout, stored_layer(cache, layer), plan, _oldest(cache, layer), per_head(cache, going > 0), pages_a_round=1
+    )
     cache = with_stored(cache, layer, stored)
     shift = per_head(cache, going)
     cache = dataclasses.replace(cache, recent_k=_shifted(cache.recent_k, layer, shift), recent_v=_shifted(cache.recent_v, layer, shift))

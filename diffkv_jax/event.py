@@ -90,8 +90,10 @@ def admit(needed: Array, free: Array) -> Array:
     return lax.scan(take, free, needed)[1]
 
 
-def apply_plan(layout: PageLayout, stored: Stored, plan: Plan, tokens: Tokens, admitted: Array) -> Stored:
+def apply_plan(layout: PageLayout, stored: Stored, plan: Plan, tokens: Tokens, admitted: Array, *, pages_a_round: int) -> Stored:
     """Carry out a plan for the heads `admitted [B]`; `tokens` are those that `plan.entering` classifies.
+
+    `pages_a_round` is that of `remove_tokens`.
 
     Behind a condition on the whole plan, so that all of it has been read from the pool before the pool changes: no copy is needed.
     """
@@ -103,7 +105,8 @@ def apply_plan(layout: PageLayout, stored: Stored, plan: Plan, tokens: Tokens, a
     def change(stored: Stored) -> Stored:
         if layout.scored:
             for tier in reversed(range(layout.tiers)):
-                stored = remove_tokens(stored, layout, tier, victims[tier], falls if tier == 0 else None)
+                demoted = falls if tier == 0 else None
+                stored = remove_tokens(stored, layout, tier, victims[tier], demoted, pages_a_round=pages_a_round)
         for tier in range(layout.tiers):
             stored = append_tokens(stored, layout, tier, tokens, entering == tier + 1)
         return stored

@@ -15,6 +15,8 @@ from diffkv_jax.pallas_kernels.compact import Tokens, ranked
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk, ColumnSums, Scale, column_sums, prefill_attention
 from diffkv_jax.steps import PrefillStep
 
+PAGES_A_ROUND = 8  # after a prompt most tokens change tier
+
 
 def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: PrefillStep) -> tuple[Array, KVCache]:
     """`q [R, C, num_q_heads, d]`, `k`, `v [R, C, num_kv_heads, d]` to the output like `q` and the cache; `layer` counts paged layers.
@@ -112,7 +114,9 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep)
     leaving = leaving & per_head(cache, (step.length > 0) & ~cache.overflow)[:, None]
     plan = plan_event(spec, stored_layer(cache, layer), clock, tokens.significance, tokens.position, leaving, one_victim=False)
     cache = make_room(cache, plan.pages.reshape(spec.num_requests, -1).sum(axis=1))
-    stored = apply_plan(spec.layout, stored_layer(cache, layer), plan, tokens, per_head(cache, ~cache.overflow))
+    stored = apply_plan(
+        spec.layout, stored_layer(cache, layer), plan, tokens, per_head(cache, ~cache.overflow), pages_a_round=PAGES_A_ROUND
+    )
     return with_stored(cache, layer, stored)
 
 

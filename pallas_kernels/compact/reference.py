@@ -47,15 +47,18 @@ def append_tokens(stored: Stored, layout: PageLayout, tier: int, tokens: Tokens,
     return _append(stored, layout, tier, cumulative[:, -1], last + 1, fetch)
 
 
-def remove_tokens(stored: Stored, layout: PageLayout, tier: int, victim: Array, demoted: Array | None = None) -> Stored:
+def remove_tokens(
+    stored: Stored, layout: PageLayout, tier: int, victim: Array, demoted: Array | None = None, *, pages_a_round: int = 1
+) -> Stored:
     """Remove the tokens where `victim [B, capacity]` (slot order) from a tier; those also `demoted` are requantised into the next tier.
 
-    Rounds of one page of the lowest tier: the top slots are cleared, their survivors fill the holes of lower victims, emptied pages
-    are freed, then the demoted are appended. So a head never holds more than its pages before or after, whichever is more.
+    Rounds of `pages_a_round` pages of the lowest tier (more for many victims, fewer for few): the top slots are cleared, their survivors
+    fill the holes of lower victims, emptied pages are freed, then the demoted are appended. So a head never holds more than its pages
+    before or after, whichever is more.
 
     A round writes what the round before it has read: reads and writes of the pool are then ordered by data, and XLA needs no copy of it.
     """
-    width = max(layout.tokens_per_page(t) for t in range(layout.tiers))
+    width = pages_a_round * max(layout.tokens_per_page(t) for t in range(layout.tiers))
     cumulative = jnp.cumsum(victim, axis=-1)
     total, length = cumulative[:, -1], stored.tier_len[:, tier]
 

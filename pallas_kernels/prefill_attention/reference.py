@@ -9,7 +9,7 @@ from ..attention.reference import Heads
 from ..attention.stream import Partial, chunk_logits, chunk_mix, over_chunks, read_chunk, soft_cap
 from ..pages import PageLayout, Pages
 
-BLOCK_Q, BLOCK_KV = 256, 512  # rows of queries and of chunk keys that one step holds; BLOCK_Q divides or exceeds the chunk
+BLOCK_Q, BLOCK_KV = 512, 512  # rows of queries and of chunk keys that one step holds; BLOCK_Q divides or exceeds the chunk
 
 
 class Chunk(NamedTuple):
