@@ -8,6 +8,7 @@ from jax import Array, lax
 from diffkv_jax.cache import KVCache
 from diffkv_jax.event import Plan, admit, apply_plan, plan_event
 from diffkv_jax.layer_state import layer_clock, per_head, put_layer, stored_layer, take_layer, with_stored
+from diffkv_jax.observed import count_observed
 from diffkv_jax.pallas_kernels.compact import Tokens
 from diffkv_jax.prefill_layer import observed_after, recent_after
 from diffkv_jax.steps import DecodeStep, PrefillStep
@@ -20,7 +21,7 @@ def after_decode(cache: KVCache, step: DecodeStep) -> KVCache:
         cache,
         seq_len=cache.seq_len + active,
         recent_len=cache.recent_len + active,
-        observed=cache.observed + active,
+        observed=count_observed(cache.observed, active, cache.seq_len + active),
         steps=cache.steps + 1,
     )
     spec = cache.spec
@@ -37,7 +38,7 @@ def after_prefill(cache: KVCache, step: PrefillStep, chunk_len: int) -> KVCache:
         cache,
         seq_len=jnp.where(cache.overflow, 0, cache.seq_len + step.length),
         recent_len=jnp.where(cache.overflow, 0, recent_after(cache, step)),
-        observed=jnp.where(cache.overflow, 0, observed_after(cache, step, chunk_len)),
+        observed=jnp.where(cache.overflow[:, None, None], 0, observed_after(cache, step, chunk_len)),
         steps=jnp.int32(0),
     )
 

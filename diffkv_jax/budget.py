@@ -56,7 +56,7 @@ def with_pool(
         ValueError: even with every token in the cheapest form the policy allows, the tokens do not fit; names the smallest budget
             with which they can, and the one that always suffices.
     """
-    least, most = _least_pages(spec, policy, totals), _most_pages(spec, room)
+    least, most = _least_pages(spec, totals, policy.drops), _most_pages(spec, room)
     if budget is None:
         return dataclasses.replace(spec, num_pages=most)
     amount = parse_bytes(budget)
@@ -73,12 +73,26 @@ def with_pool(
     return dataclasses.replace(spec, num_pages=min(pages, most))
 
 
-def _least_pages(spec: CacheSpec, policy: CompressionPolicy, totals: Sequence[int]) -> int:
+def check_pool(cache: KVCache, totals: Sequence[int]) -> None:
+    """Refuse tokens that cannot fit the pool of an existing cache, even in the cheapest form. `totals` is that of `with_pool`.
+
+    Raises:
+        ValueError: names the pool and the pages that the tokens need at least.
+    """
+    least = _least_pages(cache.spec, totals, drops=bool(np.asarray(cache.alpha[..., 1] > 0).any()))
+    if least > cache.spec.num_pages:
+        raise ValueError(
+            f"the pool of {cache.spec.num_pages} pages cannot hold {list(totals)} tokens, which need at least {least}; "
+            "make the first call with a larger memory_budget or max_len, or ask for fewer tokens"
+        )
+
+
+def _least_pages(spec: CacheSpec, totals: Sequence[int], drops: bool) -> int:
     """Pages without which the tokens cannot fit: all in the cheapest tier, or one page a head where they may be dropped."""
     layout = spec.layout
     stored = [max(total - spec.window, 0) for total in totals]
     pages = [min(layout.pages_for(tier, n) for tier in range(layout.tiers)) for n in stored]
-    return _all_heads(spec, (min(n, 1) if policy.drops else n for n in pages))
+    return _all_heads(spec, (min(n, 1) if drops else n for n in pages))
 
 
 def _most_pages(spec: CacheSpec, room: Sequence[int]) -> int:

@@ -10,6 +10,8 @@ import numpy as np
 from jax import Array
 
 from diffkv_jax.model_protocol import AttentionSpec
+from diffkv_jax.observed import nothing_observed
+from diffkv_jax.pallas_kernels.codecs import Full
 from diffkv_jax.pallas_kernels.compact import FreeRing
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from diffkv_jax.policy import CompressionPolicy
@@ -40,7 +42,12 @@ class CacheSpec:
         dtype: str,
         tokens: int = 32,
     ) -> "CacheSpec":
-        """The spec of a cache for `num_requests` sequences of up to `max_len` tokens; `tokens` lanes a page (32, or 128 on TPU)."""
+        """The spec of a cache for `num_requests` sequences of up to `max_len` tokens; `tokens` lanes a page (32, or 128 on TPU).
+
+        Raises:
+            ValueError: `dtype` is not one that exact tokens can be kept in, or the tiers do not fit one page shape.
+        """
+        Full(dtype)  # checks it, also where no tier keeps exact tokens: the recent window does
         layout = PageLayout.solve(
             policy.formats(dtype), attention.head_dim, tokens=tokens, max_len=max_len, scored=policy.observe is not None
         )
@@ -96,7 +103,7 @@ class KVCache:
     ring_v: Array  # [S, R, K, ring_len, head_dim]
     seq_len: Array  # int32 [R] tokens seen
     recent_len: Array  # int32 [R] tokens in the recent slots
-    observed: Array  # int32 [R] queries that have scored so far
+    observed: Array  # int32 [R, spans, 2] (end, length) of the spans of positions whose queries have scored
     overflow: Array  # bool [R] the pool could not give this request a page
     steps: Array  # int32 [] decode steps since the last prompt
     pending: Array  # int32 [R] token sampled last and not yet seen by the model, -1 = none
@@ -130,7 +137,7 @@ def empty_cache(spec: CacheSpec, alpha: np.ndarray | Array) -> KVCache:
         ring_v=zeros((windowed, *heads, spec.ring_len, head_dim)),
         seq_len=counter,
         recent_len=counter,
-        observed=counter,
+        observed=nothing_observed(spec.num_requests),
         overflow=jnp.zeros(spec.num_requests, bool),
         steps=jnp.int32(0),
         pending=counter - 1,

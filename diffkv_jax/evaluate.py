@@ -66,12 +66,12 @@ def teacher_forced(
     arguments are those of `generate`.
 
     Raises:
-        ValueError: bad tokens, or a context that leaves nothing to feed.
+        ValueError: bad tokens, a context that leaves nothing to feed, or (at the end) a pool that was too small for some request.
     """
     batch, sizes = as_batch(np.asarray(tokens), None, model.attention.vocab_size)
     if not 1 <= context < batch.shape[1]:
         raise ValueError(f"context={context} must be at least 1 and leave something of the {batch.shape[1]} tokens to feed")
-    check_context(model.attention, sizes, max_len or batch.shape[1])
+    check_context(model.attention, sizes, batch.shape[1] if max_len is None else max_len)
     cache = make_cache(model, policy, sizes, max_len=max_len, memory_budget=memory_budget, cache_dtype=cache_dtype)
     observe = policy.observe if isinstance(policy.observe, int) else 0
     size = chunk_size(context, prefill_chunk, observe)
@@ -84,6 +84,9 @@ def teacher_forced(
         part[: len(real)] = real
         log_probs, cache = _feed(model, params, cache, jnp.asarray(part), jnp.arange(SEGMENT) < len(real))
         rows.append(np.asarray(log_probs[: len(real)]))
+    full = np.flatnonzero(np.asarray(cache.overflow))
+    if full.size:
+        raise ValueError(f"the pool had no page left for requests {full.tolist()}: raise memory_budget={memory_budget!r} or drop more")
     return np.concatenate(rows).swapaxes(0, 1), cache
 
 

@@ -15,7 +15,7 @@ class Clock(NamedTuple):
     """Where each head stands. `B` = requests x KV heads."""
 
     seq_len: Array  # int32 [B] tokens seen
-    observed: Array  # int32 [B] queries that have scored
+    observed: Array  # int32 [B, spans, 2] queries that have scored, as in `KVCache`
     alpha: Array  # float32 [B, 2] thresholds in units of 1 / seq_len
 
 
@@ -39,7 +39,7 @@ def plan_event(
     """
     layout = spec.layout
     tau = clock.alpha / jnp.maximum(clock.seq_len, 1)[:, None]
-    codes = classify(mean_significance(significance, position, clock.seq_len, clock.observed), tau, layout.tiers)
+    codes = classify(mean_significance(significance, position, clock.observed), tau, layout.tiers)
     entering = jnp.where(leaving, codes, DROPPED)
     stirred = leaving.any(axis=-1)
     victims, demoted = [], jnp.zeros((stirred.shape[0], spec.capacity(0)), bool)
@@ -61,7 +61,7 @@ def _stored_victims(spec: CacheSpec, stored: Stored, clock: Clock, tau: Array, t
     live = jnp.arange(capacity) < stored.tier_len[:, tier, None]
     total = read_side(stored.pages.significance, layout, stored.page_table, tier, capacity)
     position = read_side(stored.pages.position, layout, stored.page_table, tier, capacity)
-    mean = mean_significance(total, position, clock.seq_len, clock.observed)
+    mean = mean_significance(total, position, clock.observed)
     codes = classify(mean, tau, layout.tiers)
     stays = HIGH if tier == 0 else LOW
     victim = live & (codes != stays) & ((codes == DROPPED) | (tier == 0))

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from diffkv_jax.budget import with_pool
+from diffkv_jax.budget import check_pool, with_pool
 from diffkv_jax.cache import CacheSpec, KVCache, empty_cache
-from diffkv_jax.model_protocol import CausalLM
+from diffkv_jax.model_protocol import AttentionSpec, CausalLM
 from diffkv_jax.policy import CompressionPolicy
 from diffkv_jax.prompt import as_batch, check_context, chunk_size, chunks
 from diffkv_jax.runner import decode_step, prefill_chunk
@@ -30,7 +30,8 @@ class GenerateOutput:
     Attributes:
         tokens: int32 [R, max_new_tokens], generated ids, a stop id included; zeros behind `lengths`.
         lengths: int32 [R], how many were generated.
-        finish_reason: per request "eos", "length" or "cache_full" (the pool had no page left for it).
+        finish_reason: per request "eos", "length" or "cache_full" (the pool had no page left for it; with `lengths` 0 its prompt did not
+            fit, and the cache holds nothing of it any more, earlier turns included).
         cache: the compressed cache; give it to the next call to go on. It is donated there.
         prefill_seconds: wall time until the prompts were in the cache, compilation included.
     """
@@ -59,7 +60,10 @@ def generate(
     cache_dtype: str | None = None,
     prefill_chunk: int = 1024,
 ) -> GenerateOutput:
-    """Continue prompts with a compressed KV cache. A batch row gives the same tokens as the same request alone.
+    """Continue prompts with a compressed KV cache.
+
+    A batch row gives the same tokens as the same request alone; with `Sample`, when it has the same key; under a budget, unless the pool
+    runs low: then the batch's prompts are compressed earlier.
 
     Args:
         model: satisfies `CausalLM`; static, so reuse the object.
@@ -85,12 +89,14 @@ def generate(
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if cache is not None:
         _check_unset(policy=policy, memory_budget=memory_budget, max_len=max_len, cache_dtype=cache_dtype)
-        batch, sizes = _continued(cache, batch, sizes)
+        batch, sizes = _continued(cache, attention, batch, sizes)
     seen = np.zeros_like(sizes) if cache is None else np.asarray(cache.seq_len)
     totals = seen + sizes + max_new_tokens - 1
-    limit = cache.spec.max_len if cache is not None else max_len or int(totals.max())
+    limit = cache.spec.max_len if cache is not None else int(totals.max()) if max_len is None else max_len
     check_context(attention, totals, limit)
-    keys = _request_keys(sampling, key, len(sizes))
+    if cache is not None:
+        check_pool(cache, [int(n) for n in totals])
+    keys, stops = _request_keys(sampling, key, len(sizes)), _padded(stop_token_ids)
     if cache is None:
         policy = policy or CompressionPolicy.none()
         cache = make_cache(model, policy, totals, max_len=max_len, memory_budget=memory_budget, cache_dtype=cache_dtype)
@@ -100,7 +106,7 @@ def generate(
     logits, cache = jax.block_until_ready(prefill(model, params, cache, batch, sizes, size))
     prefill_seconds = time.perf_counter() - began
     width = 1 << (max_new_tokens - 1).bit_length()
-    state = _decode(model, params, cache, logits, keys, jnp.int32(max_new_tokens), _padded(stop_token_ids), sampling or Greedy(), width)
+    state = _decode(model, params, cache, logits, keys, jnp.int32(max_new_tokens), stops, sampling or Greedy(), width)
     out, counts, reasons = jax.device_get((state.tokens, state.lengths, state.reason))
     return GenerateOutput(out[:, :max_new_tokens], counts, tuple(FINISH_REASONS[r] for r in reasons), state.cache, prefill_seconds)
 
@@ -120,13 +126,16 @@ def make_cache(
     """
     attention = model.attention
     totals = [int(n) for n in totals]
-    room = [max_len or -(-n // 128) * 128 for n in totals]
+    room = [-(-n // 128) * 128 if max_len is None else max_len for n in totals]
     spec = CacheSpec.build(
         attention, policy, num_requests=len(totals), max_len=max(room), num_pages=0, dtype=cache_dtype or attention.dtype
     )
     spec = with_pool(spec, policy, totals, room, memory_budget)
     alpha = policy.thresholds(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads)
-    return jax.jit(partial(empty_cache, spec))(alpha)
+    return _empty(spec, alpha)
+
+
+_empty = jax.jit(empty_cache, static_argnames="spec")
 
 
 def prefill(model: CausalLM, params, cache: KVCache, tokens: np.ndarray, lengths: np.ndarray, size: int) -> tuple[Array, KVCache]:
@@ -191,8 +200,11 @@ def _decode(model, params, cache, logits, keys, limit, stops, sampling, width) -
 
 def _padded(stop_token_ids: Sequence[int]) -> Array:
     """Stop ids int32, filled with -1 to a power of two of at least 8, so that another number of them compiles nothing."""
-    width = max(8, 1 << (len(stop_token_ids) - 1).bit_length() if stop_token_ids else 8)
-    return jnp.asarray([*stop_token_ids, *[-1] * (width - len(stop_token_ids))], jnp.int32)
+    stops = list(stop_token_ids)
+    if not all(isinstance(i, int | np.integer) for i in stops):
+        raise ValueError(f"stop_token_ids={stops} must be integers; leave out what the tokenizer does not have")
+    width = max(8, 1 << max(len(stops) - 1, 0).bit_length())
+    return jnp.asarray([*stops, *[-1] * (width - len(stops))], jnp.int32)
 
 
 def _check_unset(**arguments) -> None:
@@ -202,8 +214,10 @@ def _check_unset(**arguments) -> None:
         raise ValueError(f"{' and '.join(given)} were fixed by the call that made the cache; leave them out when cache= is given")
 
 
-def _continued(cache: KVCache, batch: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _continued(cache: KVCache, attention: AttentionSpec, batch: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Prompts that go on from `cache`, each with the token that was sampled last (the model has not seen it) put before it."""
+    if cache.spec.attention != attention:
+        raise ValueError(f"the cache was made for another model: {cache.spec.attention}, given {attention}; use the model that made it")
     if len(sizes) != cache.spec.num_requests:
         raise ValueError(f"the cache holds {cache.spec.num_requests} requests, given {len(sizes)} prompts; they must match row by row")
     if any(x.is_deleted() for x in jax.tree.leaves(cache)):

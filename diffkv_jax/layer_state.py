@@ -59,5 +59,5 @@ def layer_heads(cache: KVCache, layer: Array, recent_len: Array) -> Heads:
 
 
 def layer_clock(cache: KVCache, layer: Array, seq_len: Array, observed: Array) -> Clock:
-    """Where the heads of a paged layer stand, given `seq_len` and `observed` int32 [R]."""
+    """Where the heads of a paged layer stand, given `seq_len` int32 [R] and `observed` int32 [R, spans, 2]."""
     return Clock(per_head(cache, seq_len), per_head(cache, observed), take_layer(cache.alpha, layer))

@@ -58,7 +58,7 @@ class CausalLM(Protocol):
         variables: {"params": the parameter tree}.
         tokens: int32 [B, T] token ids.
         positions: int32 [B, T] place of each token in its sequence, from 0; -1 marks a padded row.
-        cache: None for plain attention over the T given tokens, else a cache that `diffkv_jax.attend` understands.
+        cache: None for plain attention over the T given tokens, else a cache that `diffkv_jax.attend.attend` understands.
         step: what `attend` needs to know about this step (any pytree); unused when `cache` is None.
         last_only: give logits for row T - 1 only.
     Returns:

@@ -9,6 +9,7 @@ from jax import Array, lax
 from diffkv_jax.cache import CacheSpec, KVCache
 from diffkv_jax.event import apply_plan, plan_event
 from diffkv_jax.layer_state import layer_clock, layer_heads, per_head, put_layer, stored_layer, take_layer, with_stored
+from diffkv_jax.observed import count_observed
 from diffkv_jax.overflow import make_room
 from diffkv_jax.pallas_kernels.attention import Heads
 from diffkv_jax.pallas_kernels.compact import Tokens, ranked
@@ -121,10 +122,11 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep)
 
 
 def observed_after(cache: KVCache, step: PrefillStep, chunk_len: int) -> Array:
-    """`observed` int32 [R] once this chunk has scored."""
+    """`observed` once this chunk has scored."""
     spec = cache.spec
     scoring = jnp.minimum(step.length, observing_rows(spec, chunk_len))
-    return cache.observed + jnp.where(step.compress | (spec.observe == "all"), scoring, 0)
+    rows = jnp.where(step.compress | (spec.observe == "all"), scoring, 0)
+    return count_observed(cache.observed, rows, cache.seq_len + step.length)
 
 
 def recent_after(cache: KVCache, step: PrefillStep) -> Array:

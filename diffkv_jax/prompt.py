@@ -19,6 +19,8 @@ def as_batch(
     """
     if not hasattr(tokens, "shape"):
         rows = [np.asarray(row) for row in tokens]
+        if any(row.ndim != 1 for row in rows):
+            raise ValueError("tokens must be a list of prompts, each a flat list of token ids; wrap a single prompt in a list")
         lengths = np.array([len(row) for row in rows], np.int32) if lengths is None else lengths
         padded = np.zeros((len(rows), max([0, *map(len, rows)])), np.int64)
         for i, row in enumerate(rows):

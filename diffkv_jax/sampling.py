@@ -14,8 +14,9 @@ class Greedy:
 
 @dataclass(frozen=True)
 class Sample:
-    """A draw from `softmax(logits / temperature)`, restricted in this order to the `top_k` most likely tokens, the smallest set of
-    probability `top_p`, and those of at least `min_p` times the most likely one's probability (as in Hugging Face's generation_config).
+    """A draw from `softmax(logits / temperature)`, restricted in this order (as in Hugging Face's generation_config) to the `top_k` most
+    likely tokens (ties included), the smallest set of probability `top_p`, and those of at least `min_p` times the most likely one's
+    probability.
 
     Raises:
         ValueError: a value is out of range.

@@ -35,7 +35,7 @@ class SharedData(NamedTuple):
     sin: jax.Array
     """As `cos`."""
     step: Any
-    """Handed to `diffkv_jax.attend` as it came."""
+    """Handed to `diffkv_jax.attend.attend` as it came."""
 
 
 def score_scale(config: ModelConfig) -> float:

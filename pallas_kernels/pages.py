@@ -38,7 +38,7 @@ class PageLayout:
         """Choose `rows` between one and four of the largest blocks so that the worst waste of any tier is least.
 
         Raises:
-            ValueError: a format cannot pack `head_dim`.
+            ValueError: a format cannot pack `head_dim`, or a lower tier needs more payload than a higher one.
         """
         block_rows = [f.key.rows(head_dim) + f.value.rows(head_dim) for f in formats]
         position_dtype = "uint16" if max_len <= 65536 else "int32"
@@ -48,6 +48,9 @@ class PageLayout:
             meta_rows = max(n * (f.key.meta_rows + f.value.meta_rows) for n, f in zip(blocks, formats, strict=True))
             return PageLayout(tuple(formats), head_dim, tokens, rows, blocks, meta_rows, position_dtype, scored)
 
+        if any(low > high for high, low in zip(block_rows, block_rows[1:], strict=False)):
+            names = [f.name for f in formats]
+            raise ValueError(f"tiers {names} take {block_rows} payload bytes a token at {head_dim=}; a lower tier must not take more")
         rows = least_waste(range(max(block_rows), 4 * max(block_rows) + 1), lambda rows: layout(rows).waste())
         return layout(rows)
 

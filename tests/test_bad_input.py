@@ -49,6 +49,8 @@ PROMPTS = {
     "id past the vocabulary": ([[1, 97]], "prompt 0 holds token id 97"),
     "float tokens": ([[1.0, 2.0]], "integers, given dtype float64"),
     "float array": (np.zeros((1, 4), np.float32), "integers, given dtype float32"),
+    "a single prompt": ([1, 2, 3], "wrap a single prompt in a list"),
+    "nested prompts": ([[[1, 2]], [[3]]], "each a flat list of token ids"),
     "booleans": (np.zeros((1, 4), bool), "integers, given dtype bool"),
 }
 
@@ -88,6 +90,10 @@ ARGUMENTS = {
     "length past the row": ({"tokens": np.zeros((1, 8), np.int32), "lengths": [9]}, "prompt 0 has length 9"),
     "length zero": ({"tokens": np.zeros((1, 8), np.int32), "lengths": [0]}, "prompt 0 has length 0"),
     "cache dtype": ({"cache_dtype": "float8"}, "dtype='float8' must be"),
+    "cache dtype of the window": ({"cache_dtype": "int8", "policy": dkv.diffkv()}, "dtype='int8' must be"),
+    "max_len zero": ({"max_len": 0}, "more than the cache's max_len=0"),
+    "stop id of no token": ({"stop_token_ids": [None]}, r"stop_token_ids=\[None\] must be integers"),
+    "tiers of rising payload": ({"policy": dkv.diffkv(tiers=("K2V2:32,32", "K8V2"))}, "a lower tier must not take more"),
 }
 
 
@@ -160,6 +166,10 @@ def test_continuing(model, generate):
         generate(two, cache=cache, policy=NONE)
     with pytest.raises(ValueError, match="memory_budget and max_len and cache_dtype were fixed"):
         generate(two, cache=cache, memory_budget="1MiB", max_len=64, cache_dtype="bfloat16")
+    with pytest.raises(ValueError, match="made for another model"):
+        generate(two, cache=dkv.make_cache(tiny_model(kv_heads=3)[0], NONE, [64, 64], max_len=64))
+    with pytest.raises(ValueError, match="the pool of . pages cannot hold"):
+        generate([prompt(40), prompt(50)], max_new_tokens=1, cache=dkv.make_cache(model[0], dkv.quantized("K4V4", window=8), [8, 8], memory_budget="84KiB"))
     with pytest.raises(ValueError, match="the cache holds 2 requests, given 3 prompts"):
         generate([*two, [4]], cache=cache)
     with pytest.raises(ValueError, match="request 0 may come to 65 tokens, more than the cache's max_len=64"):

@@ -27,7 +27,7 @@ def cache_shapes(model, policy, requests: int, max_len: int, num_pages: int | No
     """A cache of shapes only, with `num_pages` pages or as many as fit `pool` bytes."""
     spec = CacheSpec.build(model.attention, policy, num_requests=requests, max_len=max_len, num_pages=0, dtype="float32")
     spec = dataclasses.replace(spec, num_pages=pool // spec.layout.page_bytes if num_pages is None else num_pages)
-    return jax.eval_shape(partial(empty_cache, spec), policy.thresholds(model.attention.num_layers, requests, model.attention.num_kv_heads))
+    return jax.eval_shape(partial(empty_cache, spec), policy.thresholds(len(spec.paged_layers), requests, model.attention.num_kv_heads))
 
 
 def lower_decode(model, params, cache: KVCache):
@@ -47,14 +47,15 @@ def copies_of_pool(text: str, num_pages: int) -> list[str]:
 
 
 @pytest.mark.parametrize("step", ["decode", pytest.param("prefill", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("diffkv", "flush 1"))])
+@pytest.mark.parametrize("name", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("diffkv", "flush 1", "windows"))])
 def test_pool_is_updated_in_place(name, step):
     """Donation is honoured: the pool of 256 MiB is an alias of the input, never copied, and little else is needed.
 
     A prompt chunk needs room for its own 256 tokens, which no pool makes larger (see the test of its peak).
     """
-    model, params = tiny_model(layers=4, q_heads=6, kv_heads=2)
-    cache = cache_shapes(model, POLICIES[name], requests=2, max_len=4000, pool=256 * MIB)
+    windows = (32, None, 32, None) if name == "windows" else None  # every second layer has a sliding window
+    model, params = tiny_model(layers=4, q_heads=6, kv_heads=2, windows=windows)
+    cache = cache_shapes(model, POLICIES.get(name, POLICIES["diffkv"]), requests=2, max_len=4000, pool=256 * MIB)
     pool = tree_bytes(cache.pages)
     assert 250 * MIB < pool <= 256 * MIB
     lowered = lower_decode(model, params, cache) if step == "decode" else lower_prefill(model, params, cache, 256)

@@ -6,9 +6,13 @@ from jax import Array
 DROPPED, HIGH, LOW = 0, 1, 2  # tier codes: 0 is dropped, code t is stored tier t - 1
 
 
-def mean_significance(total: Array, position: Array, seq_len: Array, observed: Array) -> Array:
-    """`S / n`, `n = min(seq_len - position, observed)` queries that scored the token. `total`, `position [B, n]`, the others `[B]`."""
-    scored_by = jnp.minimum(seq_len[:, None] - position.astype(jnp.int32), observed[:, None])
+def mean_significance(total: Array, position: Array, observed: Array) -> Array:
+    """`S / n`, `n` the queries that scored the token: those at or after its position in the spans `observed [B, spans, 2]` (end, length).
+
+    `total`, `position [B, tokens]`.
+    """
+    position = position.astype(jnp.int32)
+    scored_by = sum(jnp.clip(end[:, None] - position, 0, length[:, None]) for end, length in jnp.moveaxis(observed, 0, -1))
     return total / jnp.maximum(scored_by, 1).astype(jnp.float32)
 
 
