@@ -35,12 +35,11 @@ def attend(
         return _paged(cache, slot, q, k, v, step)
     if not spec.paged_layers:
         return window_layer(cache, slot, q, k, v, step)
-    is_window = jnp.asarray([w is not None for w in spec.attention.sliding_windows])[layer]
-
-    def windowed(cache):
-        return window_layer(cache, slot, q, k, v, step)
-
-    return lax.cond(is_window, windowed, lambda cache: _paged(cache, slot, q, k, v, step), cache)
+    # Loops of no or one turn, not a condition: XLA updates the pool in place in a loop, but copies it in the branches of a condition here.
+    windowed = jnp.asarray([int(w is not None) for w in spec.attention.sliding_windows])[layer]
+    state = (jnp.zeros_like(q), cache)
+    state = lax.fori_loop(0, windowed, lambda _, state: window_layer(state[1], slot, q, k, v, step), state)
+    return lax.fori_loop(0, 1 - windowed, lambda _, state: _paged(state[1], slot, q, k, v, step), state)
 
 
 def _paged(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: DecodeStep | PrefillStep) -> tuple[Array, KVCache]:

@@ -169,7 +169,11 @@ def test_continuing(model, generate):
     with pytest.raises(ValueError, match="made for another model"):
         generate(two, cache=dkv.make_cache(tiny_model(kv_heads=3)[0], NONE, [64, 64], max_len=64))
     with pytest.raises(ValueError, match="the pool of . pages cannot hold"):
-        generate([prompt(40), prompt(50)], max_new_tokens=1, cache=dkv.make_cache(model[0], dkv.quantized("K4V4", window=8), [8, 8], memory_budget="84KiB"))
+        generate(
+            [prompt(40), prompt(50)],
+            max_new_tokens=1,
+            cache=dkv.make_cache(model[0], dkv.quantized("K4V4", window=8), [8, 8], memory_budget="84KiB"),
+        )
     with pytest.raises(ValueError, match="the cache holds 2 requests, given 3 prompts"):
         generate([*two, [4]], cache=cache)
     with pytest.raises(ValueError, match="request 0 may come to 65 tokens, more than the cache's max_len=64"):
