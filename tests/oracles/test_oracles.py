@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from .algorithm1 import Head
-from .fake_quant_simulation import DROPPED, HIGH, LOW, RECENT, LayerCache, Policy, decide, metrics, move
-from .quantiser import demote, demote_nested, dequantise, fake_demote, fake_quantise, pack, quantise, requantise, unpack
+pytest.importorskip("torch")  # the simulation is written in it
+
+from .algorithm1 import Head  # noqa: E402
+from .fake_quant_simulation import DROPPED, HIGH, LOW, RECENT, LayerCache, Policy, decide, metrics, move  # noqa: E402
+from .quantiser import demote, demote_nested, dequantise, fake_demote, fake_quantise, pack, quantise, requantise, unpack  # noqa: E402
 
 # --- quantiser ---
 
