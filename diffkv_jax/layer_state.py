@@ -30,6 +30,11 @@ def per_head(cache: KVCache, per_request: Array) -> Array:
     return jnp.repeat(per_request, cache.spec.attention.num_kv_heads, axis=0, total_repeat_length=cache.spec.num_heads)
 
 
+def _all_heads(array: Array) -> Array:
+    """`[L, R, K, ...]` as `[L, B, ...]`."""
+    return array.reshape(array.shape[0], -1, *array.shape[3:])
+
+
 def stored_layer(cache: KVCache, layer: Array) -> Stored:
     """The stored tokens of a paged layer."""
     return Stored(cache.pages, cache.ring, *(take_layer(getattr(cache, name), layer) for name in _LAYERED))
@@ -52,9 +57,10 @@ def layer_heads(cache: KVCache, layer: Array, recent_len: Array) -> Heads:
     return Heads(
         take_layer(cache.page_table, layer),
         take_layer(cache.tier_len, layer),
-        take_layer(cache.recent_k, layer),
-        take_layer(cache.recent_v, layer),
+        _all_heads(cache.recent_k),
+        _all_heads(cache.recent_v),
         per_head(cache, recent_len),
+        layer,
     )
 
 

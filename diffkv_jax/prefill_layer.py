@@ -58,22 +58,22 @@ def _grouped(spec: CacheSpec) -> tuple[int, int, int]:
 
 
 def _by_head(cache: KVCache, q: Array, k: Array, v: Array, length: Array) -> Chunk:
-    """Requests and KV heads flattened, K and V rounded to the cache dtype, everything float32."""
+    """Requests and KV heads flattened, K and V rounded to the cache dtype; all in the model's dtype."""
     spec = cache.spec
     requests, kv_heads, group = _grouped(spec)
     chunk_len, d = q.shape[1], q.shape[3]
     q = jnp.moveaxis(q.reshape(requests, chunk_len, kv_heads, group, d), 1, 3).reshape(-1, group, chunk_len, d)
-    k, v = (jnp.moveaxis(x, 1, 2).reshape(-1, chunk_len, d).astype(spec.dtype).astype(jnp.float32) for x in (k, v))
+    k, v = (jnp.moveaxis(x, 1, 2).reshape(-1, chunk_len, d).astype(spec.dtype).astype(q.dtype) for x in (k, v))
     padding = jnp.arange(chunk_len) < chunk_len - per_head(cache, length)[:, None]
     k, v = (jnp.where(padding[..., None], 0, x) for x in (k, v))
-    return Chunk(q.astype(jnp.float32), k, v, per_head(cache, length))
+    return Chunk(q, k, v, per_head(cache, length))
 
 
 def _scores(cache: KVCache, chunk: Chunk, lse: Array, heads: Heads, scale: Scale, step: PrefillStep) -> ColumnSums:
     """Column sums of the observing rows when `step.compress`, with "all" also of every earlier chunk; else unchanged and zeros."""
     spec = cache.spec
     silent = ColumnSums(
-        cache.pages.significance, jnp.zeros(heads.recent_k.shape[:2], jnp.float32), jnp.zeros(chunk.k.shape[:2], jnp.float32)
+        cache.pages.significance, jnp.zeros(heads.recent_k.shape[1:3], jnp.float32), jnp.zeros(chunk.k.shape[:2], jnp.float32)
     )
     if not spec.layout.scored:
         return silent
@@ -87,19 +87,20 @@ def _scores(cache: KVCache, chunk: Chunk, lse: Array, heads: Heads, scale: Scale
 
 def _gather(cache: KVCache, layer: Array, chunk: Chunk, heads: Heads, sums: ColumnSums) -> _Gathered:
     """The recent tokens and the chunk's in one row a head, with significance and positions."""
-    slots, chunk_len = heads.recent_k.shape[1], chunk.k.shape[1]
+    (recent_k, recent_v, live), chunk_len = heads.recent(), chunk.k.shape[1]
+    slots = live.shape[1]
     start = per_head(cache, cache.seq_len)[:, None]  # position of the chunk's first token
     recent_position = start - heads.recent_len[:, None] + jnp.arange(slots)
     first = chunk_len - chunk.length[:, None]
     chunk_position = start + jnp.arange(chunk_len) - first
     recent_score = sums.recent + (take_layer(cache.recent_significance, layer) if cache.spec.layout.scored else 0)
     tokens = Tokens(
-        k=jnp.concatenate([heads.recent_k.astype(jnp.float32), chunk.k], axis=1),
-        v=jnp.concatenate([heads.recent_v.astype(jnp.float32), chunk.v], axis=1),
+        k=jnp.concatenate([recent_k, chunk.k.astype(jnp.float32)], axis=1),
+        v=jnp.concatenate([recent_v, chunk.v.astype(jnp.float32)], axis=1),
         significance=jnp.concatenate([recent_score, sums.chunk], axis=1),
         position=jnp.concatenate([recent_position, chunk_position], axis=1),
     )
-    valid = jnp.concatenate([jnp.arange(slots) < heads.recent_len[:, None], jnp.arange(chunk_len) >= first], axis=1)
+    valid = jnp.concatenate([live, jnp.arange(chunk_len) >= first], axis=1)
     return _Gathered(tokens, valid)
 
 

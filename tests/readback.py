@@ -184,6 +184,8 @@ def _draw_tokens(rng, pages: dict[str, Any], layout, table_row: np.ndarray, tier
 
 
 def on_device(pool: Pool, pages_type, heads_type):
-    """The pool as the library's `Pages` and `Heads`."""
-    pages, heads = jax.tree.map(jnp.asarray, (pool.pages, pool[1:]))
-    return pages_type(**pages), heads_type(*heads)
+    """The pool as the library's `Pages` and `Heads`, the windows those of layer 1 of two; layer 0 is NaN."""
+    recent = (np.stack([np.full_like(x, np.nan), x]) for x in (pool.recent_k, pool.recent_v))
+    heads = heads_type(pool.page_table, pool.tier_len, *recent, pool.recent_len, np.int32(1))
+    pages, heads = jax.tree.map(jnp.asarray, (pool.pages, heads))
+    return pages_type(**pages), heads

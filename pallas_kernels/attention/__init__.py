@@ -1,4 +1,5 @@
 """Attention over paged, mixed-precision tiers."""
 
+from .api import decode_attention as decode_attention
 from .reference import Heads as Heads
-from .reference import decode_attention as decode_attention
+from .reference import Sliding as Sliding

@@ -10,32 +10,51 @@ from .stream import Partial, add_significance, chunk_logits, chunk_mix, num_chun
 
 
 class Heads(NamedTuple):
-    """What the `B` = requests x KV heads of one layer hold besides the pool."""
+    """What the `B` = requests x KV heads of one layer hold besides the pool. The windows are those of all layers: slicing one off is a copy."""
 
     page_table: Array  # int32 [B, max_pages]
     tier_len: Array  # int32 [B, tiers]
-    recent_k: Array  # [B, window + flush, d]
-    recent_v: Array  # [B, window + flush, d]
+    recent_k: Array  # [L, B, window + flush, d]
+    recent_v: Array  # [L, B, window + flush, d]
     recent_len: Array  # int32 [B]
+    layer: Array  # int32 [] which layer of recent_k and recent_v
+
+    def recent(self) -> tuple[Array, Array, Array]:
+        """The layer's recent K and V in float32 `[B, window + flush, d]`, dead slots zeroed, and the mask `[B, window + flush]` of live ones."""
+        k, v = (lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.recent_k, self.recent_v))
+        live = jnp.arange(k.shape[1]) < self.recent_len[:, None]
+        k, v = (jnp.where(live[..., None], x, 0).astype(jnp.float32) for x in (k, v))
+        return k, v, live
+
+
+class Sliding(NamedTuple):
+    """A sliding window: a query sees only the keys at positions above `position - size`."""
+
+    size: int
+    position: Array  # int32 [B] of the query
 
 
 def decode_attention(
-    q: Array, pages: Pages, layout: PageLayout, heads: Heads, *, max_len: int, sm_scale: float, logits_soft_cap: float | None = None
+    q: Array,
+    pages: Pages,
+    layout: PageLayout,
+    heads: Heads,
+    *,
+    max_len: int,
+    sm_scale: float,
+    logits_soft_cap: float | None = None,
+    sliding: Sliding | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Softmax attention of `q [B, G, d]` over every token its KV head holds; the pages are read and unpacked once for all G query heads.
-
-    Returns the output float32 `[B, G, d]`, the pool's significance with this step's probabilities added (maximum over the G query
-    heads after global normalisation), and the recent tokens' probabilities `[B, window + flush]` likewise (zeros when not scored).
-    `max_len` bounds the tokens of a head.
-    """
+    """`decode_attention` of api.py in plain jax.numpy."""
     q = q.astype(jnp.float32)
-    recent_logits = _recent_logits(q, heads, sm_scale, logits_soft_cap)
-    recent_v = jnp.where((jnp.arange(heads.recent_v.shape[1]) < heads.recent_len[:, None])[..., None], heads.recent_v, 0)
+    recent_k, recent_v, live = heads.recent()
+    recent_logits = soft_cap(jnp.einsum("bgd,btd->bgt", q, recent_k) * sm_scale, logits_soft_cap)
+    recent_logits = jnp.where((live & _recent_seen(heads, sliding))[:, None], recent_logits, -jnp.inf)
     partial = Partial.empty(q.shape[:2], q.shape[2])
-    partial = partial.add(recent_logits, lambda p: jnp.einsum("bgt,btd->bgd", p, recent_v.astype(jnp.float32)))
+    partial = partial.add(recent_logits, lambda p: jnp.einsum("bgt,btd->bgd", p, recent_v))
     logits = []
     for tier in range(layout.tiers):
-        partial, tier_logits = _attend_tier(q, partial, pages, layout, tier, heads, max_len, sm_scale, logits_soft_cap)
+        partial, tier_logits = _attend_tier(q, partial, pages, layout, tier, heads, max_len, sm_scale, logits_soft_cap, sliding)
         logits.append(tier_logits)
     output, lse = partial.normalised()
     if not layout.scored:
@@ -51,13 +70,15 @@ def group_score(logits: Array, lse: Array) -> Array:
     return jnp.exp((logits - lse[..., None]).max(axis=1))
 
 
-def _recent_logits(q, heads: Heads, sm_scale, cap) -> Array:
-    logits = soft_cap(jnp.einsum("bgd,btd->bgt", q, heads.recent_k.astype(jnp.float32)) * sm_scale, cap)
-    valid = jnp.arange(logits.shape[-1]) < heads.recent_len[:, None]
-    return jnp.where(valid[:, None], logits, -jnp.inf)
+def _recent_seen(heads: Heads, sliding: Sliding | None) -> Array:
+    """Which recent slots `[B, window + flush]` a sliding window lets the query see; the query's own token is the last live one."""
+    slots = jnp.arange(heads.recent_k.shape[2])
+    if sliding is None:
+        return jnp.ones((1, slots.shape[0]), bool)
+    return heads.recent_len[:, None] - 1 - slots < sliding.size
 
 
-def _attend_tier(q, partial, pages, layout, tier, heads, max_len, sm_scale, cap) -> tuple[Partial, Array]:
+def _attend_tier(q, partial, pages, layout, tier, heads, max_len, sm_scale, cap, sliding) -> tuple[Partial, Array]:
     """Take a tier into `partial`; the logits of its chunks `[chunks, B, G, chunk tokens]` are kept for the significance when scored."""
     chunk = read_chunk(pages, layout, tier, heads.page_table, heads.tier_len, jnp.int32(0))
     kept = jnp.zeros((num_chunks(layout, tier, max_len) if layout.scored else 0, *q.shape[:2], chunk.valid.shape[1]), jnp.float32)
@@ -66,6 +87,10 @@ def _attend_tier(q, partial, pages, layout, tier, heads, max_len, sm_scale, cap)
         partial, kept = state
         chunk = read_chunk(pages, layout, tier, heads.page_table, heads.tier_len, i)
         logits = chunk_logits(q, chunk, layout, tier, sm_scale, cap)
+        if sliding is not None:
+            position = pages.position.at[chunk.ids].get(mode="clip")[:, :, : layout.blocks[tier]].astype(jnp.int32)
+            seen = position.reshape(chunk.valid.shape) > (sliding.position - sliding.size)[:, None]
+            logits = jnp.where(seen[:, None], logits, -jnp.inf)
         if layout.scored:
             kept = lax.dynamic_update_index_in_dim(kept, logits, i, 0)
         return partial.add(logits, lambda p: chunk_mix(p, chunk, layout, tier)), kept

@@ -1,10 +1,13 @@
 """The identity codec: a tensor kept in a floating type, stored as byte planes so that it fits the same pages."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from .tiles import Tile, cut_points, float_to_half, half_to_float
 
 
 @dataclass(frozen=True)
@@ -50,3 +53,44 @@ class Full:
         """Weights `p [..., G, T]` times the block, `[..., G, d]`; tokens not `valid [..., T]` are never read."""
         values = jnp.where(valid[..., None, :], self.decode(payload, meta), 0)
         return jnp.einsum("...Gt,...ct->...Gc", p, values)
+
+    def plane_channels(self, head_dim: int) -> int:
+        """Channels that one byte plane holds: all."""
+        return head_dim
+
+    scale_groups = 1  # one cut of the channels: there is no scale
+
+    def tiles(self, head_dim: int, *others) -> tuple[Tile, ...]:
+        """The tiles of a block, cut so that the blocks of the codecs `others` have the same channels in theirs."""
+        points = cut_points(head_dim, (self, *others))
+        return tuple(
+            Tile(a, b - a, tuple(a + byte * head_dim for byte in range(self._bytes)), None, None, self._from_bytes)
+            for a, b in zip(points, points[1:], strict=False)
+        )
+
+    def encode_tiles(self, tiles: Sequence[Tile], values: Sequence[Array]) -> tuple[list[Array], dict[int, Array]]:
+        """The bits of each value as int32 (upper half zero for 16-bit types), same shapes; no metadata."""
+        del tiles
+        return [self._to_bits(x) for x in values], {}
+
+    def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
+        """Bits of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row once."""
+        return {
+            row: (code >> (8 * byte)) & 255 for tile, code in zip(tiles, codes, strict=True) for byte, row in enumerate(tile.rows)
+        }
+
+    def _from_bytes(self, planes: Sequence[Array]) -> Array:
+        if self.dtype == "bfloat16":
+            return jax.lax.bitcast_convert_type((planes[1] << 24) | (planes[0] << 16), jnp.float32)
+        if self.dtype == "float16":
+            return half_to_float((planes[1] << 8) | planes[0])
+        return jax.lax.bitcast_convert_type((planes[3] << 24) | (planes[2] << 16) | (planes[1] << 8) | planes[0], jnp.float32)
+
+    def _to_bits(self, x: Array) -> Array:
+        if self.dtype == "float16":
+            return float_to_half(x)
+        bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+        if self.dtype == "float32":
+            return bits
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
+        return jnp.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)

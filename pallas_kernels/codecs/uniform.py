@@ -1,11 +1,14 @@
 """Uniform asymmetric quantisation per token and channel group (DiffKV, arXiv 2412.03131 sec. 5.1; docs/design.md 1)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax.numpy as jnp
 from jax import Array
 
 from .packing import pack_planes, packed_rows, unpack_planes
+from .tiles import Tile, cut_points, round_half_even
 
 BITS = (1, 2, 4, 8)
 
@@ -94,9 +97,69 @@ class Uniform:
         """Whether `demote` applies: same groups, no more bits."""
         return isinstance(target, Uniform) and target.groups == self.groups and target.bits <= self.bits
 
+    def plane_channels(self, head_dim: int) -> int:
+        """Channels that one byte plane holds."""
+        return self.rows(head_dim)
+
+    @property
+    def scale_groups(self) -> int:
+        """Groups of channels with their own scale and zero point."""
+        return self.groups
+
+    def tiles(self, head_dim: int, *others) -> tuple[Tile, ...]:
+        """The tiles of a block, cut so that the blocks of the codecs `others` have the same channels in theirs."""
+        points = cut_points(head_dim, (self, *others))
+        width, group = self.plane_channels(head_dim), head_dim // self.groups
+        return tuple(
+            Tile(
+                a, b - a, (a % width,), a // group, self.groups + a // group, partial(_plane, shift=a // width * self.bits, bits=self.bits)
+            )
+            for a, b in zip(points, points[1:], strict=False)
+        )
+
+    def encode_tiles(self, tiles: Sequence[Tile], values: Sequence[Array]) -> tuple[list[Array], dict[int, Array]]:
+        """`encode` tile by tile: values float32 `[channels, T]` to codes (int32, same shapes) and `{metadata row: float32 [T]}`."""
+        most = 2**self.bits - 1
+        low, high, meta = {}, {}, {}
+        for tile, x in zip(tiles, values, strict=True):
+            group, least, largest = tile.scale_row, x.min(axis=0), x.max(axis=0)
+            low[group] = jnp.minimum(low[group], least) if group in low else least
+            high[group] = jnp.maximum(high[group], largest) if group in high else largest
+        steps = {}
+        for group, zero in low.items():
+            scale = (high[group] - zero) / most
+            meta[group], meta[self.groups + group] = scale, zero
+            steps[group] = jnp.where(scale > 0, scale, 1.0)
+        codes = []
+        for tile, x in zip(tiles, values, strict=True):
+            group = tile.scale_row
+            code = round_half_even((x - low[group][None, :]) / steps[group][None, :])
+            codes.append(jnp.clip(code, 0.0, float(most)).astype(jnp.int32))
+        return codes, meta
+
+    def demote_tiles(self, target: "Uniform", codes: Sequence[Array], meta: dict[int, Array]) -> tuple[list[Array], dict[int, Array]]:
+        """`demote` tile by tile: int32 codes and `{metadata row: float32 [T]}` of this codec to those of `target`."""
+        ratio = (2**self.bits - 1) // (2**target.bits - 1)
+        scaled = {row: x * float(ratio) if row < self.groups else x for row, x in meta.items()}
+        return [(code + ratio // 2) // ratio for code in codes], scaled
+
+    def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
+        """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row once."""
+        packed: dict[int, Array] = {}
+        for tile, code in zip(tiles, codes, strict=True):
+            (row,) = tile.rows
+            planes_before = tile.channel // self.plane_channels(tiles[-1].channel + tiles[-1].channels)
+            shifted = code << (planes_before * self.bits)
+            packed[row] = packed[row] | shifted if row in packed else shifted
+        return packed
+
     def _scale_zero(self, meta: Array) -> tuple[Array, Array]:
         meta = meta.astype(jnp.float32)
         return meta[..., : self.groups, :], meta[..., self.groups :, :]
+
+
+def _plane(planes: Sequence[Array], shift: int, bits: int) -> Array:
+    return ((planes[0] >> shift) & (2**bits - 1)).astype(jnp.float32)
 
 
 def _grouped(x: Array, groups: int) -> Array:

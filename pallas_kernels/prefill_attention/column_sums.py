@@ -23,7 +23,8 @@ class ColumnSums(NamedTuple):
 
 
 def column_sums(chunk: Chunk, lse: Array, observe: int, pages: Pages, layout: PageLayout, heads: Heads, scale: Scale) -> ColumnSums:
-    """Score every key by the last `observe` rows of the chunk (at most C). `lse [B, G, C]` is that of `prefill_attention`."""
+    """`column_sums` of api.py in plain jax.numpy."""
+    chunk = chunk.float32()
     b, g, c, d = chunk.q.shape
     rows = min(BLOCK_ROWS, observe)
     blocks = -(-observe // rows)

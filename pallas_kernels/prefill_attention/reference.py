@@ -15,10 +15,14 @@ BLOCK_Q, BLOCK_KV = 512, 512  # rows of queries and of chunk keys that one step 
 class Chunk(NamedTuple):
     """A prompt chunk of C tokens of each of the `B` heads, right-aligned: the last `length` rows are tokens."""
 
-    q: Array  # float32 [B, G, C, d]
-    k: Array  # float32 [B, C, d]
-    v: Array  # float32 [B, C, d]
+    q: Array  # float32 or bfloat16 [B, G, C, d]
+    k: Array  # like q [B, C, d], zeros where padded
+    v: Array  # like q [B, C, d], zeros where padded
     length: Array  # int32 [B]
+
+    def float32(self) -> "Chunk":
+        """The same in float32."""
+        return Chunk(*(x.astype(jnp.float32) for x in self[:3]), self.length)
 
 
 class Scale(NamedTuple):
@@ -38,16 +42,15 @@ class Exact(NamedTuple):
 
 def recent_keys(heads: Heads) -> Exact:
     """The recent window in float32, dead slots zeroed."""
-    valid = jnp.arange(heads.recent_k.shape[1]) < heads.recent_len[:, None]
-    k, v = (jnp.where(valid[..., None], x, 0).astype(jnp.float32) for x in (heads.recent_k, heads.recent_v))
-    return Exact(k, v, valid)
+    return Exact(*heads.recent())
 
 
 def prefill_attention(chunk: Chunk, pages: Pages, layout: PageLayout, heads: Heads, scale: Scale) -> tuple[Array, Array]:
-    """Output `[B, G, C, d]` and log-sum-exp `[B, G, C]` (float32) of each row over stored pages, recent window and causal chunk.
+    """`prefill_attention` of api.py in plain jax.numpy.
 
     Works in blocks of rows, so that no `C x C` matrix exists; the chunk's own keys above the diagonal blocks are never visited.
     """
+    chunk = chunk.float32()
     b, g, c, d = chunk.q.shape
     rows = min(BLOCK_Q, c)
     recent = recent_keys(heads)

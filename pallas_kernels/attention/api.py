@@ -1,0 +1,52 @@
+"""Decode attention over paged, mixed-precision tiers: the public function."""
+
+from jax import Array
+
+from ..kernels import Kernels
+from ..pages import PageLayout, Pages
+from . import reference
+from .reference import Heads, Sliding
+
+
+def decode_attention(
+    q: Array,
+    pages: Pages,
+    layout: PageLayout,
+    heads: Heads,
+    *,
+    max_len: int,
+    sm_scale: float,
+    logits_soft_cap: float | None = None,
+    sliding: Sliding | None = None,
+    kernels: Kernels = Kernels(),
+) -> tuple[Array, Array, Array]:
+    """Softmax attention of `q [B, G, d]` over every token its KV head holds; the pages are read and unpacked once for all G query heads.
+
+    DiffKV, arXiv 2412.03131 sec. 4 (significance) and 6 (attention over two precisions).
+
+    Args:
+        q: float32 or bfloat16; the kernels multiply in this type and add in float32, the reference does all in float32.
+        pages: the pool; only `significance` changes.
+        layout: static geometry of the pages.
+        heads: page tables, lengths and recent windows; what lies beyond the lengths is never used.
+        max_len: bounds the tokens of a head.
+        sm_scale: factor of the dot products.
+        logits_soft_cap: `cap * tanh(logit / cap)` when given.
+        sliding: only keys within a window of positions, when given.
+        kernels: which implementation runs.
+
+    Returns:
+        The output float32 `[B, G, d]`, zeros where a head holds nothing; the pool's significance float32 `[num_pages, blocks, T]` with
+        this step's probabilities added (maximum over the G query heads after normalisation over all tokens); the recent tokens'
+        probabilities float32 `[B, window + flush]` likewise (zeros when the layout is not scored).
+    """
+    options = dict(max_len=max_len, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, sliding=sliding)
+    if kernels.implementation == "triton":
+        from . import triton
+
+        return triton.decode_attention(q, pages, layout, heads, interpret=kernels.interpret, **options)
+    if kernels.implementation == "mosaic_tpu":
+        from . import mosaic_tpu
+
+        return mosaic_tpu.decode_attention(q, pages, layout, heads, interpret=kernels.interpret, **options)
+    return reference.decode_attention(q, pages, layout, heads, **options)

@@ -1,0 +1,70 @@
+"""Attention of a prompt chunk and the significance it gives: the public functions."""
+
+from jax import Array
+
+from ..attention.reference import Heads
+from ..kernels import Kernels
+from ..pages import PageLayout, Pages
+from . import column_sums as column_sums_reference
+from . import reference
+from .column_sums import ColumnSums
+from .reference import Chunk, Scale
+
+
+def prefill_attention(
+    chunk: Chunk, pages: Pages, layout: PageLayout, heads: Heads, scale: Scale, *, kernels: Kernels = Kernels()
+) -> tuple[Array, Array]:
+    """Attention of each row of a chunk over the stored pages, the recent window and, causally, the chunk itself.
+
+    Args:
+        chunk: C right-aligned tokens of each of B heads, G query heads each; the kernels multiply in its type and add in float32.
+        pages: the pool, read through `heads.page_table`.
+        layout: static geometry of the pages.
+        heads: what the heads held before the chunk; what lies beyond the lengths is never used.
+        scale: factor and soft cap of the logits.
+        kernels: which implementation runs.
+
+    Returns:
+        Output float32 `[B, G, C, d]` and log-sum-exp of the logits float32 `[B, G, C]`. Padded rows (the first `C - length`) hold
+        anything finite. No array of the size of rows times keys exists.
+    """
+    if kernels.implementation == "triton":
+        from . import triton
+
+        return triton.prefill_attention(chunk, pages, layout, heads, scale, interpret=kernels.interpret)
+    if kernels.implementation == "mosaic_tpu":
+        from . import mosaic_tpu
+
+        return mosaic_tpu.prefill_attention(chunk, pages, layout, heads, scale, interpret=kernels.interpret)
+    return reference.prefill_attention(chunk, pages, layout, heads, scale)
+
+
+def column_sums(
+    chunk: Chunk,
+    lse: Array,
+    observe: int,
+    pages: Pages,
+    layout: PageLayout,
+    heads: Heads,
+    scale: Scale,
+    *,
+    kernels: Kernels = Kernels(),
+) -> ColumnSums:
+    """Score every key by the last `observe` rows of the chunk: probabilities summed over those rows, then the maximum over the group.
+
+    DiffKV, arXiv 2412.03131 sec. 4. Arguments as in `prefill_attention`; `observe` is static, at most C, padded rows do not count;
+    `lse [B, G, C]` is the log-sum-exp that `prefill_attention` returned.
+
+    Returns:
+        `ColumnSums`: the pool's significance with the sums of stored tokens added, and the sums of recent and of chunk tokens (zeros
+        where there is no token). No array of the size of rows times keys exists.
+    """
+    if kernels.implementation == "triton":
+        from . import triton_sums
+
+        return triton_sums.column_sums(chunk, lse, observe, pages, layout, heads, scale, interpret=kernels.interpret)
+    if kernels.implementation == "mosaic_tpu":
+        from . import mosaic_tpu_sums
+
+        return mosaic_tpu_sums.column_sums(chunk, lse, observe, pages, layout, heads, scale, interpret=kernels.interpret)
+    return column_sums_reference.column_sums(chunk, lse, observe, pages, layout, heads, scale)
