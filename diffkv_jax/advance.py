@@ -7,8 +7,9 @@ from jax import Array, lax
 
 from diffkv_jax.cache import KVCache
 from diffkv_jax.event import Plan, admit, apply_plan, plan_event
-from diffkv_jax.layer_state import layer_clock, per_head, put_layer, stored_layer, take_layer, with_stored
+from diffkv_jax.layer_state import all_heads, layer_clock, per_head, stored_layer, take_layer, with_stored
 from diffkv_jax.observed import count_observed
+from diffkv_jax.pallas_kernels.append import shift_recent
 from diffkv_jax.pallas_kernels.compact import Tokens
 from diffkv_jax.prefill_layer import observed_after, recent_after
 from diffkv_jax.steps import DecodeStep, PrefillStep
@@ -47,65 +48,67 @@ def compress(cache: KVCache, due: Array) -> KVCache:
     """One compression event over all layers and the requests that are `due` (bool [R]); one that has ended stays as it ended.
 
     All layers are planned before any is changed: a request whose new pages are not all free is left exactly as it was, with
-    `overflow` set.
+    `overflow` set. The kernels take all layers at once, in a constant number of launches; plain XLA goes layer by layer, so that its
+    intermediate arrays are those of one layer.
     """
-    spec = cache.spec
-    layers = len(spec.paged_layers)
-    leaving = jnp.where(due, jnp.maximum(cache.recent_len - spec.window, 0), 0)  # always the oldest
+    leaving = jnp.where(due, jnp.maximum(cache.recent_len - cache.spec.window, 0), 0)  # always the oldest
+    if cache.spec.kernels.implementation == "xla":
+        return _compress_by_layer(cache, leaving)
+    plan = _plan(cache, None, leaving)
+    needed = plan.pages.reshape(len(cache.spec.paged_layers), cache.spec.num_requests, -1).sum(axis=(0, 2))
+    admitted = admit(needed, cache.ring.count)
+    going = jnp.where(admitted, leaving, 0)
+    return _ended(_carry_out(cache, None, plan, going), going, admitted, leaving)
+
+
+def _compress_by_layer(cache: KVCache, leaving: Array) -> KVCache:
+    spec, layers = cache.spec, len(cache.spec.paged_layers)
 
     def count_pages(layer, needed):
         return needed + _plan(cache, layer, leaving).pages.reshape(spec.num_requests, -1).sum(axis=1)
 
-    needed = lax.fori_loop(0, layers, count_pages, jnp.zeros(spec.num_requests, jnp.int32))
-    admitted = admit(needed, cache.ring.count)
+    admitted = admit(lax.fori_loop(0, layers, count_pages, jnp.zeros(spec.num_requests, jnp.int32)), cache.ring.count)
     going = jnp.where(admitted, leaving, 0)
-    cache = lax.fori_loop(0, layers, lambda layer, cache: _compress_layer(cache, layer, going), cache)
-    return dataclasses.replace(
-        cache,
-        recent_len=cache.recent_len - going,
-        overflow=cache.overflow | (~admitted & (leaving > 0)),
-    )
+    cache = lax.fori_loop(0, layers, lambda layer, cache: _carry_out(cache, layer, _plan(cache, layer, going), going), cache)
+    return _ended(cache, going, admitted, leaving)
 
 
-def _plan(cache: KVCache, layer: Array, count: Array) -> Plan:
-    """The plan of a layer when the oldest `count [R]` recent tokens of each request leave."""
+def _ended(cache: KVCache, going: Array, admitted: Array, leaving: Array) -> KVCache:
+    """The clocks after `going [R]` tokens have left each window; requests that were not `admitted` have overflowed."""
+    overflow = cache.overflow | (~admitted & (leaving > 0))
+    return dataclasses.replace(cache, recent_len=cache.recent_len - going, overflow=overflow)
+
+
+def _plan(cache: KVCache, layer: Array | None, count: Array) -> Plan:
+    """The plan of a layer (all when None) when the oldest `count [R]` recent tokens of each request leave."""
     tokens = _oldest(cache, layer)
-    leaving = jnp.arange(cache.spec.flush) < per_head(cache, count)[:, None]
     clock = layer_clock(cache, layer, cache.seq_len, cache.observed)
-    stored = stored_layer(cache, layer)
-    return plan_event(cache.spec, stored, clock, tokens.significance, tokens.position, leaving, one_victim=cache.spec.flush == 1)
-
-
-def _oldest(cache: KVCache, layer: Array) -> Tokens:
-    """The oldest `flush` recent tokens of each head."""
+    layers = clock.seq_len.shape[0] // cache.spec.num_heads
     n = cache.spec.flush
-    k, v = (take_layer(x, layer)[:, :n] for x in (cache.recent_k, cache.recent_v))
+    leaving = jnp.arange(n) < per_head(cache, count, layers)[:, None]
+    stored, one_victim = stored_layer(cache, layer), cache.spec.flush == 1
+    return plan_event(cache.spec, stored, clock, tokens.significance[:, :n], tokens.position[:, :n], leaving, one_victim)
+
+
+def _oldest(cache: KVCache, layer: Array | None) -> Tokens:
+    """The recent tokens of each head of a layer (of all layers when None), oldest first."""
+    k, v = (take_layer(x, layer) for x in (cache.recent_k, cache.recent_v))
     if cache.spec.layout.scored:
-        significance = take_layer(cache.recent_significance, layer)[:, :n]
+        significance = take_layer(cache.recent_significance, layer)
     else:
         significance = jnp.zeros(k.shape[:2], jnp.float32)
-    position = per_head(cache, cache.seq_len - cache.recent_len)[:, None] + jnp.arange(n)
+    position = per_head(cache, cache.seq_len - cache.recent_len, k.shape[0] // cache.spec.num_heads)[:, None] + jnp.arange(k.shape[1])
     return Tokens(k, v, significance, position)
 
 
-def _compress_layer(cache: KVCache, layer: Array, going: Array) -> KVCache:
-    """Let the oldest `going [R]` recent tokens of each request into the tiers of a layer."""
-    plan = _plan(cache, layer, going)
-    stored = apply_plan(
-        cache.spec.layout, stored_layer(cache, layer), plan, _oldest(cache, layer), per_head(cache, going > 0), pages_a_round=1
-    )
+def _carry_out(cache: KVCache, layer: Array | None, plan: Plan, going: Array) -> KVCache:
+    """Let the oldest `going [R]` recent tokens of each request into the tiers of a layer (of all when None) as planned."""
+    spec, tokens = cache.spec, _oldest(cache, layer)
+    shift = per_head(cache, going, tokens.k.shape[0] // spec.num_heads)
+    stored = apply_plan(spec, stored_layer(cache, layer), plan, tokens, shift > 0, one_victim=spec.flush == 1)
     cache = with_stored(cache, layer, stored)
-    shift = per_head(cache, going)
-    cache = dataclasses.replace(cache, recent_k=_shifted(cache.recent_k, layer, shift), recent_v=_shifted(cache.recent_v, layer, shift))
-    if cache.spec.layout.scored:
-        cache = dataclasses.replace(cache, recent_significance=_shifted(cache.recent_significance, layer, shift))
-    return cache
-
-
-def _shifted(recent: Array, layer: Array, shift: Array) -> Array:
-    """`recent [L, R, K, N, ...]` with the first `shift [B]` slots of a layer removed and zeros behind."""
-    one = take_layer(recent, layer)
-    slot = jnp.arange(one.shape[1]) + shift[:, None]
-    shape = (*slot.shape, *(1,) * (one.ndim - 2))
-    moved = jnp.take_along_axis(one, jnp.minimum(slot, one.shape[1] - 1).reshape(shape), axis=1)
-    return put_layer(recent, layer, jnp.where((slot < one.shape[1]).reshape(shape), moved, 0))
+    windows = cache.recent_k, cache.recent_v, cache.recent_significance
+    k, v, scores = (all_heads(x) if layer is not None else take_layer(x, None)[None] for x in windows)
+    shifted = shift_recent(k, v, scores, jnp.int32(0) if layer is None else layer, shift, kernels=spec.kernels)
+    recent_k, recent_v, significance = (new.reshape(old.shape) for new, old in zip(shifted, windows, strict=True))
+    return dataclasses.replace(cache, recent_k=recent_k, recent_v=recent_v, recent_significance=significance)

@@ -13,6 +13,7 @@ from diffkv_jax.model_protocol import AttentionSpec
 from diffkv_jax.observed import nothing_observed
 from diffkv_jax.pallas_kernels.codecs import Full
 from diffkv_jax.pallas_kernels.compact import FreeRing
+from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from diffkv_jax.policy import CompressionPolicy
 
@@ -30,6 +31,7 @@ class CacheSpec:
     flush: int
     observe: int | Literal["all"] | None
     dtype: str
+    kernels: Kernels = XLA
 
     @staticmethod
     def build(
@@ -40,18 +42,26 @@ class CacheSpec:
         max_len: int,
         num_pages: int,
         dtype: str,
-        tokens: int = 32,
+        tokens: int | None = None,
+        kernels: Kernels = XLA,
     ) -> "CacheSpec":
-        """The spec of a cache for `num_requests` sequences of up to `max_len` tokens; `tokens` lanes a page (32, or 128 on TPU).
+        """The spec of a cache for `num_requests` sequences of up to `max_len` tokens.
+
+        `kernels` run its operations; `tokens` are the lanes of a page, what the kernels want when None.
 
         Raises:
             ValueError: `dtype` is not one that exact tokens can be kept in, or the tiers do not fit one page shape.
         """
         Full(dtype)  # checks it, also where no tier keeps exact tokens: the recent window does
         layout = PageLayout.solve(
-            policy.formats(dtype), attention.head_dim, tokens=tokens, max_len=max_len, scored=policy.observe is not None
+            policy.formats(dtype),
+            attention.head_dim,
+            tokens=tokens or kernels.tokens_per_block,
+            max_len=max_len,
+            scored=policy.observe is not None,
         )
-        return CacheSpec(attention, layout, num_requests, max_len, num_pages, policy.window, policy.flush, policy.observe, dtype)
+        windows = (policy.window, policy.flush, policy.observe)
+        return CacheSpec(attention, layout, num_requests, max_len, num_pages, *windows, dtype, kernels)
 
     @cached_property
     def paged_layers(self) -> tuple[int, ...]:
@@ -72,10 +82,6 @@ class CacheSpec:
     def max_pages(self) -> int:
         """Width of a head's page table: every token in the high tier and one part-filled page of each other tier."""
         return self.layout.pages_for(0, self.max_len) + self.layout.tiers
-
-    def capacity(self, tier: int) -> int:
-        """Slots, in whole pages, that a tier of one head can come to."""
-        return self.layout.pages_for(tier, self.max_len) * self.layout.tokens_per_page(tier)
 
     @property
     def num_heads(self) -> int:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from diffkv_jax.cache import KVCache
-from diffkv_jax.layer_state import layer_heads, per_head, put_layer, take_layer
+from diffkv_jax.layer_state import all_heads, layer_heads, per_head, put_layer, take_layer
 from diffkv_jax.pallas_kernels.append import append_recent
 from diffkv_jax.pallas_kernels.attention import decode_attention
 from diffkv_jax.steps import DecodeStep
@@ -15,9 +15,7 @@ from diffkv_jax.steps import DecodeStep
 def decode_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: DecodeStep) -> tuple[Array, KVCache]:
     """`q [R, 1, num_q_heads, d]`, `k`, `v [R, 1, num_kv_heads, d]` to the output like `q` and the cache; `layer` counts paged layers."""
     spec = cache.spec
-    recent_k = append_recent(cache.recent_k, layer, k[:, 0], cache.recent_len, step.active)
-    recent_v = append_recent(cache.recent_v, layer, v[:, 0], cache.recent_len, step.active)
-    cache = dataclasses.replace(cache, recent_k=recent_k, recent_v=recent_v)
+    cache = _append(cache, layer, k, v, step)
     heads = layer_heads(cache, layer, cache.recent_len + step.active)
     live = per_head(cache, step.active)
     heads = heads._replace(tier_len=jnp.where(live[:, None], heads.tier_len, 0), recent_len=jnp.where(live, heads.recent_len, 0))
@@ -29,6 +27,7 @@ def decode_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, ste
         max_len=spec.max_len,
         sm_scale=spec.attention.sm_scale,
         logits_soft_cap=spec.attention.logits_soft_cap,
+        kernels=spec.kernels,
     )
     if spec.layout.scored:
         scores = take_layer(cache.recent_significance, layer) + recent_scores
@@ -38,3 +37,13 @@ def decode_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, ste
             recent_significance=put_layer(cache.recent_significance, layer, scores),
         )
     return out.reshape(q.shape).astype(q.dtype), cache
+
+
+def _append(cache: KVCache, layer: Array, k: Array, v: Array, step: DecodeStep) -> KVCache:
+    """The new K and V `[R, 1, num_kv_heads, d]` of the active requests in the layer's recent window."""
+    flat = (cache.spec.num_heads, cache.spec.attention.head_dim)
+    slot = per_head(cache, jnp.where(step.active, cache.recent_len, -1))
+    windows = all_heads(cache.recent_k), all_heads(cache.recent_v)
+    recent_k, recent_v = append_recent(*windows, layer, k.reshape(flat), v.reshape(flat), slot, kernels=cache.spec.kernels)
+    shape = cache.recent_k.shape
+    return dataclasses.replace(cache, recent_k=recent_k.reshape(shape), recent_v=recent_v.reshape(shape))

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from diffkv_jax.cache import CacheSpec
-from diffkv_jax.pallas_kernels.compact import Stored, Tokens, append_tokens, read_side, remove_tokens
+from diffkv_jax.pallas_kernels.compact import Stored, Tokens, apply_event
 from diffkv_jax.pallas_kernels.pages import PageLayout
-from diffkv_jax.pallas_kernels.prune import DROPPED, HIGH, LOW, classify, least_significant, mean_significance
+from diffkv_jax.pallas_kernels.prune import DROPPED, Moves, Rule, classify, count_moves, mean_significance
 
 
 class Clock(NamedTuple):
@@ -20,11 +20,11 @@ class Clock(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What an event does to one layer."""
+    """What an event does to `B` heads."""
 
     entering: Array  # int32 [B, n] tier code of each token that leaves the recent window; DROPPED where there is none
-    victims: tuple[Array, ...]  # per tier bool [B, capacity], slot order: leaves the tier
-    demoted: Array  # bool [B, capacity of tier 0]: victims that go to tier 1
+    rule: Rule  # which stored tokens leave their tier
+    moves: Moves  # how many do
     pages: Array  # int32 [B] pages that the head needs beyond what it has
 
 
@@ -41,42 +41,28 @@ def plan_event(
     tau = clock.alpha / jnp.maximum(clock.seq_len, 1)[:, None]
     codes = classify(mean_significance(significance, position, clock.observed), tau, layout.tiers)
     entering = jnp.where(leaving, codes, DROPPED)
-    stirred = leaving.any(axis=-1)
-    victims, demoted = [], jnp.zeros((stirred.shape[0], spec.capacity(0)), bool)
+    joined = jnp.stack([(entering == tier + 1).any(axis=-1) for tier in range(layout.tiers)], axis=-1)
+    rule = Rule(tau, clock.observed, leaving.any(axis=-1), joined)
+    moves = count_moves(
+        stored.pages,
+        layout,
+        stored.page_table,
+        stored.tier_len,
+        rule,
+        one_victim=one_victim,
+        max_len=spec.max_len,
+        kernels=spec.kernels,
+    )
+    return Plan(entering, rule, moves, _pages_needed(layout, stored.tier_len, entering, moves))
+
+
+def _pages_needed(layout: PageLayout, tier_len: Array, entering: Array, moves: Moves) -> Array:
+    """Pages beyond the present ones that each head will hold after the event (never more in between: see `apply_event`)."""
+    before, after = jnp.zeros_like(moves.demoted), jnp.zeros_like(moves.demoted)
     for tier in range(layout.tiers):
-        if not layout.scored:
-            victims.append(jnp.zeros((stirred.shape[0], spec.capacity(tier)), bool))
-            continue
-        joined = (entering == tier + 1).any(axis=-1)
-        victim, low = _stored_victims(spec, stored, clock, tau, tier, joined if one_victim else None)
-        victims.append(victim & stirred[:, None])
-        if tier == 0:
-            demoted = low & stirred[:, None]
-    return Plan(entering, tuple(victims), demoted, _pages_needed(layout, stored, entering, victims, demoted))
-
-
-def _stored_victims(spec: CacheSpec, stored: Stored, clock: Clock, tau: Array, tier: int, joined: Array | None) -> tuple[Array, Array]:
-    """Masks `[B, capacity]` of a tier's tokens that leave it, and of those among them that fall to the low tier."""
-    layout, capacity = spec.layout, spec.capacity(tier)
-    live = jnp.arange(capacity) < stored.tier_len[:, tier, None]
-    total = read_side(stored.pages.significance, layout, stored.page_table, tier, capacity)
-    position = read_side(stored.pages.position, layout, stored.page_table, tier, capacity)
-    mean = mean_significance(total, position, clock.observed)
-    codes = classify(mean, tau, layout.tiers)
-    stays = HIGH if tier == 0 else LOW
-    victim = live & (codes != stays) & ((codes == DROPPED) | (tier == 0))
-    if joined is not None:
-        victim = victim & least_significant(mean, position, live) & joined[:, None]
-    return victim, victim & (codes == LOW) & (tier == 0)
-
-
-def _pages_needed(layout: PageLayout, stored: Stored, entering: Array, victims: list[Array], demoted: Array) -> Array:
-    """Pages beyond the present ones that each head will hold after the event (never more in between: see `remove_tokens`)."""
-    before = sum(layout.pages_for(t, stored.tier_len[:, t]) for t in range(layout.tiers))
-    after = jnp.zeros_like(stored.tier_len[:, 0])
-    for tier in range(layout.tiers):
-        arriving = (entering == tier + 1).sum(axis=-1) + (demoted.sum(axis=-1) if tier == 1 else 0)
-        after = after + layout.pages_for(tier, stored.tier_len[:, tier] - victims[tier].sum(axis=-1) + arriving)
+        arriving = (entering == tier + 1).sum(axis=-1) + (moves.demoted if tier == 1 else -moves.demoted)
+        before = before + layout.pages_for(tier, tier_len[:, tier])
+        after = after + layout.pages_for(tier, tier_len[:, tier] - moves.dropped[:, tier] + arriving)
     return jnp.maximum(after - before, 0)
 
 
@@ -90,26 +76,20 @@ def admit(needed: Array, free: Array) -> Array:
     return lax.scan(take, free, needed)[1]
 
 
-def apply_plan(layout: PageLayout, stored: Stored, plan: Plan, tokens: Tokens, admitted: Array, *, pages_a_round: int) -> Stored:
-    """Carry out a plan for the heads `admitted [B]`; `tokens` are those that `plan.entering` classifies.
-
-    `pages_a_round` is that of `remove_tokens`.
-
-    Behind a condition on the whole plan, so that all of it has been read from the pool before the pool changes: no copy is needed.
-    """
-    gate = admitted[:, None]
-    victims = [victim & gate for victim in plan.victims]
-    falls = plan.demoted & gate if layout.tiers == 2 else None
-    entering = jnp.where(gate, plan.entering, DROPPED)
-
-    def change(stored: Stored) -> Stored:
-        if layout.scored:
-            for tier in reversed(range(layout.tiers)):
-                demoted = falls if tier == 0 else None
-                stored = remove_tokens(stored, layout, tier, victims[tier], demoted, pages_a_round=pages_a_round)
-        for tier in range(layout.tiers):
-            stored = append_tokens(stored, layout, tier, tokens, entering == tier + 1)
-        return stored
-
-    busy = jnp.any(entering != DROPPED) | jnp.any(jnp.stack([victim.any() for victim in victims]))
-    return lax.cond(busy, change, lambda stored: stored, stored)
+def apply_plan(
+    spec: CacheSpec, stored: Stored, plan: Plan, tokens: Tokens, admitted: Array, *, one_victim: bool, pages_a_round: int = 1
+) -> Stored:
+    """Carry out a plan for the heads `admitted [B]`; `tokens` begin with those that `plan.entering` classifies."""
+    return apply_event(
+        stored,
+        spec.layout,
+        plan.rule,
+        plan.moves,
+        tokens,
+        plan.entering,
+        admitted,
+        one_victim=one_victim,
+        max_len=spec.max_len,
+        pages_a_round=pages_a_round,
+        kernels=spec.kernels,
+    )

@@ -14,6 +14,7 @@ from jax import Array, lax
 from diffkv_jax.budget import check_pool, with_pool
 from diffkv_jax.cache import CacheSpec, KVCache, empty_cache
 from diffkv_jax.model_protocol import AttentionSpec, CausalLM
+from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.policy import CompressionPolicy
 from diffkv_jax.prompt import as_batch, check_context, chunk_size, chunks
 from diffkv_jax.runner import decode_step, prefill_chunk
@@ -59,6 +60,8 @@ def generate(
     max_len: int | None = None,
     cache_dtype: str | None = None,
     prefill_chunk: int = 1024,
+    implementation: str | None = None,
+    interpret: bool = False,
 ) -> GenerateOutput:
     """Continue prompts with a compressed KV cache.
 
@@ -79,6 +82,8 @@ def generate(
         max_len: most tokens that a request may ever come to in this cache; what this call needs when None.
         cache_dtype: dtype of exact tokens ("full" tier, recent window); the model's when None.
         prefill_chunk: prompts go in chunks of this many tokens, a power of two; a prompt that fits one is attended exactly.
+        implementation: kernels of the cache: "xla", "triton" (GPU) or "mosaic_tpu" (TPU); None takes those of the platform at hand.
+        interpret: run Pallas kernels in their interpreter, on any platform: slow, for tests.
 
     Raises:
         ValueError: bad input, named, before anything is computed.
@@ -89,6 +94,7 @@ def generate(
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if cache is not None:
         _check_unset(policy=policy, memory_budget=memory_budget, max_len=max_len, cache_dtype=cache_dtype)
+        _check_unset(implementation=implementation, interpret=interpret or None)
         batch, sizes = _continued(cache, attention, batch, sizes)
     seen = np.zeros_like(sizes) if cache is None else np.asarray(cache.seq_len)
     totals = seen + sizes + max_new_tokens - 1
@@ -99,7 +105,8 @@ def generate(
     keys, stops = _request_keys(sampling, key, len(sizes)), _padded(stop_token_ids)
     if cache is None:
         policy = policy or CompressionPolicy.none()
-        cache = make_cache(model, policy, totals, max_len=max_len, memory_budget=memory_budget, cache_dtype=cache_dtype)
+        kernels = Kernels.resolve(implementation, interpret=interpret)
+        cache = make_cache(model, policy, totals, max_len=max_len, memory_budget=memory_budget, cache_dtype=cache_dtype, kernels=kernels)
     observe = cache.spec.observe if isinstance(cache.spec.observe, int) else 0
     size = chunk_size(int(sizes.max()), prefill_chunk, observe)
     began = time.perf_counter()
@@ -119,8 +126,10 @@ def make_cache(
     max_len: int | None = None,
     memory_budget: int | str | None = None,
     cache_dtype: str | None = None,
+    kernels: Kernels | None = None,
 ) -> KVCache:
-    """An empty cache for requests that come to `totals` tokens each; the other arguments are those of `generate`.
+    """An empty cache for requests that come to `totals` tokens each; `kernels` are those of the platform when None, the other arguments
+    are those of `generate`.
 
     Without `max_len` the totals are rounded up to multiples of 128, so that nearly equal prompts share their compiled programs.
     """
@@ -128,7 +137,13 @@ def make_cache(
     totals = [int(n) for n in totals]
     room = [-(-n // 128) * 128 if max_len is None else max_len for n in totals]
     spec = CacheSpec.build(
-        attention, policy, num_requests=len(totals), max_len=max(room), num_pages=0, dtype=cache_dtype or attention.dtype
+        attention,
+        policy,
+        num_requests=len(totals),
+        max_len=max(room),
+        num_pages=0,
+        dtype=cache_dtype or attention.dtype,
+        kernels=kernels or Kernels.resolve(),
     )
     spec = with_pool(spec, policy, totals, room, memory_budget)
     alpha = policy.thresholds(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads)

@@ -1,4 +1,4 @@
-"""One layer of a `KVCache` with requests and heads flattened to B = R x K, and back."""
+"""One layer of a `KVCache` with requests and heads flattened to B = R x K, or all layers to B = L x R x K, and back."""
 
 import dataclasses
 from functools import partial
@@ -14,34 +14,39 @@ from diffkv_jax.pallas_kernels.compact import Stored
 _LAYERED = ("page_table", "tier_len")
 
 
-def take_layer(array: Array, layer: Array) -> Array:
-    """`array[layer]` of `[L, R, K, ...]`, flattened to `[B, ...]`."""
+def take_layer(array: Array, layer: Array | None) -> Array:
+    """`array[layer]` of `[L, R, K, ...]`, flattened to `[B, ...]`; all layers when None."""
+    if layer is None:
+        return array.reshape(-1, *array.shape[3:])
     one = lax.dynamic_index_in_dim(array, layer, keepdims=False)
     return one.reshape(-1, *one.shape[2:])
 
 
-def put_layer(array: Array, layer: Array, value: Array) -> Array:
-    """`array` with `array[layer]` replaced by `value [B, ...]`."""
+def put_layer(array: Array, layer: Array | None, value: Array) -> Array:
+    """`array` with `array[layer]` replaced by `value [B, ...]`; all layers when None."""
+    if layer is None:
+        return value.reshape(array.shape).astype(array.dtype)
     return lax.dynamic_update_index_in_dim(array, value.reshape(array.shape[1:]).astype(array.dtype), layer, 0)
 
 
-def per_head(cache: KVCache, per_request: Array) -> Array:
-    """`[R, ...]` repeated over the KV heads, `[B, ...]`."""
-    return jnp.repeat(per_request, cache.spec.attention.num_kv_heads, axis=0, total_repeat_length=cache.spec.num_heads)
+def per_head(cache: KVCache, per_request: Array, layers: int = 1) -> Array:
+    """`[R, ...]` repeated over the KV heads, `[B, ...]`, and over `layers`, `[layers x B, ...]`."""
+    heads = jnp.repeat(per_request, cache.spec.attention.num_kv_heads, axis=0, total_repeat_length=cache.spec.num_heads)
+    return heads if layers == 1 else jnp.tile(heads, (layers, *(1,) * (heads.ndim - 1)))
 
 
-def _all_heads(array: Array) -> Array:
-    """`[L, R, K, ...]` as `[L, B, ...]`."""
+def all_heads(array: Array) -> Array:
+    """`[L, R, K, ...]` as `[L, B, ...]`, B = R x K."""
     return array.reshape(array.shape[0], -1, *array.shape[3:])
 
 
-def stored_layer(cache: KVCache, layer: Array) -> Stored:
-    """The stored tokens of a paged layer."""
+def stored_layer(cache: KVCache, layer: Array | None) -> Stored:
+    """The stored tokens of a paged layer; of all when None."""
     return Stored(cache.pages, cache.ring, *(take_layer(getattr(cache, name), layer) for name in _LAYERED))
 
 
-def with_stored(cache: KVCache, layer: Array, stored: Stored) -> KVCache:
-    """The cache with a layer's stored tokens replaced."""
+def with_stored(cache: KVCache, layer: Array | None, stored: Stored) -> KVCache:
+    """The cache with a layer's stored tokens replaced; with those of all layers when None."""
     put = partial(put_layer, layer=layer)
     return dataclasses.replace(
         cache,
@@ -57,13 +62,15 @@ def layer_heads(cache: KVCache, layer: Array, recent_len: Array) -> Heads:
     return Heads(
         take_layer(cache.page_table, layer),
         take_layer(cache.tier_len, layer),
-        _all_heads(cache.recent_k),
-        _all_heads(cache.recent_v),
+        all_heads(cache.recent_k),
+        all_heads(cache.recent_v),
         per_head(cache, recent_len),
         layer,
     )
 
 
-def layer_clock(cache: KVCache, layer: Array, seq_len: Array, observed: Array) -> Clock:
-    """Where the heads of a paged layer stand, given `seq_len` int32 [R] and `observed` int32 [R, spans, 2]."""
-    return Clock(per_head(cache, seq_len), per_head(cache, observed), take_layer(cache.alpha, layer))
+def layer_clock(cache: KVCache, layer: Array | None, seq_len: Array, observed: Array) -> Clock:
+    """Where the heads of a paged layer (all when None) stand, given `seq_len` int32 [R] and `observed` int32 [R, spans, 2]."""
+    alpha = take_layer(cache.alpha, layer)
+    layers = alpha.shape[0] // cache.spec.num_heads
+    return Clock(per_head(cache, seq_len, layers), per_head(cache, observed, layers), alpha)

@@ -28,7 +28,7 @@ def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, st
     heads = layer_heads(cache, layer, cache.recent_len)
     chunk = _by_head(cache, q, k, v, step.length)
     scale = Scale(spec.attention.sm_scale, spec.attention.logits_soft_cap)
-    out, lse = prefill_attention(chunk, cache.pages, spec.layout, heads, scale)
+    out, lse = prefill_attention(chunk, cache.pages, spec.layout, heads, scale, kernels=spec.kernels)
     sums = _scores(cache, chunk, lse, heads, scale, step)
     pages = dataclasses.replace(cache.pages, significance=sums.pages)
     cache = dataclasses.replace(cache, pages=pages)
@@ -80,7 +80,7 @@ def _scores(cache: KVCache, chunk: Chunk, lse: Array, heads: Heads, scale: Scale
     rows = observing_rows(spec, chunk.k.shape[1])
 
     def score(_):
-        return column_sums(chunk, lse, rows, cache.pages, spec.layout, heads, scale)
+        return column_sums(chunk, lse, rows, cache.pages, spec.layout, heads, scale, kernels=spec.kernels)
 
     return lax.cond(step.compress | (spec.observe == "all"), score, lambda _: silent, None)
 
@@ -116,9 +116,8 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep)
     leaving = leaving & per_head(cache, (step.length > 0) & ~cache.overflow)[:, None]
     plan = plan_event(spec, stored_layer(cache, layer), clock, tokens.significance, tokens.position, leaving, one_victim=False)
     cache = make_room(cache, plan.pages.reshape(spec.num_requests, -1).sum(axis=1))
-    stored = apply_plan(
-        spec.layout, stored_layer(cache, layer), plan, tokens, per_head(cache, ~cache.overflow), pages_a_round=PAGES_A_ROUND
-    )
+    admitted = per_head(cache, ~cache.overflow)
+    stored = apply_plan(spec, stored_layer(cache, layer), plan, tokens, admitted, one_victim=False, pages_a_round=PAGES_A_ROUND)
     return with_stored(cache, layer, stored)
 
 

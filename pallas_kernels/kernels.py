@@ -33,7 +33,9 @@ class Kernels:
         if implementation is None:
             return Kernels(_DEFAULT.get(platform, "xla"), interpret)
         if implementation not in IMPLEMENTATIONS:
-            raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}, or None to choose by platform")
+            raise ValueError(
+                f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}, or None to choose by platform"
+            )
         needs = IMPLEMENTATIONS[implementation]
         if needs not in (None, platform) and not interpret:
             raise ValueError(
@@ -46,6 +48,9 @@ class Kernels:
     def tokens_per_block(self) -> int:
         """Lanes of a page that the kernels want: 128 on TPU, where the last axis is padded to 128; else 32 (docs/design.md 2)."""
         return 128 if self.implementation == "mosaic_tpu" else 32
+
+
+XLA = Kernels()
 
 
 def tpu_interpreter(interpret: bool | Literal["checked"]):

@@ -155,3 +155,15 @@ def tier_page_ids(page_table: Array, tier: int, first, count: int) -> Array:
     index = jnp.asarray(first)[..., None] + jnp.arange(count)
     column = jnp.broadcast_to(page_column(tier, index, max_pages), (*page_table.shape[:-1], count))
     return jnp.take_along_axis(page_table, jnp.clip(column, 0, max_pages - 1), axis=-1)
+
+
+def read_side(array: Array, layout: PageLayout, page_table: Array, tier: int, capacity: int) -> Array:
+    """Significance or position of a tier of each head in slot order, `[B, capacity]`; what lies beyond the tier's length is meaningless.
+
+    `array [num_pages, blocks, T]`, `page_table [B, max_pages]`; `capacity` is a whole number of pages.
+    """
+    if array.shape[1] == 0:  # the policy does not score
+        return jnp.zeros((page_table.shape[0], capacity), array.dtype)
+    ids = tier_page_ids(page_table, tier, 0, capacity // layout.tokens_per_page(tier))
+    rows = array.at[ids].get(mode="clip")[:, :, : layout.blocks[tier]]
+    return rows.reshape(page_table.shape[0], -1)

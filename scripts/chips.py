@@ -98,7 +98,7 @@ class Compiled:
     @property
     def hlo(self) -> str:
         """The optimised HLO."""
-        return self.executable.as_text()
+        return self.executable.as_text() or ""
 
 
 def compile_for(chip: Chip, function: Callable, *arguments, donate: tuple[int, ...] = (), static: tuple[int, ...] = ()) -> Compiled:

@@ -1,3 +1,4 @@
-"""New tokens into the recent window."""
+"""New tokens into the recent window, old ones out of it."""
 
-from .reference import append_recent as append_recent
+from .api import append_recent as append_recent
+from .api import shift_recent as shift_recent

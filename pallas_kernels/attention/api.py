@@ -1,8 +1,11 @@
 """Decode attention over paged, mixed-precision tiers: the public function."""
 
+from collections.abc import Callable
+from functools import partial
+
 from jax import Array
 
-from ..kernels import Kernels
+from ..kernels import XLA, Kernels
 from ..pages import PageLayout, Pages
 from . import reference
 from .reference import Heads, Sliding
@@ -18,7 +21,7 @@ def decode_attention(
     sm_scale: float,
     logits_soft_cap: float | None = None,
     sliding: Sliding | None = None,
-    kernels: Kernels = Kernels(),
+    kernels: Kernels = XLA,
 ) -> tuple[Array, Array, Array]:
     """Softmax attention of `q [B, G, d]` over every token its KV head holds; the pages are read and unpacked once for all G query heads.
 
@@ -40,13 +43,17 @@ def decode_attention(
         this step's probabilities added (maximum over the G query heads after normalisation over all tokens); the recent tokens'
         probabilities float32 `[B, window + flush]` likewise (zeros when the layout is not scored).
     """
-    options = dict(max_len=max_len, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, sliding=sliding)
+    attend = _implementation(kernels)
+    return attend(q, pages, layout, heads, max_len=max_len, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, sliding=sliding)
+
+
+def _implementation(kernels: Kernels) -> Callable[..., tuple[Array, Array, Array]]:
     if kernels.implementation == "triton":
         from . import triton
 
-        return triton.decode_attention(q, pages, layout, heads, interpret=kernels.interpret, **options)
+        return partial(triton.decode_attention, interpret=kernels.interpret)
     if kernels.implementation == "mosaic_tpu":
         from . import mosaic_tpu
 
-        return mosaic_tpu.decode_attention(q, pages, layout, heads, interpret=kernels.interpret, **options)
-    return reference.decode_attention(q, pages, layout, heads, **options)
+        return partial(mosaic_tpu.decode_attention, interpret=kernels.interpret)
+    return reference.decode_attention

@@ -10,7 +10,10 @@ from .stream import Partial, add_significance, chunk_logits, chunk_mix, num_chun
 
 
 class Heads(NamedTuple):
-    """What the `B` = requests x KV heads of one layer hold besides the pool. The windows are those of all layers: slicing one off is a copy."""
+    """What the `B` = requests x KV heads of one layer hold besides the pool.
+
+    The windows are those of all layers: slicing one off would be a copy.
+    """
 
     page_table: Array  # int32 [B, max_pages]
     tier_len: Array  # int32 [B, tiers]
@@ -20,7 +23,7 @@ class Heads(NamedTuple):
     layer: Array  # int32 [] which layer of recent_k and recent_v
 
     def recent(self) -> tuple[Array, Array, Array]:
-        """The layer's recent K and V in float32 `[B, window + flush, d]`, dead slots zeroed, and the mask `[B, window + flush]` of live ones."""
+        """The layer's recent K and V in float32 `[B, window + flush, d]`, dead slots zeroed, and the mask of live ones."""
         k, v = (lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.recent_k, self.recent_v))
         live = jnp.arange(k.shape[1]) < self.recent_len[:, None]
         k, v = (jnp.where(live[..., None], x, 0).astype(jnp.float32) for x in (k, v))

@@ -1,5 +1,7 @@
 """Codecs: `[head_dim, T]` blocks of K or V to rows of a page and back."""
 
+from .api import demote as demote
+from .api import encode as encode
 from .formats import Block as Block
 from .formats import Codec as Codec
 from .formats import KVFormat as KVFormat

@@ -93,18 +93,6 @@ def _write_side(array: Array, slots: Slots, values: Array) -> Array:
     return array.at[slots.page, slots.block, slots.lane].set(values.astype(array.dtype), mode="drop")
 
 
-def read_side(array: Array, layout: PageLayout, page_table: Array, tier: int, capacity: int) -> Array:
-    """Significance or position of a tier of each head in slot order, `[B, capacity]`; what lies beyond the tier's length is meaningless.
-
-    `array [num_pages, blocks, T]`, `page_table [B, max_pages]`; `capacity` is a whole number of pages.
-    """
-    if array.shape[1] == 0:  # the policy does not score
-        return jnp.zeros((page_table.shape[0], capacity), array.dtype)
-    ids = tier_page_ids(page_table, tier, 0, capacity // layout.tokens_per_page(tier))
-    rows = array.at[ids].get(mode="clip")[:, :, : layout.blocks[tier]]
-    return rows.reshape(page_table.shape[0], -1)
-
-
 def ranked(cumulative: Array, rank: Array) -> Array:
     """Index of the `rank`-th (from 0) true element of each row of a mask, given its inclusive `cumulative [B, n]` sum, `rank [B, m]`.
 

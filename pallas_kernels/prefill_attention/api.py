@@ -3,7 +3,7 @@
 from jax import Array
 
 from ..attention.reference import Heads
-from ..kernels import Kernels
+from ..kernels import XLA, Kernels
 from ..pages import PageLayout, Pages
 from . import column_sums as column_sums_reference
 from . import reference
@@ -12,7 +12,7 @@ from .reference import Chunk, Scale
 
 
 def prefill_attention(
-    chunk: Chunk, pages: Pages, layout: PageLayout, heads: Heads, scale: Scale, *, kernels: Kernels = Kernels()
+    chunk: Chunk, pages: Pages, layout: PageLayout, heads: Heads, scale: Scale, *, kernels: Kernels = XLA
 ) -> tuple[Array, Array]:
     """Attention of each row of a chunk over the stored pages, the recent window and, causally, the chunk itself.
 
@@ -48,7 +48,7 @@ def column_sums(
     heads: Heads,
     scale: Scale,
     *,
-    kernels: Kernels = Kernels(),
+    kernels: Kernels = XLA,
 ) -> ColumnSums:
     """Score every key by the last `observe` rows of the chunk: probabilities summed over those rows, then the maximum over the group.
 

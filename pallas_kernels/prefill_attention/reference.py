@@ -22,7 +22,8 @@ class Chunk(NamedTuple):
 
     def float32(self) -> "Chunk":
         """The same in float32."""
-        return Chunk(*(x.astype(jnp.float32) for x in self[:3]), self.length)
+        q, k, v = (x.astype(jnp.float32) for x in (self.q, self.k, self.v))
+        return Chunk(q, k, v, self.length)
 
 
 class Scale(NamedTuple):

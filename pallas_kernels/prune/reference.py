@@ -1,9 +1,30 @@
 """Which tier a token belongs to, from its mean significance (DiffKV, arXiv 2412.03131 sec. 4 and Algorithm 1; docs/design.md 1)."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array
 
+from ..pages import PageLayout, Pages, read_side
+
 DROPPED, HIGH, LOW = 0, 1, 2  # tier codes: 0 is dropped, code t is stored tier t - 1
+
+
+class Rule(NamedTuple):
+    """Which stored tokens of the `B` heads leave their tier in a compression event."""
+
+    tau: Array  # float32 [B, 2] thresholds of the mean significance (high, low)
+    observed: Array  # int32 [B, spans, 2] (end, length) of the spans of positions whose queries have scored
+    stirred: Array  # bool [B] heads that some token enters; nothing leaves the others
+    joined: Array  # bool [B, tiers] tiers that a token enters; read with `one_victim` only
+
+
+class Moves(NamedTuple):
+    """How many stored tokens leave, and with `one_victim` which."""
+
+    dropped: Array  # int32 [B, tiers]
+    demoted: Array  # int32 [B] from tier 0 to tier 1
+    victim: Array  # int32 [B, tiers] slot of the one token that leaves the tier, -1 when none does or without `one_victim`
 
 
 def mean_significance(total: Array, position: Array, observed: Array) -> Array:
@@ -29,3 +50,37 @@ def least_significant(mean: Array, position: Array, candidate: Array) -> Array:
     least = candidate & (masked == masked.min(axis=-1, keepdims=True))
     age = jnp.where(least, position.astype(jnp.int32), jnp.iinfo(jnp.int32).max)
     return least & (age == age.min(axis=-1, keepdims=True))
+
+
+def stored_victims(
+    pages: Pages, layout: PageLayout, page_table: Array, tier_len: Array, rule: Rule, tier: int, *, one_victim: bool, max_len: int
+) -> tuple[Array, Array]:
+    """Masks `[B, capacity]` (slot order) of a tier's tokens that leave it, and of those among them that fall to the low tier."""
+    capacity = layout.pages_for(tier, max_len) * layout.tokens_per_page(tier)
+    if not layout.scored:
+        none = jnp.zeros((page_table.shape[0], capacity), bool)
+        return none, none
+    live = jnp.arange(capacity) < tier_len[:, tier, None]
+    total = read_side(pages.significance, layout, page_table, tier, capacity)
+    position = read_side(pages.position, layout, page_table, tier, capacity)
+    mean = mean_significance(total, position, rule.observed)
+    codes = classify(mean, rule.tau, layout.tiers)
+    stays = HIGH if tier == 0 else LOW
+    victim = live & (codes != stays) & ((codes == DROPPED) | (tier == 0)) & rule.stirred[:, None]
+    if one_victim:
+        victim = victim & least_significant(mean, position, live) & rule.joined[:, tier, None]
+    return victim, victim & (codes == LOW) & (tier == 0)
+
+
+def count_moves(
+    pages: Pages, layout: PageLayout, page_table: Array, tier_len: Array, rule: Rule, *, one_victim: bool, max_len: int
+) -> Moves:
+    """`count_moves` of api.py in plain jax.numpy."""
+    dropped, slots, demoted = [], [], jnp.zeros(page_table.shape[0], jnp.int32)
+    for tier in range(layout.tiers):
+        victim, falls = stored_victims(pages, layout, page_table, tier_len, rule, tier, one_victim=one_victim, max_len=max_len)
+        dropped.append((victim & ~falls).sum(axis=-1))
+        slots.append(jnp.where(victim.any(axis=-1) & one_victim, jnp.argmax(victim, axis=-1), -1))
+        if tier == 0:
+            demoted = falls.sum(axis=-1)
+    return Moves(jnp.stack(dropped, axis=-1), demoted, jnp.stack(slots, axis=-1))

@@ -1,0 +1,57 @@
+"""New tokens into the recent window, old ones out of it: the public functions."""
+
+from jax import Array
+
+from ..kernels import XLA, Kernels
+from . import reference
+
+
+def append_recent(
+    recent_k: Array, recent_v: Array, layer: Array, k: Array, v: Array, slot: Array, *, kernels: Kernels = XLA
+) -> tuple[Array, Array]:
+    """Write one new token of each of B heads into the recent window of a layer, in place when the caller's arrays are donated.
+
+    Args:
+        recent_k, recent_v: the windows of all layers `[L, B, N, d]`.
+        layer: int32 [], which layer.
+        k, v: `[B, d]`, cast to the windows' dtype.
+        slot: int32 `[B]`, where; nothing is written for a head whose slot is not in `[0, N)`.
+        kernels: which implementation runs.
+    """
+    if kernels.implementation == "triton":
+        from . import triton
+
+        return triton.append_recent(recent_k, recent_v, layer, k, v, slot, interpret=kernels.interpret)
+    if kernels.implementation == "mosaic_tpu":
+        from . import mosaic_tpu
+
+        return mosaic_tpu.append_recent(recent_k, recent_v, layer, k, v, slot, interpret=kernels.interpret)
+    return reference.append_recent(recent_k, layer, k, slot), reference.append_recent(recent_v, layer, v, slot)
+
+
+def shift_recent(
+    recent_k: Array, recent_v: Array, significance: Array, layer: Array, shift: Array, *, kernels: Kernels = XLA
+) -> tuple[Array, Array, Array]:
+    """Remove the oldest tokens of each of B heads from the recent window of a layer, in place; the others move up, zeros follow.
+
+    Args:
+        recent_k, recent_v: the windows of all layers `[L, B, N, d]`.
+        significance: float32 `[L, B, N]`, or `[L, B, 0]` when the policy does not score.
+        layer: int32 [], which layer.
+        shift: int32 `[B]`, 0 to N: how many leave; windows with 0 keep their bits.
+        kernels: which implementation runs.
+    """
+    if kernels.implementation == "triton":
+        from . import triton
+
+        return triton.shift_recent(recent_k, recent_v, significance, layer, shift, interpret=kernels.interpret)
+    if kernels.implementation == "mosaic_tpu":
+        from . import mosaic_tpu
+
+        return mosaic_tpu.shift_recent(recent_k, recent_v, significance, layer, shift, interpret=kernels.interpret)
+    scored = significance.shape[2] > 0
+    return (
+        reference.shift_recent(recent_k, layer, shift),
+        reference.shift_recent(recent_v, layer, shift),
+        reference.shift_recent(significance, layer, shift) if scored else significance,
+    )
