@@ -1,6 +1,7 @@
 """One layer of a `KVCache` with requests and heads flattened to B = R x K, or all layers to B = L x R x K, and back."""
 
 import dataclasses
+import math
 from functools import partial
 
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ _LAYERED = ("page_table", "tier_len")
 def take_layer(array: Array, layer: Array | None) -> Array:
     """`array[layer]` of `[L, R, K, ...]`, flattened to `[B, ...]`; all layers when None."""
     if layer is None:
-        return array.reshape(-1, *array.shape[3:])
+        return array.reshape(math.prod(array.shape[:3]), *array.shape[3:])
     one = lax.dynamic_index_in_dim(array, layer, keepdims=False)
-    return one.reshape(-1, *one.shape[2:])
+    return one.reshape(math.prod(one.shape[:2]), *one.shape[2:])
 
 
 def put_layer(array: Array, layer: Array | None, value: Array) -> Array:
@@ -37,7 +38,8 @@ def per_head(cache: KVCache, per_request: Array, layers: int = 1) -> Array:
 
 def all_heads(array: Array) -> Array:
     """`[L, R, K, ...]` as `[L, B, ...]`, B = R x K."""
-    return array.reshape(array.shape[0], -1, *array.shape[3:])
+    layers, requests, heads = array.shape[:3]
+    return array.reshape(layers, requests * heads, *array.shape[3:])
 
 
 def stored_layer(cache: KVCache, layer: Array | None) -> Stored:
