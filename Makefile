@@ -1,6 +1,7 @@
 # make test       lint, types, compileall and the quick tests          (creates .venv)
 # make test-slow  the tests marked slow                                (same .venv)
 # make demo       text from a small model with a compressed cache      (creates .venv-demo, no torch)
+# make test-compile  every kernel and whole steps compiled for GPUs and TPUs that are not here (creates .venv-compile, 2 GB)
 # make lint       the static checks only
 # make clean      removes what these targets made, virtual environments included
 # PYTHON=... picks the interpreter; PYTEST_ARGS=... and DEMO_ARGS=... are passed on.
@@ -13,6 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 VENV := .venv
 VENV_DEMO := .venv-demo
+VENV_COMPILE := .venv-compile
 TEST_EXTRAS := hf,test
 # Two processes: small programs compile on one core each. XDIST= runs the quick tests in one process.
 XDIST := -n 2 --dist worksteal
@@ -30,13 +32,16 @@ define install
 	touch $@
 endef
 
-.PHONY: test test-slow demo lint clean
+.PHONY: test test-slow test-compile demo lint clean
 
 test: lint
-	$(VENV)/bin/python -m pytest -m "not slow" $(XDIST) $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m "not slow and not compile" $(XDIST) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -m slow $(XDIST_SLOW) $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m "slow and not compile" $(XDIST_SLOW) $(PYTEST_ARGS)
+
+test-compile: $(VENV_COMPILE)/.installed
+	$(VENV_COMPILE)/bin/python -m pytest tests/aot -m compile $(XDIST) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -53,6 +58,15 @@ $(VENV)/.installed: $(INSTALLED_BY)
 $(VENV_DEMO)/.installed: $(INSTALLED_BY)
 	$(call install,$(VENV_DEMO),demo)
 
+# The compilers exist for Linux x86-64 only; elsewhere the tests skip and say so.
+$(VENV_COMPILE)/.installed: $(INSTALLED_BY) requirements/compile.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -qq --upgrade -c requirements/constraints.txt -e '.[test-light]'
+	jax=$$($(@D)/bin/python -c 'from importlib.metadata import version; print(version("jax"))'); \
+	$(@D)/bin/python -m pip install -qq --no-deps -r requirements/compile.txt jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax \
+		|| test "$$(uname -sm)" != "Linux x86_64"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_DEMO) .venv-wheel .venv-newest build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV_DEMO) $(VENV_COMPILE) .venv-wheel .venv-newest build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find $(FOLDERS) -name __pycache__ -prune -exec rm -rf {} +

@@ -59,6 +59,7 @@ class CacheSpec:
             tokens=tokens or kernels.tokens_per_block,
             max_len=max_len,
             scored=policy.observe is not None,
+            meta_dtype=kernels.meta_dtype,
         )
         windows = (policy.window, policy.flush, policy.observe)
         return CacheSpec(attention, layout, num_requests, max_len, num_pages, *windows, dtype, kernels)

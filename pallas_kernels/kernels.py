@@ -45,6 +45,11 @@ class Kernels:
         return Kernels(implementation, interpret)
 
     @property
+    def meta_dtype(self) -> str:
+        """How the kernels want float16 metadata kept: TPU kernels as int16 bits, and a bitcast of the pool would be a copy there."""
+        return "int16" if self.implementation == "mosaic_tpu" else "float16"
+
+    @property
     def tokens_per_block(self) -> int:
         """Lanes of a page that the kernels want: 128 on TPU, where the last axis is padded to 128; else 32 (docs/design.md 2)."""
         return 128 if self.implementation == "mosaic_tpu" else 32

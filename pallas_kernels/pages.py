@@ -20,6 +20,8 @@ def least_waste(sizes: Iterable[int], waste: Callable[[int], Sequence[float]]) -
 class PageLayout:
     """Static geometry of a pool whose pages serve every tier of `formats` (tier 0 first, the highest precision).
 
+    `meta_dtype` is "float16", or "int16" where the same 16 bits are kept as integers: TPU kernels know no float16.
+
     `rows` uint8 payload rows and `meta_rows` float16 rows of `tokens` lanes; `blocks[tier]` blocks of `tokens` tokens fit one page.
     Within a page all K rows of all blocks come first, then all V rows; metadata likewise.
     """
@@ -32,9 +34,18 @@ class PageLayout:
     meta_rows: int
     position_dtype: str
     scored: bool
+    meta_dtype: str = "float16"
 
     @staticmethod
-    def solve(formats: Sequence[KVFormat], head_dim: int, *, tokens: int = 32, max_len: int = 65536, scored: bool = True) -> "PageLayout":
+    def solve(
+        formats: Sequence[KVFormat],
+        head_dim: int,
+        *,
+        tokens: int = 32,
+        max_len: int = 65536,
+        scored: bool = True,
+        meta_dtype: str = "float16",
+    ) -> "PageLayout":
         """Choose `rows` between one and four of the largest blocks so that the worst waste of any tier is least.
 
         Raises:
@@ -46,7 +57,7 @@ class PageLayout:
         def layout(rows: int) -> PageLayout:
             blocks = tuple(rows // need for need in block_rows)
             meta_rows = max(n * (f.key.meta_rows + f.value.meta_rows) for n, f in zip(blocks, formats, strict=True))
-            return PageLayout(tuple(formats), head_dim, tokens, rows, blocks, meta_rows, position_dtype, scored)
+            return PageLayout(tuple(formats), head_dim, tokens, rows, blocks, meta_rows, position_dtype, scored, meta_dtype)
 
         if any(low > high for high, low in zip(block_rows, block_rows[1:], strict=False)):
             names = [f.name for f in formats]
@@ -123,7 +134,7 @@ class Pages:
     """The pool, shared by all layers, heads, requests and tiers. Page `num_pages` is nowhere: reads of it are clipped, writes dropped."""
 
     payload: Array  # uint8 [num_pages, rows, T]
-    meta: Array  # float16 [num_pages, meta_rows, T]
+    meta: Array  # float16 [num_pages, meta_rows, T], or its bits as int16: `PageLayout.meta_dtype`
     significance: Array  # float32 [num_pages, blocks, T]; [num_pages, 0, T] when the policy does not score
     position: Array  # uint16 or int32 [num_pages, blocks, T]
 
@@ -133,7 +144,7 @@ class Pages:
         blocks, lanes = max(layout.blocks), layout.tokens
         return Pages(
             payload=jnp.zeros((num_pages, layout.rows, lanes), jnp.uint8),
-            meta=jnp.zeros((num_pages, layout.meta_rows, lanes), jnp.float16),
+            meta=jnp.zeros((num_pages, layout.meta_rows, lanes), layout.meta_dtype),
             significance=jnp.zeros((num_pages, blocks if layout.scored else 0, lanes), jnp.float32),
             position=jnp.zeros((num_pages, blocks, lanes), layout.position_dtype),
         )
@@ -167,3 +178,13 @@ def read_side(array: Array, layout: PageLayout, page_table: Array, tier: int, ca
     ids = tier_page_ids(page_table, tier, 0, capacity // layout.tokens_per_page(tier))
     rows = array.at[ids].get(mode="clip")[:, :, : layout.blocks[tier]]
     return rows.reshape(page_table.shape[0], -1)
+
+
+def meta_as_bits(meta: Array) -> Array:
+    """The metadata as int16 bits for a TPU kernel: no copy when the pool keeps it so (`PageLayout.meta_dtype`)."""
+    return meta if meta.dtype == jnp.int16 else jax.lax.bitcast_convert_type(meta, jnp.int16)
+
+
+def meta_like(bits: Array, meta: Array) -> Array:
+    """Inverse of `meta_as_bits`, in the dtype of `meta`."""
+    return bits if meta.dtype == jnp.int16 else jax.lax.bitcast_convert_type(bits, meta.dtype)

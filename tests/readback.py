@@ -27,6 +27,7 @@ def meta_rows(codec) -> int:
 
 def decode_tensor(codec, payload: np.ndarray, meta: np.ndarray) -> np.ndarray:
     """Payload uint8 `[rows, T]` and metadata float16 `[meta_rows, T]` as float32 `[T, head_dim]`."""
+    meta = meta.view(np.float16)  # TPU caches keep the bits as int16
     if hasattr(codec, "bits"):
         return dequantise(unpack(payload, codec.bits).T, meta[: codec.groups].T, meta[codec.groups :].T)
     dtype = np.dtype(jnp.dtype(codec.dtype))
@@ -145,7 +146,7 @@ def random_pool(layout, lengths, recent_len, *, max_len: int, slots: int, seed: 
     blocks = max(layout.blocks)
     pages = {
         "payload": np.full((num_pages, layout.rows, layout.tokens), 255, np.uint8),
-        "meta": np.full((num_pages, layout.meta_rows, layout.tokens), np.nan, np.float16),
+        "meta": np.full((num_pages, layout.meta_rows, layout.tokens), np.nan, np.float16).view(layout.meta_dtype),
         "significance": np.full((num_pages, blocks if layout.scored else 0, layout.tokens), np.nan, np.float32),
         "position": np.full((num_pages, blocks, layout.tokens), 65535, layout.position_dtype),
     }
@@ -177,7 +178,8 @@ def _draw_tokens(rng, pages: dict[str, Any], layout, table_row: np.ndarray, tier
             numbers = np.zeros((length, 0))
         for (name, first, rows), values in ((payload, codes), (meta, numbers)):
             row = first + block[:, None] * rows + np.arange(rows)
-            pages[name][page[:, None], row, lane[:, None]] = values
+            kept = values.astype(np.float16).view(pages[name].dtype) if name == "meta" else values
+            pages[name][page[:, None], row, lane[:, None]] = kept
     if layout.scored:
         pages["significance"][page, block, lane] = rng.uniform(0, 2, length)
     pages["position"][page, block, lane] = np.arange(length)

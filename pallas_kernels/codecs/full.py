@@ -75,9 +75,7 @@ class Full:
 
     def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
         """Bits of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row once."""
-        return {
-            row: (code >> (8 * byte)) & 255 for tile, code in zip(tiles, codes, strict=True) for byte, row in enumerate(tile.rows)
-        }
+        return {row: (code >> (8 * byte)) & 255 for tile, code in zip(tiles, codes, strict=True) for byte, row in enumerate(tile.rows)}
 
     def _from_bytes(self, planes: Sequence[Array]) -> Array:
         if self.dtype == "bfloat16":

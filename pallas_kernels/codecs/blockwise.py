@@ -1,0 +1,58 @@
+"""One block of K or V inside a kernel, tile by tile: encoding and demotion, shared by the Triton and the TPU kernels."""
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from jax import Array
+
+from .formats import Block, Codec, KVFormat
+from .tiles import Tile
+from .uniform import Uniform
+
+Planes = dict[int, Array]  # {first payload row: bytes int32 [channels, T]}
+Meta = dict[int, Array]  # {metadata row: float32 [T]}
+
+
+def head_dim_of(codec: Codec, rows: int) -> int:
+    """The head_dim of a payload of `rows` rows."""
+    return rows * 8 // codec.bits if isinstance(codec, Uniform) else rows // jnp.dtype(codec.dtype).itemsize
+
+
+def parts_of(fmt: KVFormat, parts: Sequence) -> Block:
+    """`Block` of the Refs or Arrays of a format in the order of `Block`; formats without metadata have none, and None stands for it."""
+    k_payload, v_payload, *metas = parts
+    k_meta = metas.pop(0) if fmt.key.meta_rows else None
+    return Block(k_payload, v_payload, k_meta, metas.pop(0) if fmt.value.meta_rows else None)
+
+
+def encode_block(codec: Codec, head_dim: int, values: Callable[[Tile], Array]) -> tuple[Planes, Meta]:
+    """`Codec.encode` of a block of which `values(tile)` reads a tile as float32 `[channels, T]`."""
+    tiles = codec.tiles(head_dim)
+    return _packed(codec, tiles, [values(tile) for tile in tiles])
+
+
+def demote_block(
+    source: Codec, target: Codec, head_dim: int, planes: Callable[[int, int], Array], meta: Callable[[int], Array]
+) -> tuple[Planes, Meta]:
+    """Requantise a block of `source` to `target`: on the integer codes where the groups match, else through float32.
+
+    `planes(row, channels)` reads payload rows as int32 `[channels, T]`, `meta(row)` one metadata row as float32 `[T]`.
+    """
+    tiles, target_tiles = source.tiles(head_dim, target), target.tiles(head_dim, source)
+    codes = [tile.unpack([planes(row, tile.channels) for row in tile.rows]) for tile in tiles]
+    rows = {row: meta(row) for row in range(source.meta_rows)}
+    if isinstance(source, Uniform) and isinstance(target, Uniform) and source.can_demote_to(target):
+        lower, rows = source.demote_tiles(target, [code.astype(jnp.int32) for code in codes], rows)
+        return target.pack_tiles(target_tiles, lower), rows
+    return _packed(target, target_tiles, [_value(tile, code, rows) for tile, code in zip(tiles, codes, strict=True)])
+
+
+def _packed(codec: Codec, tiles: Sequence[Tile], values: Sequence[Array]) -> tuple[Planes, Meta]:
+    codes, meta = codec.encode_tiles(tiles, values)
+    return codec.pack_tiles(tiles, codes), meta
+
+
+def _value(tile: Tile, code: Array, meta: Meta) -> Array:
+    if tile.scale_row is None or tile.zero_row is None:
+        return code
+    return meta[tile.scale_row][None, :] * code + meta[tile.zero_row][None, :]

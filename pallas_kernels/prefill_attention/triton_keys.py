@@ -1,0 +1,196 @@
+"""What the Triton kernels of this operation share: keys and values of pages, of the recent window and of the chunk, tile by tile.
+
+Triton cannot slice or join values, so everything with channels is a list of pieces, the same channel ranges for all tiers.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import triton as plgpu
+
+from ..codecs.tiles import Tile
+from ..pages import PageLayout, page_column
+from .reference import Scale
+
+LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
+
+
+class KeyTile(NamedTuple):
+    """Codes of some channels of `n` keys; the keys are `scale * codes + zero`, with None the codes themselves."""
+
+    codes: Array  # float32 or bfloat16 [channels, n]
+    group: int | None = None  # tiles of one group have the same scale and zero point
+    scale: Array | None = None  # float32 [n]
+    zero: Array | None = None  # float32 [n]
+
+
+@cache
+def key_tiles(layout: PageLayout) -> tuple[tuple[Tile, ...], ...]:
+    """Tiles of the keys of each tier, cut at the same channels. Raises ValueError where Triton cannot multiply them."""
+    return _tiles(layout, "key")
+
+
+@cache
+def value_tiles(layout: PageLayout) -> tuple[tuple[Tile, ...], ...]:
+    """Tiles of the values of each tier, cut at the same channels. Raises ValueError where Triton cannot multiply them."""
+    return _tiles(layout, "value")
+
+
+def key_pieces(layout: PageLayout) -> list[tuple[int, int]]:
+    """Channel ranges (first, size) in which keys and queries are read."""
+    return [(tile.channel, tile.channels) for tile in key_tiles(layout)[0]]
+
+
+def value_pieces(layout: PageLayout) -> list[tuple[int, int]]:
+    """Channel ranges (first, size) in which values are read and outputs are kept."""
+    return [(tile.channel, tile.channels) for tile in value_tiles(layout)[0]]
+
+
+def _tiles(layout: PageLayout, tensor: str) -> tuple[tuple[Tile, ...], ...]:
+    codecs = [getattr(fmt, tensor) for fmt in layout.formats]
+    tiles = tuple(codec.tiles(layout.head_dim, *codecs) for codec in codecs)
+    for tile in tiles[0]:
+        if tile.channels < 16 or tile.channels & (tile.channels - 1):
+            names = "+".join(fmt.name for fmt in layout.formats)
+            raise ValueError(
+                f"formats {names} at head_dim={layout.head_dim} make a {tensor} piece of {tile.channels} channels; Triton needs a power "
+                "of two of at least 16: choose fewer groups or other bits, or use implementation='xla'"
+            )
+    if layout.tokens < 16 or layout.tokens & (layout.tokens - 1):
+        raise ValueError(f"tokens={layout.tokens} must be a power of two of at least 16 for Triton; use implementation='xla'")
+    return tiles
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """`a [m, k]` times `b [k, n]` in float32 sums; float32 factors are multiplied exactly (no TF32)."""
+    return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def logits_of(q: Sequence[Array], keys: Sequence[KeyTile], bias: Array, scale: Scale) -> Array:
+    """Base-2 logits `[rows, n]` of `q` (pieces `[rows, channels]`) against `keys`; `bias [n]` is -inf where there is no key, else 0."""
+    factor = scale.sm_scale * (LOG2_E if scale.soft_cap is None else 1 / scale.soft_cap)
+    logits = 0.0 if scale.soft_cap is not None else bias[None, :]
+    for group in dict.fromkeys(tile.group for tile in keys):
+        members = [(piece, tile) for piece, tile in zip(q, keys, strict=True) if tile.group == group]
+        dots = sum(matmul(piece, tile.codes) for piece, tile in members)
+        scale_row, zero_row = members[0][1].scale, members[0][1].zero
+        if scale_row is None or zero_row is None:
+            logits += dots * factor
+        else:
+            sums = sum(piece.astype(jnp.float32).sum(axis=1) for piece, _ in members)
+            logits += sums[:, None] * (zero_row * factor)[None, :]
+            logits += dots * (scale_row * factor)[None, :]
+    if scale.soft_cap is None:
+        return logits
+    return scale.soft_cap * LOG2_E * jnp.tanh(logits) + bias[None, :]
+
+
+def gathered(ref, *indices):
+    """A Ref of the elements `indices` (scalars and arrays that broadcast): the interpreter does not take slices beside arrays."""
+    shape = jnp.broadcast_shapes(*map(jnp.shape, indices))
+    return ref.at[tuple(jnp.broadcast_to(i, shape) if jnp.ndim(i) else i for i in indices)]
+
+
+def row_channels(ref, at: tuple, piece: tuple[int, int]):
+    """A Ref of channels `piece` of the rows that the scalars and vectors `[n]` of `at` name: `[n, channels]`."""
+    rows = (i[:, None] if jnp.ndim(i) else i for i in at)
+    return gathered(ref, *rows, piece[0] + jnp.arange(piece[1], dtype=jnp.int32)[None, :])
+
+
+def load_rows(ref, at: tuple, piece: tuple[int, int], live: Array, dtype) -> Array:
+    """`row_channels` as values of `dtype`, zeros where not `live [n]` (those are never read)."""
+    return plgpu.load(row_channels(ref, at, piece), mask=jnp.broadcast_to(live[:, None], (live.size, piece[1])), other=0.0).astype(dtype)
+
+
+def chunk_key_index(first, count: int, head, chunk_len: int) -> tuple[Array, tuple]:
+    """Numbers `[count]` of the chunk's keys from `first` on, and where they are in `[B, C, d]`, clamped."""
+    key = first + jnp.arange(count, dtype=jnp.int32)
+    return key, (head, jnp.minimum(key, chunk_len - 1))
+
+
+class StoredBlocks(NamedTuple):
+    """`n // T` successive blocks of a tier of one head: which, and how they are read."""
+
+    inputs: Any  # Refs: payload, meta and q
+    layout: PageLayout
+    tier: int
+    live: Array  # bool [blocks] whether a block holds a token
+    page: Array  # int32 [blocks] page ids, 0 where there is no token
+    block: Array  # int32 [blocks] number of the block in its page
+    valid: Array  # bool [blocks, T]
+
+    def bias(self) -> Array:
+        """-inf where there is no token, else 0: `[n]`."""
+        return jnp.where(self.valid, 0.0, -jnp.inf).reshape(-1)
+
+    def keys(self) -> list[KeyTile]:
+        """The keys of all blocks side by side."""
+        rows = self.layout.formats[self.tier].key
+        tiles, planes = key_tiles(self.layout)[self.tier], {}
+        first, first_meta = self.block * rows.rows(self.layout.head_dim), self.block * rows.meta_rows
+        numbers = {tile.scale_row: self._scale_zero(tile, first_meta) for tile in tiles}
+        return [KeyTile(self._codes(tile, first, planes), tile.scale_row, *numbers[tile.scale_row]) for tile in tiles]
+
+    def mix(self, weights: Array) -> list[Array]:
+        """`weights [rows, n]` times the values: pieces `[rows, channels]`."""
+        fmt, n, head_dim = self.layout.formats[self.tier], self.layout.blocks[self.tier], self.layout.head_dim
+        tiles, planes, dtype = value_tiles(self.layout)[self.tier], {}, self.inputs.q.dtype
+        first = n * fmt.key.rows(head_dim) + self.block * fmt.value.rows(head_dim)
+        first_meta = n * fmt.key.meta_rows + self.block * fmt.value.meta_rows
+        scaled: dict[int | None, tuple[Array, Array | None]] = {}
+        for tile in tiles:
+            if tile.scale_row not in scaled:
+                factor, zero = self._scale_zero(tile, first_meta)
+                if factor is None or zero is None:
+                    scaled[tile.scale_row] = weights.astype(dtype), None
+                else:
+                    scaled[tile.scale_row] = (weights * factor[None, :]).astype(dtype), (weights * zero[None, :]).sum(axis=1)
+        mixed = []
+        for tile in tiles:
+            factors, shift = scaled[tile.scale_row]
+            codes = self._codes(tile, first, planes)
+            part = matmul(factors, codes.T)
+            mixed.append(part if shift is None else part + shift[:, None])
+        return mixed
+
+    def _lanes(self) -> Array:
+        return jnp.arange(self.layout.tokens, dtype=jnp.int32)[None, :]
+
+    def _codes(self, tile: Tile, first: Array, planes: dict) -> Array:
+        """Codes `[channels, n]` of a tile; `first [blocks]` payload row of the tensor, `planes` keeps what was loaded."""
+        loaded = []
+        for row in tile.rows:
+            if (row, tile.channels) not in planes:
+                rows = first[:, None, None] + row + jnp.arange(tile.channels, dtype=jnp.int32)[None, :, None]
+                plane = plgpu.load(gathered(self.inputs.payload, self.page[:, None, None], rows, self._lanes()[None]))
+                planes[row, tile.channels] = plane.transpose(1, 0, 2).reshape(tile.channels, self.valid.size)
+            loaded.append(planes[row, tile.channels].astype(jnp.int32))
+        codes = tile.unpack(loaded)
+        if tile.scale_row is None:  # an exact number of a dead lane may be NaN
+            codes = jnp.where(self.valid.reshape(1, -1), codes, 0.0)
+        return codes.astype(self.inputs.q.dtype)
+
+    def _scale_zero(self, tile: Tile, first: Array) -> tuple[Array | None, Array | None]:
+        """float32 `[n]` scale and zero point of a tile, zeros where there is no token; `first [blocks]` metadata row of the tensor."""
+        if tile.scale_row is None or tile.zero_row is None:
+            return None, None
+        return self._meta_row(first + tile.scale_row), self._meta_row(first + tile.zero_row)
+
+    def _meta_row(self, row: Array) -> Array:
+        at = gathered(self.inputs.meta, self.page[:, None], row[:, None], self._lanes())
+        return plgpu.load(at, mask=self.valid, other=0.0).astype(jnp.float32).reshape(-1)
+
+
+def stored_blocks(inputs, layout: PageLayout, tier: int, head, length, step, keys: int) -> StoredBlocks:
+    """Step number `step` of `keys` keys over the `length` tokens of a tier of a head."""
+    lanes, count = layout.tokens, keys // layout.tokens
+    number = step * count + jnp.arange(count, dtype=jnp.int32)
+    live = number * lanes < length
+    index = lax.div(number, jnp.int32(layout.blocks[tier]))
+    column = jnp.where(live, page_column(tier, index, inputs.page_table.shape[1]), 0)
+    page = plgpu.load(gathered(inputs.page_table, head, column), mask=live, other=0)
+    valid = number[:, None] * lanes + jnp.arange(lanes, dtype=jnp.int32)[None, :] < length
+    return StoredBlocks(inputs, layout, tier, live, page, number - index * layout.blocks[tier], valid)

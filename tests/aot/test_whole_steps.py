@@ -1,0 +1,66 @@
+"""One whole decode step and one whole prompt chunk of Llama-3-8B with a DiffKV cache, compiled for real chips: nothing copies the pool."""
+
+import re
+
+import chips
+import jax
+import jax.numpy as jnp
+import pytest
+from chips import Compiled, compile_for
+from jax import ShapeDtypeStruct as Shape
+
+import llama8b
+from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.runner import decode_step, prefill_chunk
+
+pytestmark = pytest.mark.compile
+
+KERNELS = {"cuda": Kernels("triton"), "tpu": Kernels("mosaic_tpu")}
+CHUNK = 1024
+FITS = {"v5e": 8}  # layers where the whole model does not fit the chip's memory; the programs are the same but for the loop's end
+
+
+def compiled(chip: chips.Chip, step: str) -> tuple[Compiled, int]:
+    """The compiled step and the bytes of the pool."""
+    model, params = llama8b.model(FITS.get(chip.name, llama8b.LAYERS))
+    cache = llama8b.cache(model, KERNELS[chip.platform])
+    requests = cache.spec.num_requests
+    ints, flags = (jax.tree_util.Partial(Shape, dtype=dtype) for dtype in (jnp.int32, bool))
+    if step == "decode":
+
+        def run(params, cache, token, active):
+            return decode_step(model, params, cache, token, active)
+
+        program = compile_for(chip, run, params, cache, ints((requests,)), flags((requests,)), donate=(1,))
+    else:
+
+        def run(params, cache, tokens, length, last):
+            return prefill_chunk.__wrapped__(model, params, cache, tokens, length, last)
+
+        program = compile_for(chip, run, params, cache, ints((requests, CHUNK)), ints((requests,)), flags(()), donate=(1,))
+    return program, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.pages))
+
+
+def pool_copies(program: Compiled, shapes: list[tuple[int, ...]]) -> list[str]:
+    """Instructions of the optimised HLO that copy, transpose or fuse something of the shape of an array of the pool."""
+    patterns = [rf"= \(?\w+\[{','.join(map(str, shape))}\]\S* (?:copy|transpose|fusion|copy-start)\(" for shape in shapes]
+    return [line.strip()[:160] for line in program.hlo.splitlines() if any(re.search(pattern, line) for pattern in patterns)]
+
+
+@pytest.mark.parametrize("step", ["decode", "prefill"])
+def test_pool_is_updated_in_place(chip: chips.Chip, step: str):
+    program, pool_bytes = compiled(chip, step)
+    memory = program.memory
+    assert memory.alias_size_in_bytes > pool_bytes
+    assert memory.temp_size_in_bytes < LARGEST_TEMPORARY[step] < pool_bytes / 2
+    model, _ = llama8b.model(1)
+    pages = llama8b.cache(model, KERNELS[chip.platform]).pages
+    shapes = [x.shape[1:] for x in jax.tree.leaves(pages)]
+    layers = FITS.get(chip.name, llama8b.LAYERS)
+    assert not pool_copies(program, [(pages.num_pages * layers, *shape) for shape in shapes])
+    for name, kernel in program.kernels.items():
+        assert kernel.spill_stores <= MOST_SPILLED, f"{name} spills {kernel.spill_stores} bytes a thread"
+
+
+LARGEST_TEMPORARY = {"decode": 256 << 20, "prefill": 2 << 30}
+MOST_SPILLED = 64  # bytes a thread

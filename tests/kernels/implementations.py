@@ -1,0 +1,15 @@
+"""The implementations that every test of an operation runs over, against the same reference."""
+
+import jax
+import pytest
+
+from diffkv_jax.pallas_kernels.kernels import Kernels
+
+INTERPRETED = {
+    "xla": Kernels("xla"),
+    "triton": Kernels("triton", True),
+    "mosaic_tpu": Kernels("mosaic_tpu", True),
+    "mosaic_tpu_checked": Kernels("mosaic_tpu", "checked"),  # the interpreter that looks for races and reads outside of arrays
+}
+ON_DEVICE = {"gpu": {"triton_device": Kernels("triton")}, "tpu": {"mosaic_tpu_device": Kernels("mosaic_tpu")}}
+IMPLEMENTATIONS = [pytest.param(k, id=name) for name, k in (INTERPRETED | ON_DEVICE.get(jax.default_backend(), {})).items()]
