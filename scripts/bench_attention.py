@@ -112,7 +112,7 @@ def attention_runner(
             out, significance, recent = decode_attention(
                 q, pool, layout, each, max_len=max_len, sm_scale=setting.head_dim**-0.5, kernels=kernels
             )
-            kept.append((out, recent))
+            kept.append((out, recent) if layout.scored else (out,))
         return significance, kept
 
     looped = Looped(step, effort.repeats, layers)
@@ -121,8 +121,8 @@ def attention_runner(
     for seed, lengths in enumerate(mixes):
         pages = random_pages(layout, num_pages, max_len, seed=seed)
         tables, _ = layer_tables(layout, lengths, heads, layers, num_pages, max_len)
-        out = jnp.zeros(q.shape, jnp.float32)
-        state = (pages.significance, [(out + 0, jnp.zeros((heads, setting.slots), jnp.float32)) for _ in range(layers)])
+        shapes = (q.shape, (heads, setting.slots)) if layout.scored else (q.shape,)
+        state = (pages.significance, [tuple(jnp.zeros(shape, jnp.float32) for shape in shapes) for _ in range(layers)])
         rest = dataclasses.replace(pages, significance=jnp.zeros((1, *pages.significance.shape[1:]), jnp.float32))
         runners.append(looped.on(state, q, rest, layer_heads(setting, layout, tables, lengths)))
     return runners

@@ -1,6 +1,7 @@
 """Tables of `bench_gpu.py`: rows that are measured one by one under a time budget, printed by rich and written as JSON."""
 
 import datetime
+import importlib.metadata
 import json
 import logging
 import subprocess
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 from rich.console import Console
 from rich.table import Table
 
@@ -91,7 +91,7 @@ def circumstances(command: list[str] | None = None) -> dict[str, str]:
         "device": f"{device.device_kind} x {jax.device_count()}",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if device.platform == "gpu" else "none",
         "platform version": getattr(device.client, "platform_version", "unknown").replace("\n", " ").strip(),
-        "jax": f"{jax.__version__}, jaxlib {jaxlib.__version__}, Python {sys.version.split()[0]}",
+        "jax": f"{jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}, Python {sys.version.split()[0]}",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _output("git", "describe", "--always", "--dirty"),
         "command": " ".join(["python", *(sys.argv if command is None else command)]),

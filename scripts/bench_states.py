@@ -56,16 +56,16 @@ class Setting:
         return jax.random.normal(jax.random.key(seed), (*shape, self.head_dim)).astype(self.dtype)
 
 
-def hashed(shape: Sequence[int], seed: int) -> Array:
+def hashed(shape: Sequence[int], seed: int | Array) -> Array:
     """Random-looking uint32 of any shape, cheap and without temporary arrays under jit."""
-    bits = jnp.full(shape, seed + 1, jnp.uint32)
+    bits = jnp.full(shape, jnp.asarray(seed, jnp.uint32) + 1, jnp.uint32)
     for axis in range(len(shape)):
         bits = (bits ^ lax.broadcasted_iota(jnp.uint32, shape, axis)) * np.uint32(0x9E3779B1)
         bits = (bits ^ (bits >> 15)) * np.uint32(0x85EBCA77)
     return bits ^ (bits >> 13)
 
 
-def uniform(shape: Sequence[int], seed: int) -> Array:
+def uniform(shape: Sequence[int], seed: int | Array) -> Array:
     """float32 in [0, 1) from `hashed`."""
     return (hashed(shape, seed) >> 8).astype(jnp.float32) * 2.0**-24
 
@@ -82,7 +82,7 @@ def random_pages(layout: PageLayout, num_pages: int, max_len: int, seed: int = 0
         payload = jnp.where(high, (payload & 128) | 0x3F, payload)
     return Pages(
         payload=payload,
-        meta=(0.002 + 0.01 * uniform(shapes.meta.shape, seed + 1)).astype(jnp.float16),
+        meta=(0.01 + 0.01 * uniform(shapes.meta.shape, seed + 1)).astype(jnp.float16),
         significance=uniform(shapes.significance.shape, seed + 2),
         position=(hashed(shapes.position.shape, seed + 3) % np.uint32(max_len)).astype(shapes.position.dtype),
     )

@@ -114,9 +114,8 @@ def copy_bandwidth(nbytes: int, effort: Effort) -> Timing:
 
     def run(calls: int) -> float:
         began = time.perf_counter()
-        for _ in range(calls):
-            out = copied(source)
-        out.block_until_ready()
+        for out in [copied(source) for _ in range(calls)]:
+            out.block_until_ready()
         return (time.perf_counter() - began) / calls
 
     run(2)

@@ -74,13 +74,17 @@ def missing_packages(platform: str) -> list[str]:
 
 @dataclass(frozen=True)
 class KernelResources:
-    """What ptxas says of one kernel: registers a thread; bytes of stack, spill stores and spill loads a thread; static shared bytes."""
+    """What ptxas says of one kernel: registers a thread; bytes of stack, spill stores and spill loads a thread; static shared bytes.
+
+    `dynamic_shared`: bytes of shared memory that XLA adds to a block when it launches the kernel.
+    """
 
     registers: int
     stack: int
     spill_stores: int
     spill_loads: int
     shared: int
+    dynamic_shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,8 @@ def _assembled(dump: Path) -> dict[str, KernelResources]:
     """What ptxas reports of every kernel in the PTX that XLA has dumped: the same assembler that made the executable's cubin."""
     folder, found = _cuda_bin(), {}
     assert folder is not None  # the compile that wrote the dump has used it
+    launches = "\n".join(path.read_text() for path in dump.glob("*thunk_sequence.txt"))
+    dynamic = {name: int(size) for name, size in re.findall(r"(\S+) grid: .*?shared_memory: (\d+) bytes", launches)}
     for ptx in sorted(dump.glob("*.ptx")):
         target = re.search(r"\.target (\w+)", ptx.read_text())
         if target is None:
@@ -169,5 +175,6 @@ def _assembled(dump: Path) -> dict[str, KernelResources]:
         for name, body in re.findall(r"Function properties for (\S+)\n(.*?)(?=ptxas info\s+: (?:Compiling|Function)|\Z)", report, re.S):
             stack, stores, loads = map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", body))
             registers, shared = re.search(r"Used (\d+) registers", body), re.search(r"(\d+) bytes smem", body)
-            found[name] = KernelResources(int(registers[1]) if registers else 0, stack, stores, loads, int(shared[1]) if shared else 0)
+            numbers = (int(registers[1]) if registers else 0, stack, stores, loads, int(shared[1]) if shared else 0)
+            found[name] = KernelResources(*numbers, dynamic.get(name, 0))
     return found

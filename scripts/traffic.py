@@ -4,7 +4,8 @@ A kernel is walked by abstract execution. What the caller gives as NumPy arrays 
 it is computed; everything else is a shape. So loops run as often as they would, branches are those that would be taken, and each access
 of device memory counts as it would happen:
 
-- Triton: every element that a load, store or atomic touches, where its mask is set. Caches are not modelled: two reads are two reads.
+- Triton: the elements that a load, store or atomic touches where its mask is set, those that lanes of one access share once. Caches are
+  not modelled: two loads are two reads.
 - Mosaic TPU: every DMA between HBM and the core; a block of a `BlockSpec` each time its index differs from the step before; the operands
   of scalar prefetch once.
 
@@ -14,47 +15,29 @@ XLA operations around the kernels are not counted.
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import jax
 import numpy as np
 
-from traffic_call import KernelTraffic, walk_call
-from traffic_values import EVALUATE, Memory, region_shape
+from traffic_call import KernelTraffic, Traffic, walk_call
+from traffic_values import EVALUATE, Memory, distinct_elements, region_shape
 
 Sample = Callable[[str, tuple[int, ...]], Iterable[tuple[tuple[int, ...], float]]]
-_KEEP_NAME = {"reshape", "bitcast_convert_type", "convert_element_type", "broadcast_in_dim", "squeeze", "transpose", "copy"}
+_KEEP_NAME = {"reshape", "bitcast_convert_type", "convert_element_type", "broadcast_in_dim", "squeeze", "slice", "transpose", "copy"}
 _NOTHING = {"dma_wait", "semaphore_wait", "semaphore_signal", "debug_barrier_p", "debug_print", "debug_callback", "delay", "trace_value"}
-_SAME = {"multiple_of", "max_contiguous", "copy", "copy_p", "stop_gradient", "optimization_barrier", "reduce_precision"}
+_SAME = {
+    "with_memory_space_constraint",
+    "multiple_of",
+    "max_contiguous",
+    "copy",
+    "copy_p",
+    "stop_gradient",
+    "optimization_barrier",
+    "reduce_precision",
+}
 LARGEST_KNOWN = 1 << 16  # elements of a computed value inside a kernel; larger ones are shapes only
-
-
-@dataclass
-class Traffic:
-    """The kernels that a function launches, in order.
-
-    `assumed` says where a branch or mask depends on data that was not given; the larger count was taken there.
-    """
-
-    kernels: list[KernelTraffic] = field(default_factory=list)
-    assumed: set[str] = field(default_factory=set)
-
-    def operands(self) -> dict[str, tuple[float, float]]:
-        """Bytes (read, written) of each operand: an argument of the function, or `kernel.i` for output i of a kernel."""
-        names = dict.fromkeys(name for k in self.kernels for name in (*k.read, *k.written))
-        return {name: (sum(k.read[name] for k in self.kernels), sum(k.written[name] for k in self.kernels)) for name in names}
-
-    @property
-    def bytes(self) -> float:
-        """All bytes, read and written."""
-        return sum(sum(pair) for pair in self.operands().values())
-
-    @property
-    def flops(self) -> float:
-        """FLOPs of all dot products."""
-        return sum(k.flops for k in self.kernels)
 
 
 class Unknown:
@@ -87,7 +70,8 @@ def count_traffic(function: Callable, *arguments: Any, sample: Sample | None = N
             known = leaf.view() if isinstance(leaf, np.ndarray) else None  # a view: the same array twice is two arguments
             leaves.append(walk.named(known, parameter + jax.tree_util.keystr(path)))
     with np.errstate(all="ignore"):
-        walk.run(jaxpr.jaxpr, jaxpr.consts, leaves)
+        outputs = walk.run(jaxpr.jaxpr, jaxpr.consts, leaves)
+    walk.traffic.results = {walk.name_of(x, "") for x in outputs}
     return walk.traffic
 
 
@@ -101,6 +85,8 @@ class _Walk:
         self.program: tuple[int, ...] = ()
         self.weight = 1.0
         self.doubt = 0  # branches that may not be taken
+        self.live = True  # whether anything reads what the equation at hand gives
+        self.used: dict[int, tuple[Any, set]] = {}  # variables of each jaxpr that something reads
 
     def named(self, value: Any, name: str) -> Any:
         """A value outside of kernels (None: an unknown one), whose name is remembered."""
@@ -119,8 +105,13 @@ class _Walk:
         def value_of(atom) -> Any:
             return atom.aval.dtype.type(atom.val) if hasattr(atom, "val") else values[atom]
 
+        if id(jaxpr) not in self.used:
+            read = {x for atoms in (jaxpr.outvars, *(eqn.invars for eqn in jaxpr.eqns)) for x in atoms if not hasattr(x, "val")}
+            self.used[id(jaxpr)] = (jaxpr, read)
+        used = self.used[id(jaxpr)][1]
         for eqn in jaxpr.eqns:
             inputs = [value_of(x) for x in eqn.invars]
+            self.live = bool(eqn.outvars) and eqn.outvars[0] in used
             method = getattr(self, f"_{eqn.primitive.name}", None)
             outputs = (method or self._other)(eqn, inputs)
             values.update(zip(eqn.outvars, outputs, strict=True))
@@ -225,24 +216,27 @@ class _Walk:
             counter = self.kernel.written if write else self.kernel.read
             counter[memory.name] += elements * memory.dtype.itemsize * self.weight
 
-    def _touched(self, shape: tuple[int, ...], mask: Any) -> float:
-        """Elements of an access of `shape` that its mask lets through."""
-        if mask is None:
-            return prod(shape)
+    def _touched(self, memory: Memory, transforms, mask: Any) -> float:
+        """Elements that an access reaches, each once, however many lanes share it; all of its shape where that is not known."""
+        size = prod(region_shape(memory.shape, transforms))
         if isinstance(mask, Unknown):
-            self.traffic.assumed.add(f"{self.kernel.name if self.kernel else ''}: a mask depends on unknown data")
-            return prod(shape)
-        return int(np.count_nonzero(mask)) * prod(shape) / np.size(mask)
+            assert self.kernel is not None
+            self.traffic.assumed.add(f"{self.kernel.name}: a mask of {memory.name} depends on unknown data")
+            mask = None
+        distinct = distinct_elements(transforms, mask)
+        if distinct is not None:
+            return distinct
+        return size if mask is None else int(np.count_nonzero(mask)) * size / np.size(mask)
 
     def _load(self, memory: Memory, transforms, mask: Any = None, other: Any = None) -> Any:
         if memory.name:
-            self.count(memory, self._touched(region_shape(memory.shape, transforms), mask), write=False)
+            self.count(memory, self._touched(memory, transforms, mask), write=False)
         value = memory.load(transforms, mask, other)
         return UNKNOWN if value is None else value
 
     def _store(self, memory: Memory, transforms, value: Any, mask: Any = None) -> None:
         if memory.name:
-            self.count(memory, self._touched(region_shape(memory.shape, transforms), mask), write=True)
+            self.count(memory, self._touched(memory, transforms, mask), write=True)
         unsure = self.doubt or isinstance(value, Unknown) or isinstance(mask, Unknown)
         memory.store(transforms, None if unsure else value, None if isinstance(mask, Unknown) else mask)
 
@@ -251,8 +245,8 @@ class _Walk:
 
     def _swap(self, eqn, inputs: list[Any]) -> list[Any]:
         memory, value, *rest = inputs
-        transforms, used = jax.tree.unflatten(eqn.params["tree"], rest), type(eqn.outvars[0]).__name__ != "DropVar"
-        old = self._load(memory, transforms) if used else UNKNOWN
+        transforms = jax.tree.unflatten(eqn.params["tree"], rest)
+        old = self._load(memory, transforms) if self.live else UNKNOWN
         self._store(memory, transforms, value)
         return [old]
 
@@ -268,8 +262,7 @@ class _Walk:
 
     def _masked_swap(self, eqn, inputs: list[Any]) -> list[Any]:
         memory, transforms, value, mask = jax.tree.unflatten(eqn.params["args_tree"], inputs)
-        used = type(eqn.outvars[0]).__name__ != "DropVar"
-        old = self._load(memory, transforms, mask) if used else UNKNOWN
+        old = self._load(memory, transforms, mask) if self.live else UNKNOWN
         self._store(memory, transforms, value, mask)
         return [old]
 

@@ -23,6 +23,40 @@ class KernelTraffic:
 
 
 @dataclass
+class Traffic:
+    """The kernels that a function launches, in order.
+
+    `assumed` says where a branch or mask depends on data that was not given; the larger count was taken there. `results` are the names
+    of operands that the function returns.
+    """
+
+    kernels: list[KernelTraffic] = field(default_factory=list)
+    assumed: set[str] = field(default_factory=set)
+    results: set[str] = field(default_factory=set)
+
+    def operands(self) -> dict[str, tuple[float, float]]:
+        """Bytes (read, written) of each operand: an argument of the function, or `kernel.i` for output i of a kernel."""
+        names = dict.fromkeys(name for k in self.kernels for name in (*k.read, *k.written))
+        return {name: (sum(k.read[name] for k in self.kernels), sum(k.written[name] for k in self.kernels)) for name in names}
+
+    @property
+    def bytes(self) -> float:
+        """All bytes, read and written."""
+        return sum(sum(pair) for pair in self.operands().values())
+
+    def scratch(self) -> dict[str, tuple[float, float]]:
+        """Bytes (read, written) of what a kernel leaves for another or for XLA, whose reading is taken to be once."""
+        kernels = {kernel.name for kernel in self.kernels}
+        made = {n: pair for n, pair in self.operands().items() if n.rpartition(".")[0] in kernels and n not in self.results}
+        return {name: (read or written, written) for name, (read, written) in made.items()}
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of all dot products."""
+        return sum(k.flops for k in self.kernels)
+
+
+@dataclass
 class _Block:
     """An operand of which a TPU kernel gets one block a grid step."""
 
@@ -118,7 +152,7 @@ def _whole(block) -> bool:
 
 def _block_shape(block, triton: bool) -> tuple[int, ...]:
     whole = not triton and _whole(block)
-    return tuple(1 if whole else getattr(n, "block_size", 1) for n in block.block_shape)
+    return tuple(1 if whole else max(1, getattr(n, "block_size", 1)) for n in block.block_shape)
 
 
 def _padded(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:

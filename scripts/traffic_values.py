@@ -14,7 +14,8 @@ LARGEST_MEMORY = 1 << 20  # elements of scratch and of results whose values are 
 class Memory:
     """What a Ref names. `values` are the numbers where `known`; both None as long as nothing is known.
 
-    Accesses of memory with a `name` are counted. `kept`: whether known numbers that a kernel writes are remembered.
+    Accesses of memory with a `name` are counted. `kept`: whether known numbers that a kernel writes are remembered. `blank`: what nobody
+    has written counts as zeros, because no right kernel depends on it.
     """
 
     shape: tuple[int, ...]
@@ -23,11 +24,13 @@ class Memory:
     values: np.ndarray | None = None
     known: np.ndarray | None = None
     kept: bool = False
+    blank: bool = False
 
     @staticmethod
     def scratch(aval) -> "Memory":
         """Uncounted, unknown memory as a Ref's abstract value describes it."""
-        return Memory(aval.shape, aval.dtype, kept=prod(aval.shape) <= LARGEST_MEMORY and isinstance(aval.dtype, np.dtype))
+        kept = prod(aval.shape) <= LARGEST_MEMORY and isinstance(aval.dtype, np.dtype)
+        return Memory(aval.shape, aval.dtype, kept=kept, blank=kept)
 
     def part(self, index: tuple) -> "Memory":
         """The memory at a NumPy basic index; writes show in both. Not counted."""
@@ -40,6 +43,8 @@ class Memory:
 
     def load(self, transforms: Sequence[Any], mask: Any, other: Any) -> np.ndarray | None:
         """The known numbers at a region, None when any is unknown."""
+        if self.values is None and self.blank:
+            self.allocate()
         if self.values is None or self.known is None:
             return None
         region = _region(self.values, self.known, transforms)
@@ -55,7 +60,7 @@ class Memory:
 
     def store(self, transforms: Sequence[Any], value: Any, mask: Any) -> None:
         """Write known numbers (None: unknown ones, also where `mask` may let them) to a region."""
-        if self.values is None and self.kept and value is not None:
+        if self.values is None and self.kept and (value is not None or self.blank):
             self.allocate()
         if self.values is None or self.known is None:
             return
@@ -72,8 +77,8 @@ class Memory:
         known[index] = value is not None
 
     def allocate(self) -> None:
-        """Begin to remember values; none is known yet."""
-        self.values, self.known = np.zeros(self.shape, self.dtype), np.zeros(self.shape, bool)
+        """Begin to remember values."""
+        self.values, self.known = np.zeros(self.shape, self.dtype), np.full(self.shape, self.blank)
 
 
 def region_shape(shape: tuple[int, ...], transforms: Sequence[Any]) -> tuple[int, ...]:
@@ -88,6 +93,19 @@ def region_shape(shape: tuple[int, ...], transforms: Sequence[Any]) -> tuple[int
         else:
             raise NotImplementedError(f"{transform} of a Ref")
     return shape
+
+
+def distinct_elements(transforms: Sequence[Any], mask: Any) -> int | None:
+    """Different elements that integer arrays address where `mask` is set; None where they are not known or slices take part."""
+    if len(transforms) != 1 or not hasattr(transforms[0], "indices"):
+        return None
+    index, shape = transforms[0].indices, transforms[0].shape
+    if not all(isinstance(i, np.ndarray | np.generic | int) for i in index) or not any(np.ndim(i) for i in index):
+        return None
+    place = np.zeros((), np.int64)
+    for i, n in zip(index, shape, strict=True):
+        place = place * n + i
+    return len(np.unique(place if mask is None else place[np.broadcast_to(mask, place.shape)]))
 
 
 def _region(values: np.ndarray, known: np.ndarray, transforms: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, tuple] | None:

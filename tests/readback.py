@@ -153,18 +153,21 @@ def random_pool(layout, lengths, recent_len, *, max_len: int, slots: int, seed: 
     ids = list(rng.permutation(num_pages))
     table = rng.choice(np.array([-7, 0, 1, num_pages - 1, num_pages, 10**6], np.int32), (len(lengths), max_pages))
     for head, tiers in enumerate(lengths):
+        positions = rng.permutation(int(tiers.sum()))
         for tier, length in enumerate(tiers):
             for page in range(counts[head, tier]):
                 table[head, page if tier == 0 else max_pages - 1 - page] = ids.pop()
-            _draw_tokens(rng, pages, layout, table[head], tier, int(length))
+            before = int(tiers[:tier].sum())
+            _draw_tokens(rng, pages, layout, table[head], tier, positions[before : before + int(length)])
     shape = (len(lengths), slots, layout.head_dim)
     dead = (np.arange(slots) >= recent_len[:, None])[..., None]
     recent_k, recent_v = (np.where(dead, np.nan, rng.normal(size=shape)).astype(np.float32) for _ in range(2))
     return Pool(pages, table, lengths, recent_k, recent_v, recent_len)
 
 
-def _draw_tokens(rng, pages: dict[str, Any], layout, table_row: np.ndarray, tier: int, length: int) -> None:
-    """Random codes, scales, zero points, significance and positions for the slots of one tier of one head."""
+def _draw_tokens(rng, pages: dict[str, Any], layout, table_row: np.ndarray, tier: int, positions: np.ndarray) -> None:
+    """Random codes, scales, zero points and significance for the slots of one tier of one head, at `positions`."""
+    length = len(positions)
     page, block, lane = slot_addresses(layout, table_row, tier, length)
     fmt = layout.formats[tier]
     for codec, payload, meta in zip((fmt.key, fmt.value), tensor_rows(layout, tier)[:2], tensor_rows(layout, tier)[2:], strict=True):
@@ -182,7 +185,7 @@ def _draw_tokens(rng, pages: dict[str, Any], layout, table_row: np.ndarray, tier
             pages[name][page[:, None], row, lane[:, None]] = kept
     if layout.scored:
         pages["significance"][page, block, lane] = rng.uniform(0, 2, length)
-    pages["position"][page, block, lane] = np.arange(length)
+    pages["position"][page, block, lane] = positions
 
 
 def on_device(pool: Pool, pages_type, heads_type):

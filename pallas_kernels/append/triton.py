@@ -112,7 +112,7 @@ def shift_recent(
 
 
 def _shift(layer_ref: Any, shift_ref: Any, *refs: Any, channels: int, interpret: bool) -> None:
-    """Move a range of channels of one head's window (all slots) up by `shift[head]` slots, zeros behind; the first range moves significance.
+    """Move a range of channels of one head's window up by `shift[head]` slots, zeros behind; the first range moves significance, too.
 
     `layer_ref` int32 [1], `shift_ref` int32 [B]. Reads and writes 2 N values a channel and 4 N bytes of significance; nothing where the
     shift is 0. A program loads all it will overwrite before it stores: no other program touches those bytes.

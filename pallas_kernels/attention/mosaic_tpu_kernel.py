@@ -233,9 +233,13 @@ def _score_pages(r: Refs, plan: Plan, stream: Stream, head, lse: Array) -> None:
     near = r.scores.at[lax.rem(head, 2)]
 
     def wait(of_head, semaphore) -> None:
-        @pl.loop(0, sum(stream.pages(of_head, tier) for tier in range(plan.layout.tiers)))
-        def _(_):
-            pltpu.make_async_copy(r.significance.at[0], near.at[0], semaphore).wait()
+        """For all pages at once: copies that share a semaphore may end in any order."""
+        for tier in range(plan.layout.tiers):
+
+            @pl.loop(0, stream.chunks(of_head, tier))
+            def _(chunk, tier=tier):
+                copy = pltpu.make_async_copy(r.significance.at[0], near.at[0], semaphore)
+                stream.each_page(of_head, tier, chunk, lambda *_: copy.wait())
 
     def score_chunk(tier: int):
         def body(chunk, _):

@@ -86,12 +86,16 @@ class Stream:
         return pl.cdiv(self.refs.tier_len[head, tier], self.plan.layout.tokens_per_page(tier))
 
     def each_page(self, head, tier: int, chunk, visit: Callable) -> None:
-        """`visit(index in the chunk, page id)` of every page that a chunk has."""
-        first = chunk * self.plan.pages[tier]
+        """`visit(index in the chunk, page id)` of every page that a chunk has; unrolled for a full chunk, as most are."""
+        count = self.plan.pages[tier]
+        first = chunk * count
+        live = jnp.minimum(self.pages(head, tier) - first, count)
 
-        @pl.loop(0, jnp.minimum(self.pages(head, tier) - first, self.plan.pages[tier]))
-        def _(i):
+        def visit_page(i) -> None:
             visit(i, self.refs.page_table[head, page_column(tier, first + i, self.plan.max_pages)])
+
+        pl.when(live == count)(lambda: [visit_page(i) for i in range(count)] and None)
+        pl.when(live < count)(lambda: pl.loop(0, live)(visit_page))
 
     def first_page(self, head, tier: int):
         """Where among the pages of a head, all tiers counted, those of a tier begin."""

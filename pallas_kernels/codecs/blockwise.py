@@ -1,11 +1,12 @@
 """One block of K or V inside a kernel, tile by tile: encoding and demotion, shared by the Triton and the TPU kernels."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
-from .formats import Block, Codec, KVFormat
+from .formats import Codec, KVFormat
 from .tiles import Tile
 from .uniform import Uniform
 
@@ -18,11 +19,20 @@ def head_dim_of(codec: Codec, rows: int) -> int:
     return rows * 8 // codec.bits if isinstance(codec, Uniform) else rows // jnp.dtype(codec.dtype).itemsize
 
 
-def parts_of(fmt: KVFormat, parts: Sequence) -> Block:
-    """`Block` of the Refs or Arrays of a format in the order of `Block`; formats without metadata have none, and None stands for it."""
+class Parts(NamedTuple):
+    """Refs or Arrays of a `Block`; None for the metadata of codecs that have none."""
+
+    k_payload: Any
+    v_payload: Any
+    k_meta: Any
+    v_meta: Any
+
+
+def parts_of(fmt: KVFormat, parts: Sequence) -> Parts:
+    """Those given, in the order of `Parts`, without the metadata that the codecs of `fmt` do not have."""
     k_payload, v_payload, *metas = parts
     k_meta = metas.pop(0) if fmt.key.meta_rows else None
-    return Block(k_payload, v_payload, k_meta, metas.pop(0) if fmt.value.meta_rows else None)
+    return Parts(k_payload, v_payload, k_meta, metas.pop(0) if fmt.value.meta_rows else None)
 
 
 def encode_block(codec: Codec, head_dim: int, values: Callable[[Tile], Array]) -> tuple[Planes, Meta]:

@@ -15,7 +15,7 @@ from ..prune.triton import Judge
 from .reference import Stored, Tokens
 from .ring import FreeRing
 from .triton_columns import Columns, Pool, check_tiles, encoded, write
-from .triton_head import Blocks, Head, Inputs, State
+from .triton_head import Blocks, Head, Inputs, State, pages_of
 from .triton_removal import remove
 
 
@@ -105,8 +105,8 @@ def _kernel(*refs, layout: PageLayout, used: list[bool], one_victim: bool, block
     @pl.when(inputs.admitted[index] != 0)
     def _():
         lengths = tuple(state.tier_len[index, tier] for tier in range(layout.tiers))
-        head = Head(inputs, state, layout, blocks, one_victim, barrier, index, None)
-        head = Head(inputs, state, layout, blocks, one_victim, barrier, index, sum(head.pages(lengths)) + inputs.granted[index])
+        held = sum(pages_of(layout, lengths)) + inputs.granted[index]
+        head = Head(inputs, state, layout, blocks, one_victim, barrier, index, held)
         head.take_granted(lengths)
         if layout.scored:
             judge = Judge.of(inputs.tau, inputs.observed, index, layout.tiers)

@@ -66,6 +66,11 @@ class State(NamedTuple):
     holes: Any  # int32 [B, width] slots of tokens that leave, lowest first
 
 
+def pages_of(layout: PageLayout, lengths: tuple) -> list:
+    """Pages that tiers of `lengths` (scalars) take."""
+    return [lax.div(n + layout.tokens_per_page(t) - 1, jnp.int32(layout.tokens_per_page(t))) for t, n in enumerate(lengths)]
+
+
 @dataclass(frozen=True)
 class Head:
     """The head of one program."""
@@ -88,25 +93,20 @@ class Head:
         """Slots number `slot [n]` of a tier."""
         return locate(self.state.page_table, self.num_pages, self.layout, tier, self.index, slot, valid)
 
-    def pages(self, lengths: tuple) -> list:
-        """Pages that tiers of `lengths` take."""
-        return [lax.div(n + self.layout.tokens_per_page(t) - 1, jnp.int32(self.layout.tokens_per_page(t))) for t, n in enumerate(lengths)]
-
     def resize_low(self, before: tuple, after: tuple) -> None:
         """Give up or take pages of tier 1, whose length alone differs in `before` and `after`; ends with a barrier.
 
         Its ids and the free ones move at the facing ends of the two ranges: no id is overwritten before it has been read, because
         pages given up move left from the lowest column on, and pages taken move right from the highest on.
         """
-        (high, old), (_, new) = self.pages(before), self.pages(after)
+        old, new = (pages_of(self.layout, lengths)[1] for lengths in (before, after))
         free_end, low_end = self.held - old, self.state.page_table.shape[1] - old
         self._move_ids(low_end, free_end, 1, old - new)
         self._move_ids(free_end - 1, low_end - 1, -1, new - old)
 
     def take_granted(self, lengths: tuple) -> None:
         """Put the pages that the ring grants behind those of tier 0; ends with a barrier."""
-        first, count = self.pages(lengths)[0] + self.held - sum(self.pages(lengths)), self.inputs.granted[self.index]
-        first = first - count
+        first, count = pages_of(self.layout, lengths)[0], self.inputs.granted[self.index]
 
         def body(step, _):
             nth = step * IDS + jnp.arange(IDS, dtype=jnp.int32)
@@ -119,7 +119,7 @@ class Head:
 
     def give_back(self, lengths: tuple) -> None:
         """Return the free pages to the ring; the columns that no tier uses get `num_pages`."""
-        high, low = (*self.pages(lengths), jnp.int32(0))[:2]
+        high, low = (*pages_of(self.layout, lengths), jnp.int32(0))[:2]
         free, unused = self.held - high - low, self.state.page_table.shape[1] - high - low
 
         def body(step, _):

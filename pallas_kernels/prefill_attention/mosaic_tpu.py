@@ -25,6 +25,7 @@ from .mosaic_tpu_pages import (
     largest_divisor,
     matmul,
     over_steps,
+    pool_inputs,
     row_of,
 )
 from .reference import Chunk, Scale
@@ -95,7 +96,7 @@ def prefill_attention(
     inputs = Inputs(
         *(heads.page_table, heads.tier_len, heads.recent_len, heads.layer.reshape(1), chunk.length),
         *(chunk.q, chunk.k, chunk.v, heads.recent_k, heads.recent_v),
-        *(pages.payload, lax.bitcast_convert_type(pages.meta, jnp.int16) if layout.meta_rows else jnp.zeros((1, 1, 128), jnp.int16)),
+        *pool_inputs(pages, interpret),
     )
     scratch = Scratch(pltpu.VMEM((pairs, 1), jnp.float32), pltpu.VMEM((pairs, 1), jnp.float32), pltpu.VMEM((pairs, d), jnp.float32))
     return pl.pallas_call(

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ..codecs import Uniform
 from ..codecs.formats import Codec
 from ..codecs.tiles import Tile, half_to_float
-from ..pages import PageLayout, page_column
+from ..pages import PageLayout, Pages, meta_as_bits, page_column
 from .reference import Scale
 
 BUFFERS = 2  # steps whose pages are in VMEM: one being read, one on its way
@@ -27,6 +27,13 @@ def check_table(page_table: Array) -> None:
             f"the page table of {heads} heads with {columns} pages takes {size} bytes of SMEM, and at most {TABLE_BYTES} are given; use "
             "fewer requests, a smaller max_len or implementation='xla'"
         )
+
+
+def pool_inputs(pages: Pages, interpret) -> tuple[Array, Array]:
+    """Payload and metadata as the kernels take them, kept in HBM however small they are."""
+    empty = jnp.zeros((1, 1, pages.meta.shape[2]), jnp.int16)  # an empty array is no Ref
+    arrays = pages.payload, meta_as_bits(pages.meta) if pages.meta.size else empty
+    return arrays if interpret else tuple(pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays)
 
 
 def largest_divisor(n: int, most: int) -> int:

@@ -16,7 +16,20 @@ from ..kernels import tpu_interpreter
 from ..pages import PageLayout, Pages
 from .column_sums import ColumnSums
 from .mosaic_tpu import pages_of_step, queries
-from .mosaic_tpu_pages import BUFFERS, Buffers, Group, Tier, capped, check_table, column_of, dots_of, largest_divisor, matmul, over_steps
+from .mosaic_tpu_pages import (
+    BUFFERS,
+    Buffers,
+    Group,
+    Tier,
+    capped,
+    check_table,
+    column_of,
+    dots_of,
+    largest_divisor,
+    matmul,
+    over_steps,
+    pool_inputs,
+)
 from .reference import Chunk, Scale
 
 QUERY_BYTES = 4 << 20  # of VMEM that the observing rows of one head may take; they are there twice, the next head's on their way
@@ -100,18 +113,21 @@ def column_sums(
     rows = of_head(g, blocks.observed, d, last=c // blocks.observed - 1)
     inputs = Inputs(
         *(heads.page_table, heads.tier_len, heads.recent_len, heads.layer.reshape(1), chunk.length, chunk.q, lse, chunk.k, heads.recent_k),
-        *(pages.payload, lax.bitcast_convert_type(pages.meta, jnp.int16) if layout.meta_rows else jnp.zeros((1, 1, 128), jnp.int16)),
-        pltpu.with_memory_space_constraint(pages.significance, pltpu.HBM),
+        *pool_inputs(pages, interpret),
+        pages.significance,
     )
     scratch = Scratch(
         pltpu.VMEM((g, blocks.observed, 1), jnp.float32),
         pltpu.VMEM((BUFFERS, step_pages, *pages.significance.shape[1:]), jnp.float32),
         *(pltpu.SemaphoreType.DMA((BUFFERS,)), pltpu.SemaphoreType.DMA((BUFFERS,))),
     )
-    shapes = (pages.significance.shape, (b, 1, slots), (b, 1, c))
+    in_place = jax.ShapeDtypeStruct if interpret else pltpu.HBM  # else XLA carries a small pool to VMEM and back
     significance, of_recent, of_chunk = pl.pallas_call(
         partial(_kernel, layout=layout, scale=scale, blocks=blocks, observe=observe),
-        out_shape=[pltpu.HBM(shapes[0], jnp.float32), *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes[1:])],
+        out_shape=[
+            in_place(pages.significance.shape, jnp.float32),
+            *(jax.ShapeDtypeStruct((b, 1, n), jnp.float32) for n in (slots, c)),
+        ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(b,),

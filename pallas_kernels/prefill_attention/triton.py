@@ -17,6 +17,7 @@ from .reference import Chunk, Scale
 from .triton_keys import (
     LN_2,
     KeyTile,
+    check_pool,
     chunk_key_index,
     gathered,
     key_pieces,
@@ -64,7 +65,8 @@ class Inputs(NamedTuple):
 
     @staticmethod
     def of(chunk: Chunk, pages: Pages, heads: Heads) -> "Inputs":
-        """The arrays in the order of the Refs."""
+        """The arrays in the order of the Refs. Raises ValueError where a pool's size is beyond Triton."""
+        check_pool(pages)
         meta = pages.meta if pages.meta.size else jnp.zeros((1, 1, pages.meta.shape[2]), pages.meta.dtype)  # an empty array is no Ref
         return Inputs(*chunk, *heads._replace(layer=jnp.reshape(heads.layer, 1)), pages.payload, meta)
 

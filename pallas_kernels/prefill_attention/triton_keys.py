@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
 from ..codecs.tiles import Tile
-from ..pages import PageLayout, page_column
+from ..pages import PageLayout, Pages, page_column
 from .reference import Scale
 
 LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
@@ -62,6 +62,19 @@ def _tiles(layout: PageLayout, tensor: str) -> tuple[tuple[Tile, ...], ...]:
     if layout.tokens < 16 or layout.tokens & (layout.tokens - 1):
         raise ValueError(f"tokens={layout.tokens} must be a power of two of at least 16 for Triton; use implementation='xla'")
     return tiles
+
+
+def check_pool(pages: Pages) -> None:
+    """Raises ValueError where Pallas would address the payload wrongly.
+
+    Its Triton backend takes signed 32-bit offsets for arrays of up to 2**32 bytes, and those beyond 2**31 wrap (jax 0.10.2, seen in PTX:
+    `mad.lo.s32`, then `cvt.s64.s32`). Larger arrays get 64-bit offsets; arrays of wider numbers have fewer than 2**31 elements.
+    """
+    if 2**31 < pages.payload.size <= 2**32:
+        raise ValueError(
+            f"a payload of {pages.payload.size} bytes ({pages.num_pages} pages) is between 2 and 4 GiB, which Triton kernels cannot "
+            "address; take more or fewer pages, or implementation='xla'"
+        )
 
 
 def matmul(a: Array, b: Array) -> Array:

@@ -2,9 +2,10 @@
 
 import platform
 
-import chips  # first: sets the environment that the compilers read
 import jax
 import pytest
+
+import chips  # first: sets the environment that the compilers read
 
 CHIPS = ("H100", "A100", "L40", "v5e", "v6e")
 

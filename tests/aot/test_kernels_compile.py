@@ -5,13 +5,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import chips
 import jax
 import jax.numpy as jnp
+import llama8b
 import pytest
 from jax import ShapeDtypeStruct as Shape
+from llama8b import CONTEXT, FLUSH, GROUP, HEADS, LAYERS, SLOTS, int32
 
-import llama8b
+import chips
 from diffkv_jax.pallas_kernels.append import append_recent, shift_recent
 from diffkv_jax.pallas_kernels.attention import decode_attention
 from diffkv_jax.pallas_kernels.codecs import KVFormat, demote, encode
@@ -19,7 +20,6 @@ from diffkv_jax.pallas_kernels.compact import Tokens, apply_event
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk, Scale, column_sums, prefill_attention
 from diffkv_jax.pallas_kernels.prune import count_moves
-from llama8b import CONTEXT, FLUSH, GROUP, HEADS, LAYERS, SLOTS, int32
 
 pytestmark = pytest.mark.compile
 

@@ -2,14 +2,14 @@
 
 import re
 
-import chips
 import jax
 import jax.numpy as jnp
+import llama8b
 import pytest
-from chips import Compiled, compile_for
 from jax import ShapeDtypeStruct as Shape
 
-import llama8b
+import chips
+from chips import Compiled, compile_for
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.runner import decode_step, prefill_chunk
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from implementations import IMPLEMENTATIONS
 
 from diffkv_jax.pallas_kernels.append import append_recent, mosaic_tpu, shift_recent
 from diffkv_jax.pallas_kernels.kernels import Kernels
-from implementations import IMPLEMENTATIONS
 
 LAYERS = 2
 SHAPES = (
@@ -18,7 +18,7 @@ SHAPES = (
     (3, 96, 128),
     (2, 7, 16),
     (9, 40, 80),
-)  # heads, slots, head_dim: slots no power of two, no multiple of 8; d of Phi-2
+)  # heads, slots, head_dim: no power of two, no multiple of 8
 
 
 @cache

@@ -6,29 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from codec_oracle import codes_of, expected, ordinary, parse, same_codes
 
 from diffkv_jax.pallas_kernels.codecs import Block, Full, KVFormat, Uniform
 from oracles.quantiser import demote_nested, dequantise, pack, quantise, requantise, unpack
 from readback import decode_tensor, meta_rows, payload_rows
 
-TOKENS = 24
+TOKENS = 24  # no multiple of anything that a kernel would like
 FORMATS = ("K8V8", "K8V4", "K8V2", "K4V4", "K4V2", "K4V1", "K8V4:1,2", "K4V2:2,4", "K2V1:4,2", "full:bfloat16", "full:float32")
 HEAD_DIMS = (64, 96, 128, 256)
 DEMOTIONS = (("K8V4", "K4V2"), ("K8V8", "K2V1"), ("K8V4:1,2", "K4V2:2,4"), ("K8V2:4,1", "K4V1:4,1"), ("K8V4", "K4V4:1,2"), ("full", "K4V2"))
-HALF_WAY = 1e-4  # see same_codes
 
 
-def parse(name: str) -> KVFormat:
-    """`full:<dtype>` besides what `KVFormat.parse` takes."""
-    return KVFormat.parse("full", name[5:]) if name.startswith("full:") else KVFormat.parse(name)
-
-
-def ordinary(head_dim: int, seed: int = 0) -> np.ndarray:
-    """Keys or values float32 [TOKENS, head_dim]: normal draws with an offset a channel, one constant token and one of zeros."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(TOKENS, head_dim)) * 3 + rng.normal(size=head_dim) * 5
-    x[5], x[6] = -1.37, 0.0
-    return x.astype(np.float32)
+def ordinary_tokens(head_dim: int, seed: int = 0) -> np.ndarray:
+    """`ordinary` of TOKENS tokens."""
+    return ordinary(TOKENS, head_dim, seed)
 
 
 @cache
@@ -45,34 +37,6 @@ def compiled(fmt: KVFormat):
 def encoded(fmt: KVFormat, k: np.ndarray, v: np.ndarray) -> Block:
     """The library's bytes of `[T, head_dim]`, in NumPy."""
     return Block(*map(np.asarray, compiled(fmt)[0](jnp.asarray(k.T), jnp.asarray(v.T))))
-
-
-def expected(codec, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Payload and metadata of `[T, head_dim]` by the oracle."""
-    if isinstance(codec, Full):
-        exact = x.astype(jnp.dtype(codec.dtype))
-        planes = exact.view(np.uint8).reshape(*x.shape, -1)  # [T, d, bytes]
-        return planes.transpose(2, 1, 0).reshape(-1, len(x)), np.zeros((0, len(x)), np.float16)
-    codes, scale, zero = quantise(x, codec.bits, codec.groups)
-    return pack(codes.T, codec.bits), np.concatenate([scale.T, zero.T])
-
-
-def same_codes(codec, x: np.ndarray, payload: np.ndarray, wanted: np.ndarray) -> None:
-    """The payload equals the oracle's, but for codes that lie half-way between two.
-
-    XLA divides by the constant 2^b - 1 by multiplying with its reciprocal, so the scale may be one unit in the last place off the
-    true quotient, and a ratio within rounding of a half may go to the other neighbour.
-    """
-    if isinstance(codec, Full):
-        np.testing.assert_array_equal(payload, wanted)
-        return
-    got, codes = unpack(payload, codec.bits).astype(int).T, unpack(wanted, codec.bits).astype(int).T
-    grouped = x.astype(np.float64).reshape(len(x), codec.groups, -1)
-    low, high = grouped.min(-1, keepdims=True), grouped.max(-1, keepdims=True)
-    ratio = (grouped - low) / np.where(high > low, high - low, 1) * (2**codec.bits - 1)
-    doubtful = (np.abs(ratio % 1 - 0.5) < HALF_WAY).reshape(x.shape)
-    np.testing.assert_array_equal(got[~doubtful], codes[~doubtful])
-    assert np.abs(got - codes).max() <= 1
 
 
 def same_block(fmt: KVFormat, block: Block, k: np.ndarray, v: np.ndarray) -> None:
@@ -112,7 +76,7 @@ def same_products(fmt: KVFormat, block: Block, k: np.ndarray, v: np.ndarray, see
 @pytest.mark.parametrize("name", FORMATS)
 def test_format_equals_the_oracle(name: str, head_dim: int):
     fmt = parse(name)
-    k, v = ordinary(head_dim, 1), ordinary(head_dim, 2)
+    k, v = ordinary_tokens(head_dim, 1), ordinary_tokens(head_dim, 2)
     block = encoded(fmt, k, v)
     same_block(fmt, block, k, v)
     rows = payload_rows(fmt.key, head_dim) + payload_rows(fmt.value, head_dim)
@@ -125,7 +89,7 @@ def test_format_equals_the_oracle(name: str, head_dim: int):
 def test_extreme_values(name: str):
     """Huge and tiny ranges, one outlier channel, offsets far above the range, exact float16 limits; all finite when decoded."""
     fmt = parse(name)
-    x = ordinary(64)
+    x = ordinary_tokens(64)
     x[0] *= 1e3
     x[1] *= 1e-4
     x[2, 7] = 6e4
@@ -155,7 +119,7 @@ def test_constant_groups_have_code_zero(bits: int, groups: int):
 @pytest.mark.parametrize("source, target", DEMOTIONS)
 def test_demotion_equals_the_oracle(source: str, target: str):
     high, low = (KVFormat.parse(name) for name in (source, target))
-    block = encoded(high, ordinary(64, 3), ordinary(64, 4))
+    block = encoded(high, ordinary_tokens(64, 3), ordinary_tokens(64, 4))
     got = Block(*map(np.asarray, jax.jit(lambda block: high.demote(low, block))(block)))
     for a, b, parts, back in ((high.key, low.key, block[0::2], got[0::2]), (high.value, low.value, block[1::2], got[1::2])):
         if isinstance(a, Uniform) and a.groups == b.groups:
@@ -166,11 +130,6 @@ def test_demotion_equals_the_oracle(source: str, target: str):
             codes, scale, zero = quantise(read, b.bits, b.groups)
             same_codes(b, read, back[0], pack(codes.T, b.bits))
         np.testing.assert_array_equal(back[1], np.concatenate([scale.T, zero.T]))
-
-
-def codes_of(codec: Uniform, payload: np.ndarray, meta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes `[T, d]`, scale and zero `[T, groups]` of a block."""
-    return unpack(payload, codec.bits).T, meta[: codec.groups].T, meta[codec.groups :].T
 
 
 @pytest.mark.parametrize("bits, lower", [(8, 4), (8, 2), (8, 1), (4, 2), (4, 1), (2, 1), (8, 8)])
@@ -196,7 +155,7 @@ def test_no_integer_demotion_to_more_bits_or_other_groups(source, target):
 
 def test_leading_axes_are_independent():
     fmt = KVFormat.parse("K4V2:2,4")
-    k = np.stack([ordinary(64, s) for s in range(6)]).reshape(2, 3, TOKENS, 64)
+    k = np.stack([ordinary_tokens(64, s) for s in range(6)]).reshape(2, 3, TOKENS, 64)
     got = jax.jit(fmt.encode)(jnp.asarray(k.swapaxes(-1, -2)), jnp.asarray(k.swapaxes(-1, -2)))
     for index in np.ndindex(2, 3):
         same_block(fmt, Block(*(np.asarray(part)[index] for part in got)), k[index], k[index])
@@ -230,7 +189,7 @@ def mistakes(fmt: KVFormat, block: Block) -> dict[str, Block]:
 )
 def test_the_comparison_sees_mistakes(kind: str):
     fmt = KVFormat.parse("K4V4")
-    k, v = ordinary(64, 7), ordinary(64, 8)
+    k, v = ordinary_tokens(64, 7), ordinary_tokens(64, 8)
     good = encoded(fmt, k, v)
     same_block(fmt, good, k, v)
     bad = mistakes(fmt, good)[kind]

@@ -4,26 +4,50 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from implementations import IMPLEMENTATIONS
 
-from diffkv_jax.pallas_kernels.attention import Heads, decode_attention
+from diffkv_jax.pallas_kernels.attention import Heads, Sliding, decode_attention
 from diffkv_jax.pallas_kernels.codecs import KVFormat
+from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from readback import Pool, on_device, random_pool, read_tier, slot_addresses
 
-SLOTS, MAX_LEN = 9, 800
-LENGTHS = [(0, 0), (0, 70), (130, 0), (33, 65), (600, 5), (0, 0), (1, 610)]  # 600 and 610: more than one chunk of the loop
+SLOTS, MAX_LEN = 9, 640
+LENGTHS = [(0, 0), (0, 70), (130, 0), (33, 65), (540, 5), (0, 0), (1, 520)]  # 540 and 520: more than one chunk of the loop
 RECENT = [0, 3, 9, 1, 8, 5, 0]
-CASES = {  # tiers, head_dim, query heads a group, soft cap, scored
-    "K8V4+K4V2, G=1": (("K8V4", "K4V2"), 64, 1, None, True),
-    "K8V4+K4V2, G=3, d=128": (("K8V4", "K4V2"), 128, 3, None, True),
-    "grouped, G=6, capped": (("K8V4:1,2", "K4V2:2,4"), 64, 6, 5.0, True),
-    "K8V8+K4V1, G=16, d=128": (("K8V8", "K4V1"), 128, 16, None, True),
-    "K4V4, G=3": (("K4V4",), 64, 3, None, True),
-    "full, G=3, not scored": (("full",), 64, 3, None, False),
-    "full+K4V2, G=6": (("full", "K4V2"), 64, 6, None, True),
+
+
+class Shape(NamedTuple):
+    """One line of the table."""
+
+    tiers: tuple[str, ...]
+    head_dim: int
+    group: int  # query heads a KV head
+    cap: float | None = None
+    scored: bool = True
+    tokens: int = 32  # lanes of a page
+    window: int | None = None  # of a sliding window
+    dtype: str = "bfloat16"  # of tokens kept exactly
+
+
+CASES = {
+    "K8V4+K4V2, G=1": Shape(("K8V4", "K4V2"), 64, 1),
+    "K8V4+K4V2, G=3, d=128": Shape(("K8V4", "K4V2"), 128, 3),
+    "K8V4+K4V2, G=4, d=128, T=128": Shape(("K8V4", "K4V2"), 128, 4, tokens=128),
+    "grouped, G=6, capped, d=128": Shape(("K8V4:1,2", "K4V2:2,4"), 128, 6, cap=5.0),
+    "K8V8+K4V1, G=16, d=128": Shape(("K8V8", "K4V1"), 128, 16),
+    "K2V2, G=8, d=256, T=64": Shape(("K2V2",), 256, 8, tokens=64),
+    "K4V4, G=3": Shape(("K4V4",), 64, 3),
+    "full, G=3, not scored": Shape(("full",), 64, 3, scored=False),
+    "full+K4V2, G=6": Shape(("full", "K4V2"), 64, 6),
+    "full float32, T=128": Shape(("full",), 64, 2, dtype="float32", tokens=128),
+    "full float16+K4V2, sliding": Shape(("full", "K4V2"), 64, 4, dtype="float16", window=90),
+    "sliding, capped, T=128": Shape(("K8V4", "K4V2"), 128, 3, cap=3.0, window=40, tokens=128),
 }
+CHECKED = ("K8V4+K4V2, G=4, d=128, T=128", "full float32, T=128", "sliding, capped, T=128")  # cases for the slow interpreter
 
 
 class Attended(NamedTuple):
@@ -37,18 +61,22 @@ class Attended(NamedTuple):
 class Case:
     """Random tokens and queries of one case, and the compiled kernel."""
 
-    def __init__(self, tiers, head_dim: int, group: int, cap: float | None, scored: bool):
-        self.layout = PageLayout.solve(tuple(map(KVFormat.parse, tiers)), head_dim, max_len=MAX_LEN, scored=scored)
-        self.scale, self.cap = 1.5 * head_dim**-0.5, cap
-        lengths = [sizes[: self.layout.tiers] for sizes in LENGTHS]
-        self.pool = random_pool(self.layout, lengths, RECENT, max_len=MAX_LEN, slots=SLOTS, seed=group)
-        self.q = np.random.default_rng(9).normal(size=(len(LENGTHS), group, head_dim)).astype(np.float32)
-        self._kernel = jax.jit(
-            partial(decode_attention, layout=self.layout, max_len=MAX_LEN, sm_scale=self.scale, logits_soft_cap=cap),
-            static_argnames=("layout",),
+    def __init__(self, shape: Shape, kernels: Kernels):
+        formats = tuple(KVFormat.parse(name, shape.dtype) for name in shape.tiers)
+        self.layout = PageLayout.solve(
+            formats, shape.head_dim, tokens=shape.tokens, max_len=MAX_LEN, scored=shape.scored, meta_dtype=kernels.meta_dtype
         )
+        self.scale, self.cap, self.window = 1.5 * shape.head_dim**-0.5, shape.cap, shape.window
+        lengths = [sizes[: self.layout.tiers] for sizes in LENGTHS]
+        self.pool = random_pool(self.layout, lengths, RECENT, max_len=MAX_LEN, slots=SLOTS, seed=shape.group)
+        held = np.array([sum(sizes) + recent for sizes, recent in zip(lengths, RECENT, strict=True)], np.int32)
+        self.position = held - 1  # of the query: the recent tokens are the latest ones
+        self.q = np.random.default_rng(9).normal(size=(len(LENGTHS), shape.group, shape.head_dim)).astype(np.float32)
+        options = dict(layout=self.layout, max_len=MAX_LEN, sm_scale=self.scale, logits_soft_cap=shape.cap, kernels=kernels)
+        sliding = None if shape.window is None else Sliding(shape.window, jnp.asarray(self.position))
+        self._kernel = jax.jit(partial(decode_attention, sliding=sliding, **options))
 
-    def run(self, pool: Pool, q: np.ndarray | None = None) -> Attended:
+    def run(self, pool: Pool, q: np.ndarray | jax.Array | None = None) -> Attended:
         pages, heads = on_device(pool, Pages, Heads)
         return Attended(*jax.device_get(self._kernel(self.q if q is None else q, pages=pages, heads=heads)))
 
@@ -64,7 +92,11 @@ class Case:
             k, v = (v, k) if swap else (k, v)
             if not len(k):
                 continue
-            p = softmax(self.q[head].astype(np.float64) @ k.T * self.scale, self.cap)
+            position = np.concatenate([self.position[head] - live + 1 + np.arange(live), *(tier.position for tier in read)])
+            seen = np.ones(len(k), bool) if self.window is None else position > self.position[head] - self.window
+            if not seen.any():
+                continue
+            p = softmax(np.asarray(self.q[head], np.float64) @ k.T * self.scale, self.cap, seen)
             output[head] = p @ v
             scores = np.split(p.max(axis=0), np.cumsum([live, *sizes])[:-1])
             recent[head, :live] = scores[0]
@@ -74,8 +106,8 @@ class Case:
         return Attended(output, significance, recent if self.layout.scored else np.zeros_like(recent))
 
 
-def softmax(logits: np.ndarray, cap: float | None) -> np.ndarray:
-    logits = logits if cap is None else cap * np.tanh(logits / cap)
+def softmax(logits: np.ndarray, cap: float | None, seen: np.ndarray) -> np.ndarray:
+    logits = np.where(seen, logits if cap is None else cap * np.tanh(logits / cap), -np.inf)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
 
@@ -90,13 +122,16 @@ def same(got: Attended, wanted: Attended, old: np.ndarray) -> None:
 
 
 @cache
-def case(name: str) -> Case:
-    return Case(*CASES[name])
+def case(name: str, kernels: Kernels = XLA) -> Case:
+    return Case(CASES[name], kernels)
 
 
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", CASES)
-def test_equals_a_dense_softmax(name: str):
-    this = case(name)
+def test_equals_a_dense_softmax(name: str, kernels: Kernels):
+    if kernels.interpret == "checked" and name not in CHECKED:
+        pytest.skip("the interpreter that checks takes a minute for this one")
+    this = case(name, kernels)
     same(this.run(this.pool), this.dense(this.pool), this.pool.pages["significance"])
 
 
@@ -138,9 +173,10 @@ def test_other_heads_do_not_matter():
     np.testing.assert_array_equal(this.run(alone).output[3], got.output[3])
 
 
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS[:3])
 @pytest.mark.parametrize("mistake", ["table shifted by one", "a token too many", "a token too few", "recent too few", "tiers swapped"])
-def test_the_comparison_sees_mistakes(mistake: str):
-    this = case("K8V4+K4V2, G=3, d=128")
+def test_the_comparison_sees_mistakes(mistake: str, kernels: Kernels):
+    this = case("K8V4+K4V2, G=3, d=128", kernels)
     pool, old = this.pool, this.pool.pages["significance"]
     off = (pool.tier_len[:, :1] > 0) * np.array([1, 0], np.int32)
     bad = {
@@ -159,3 +195,27 @@ def test_the_comparison_sees_swapped_keys_and_values(name: str):
     this = case(name)
     with pytest.raises(AssertionError):
         same(this.run(this.pool), this.dense(this.pool, swap=True), this.pool.pages["significance"])
+
+
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS[1:3])
+@pytest.mark.parametrize("name", ["K8V4+K4V2, G=4, d=128, T=128", "K8V4+K4V2, G=3, d=128"])
+def test_bfloat16_queries(name: str, kernels: Kernels):
+    """The kernels multiply in bfloat16: eight bits of the weights. A missing token is further away than that."""
+    this = case(name, kernels)
+    q = jnp.asarray(this.q, jnp.bfloat16)
+    rounded = Case.__new__(Case)
+    rounded.__dict__.update(this.__dict__, q=np.asarray(q, np.float32))
+    wanted, old = rounded.dense(this.pool), this.pool.pages["significance"]
+
+    def errors(pool: Pool) -> tuple[float, float]:
+        got = this.run(pool, q)
+        live = (wanted.significance != old) & ~np.isnan(old)
+        np.testing.assert_array_equal(got.significance[~live], old[~live])
+        added = (x.significance[live].astype(np.float64) - old[live] for x in (got, wanted))
+        return float(np.abs(got.output - wanted.output).max()), float(np.abs(np.subtract(*added)).max())
+
+    output, significance = errors(this.pool)
+    assert output < 0.02 and significance < 0.005
+    fewer = this.pool._replace(tier_len=this.pool.tier_len - (this.pool.tier_len > 0))
+    output, significance = errors(fewer)
+    assert output > 0.05 and significance > 0.01

@@ -1,0 +1,106 @@
+"""The compression event whose traffic roofline.py counts."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from roofline_cases import BF16, CHUNK, FLUSH, SLOTS, Case, Mix, Setting
+
+from diffkv_jax.pallas_kernels.append.api import shift_recent
+from diffkv_jax.pallas_kernels.compact.api import apply_event
+from diffkv_jax.pallas_kernels.compact.reference import Stored, Tokens
+from diffkv_jax.pallas_kernels.compact.ring import FreeRing
+from diffkv_jax.pallas_kernels.pages import Pages
+from diffkv_jax.pallas_kernels.prune.api import count_moves
+from diffkv_jax.pallas_kernels.prune.reference import Moves, Rule
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a compression event does to each head: tokens that enter a tier, and stored ones that are demoted or dropped."""
+
+    entering: tuple[int, ...]
+    demoted: int
+    dropped: tuple[int, ...]
+
+    @staticmethod
+    def of(mix: Mix) -> "Event":
+        """32 tokens enter as the mix has them; where there is a low tier 8 are demoted and 4 low ones dropped; else nothing leaves."""
+        low = round(FLUSH * mix.shares[1] / sum(mix.shares)) if len(mix.shares) > 1 else 0
+        entering = (FLUSH - low, low)[: len(mix.shares)]
+        return Event(entering, 8 if low else 0, (0, 4 if low else 0)[: len(mix.shares)])
+
+
+def _judged_pool(s: Setting, event: Event) -> tuple[Pages, Rule, int]:
+    """The pool of one layer in which evenly spread tokens of each head leave, the rule that says so, and the tokens that fill holes."""
+    layout, (table, _) = s.layout, s.tables()
+    pages = jax.eval_shape(lambda: Pages.zeros(layout, s.heads * sum(s.pages_of_head()) * 4 // 3))
+    significance = np.full(pages.significance.shape, 128.0, np.float32)  # 64 queries: a mean of 2
+    position, fills = np.zeros(pages.position.shape, pages.position.dtype), 0
+    for tier, length in enumerate(s.lengths):
+        falls, gone = (event.demoted, 48.0) if tier == 0 else (event.dropped[tier], 0.0)  # means of 0.75 and 0
+        slot = np.linspace(0, length - 1, falls).astype(int) if falls else np.zeros(0, int)
+        fills += falls - int((slot >= length - falls).sum())
+        index, within = np.divmod(slot, layout.tokens_per_page(tier))
+        page = table[:, index if tier == 0 else s.max_pages - 1 - index]
+        significance[page, within // layout.tokens, within % layout.tokens] = gone
+    spans = np.array([[s.context, 64]], np.int32)
+    n, both = s.heads, np.ones((s.heads, layout.tiers), bool)
+    rule = Rule(np.tile(np.array([1.0, 0.5], np.float32), (n, 1)), np.tile(spans, (n, 1, 1)), np.ones(n, bool), both)
+    return replace(pages, significance=significance, position=position), rule, fills
+
+
+def event_cases(s: Setting) -> list[Case]:
+    """The parts of a compression event: who leaves, the event itself, the window."""
+    event, layout, d = Event.of(s.mix), s.layout, s.model.head_dim
+    pages, rule, fills = _judged_pool(s, event)
+    (table, lengths), n, max_len = s.tables(), s.heads, s.context + CHUNK
+    leaving = np.array(event.dropped, np.int32)
+    moves = Moves(np.tile(leaving, (n, 1)), np.full(n, event.demoted, np.int32), np.full((n, layout.tiers), -1, np.int32))
+    sides = layout.side_bytes * n * sum(s.lengths)
+    ids = 4.0 * n * sum(s.pages_of_head())
+    options = dict(one_victim=False, max_len=max_len, kernels=s.kernels)
+
+    def count(pages, page_table, tier_len, rule):
+        return count_moves(pages, layout, page_table, tier_len, rule, **options)
+
+    free = pages.payload.shape[0] - n * sum(s.pages_of_head())
+    ring = FreeRing(np.roll(np.arange(len(pages.payload), dtype=np.int32), free), np.array(0, np.int32), np.array(free, np.int32))
+    k = jax.ShapeDtypeStruct((n, FLUSH, d), BF16)
+    side = np.full((n, FLUSH), 128.0, np.float32), np.zeros((n, FLUSH), np.int32)
+    codes = np.tile(np.repeat(np.arange(1, layout.tiers + 1, dtype=np.int32), event.entering), (n, 1))
+
+    def apply(stored, rule, moves, tokens, entering, admitted):
+        return apply_event(stored, layout, rule, moves, tokens, entering, admitted, pages_a_round=1, **options)
+
+    column = [s.bytes_of(tier) + layout.side_bytes for tier in range(layout.tiers)]
+    leaving_tier = [event.dropped[tier] + (event.demoted if tier == 0 else 0) for tier in range(layout.tiers)]
+    scanned = sum(length * (1 - 1 / (gone - 1)) for length, gone in zip(s.lengths, leaving_tier, strict=True) if gone)  # to the last hole
+    moved = sum(e * c for e, c in zip(event.entering, column, strict=True)) + event.demoted * sum(column)
+    moved += 2 * fills * max(column) if fills else 0
+    must = {"sides": float(layout.side_bytes * n * scanned), "columns": float(n * moved), "tables": ids + 100.0 * n}
+    must |= {"tokens": n * FLUSH * (4.0 * d + 8), "entering": 4.0 * n * FLUSH}
+    once = 1 / FLUSH
+    cases = [
+        Case("event: count", count, (pages, table, lengths, rule), (), {"sides": float(sides), "tables": ids + 40.0 * n}, once),
+        Case(
+            "event: apply",
+            apply,
+            (Stored(pages, ring, table, lengths), rule, moves, Tokens(k, k, *side), codes, np.ones(n, bool)),
+            (0,),
+            must,
+            once,
+        ),
+    ]
+    window = s.held()
+    scores = jax.ShapeDtypeStruct((s.model.layers, n, SLOTS if layout.scored else 0), jnp.float32)
+
+    def shift(recent_k, recent_v, significance, layer, shift):
+        return shift_recent(recent_k, recent_v, significance, layer, shift, kernels=s.kernels)
+
+    slot_bytes = n * (4.0 * d + (4 if layout.scored else 0))
+    must = {"windows": slot_bytes * (SLOTS - FLUSH + SLOTS), "shift": 4.0 * n}
+    operands = (window.recent_k, window.recent_v, scores, window.layer, np.full(n, FLUSH, np.int32))
+    cases.append(Case("event: shift", shift, operands, (0, 1, 2), must, once))
+    return cases if layout.scored else cases[1:]
