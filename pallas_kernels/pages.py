@@ -56,7 +56,7 @@ class PageLayout:
 
         def layout(rows: int) -> PageLayout:
             blocks = tuple(rows // need for need in block_rows)
-            meta_rows = max(n * (f.key.meta_rows + f.value.meta_rows) for n, f in zip(blocks, formats, strict=True))
+            meta_rows = _tile_rows(max(n * (f.key.meta_rows + f.value.meta_rows) for n, f in zip(blocks, formats, strict=True)), tokens)
             return PageLayout(tuple(formats), head_dim, tokens, rows, blocks, meta_rows, position_dtype, scored, meta_dtype)
 
         if any(low > high for high, low in zip(block_rows, block_rows[1:], strict=False)):
@@ -71,6 +71,11 @@ class PageLayout:
         return len(self.formats)
 
     @property
+    def side_rows(self) -> int:
+        """Rows of significance and of position of one page: its blocks, filled up for the TPU."""
+        return _tile_rows(max(self.blocks), self.tokens)
+
+    @property
     def side_bytes(self) -> int:
         """Bytes of significance and position of one token."""
         return (4 if self.scored else 0) + jnp.dtype(self.position_dtype).itemsize
@@ -78,7 +83,7 @@ class PageLayout:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all arrays of the pool."""
-        return self.tokens * (self.rows + 2 * self.meta_rows + max(self.blocks) * self.side_bytes)
+        return self.tokens * (self.rows + 2 * self.meta_rows + self.side_rows * self.side_bytes)
 
     def token_bytes(self, tier: int) -> int:
         """Bytes one token of a tier needs: payload, metadata, significance and position."""
@@ -118,6 +123,13 @@ class PageLayout:
         )
 
 
+def _tile_rows(rows: int, tokens: int) -> int:
+    """`rows`, at 128 lanes (TPU) rounded up to a count that fills tiles: kernels would copy arrays of other counts, whose layout differs."""
+    if tokens != 128 or rows <= 2:
+        return rows
+    return 4 if rows <= 4 else -(-rows // 8) * 8
+
+
 def _blocks(x: Array, first: int, rows: int, n: int) -> Array:
     """Rows `[first, first + n * rows)` of `[..., rows, T]` as `[..., n, rows, T]`."""
     return x[..., first : first + n * rows, :].reshape(*x.shape[:-2], n, rows, x.shape[-1])
@@ -141,7 +153,7 @@ class Pages:
     @staticmethod
     def zeros(layout: PageLayout, num_pages: int) -> "Pages":
         """An empty pool of `num_pages` pages."""
-        blocks, lanes = max(layout.blocks), layout.tokens
+        blocks, lanes = layout.side_rows, layout.tokens
         return Pages(
             payload=jnp.zeros((num_pages, layout.rows, lanes), jnp.uint8),
             meta=jnp.zeros((num_pages, layout.meta_rows, lanes), layout.meta_dtype),

@@ -102,7 +102,7 @@ def correctness(setting: Setting, effort: Effort, seconds: float) -> dict[str, S
 def attention(setting: Setting, effort: Effort, seconds: float) -> dict[str, Section]:
     """The card's bandwidth, then decode attention."""
     copied, table = bench_attention.bandwidth_section(seconds), bench_attention.section(seconds)
-    bandwidth = bench_attention.measure_bandwidth(copied, 1 << (20 if setting.tiny else 32), effort)
+    bandwidth = bench_attention.measure_bandwidth(copied, 1 << (20 if setting.tiny else 31), effort)
     bench_attention.measure(table, setting, ((1, 128),) if setting.tiny else SHAPES, bandwidth, effort)
     return {"bandwidth": copied, "attention": table}
 

@@ -4,16 +4,15 @@
 printed alone. `--write docs/results.md` replaces what is between `<!-- roofline -->` and `<!-- /roofline -->` there.
 """
 
-import datetime
 import itertools
 import multiprocessing
 import re
-import shlex
-import subprocess
 import sys
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Annotated
 
@@ -21,26 +20,14 @@ import jax
 import typer
 
 import chips  # first: it sets the environment
-from roofline_cases import (
-    FLUSH,
-    LIVE,
-    MIXES,
-    MODELS,
-    PLAIN,
-    Case,
-    Setting,
-    append_case,
-    decode_case,
-    event_cases,
-    prefill_case,
-    sums_case,
-)
+from roofline_cases import MIXES, MODELS, PLAIN, SLOTS, Case, Setting, append_case, decode_case, prefill_case, sums_case
+from roofline_event import event_cases
+from roofline_tables import MIXED, PLATFORM, Line, chips_of, label, megabytes, report
 from traffic import Traffic, count_traffic
 
-BATCH, GOAL = 16, 1.10
-PLATFORM = {"triton": "cuda", "mosaic_tpu": "tpu"}
-MIXED = MIXES[2]
+BATCH = 16
 MARKERS = ("<!-- roofline -->", "<!-- /roofline -->")
+COMPILED_LAYERS = 4  # a pool that fits every chip
 
 
 def cases_of(setting: Setting) -> list[Case]:
@@ -74,10 +61,7 @@ def count_lines(setting: Setting) -> list[Line]:
             each = grid[1] // 4
             axes[1] = [(i * each + each // 2, float(each)) for i in range(4)]
         for point in itertools.product(*axes):
-            weight = 1.0
-            for _, part in point:
-                weight *= part
-            yield tuple(i for i, _ in point), weight
+            yield tuple(i for i, _ in point), prod(weight for _, weight in point)
 
     lines = []
     for case in cases_of(setting):
@@ -91,57 +75,59 @@ def count_lines(setting: Setting) -> list[Line]:
 
 
 def _line(setting: Setting, case: Case, counted: Traffic, times: int) -> Line:
-    operands = counted.operands()
-    scratch = {n: (read, written) for n, (read, written) in operands.items() if read and written and n.split(".")[0] in _kernels(counted)}
-    sizes = (sum(written for _, written in scratch.values()), sum(map(sum, scratch.values())))
-    excess = {name: sum(pair) - case.must.get(name, 0.0) for name, pair in operands.items() if name in case.must or name in scratch}
-    causes = sorted((n for n in excess if excess[n] > 0.01 * case.must_bytes), key=lambda n: -excess[n])
-    text = ", ".join(f"{n} {_mb(times * sum(operands[n]))} for {_mb(times * case.must.get(n, 0.0))}" for n in causes[:4])
-    shared = setting.implementation == "triton" and case.operation in ("prefill chunk", "column sums")
+    operands, scratch = counted.operands(), counted.scratch()
+    by_xla = sum(read for name, (read, _) in scratch.items() if not operands[name][0])
+    excess = {name: sum(pair) - case.must.get(name, 0.0) for name, pair in operands.items()}
+    causes = [n for n in excess if excess[n] > 0.01 * case.must_bytes and (n in case.must or n not in counted.results)]
+    causes.sort(key=lambda n: -excess[n])
+    needed = {n: f" for {megabytes(times * case.must[n])}" for n in causes if n in case.must}
+    text = ", ".join(f"{n} {megabytes(times * sum(operands[n]))}{needed.get(n, '')}" for n in causes[:4])
     return Line(
-        setting,
-        case.operation,
-        case.per_step,
-        shared,
-        times * case.must_bytes,
-        times * counted.bytes,
-        (times * sizes[0], times * sizes[1]),
-        times * counted.flops,
-        len(counted.kernels),
-        text,
-        "; ".join(sorted(counted.assumed)),
+        setting=setting,
+        operation=case.operation,
+        per_step=case.per_step,
+        shared=setting.implementation == "triton" and case.operation in ("prefill chunk", "column sums"),
+        must=times * case.must_bytes,
+        moved=times * (counted.bytes + by_xla),
+        scratch=(times * sum(written for _, written in scratch.values()), times * sum(map(sum, scratch.values()))),
+        flops=times * counted.flops,
+        launches=len(counted.kernels),
+        causes=text,
+        assumed="; ".join(sorted(counted.assumed)),
     )
 
 
-def _kernels(counted: Traffic) -> set[str]:
-    return {k.name for k in counted.kernels}
-
-
 def compiled_rows(work: tuple[Setting, tuple[str, ...], bool]) -> list[tuple[str, ...]]:
-    """Compile the operations of a setting (all or decode attention alone) for some chips: what each kernel takes, and copies of the pool."""
+    """Compile the operations of a setting (all, or decode attention alone) for some chips: what the kernels take, copies of the pool."""
     setting, names, every = work
+    setting = replace(setting, model=replace(setting.model, layers=COMPILED_LAYERS))
+    warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # operations give back only what they change
     rows = []
     for case in cases_of(setting) if every else [decode_case(setting)]:
         for name in names:
-            label = (setting.implementation, _where(setting), case.operation, name)
+            where = (setting.implementation, label(setting), case.operation, name)
             try:
                 compiled = chips.compile_for(chips.CHIPS[name], case.function, *case.arguments, donate=case.donated)
             except Exception as error:  # a compiler's refusal is a result
-                rows.append((*label, f"**refused**: {str(error).splitlines()[0][:120]}", "", "", ""))
+                rows.append((*where, f"**refused**: {str(error).splitlines()[0][:120]}", "", "", ""))
                 continue
             taken = [
                 f"{k}: {r.registers} registers, {r.spill_stores + r.spill_loads} B spilled, {r.shared + r.dynamic_shared} B shared"
                 for k, r in compiled.kernels.items()
+                if "fusion" not in k and not k.startswith("wrapped_")  # XLA's own
             ]
             copies, around = pool_copies(compiled.hlo, case)
             temporary = compiled.memory.temp_size_in_bytes
-            rows.append((*label, "; ".join(taken) or "compiled", _mb(temporary), ", ".join(copies) or "none", str(around)))
+            rows.append((*where, "; ".join(taken) or "compiled", megabytes(temporary), ", ".join(copies) or "none", str(around)))
     return rows
 
 
 def pool_copies(hlo: str, case: Case) -> tuple[list[str], int]:
     """Instructions that write a whole array of the pool or of the windows, and how many XLA kernels run around the Pallas calls."""
-    shapes = {x.shape for x in jax.tree.leaves(case.arguments) if len(x.shape) >= 3 and x.size > 1 << 22}
+    arrays = jax.tree_util.tree_flatten_with_path(case.arguments)[0]
+    of_pool = re.compile(r"\.(payload|meta|significance|position)$")
+    shapes = {x.shape for path, x in arrays if of_pool.search(jax.tree_util.keystr(path)) or (x.ndim == 4 and x.shape[2] == SLOTS)}
+    shapes = {shape for shape in shapes if len(shape) > 2}
     harmless = {"parameter", "custom-call", "get-tuple-element", "bitcast", "tuple", "opt-barrier", "copy-done"}
     copies, around, fused = [], 0, False
     for line in hlo.splitlines():
@@ -165,7 +151,7 @@ def main(
     work = []
     for name, platform in PLATFORM.items():
         if not chips.missing_packages(platform):
-            everywhere = tuple(chip.name for chip in _chips(name))
+            everywhere = tuple(chip.name for chip in chips_of(name))
             first = Setting(MODELS[0], MIXED, 8192, BATCH, name)
             work += [(first, everywhere[:1], True), (first, everywhere[1:], False)]
             work += [(replace(first, model=MODELS[1]), everywhere[:1], False), (replace(first, mix=PLAIN), everywhere[:1], False)]

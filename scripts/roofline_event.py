@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from roofline_cases import BF16, CHUNK, FLUSH, SLOTS, Case, Mix, Setting
 
 from diffkv_jax.pallas_kernels.append.api import shift_recent
 from diffkv_jax.pallas_kernels.compact.api import apply_event
@@ -14,6 +13,7 @@ from diffkv_jax.pallas_kernels.compact.ring import FreeRing
 from diffkv_jax.pallas_kernels.pages import Pages
 from diffkv_jax.pallas_kernels.prune.api import count_moves
 from diffkv_jax.pallas_kernels.prune.reference import Moves, Rule
+from roofline_cases import BF16, CHUNK, FLUSH, SLOTS, Case, Mix, Setting
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,19 @@
-"""XX"""
+"""The Markdown tables of roofline.py."""
+
+import datetime
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import jax
+
+import chips
+from roofline_cases import FLUSH, LIVE, MIXES, PLAIN, Setting
+
+GOAL = 1.10
+MIXED = MIXES[2]
+PLATFORM = {"triton": "cuda", "mosaic_tpu": "tpu"}
 
 
 @dataclass(frozen=True)
@@ -28,31 +43,39 @@ class Line:
         return max(self.device_bytes(chip) / chip.bandwidth, self.flops / chip.bf16_flops)
 
 
-def _mb(size: float) -> str:
+def megabytes(size: float) -> str:
+    """A number of bytes for a table."""
     return f"{size / 1e6:.3g} MB"
 
 
-def _chips(implementation: str) -> list[chips.Chip]:
+def chips_of(implementation: str) -> list[chips.Chip]:
+    """The chips that an implementation is made for."""
     return [chip for chip in chips.CHIPS.values() if chip.platform == PLATFORM[implementation]]
 
 
-def _where(s: Setting) -> str:
+def label(s: Setting) -> str:
+    """A setting in words."""
     return f"{s.model.name}, {s.context // 1024}k, {s.mix.name}"
+
+
+def shown(lines: list[Line]) -> list[Line]:
+    """Decode attention of every setting, the other operations of one mix."""
+    return [x for x in lines if x.operation == "decode attention" or x.setting.mix == MIXED]
 
 
 def counted_table(lines: list[Line], implementation: str) -> str:
     """Bytes of each operation on one layer."""
-    own = _chips(implementation)
+    own = chips_of(implementation)
     rows = []
-    for x in (x for x in lines if x.setting.implementation == implementation):
+    for x in (x for x in shown(lines) if x.setting.implementation == implementation):
         fits = [chip.name for chip in own if x.scratch[0] <= chip.l2]
-        scratch = f"{_mb(x.scratch[0])}, in L2 of {'/'.join(fits) or 'none'}" if x.scratch[0] else "none"
+        scratch = f"{megabytes(x.scratch[0])}, in L2 of {'/'.join(fits) or 'none'}" if x.scratch[0] else "none"
         first = own[0]
         times = " / ".join(f"{1e6 * x.seconds(chip):.3g}" for chip in own)
         ratio = f"**{x.moved / x.must:.2f}**" if x.moved / x.must > GOAL else f"{x.moved / x.must:.2f}"
         rows.append(
             (
-                *(_where(x.setting), x.operation, str(x.launches), _mb(x.must), _mb(x.moved), ratio),
+                *(label(x.setting), x.operation, str(x.launches), megabytes(x.must), megabytes(x.moved), ratio),
                 *(f"{x.device_bytes(first) / x.must:.2f}", scratch, f"{x.flops / x.moved:.3g}", times),
             )
         )
@@ -68,7 +91,7 @@ def step_table(lines: list[Line]) -> str:
         ours, theirs = ([x for x in lines if x.setting == which and x.per_step] for which in (s, plain))
         if not theirs:
             continue
-        own = _chips(s.implementation)
+        own = chips_of(s.implementation)
         moved, moved_plain = (s.model.layers * sum(x.moved * x.per_step for x in part) for part in (ours, theirs))
         times = [[1e3 * s.model.layers * sum(x.seconds(chip) * x.per_step for x in part) for part in (ours, theirs)] for chip in own]
         launches = (
@@ -76,50 +99,54 @@ def step_table(lines: list[Line]) -> str:
             s.model.layers * sum(x.launches for x in ours if x.per_step < 1),
         )
         text = " / ".join(f"{a:.3g} ({b / a:.2f}x)" for a, b in times)
-        rows.append((s.implementation, _where(s), f"{launches[0]} + {launches[1]}", _mb(moved), _mb(moved_plain), text))
-    names = {name: " / ".join(chip.name for chip in _chips(name)) for name in PLATFORM}
-    head = ("implementation", "setting", f"launches + each {FLUSH}th step", "moves", "bf16 pages move")
+        rows.append((s.implementation, label(s), f"{launches[0]} + {launches[1]}", megabytes(moved), megabytes(moved_plain), text))
+    names = {name: " / ".join(chip.name for chip in chips_of(name)) for name in PLATFORM}
+    head = ("implementation", "setting", "Pallas launches a step + in an event", "moves", "bf16 pages move")
     return _table((*head, f"lower bound in ms (times faster than bf16): {names['triton']}; {names['mosaic_tpu']}"), rows)
 
 
 def causes(lines: list[Line]) -> str:
     """Operands that move too much."""
-    rows = [
-        (
-            x.setting.implementation,
-            _where(x.setting),
-            x.operation,
-            f"{x.moved / x.must:.2f}",
-            x.causes + (f" ({x.assumed})" * bool(x.assumed)),
-        )
-        for x in lines
-        if x.moved / x.must > GOAL
-    ]
-    return _table(("implementation", "setting", "operation", "ratio", "operands that move more than they must"), rows)
+    rows = []
+    for x in shown(lines):
+        if x.moved / x.must > GOAL:
+            assumed = f" ({x.assumed})" if x.assumed else ""
+            rows.append((x.setting.implementation, label(x.setting), x.operation, f"{x.moved / x.must:.2f}", x.causes + assumed))
+    return _table(("implementation", "setting", "operation", "ratio", "operands that move most beyond what they must"), rows)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
 
 
+NOTE = (
+    "Nothing here ran on a GPU or TPU: bytes and FLOPs are counted from the kernels' jaxprs (scripts/traffic.py), bandwidth and "
+    "bf16 rate are those of the datasheets (scripts/chips.py). One layer unless said, {batch} requests, {live} recent tokens a "
+    "head, all heads alike; every {flush}th step has an event, in which {flush} tokens a head enter in the mix's proportion, and "
+    "where there is a low tier 8 are demoted and 4 dropped. *Must move*: live tokens' payload and metadata, significance in and "
+    "out, window, q, output, page ids, each once; for an event what it has to look at and the tokens that move. *Moves*: what the "
+    "kernels ask of device memory, caches not modelled. FLOPs are those of the dot products as padded. The lower bound is the "
+    "larger of bytes / bandwidth and FLOP / rate; scratch that fits the L2, and what the programs of a GPU's prefill or column sums "
+    "read again, are not charged to memory there. Left out: sectors written in part, XLA's kernels around, weights and the rest of "
+    "the model."
+)
+
+
 def report(lines: list[Line], compiled: list[tuple[str, ...]], missing: list[str]) -> str:
     """The section of docs/results.md."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
+    commit, changed = (
+        subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout.strip()
+        for command in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "-uno"))
+    )
     command = shlex.join(["python", "scripts/roofline.py", *sys.argv[1:]])
+    origin = f"{datetime.date.today()}, commit {commit}{' with changes' if changed else ''}, JAX {jax.__version__}, `{command}`."
     parts = [
         "## Roofline: modelled, not measured",
-        f"{datetime.date.today()}, commit {commit}{' with changes' if changed else ''}, JAX {jax.__version__}, `{command}`. Nothing here ran "
-        f"on a GPU or TPU: bytes and FLOPs are counted from the kernels' jaxprs (scripts/traffic.py), bandwidth and bf16 rate are those of the "
-        f"datasheets (scripts/chips.py). Batch {BATCH}, one layer unless said, {LIVE} recent tokens a head, every head alike; an event is done "
-        f"each {FLUSH} steps. *Must move*: live tokens' payload and metadata, significance in and out, window, q, output, page ids, each once. "
-        "*Moves*: what the kernels ask of device memory, L2 included; FLOPs are those of the dot products as padded. The lower bound is the "
-        "larger of bytes / bandwidth and FLOP / rate; scratch that fits the L2 and what programs share (prefill, column sums) is not charged "
-        "again. Partly written 32-byte sectors, weights and other layers' work are left out.",
+        f"{origin} {NOTE.format(batch=lines[0].setting.batch, live=LIVE, flush=FLUSH)}",
         "### A decode step, all layers, against bf16 pages",
         step_table(lines),
         *(part for name in PLATFORM for part in (f"### {name}: one layer", counted_table(lines, name))),
-        f"### Ratios above {GOAL}",
+        f"### Ratios above {GOAL:.2f}",
         causes(lines),
         "### Compiled",
     ]

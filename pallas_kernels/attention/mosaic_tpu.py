@@ -125,7 +125,7 @@ def _score_scratch(plan: Plan, group: int, max_len: int) -> dict:
     kept_pages = plan.max_pages + max(plan.pages)
     return dict(
         logits=pltpu.VMEM((logit_blocks, group, layout.tokens), jnp.float32),
-        scores=pltpu.VMEM((2, kept_pages, max(layout.blocks), layout.tokens), jnp.float32),
+        scores=pltpu.VMEM((2, kept_pages, layout.side_rows, layout.tokens), jnp.float32),
     )
 
 
@@ -149,7 +149,7 @@ def _build(plan: Plan, q: Array, pages: Pages, heads: Heads, max_len: int, block
         scratch["meta_buffer"] = pltpu.VMEM((plan.buffers, used, layout.meta_rows, layout.tokens), jnp.int16)
     if plan.window is not None:
         inputs["position"] = hbm
-        scratch["position_buffer"] = pltpu.VMEM((plan.buffers, used, max(layout.blocks), layout.tokens), pages.position.dtype)
+        scratch["position_buffer"] = pltpu.VMEM((plan.buffers, used, layout.side_rows, layout.tokens), pages.position.dtype)
     outputs = dict(output=of_head(group, head_dim), recent_scores=of_head(1, slots))
     shapes = [jax.ShapeDtypeStruct((batch, group, head_dim), jnp.float32), jax.ShapeDtypeStruct((batch, 1, slots), jnp.float32)]
     aliases = {}
@@ -182,7 +182,7 @@ def _cost(plan: Plan, batch: int, group: int, max_len: int) -> pl.CostEstimate:
     """Of heads that hold `max_len` tokens of the highest tier."""
     layout, tokens = plan.layout, batch * max_len
     pages = batch * plan.layout.pages_for(0, max_len)
-    page_bytes = layout.tokens * (layout.rows + 2 * layout.meta_rows + (8 if layout.scored else 0) * max(layout.blocks))
+    page_bytes = layout.tokens * (layout.rows + 2 * layout.meta_rows + (8 if layout.scored else 0) * layout.side_rows)
     return pl.CostEstimate(
         flops=4 * group * layout.head_dim * tokens, transcendentals=(1 + layout.scored) * group * tokens, bytes_accessed=pages * page_bytes
     )

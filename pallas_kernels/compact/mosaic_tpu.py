@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..kernels import tpu_interpreter
-from ..pages import PageLayout, Pages
+from ..pages import PageLayout, Pages, meta_as_bits, meta_like
 from ..prune.mosaic_tpu import Blocks
 from ..prune.reference import DROPPED, Moves, Rule
 from .mosaic_tpu_kernel import Inputs, Outputs, carry_out
@@ -110,7 +110,7 @@ def _call(
     pool = Pool(
         pages.payload,
         pages.position,
-        lax.bitcast_convert_type(pages.meta, jnp.int16) if layout.meta_rows else None,
+        meta_as_bits(pages.meta) if layout.meta_rows else None,
         pages.significance if layout.scored else None,
     )
     inputs = Inputs(
@@ -138,7 +138,7 @@ def _call(
         interpret=tpu_interpreter(interpret),
         name="apply_event",
     )(*inputs)
-    meta = pages.meta if pool.meta is None else lax.bitcast_convert_type(pool.meta, pages.meta.dtype)
+    meta = pages.meta if pool.meta is None else meta_like(pool.meta, pages.meta)
     significance = pages.significance if pool.significance is None else pool.significance
     return surplus[:, 0], table[:, 0], Pages(pool.payload, meta, significance, pool.position)
 

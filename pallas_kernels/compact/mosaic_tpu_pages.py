@@ -67,7 +67,7 @@ class Scratch(NamedTuple):
         """What the kernel is to allocate."""
         layout, tiers, lanes = plan.layout, plan.layout.tiers, plan.layout.tokens
         columns = [Columns.of(layout, tier) for tier in range(tiers)]
-        blocks = max(layout.blocks)
+        blocks = layout.side_rows
         staging = Pool(
             pltpu.VMEM((tiers, 2, layout.rows, lanes), jnp.uint8),
             pltpu.VMEM((tiers, 2, blocks, lanes), layout.position_dtype),

@@ -110,7 +110,7 @@ def _next_hole(head: Head, tier: Tier, at: At, step: "Step", stop, holed) -> At:
     """Pass over the holes that are filled, to the next page where all of this one are."""
     lanes, block = head.layout.tokens, at.hole // head.layout.tokens
     after = jnp.where(step.filled == step.holes, (block + 1) * lanes, jnp.maximum(at.hole, block * lanes + step.next_lane))
-    page_done = (at.hole_page < holed) & (lax.rem(after, tier.per_page) == 0)
+    page_done = (at.hole_page < holed) & (after > at.hole) & (lax.rem(after, tier.per_page) == 0)
 
     def turn():
         _close_hole(head, tier, at.hole_page)

@@ -43,7 +43,7 @@ class Sides(NamedTuple):
     @staticmethod
     def scratch(layout: PageLayout, cut: Blocks) -> list:
         """Shapes of the last three."""
-        shape = (cut.buffers, cut.pages, max(layout.blocks), layout.tokens)
+        shape = (cut.buffers, cut.pages, layout.side_rows, layout.tokens)
         return [pltpu.VMEM(shape, jnp.float32), pltpu.VMEM(shape, layout.position_dtype), pltpu.SemaphoreType.DMA((cut.buffers,))]
 
 
@@ -132,7 +132,7 @@ def count_moves(
         return pl.BlockSpec((None, 1, width), lambda head: (head, 0, 0), memory_space=pltpu.SMEM)
 
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    page_bytes = layout.tokens * max(layout.blocks) * layout.side_bytes
+    page_bytes = layout.tokens * layout.side_rows * layout.side_bytes
     found = pl.pallas_call(
         partial(_count, layout=layout, cut=cut, one_victim=one_victim, max_pages=max_pages),
         grid=(heads,),
@@ -183,7 +183,7 @@ def _count(numbers, tau, page_table, *refs, layout: PageLayout, cut: Blocks, one
 def _all_of_tier(scan: Callable, rule: Thresholds, tier: int, layout: PageLayout, cut: Blocks, joined: Array):
     """How many tokens of a tier are dropped and demoted."""
     del joined
-    zero = jnp.zeros((cut.pages, max(layout.blocks), layout.tokens), jnp.int32)
+    zero = jnp.zeros((cut.pages, layout.side_rows, layout.tokens), jnp.int32)
 
     def visit(mean, position, slot, live, carry):
         leaves = rule.leaving(mean, tier, layout.tiers)
@@ -194,7 +194,7 @@ def _all_of_tier(scan: Callable, rule: Thresholds, tier: int, layout: PageLayout
 
 def _least_of_tier(scan: Callable, rule: Thresholds, tier: int, layout: PageLayout, cut: Blocks, joined: Array):
     """The same where only the least significant token of the tier, the oldest of equals, may leave; and its slot."""
-    shape = (cut.pages, max(layout.blocks), layout.tokens)
+    shape = (cut.pages, layout.side_rows, layout.tokens)
 
     def visit(mean, position, slot, live, carry):
         best = carry

@@ -121,7 +121,7 @@ def count_moves(
     """`count_moves` of api.py on GPUs, one launch. The layout is scored."""
     del max_len  # lengths are read
     blocks, heads, tiers = blocks or Blocks(), page_table.shape[0], layout.tiers
-    flags = (x.astype(jnp.int32) for x in (rule.stirred, rule.joined))
+    stirred, joined = (x.astype(jnp.int32) for x in (rule.stirred, rule.joined))
     per_tier = jax.ShapeDtypeStruct((heads, tiers), jnp.int32)
     dropped, demoted, victim = pl.pallas_call(
         partial(_kernel, layout=layout, one_victim=one_victim, blocks=blocks),
@@ -130,7 +130,7 @@ def count_moves(
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=1),
         interpret=bool(interpret),
         name="count_moves",
-    )(*_Inputs(rule.tau, rule.observed, *flags, page_table, tier_len, pages.significance, pages.position))
+    )(*_Inputs(rule.tau, rule.observed, stirred, joined, page_table, tier_len, pages.significance, pages.position))
     return Moves(dropped, demoted, victim)
 
 

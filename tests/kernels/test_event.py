@@ -17,7 +17,7 @@ from diffkv_jax.pallas_kernels.prune import Rule, count_moves
 from oracles.quantiser import demote_nested, dequantise, unpack
 from readback import check_pool, decode_tensor, random_pool, slot_addresses, tensor_rows
 
-MAX_LEN, NEW, SLOTS = 640, 40, 48  # tokens of a head; tokens that may enter; tokens at hand
+MAX_LEN, NEW, SLOTS = 960, 40, 48  # tokens of a head; tokens that may enter; tokens at hand
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # most of the time is LLVM's
 INFINITE = np.float32(np.inf)
 
@@ -42,7 +42,7 @@ SCENARIOS = {
     "not admitted": Scenario((1.4, 0.9), 0.7, 0.4, admitted=False),
     "empty": Scenario((0, 0), 0.5, 0.2),
     "not stirred": Scenario((1.2, 0.8), 0.7, 0.4, (0, 0), stirred=False),
-    "long": Scenario((9, 2.5), 0.5, 0.25, (0.7, 0.1)),
+    "long": Scenario((12, 2.5), 0.25, 0.1, (0.7, 0.1)),
 }
 
 
@@ -79,7 +79,7 @@ class World(NamedTuple):
     """Everything an event is given, in NumPy."""
 
     layout: PageLayout
-    stored: Stored
+    stored: Any  # a `Stored` whose pages are {name: array}
     rule: Rule
     tokens: Tokens
     entering: np.ndarray
