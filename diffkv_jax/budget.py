@@ -58,7 +58,7 @@ def with_pool(
     """
     least, most = _least_pages(spec, totals, policy.drops), _most_pages(spec, room)
     if budget is None:
-        return dataclasses.replace(spec, num_pages=most)
+        return _addressable(dataclasses.replace(spec, num_pages=most))
     amount = parse_bytes(budget)
     fixed = cache_bytes(dataclasses.replace(spec, num_pages=0))
     per_page = cache_bytes(dataclasses.replace(spec, num_pages=1)) - fixed
@@ -70,7 +70,24 @@ def with_pool(
             f"{fixed + least * per_page} bytes ({needs}), {fixed + most * per_page} bytes ({suffices}) always suffice; "
             "raise the budget, ask for fewer tokens or choose a smaller policy"
         )
-    return dataclasses.replace(spec, num_pages=min(pages, most))
+    return _addressable(dataclasses.replace(spec, num_pages=min(pages, most)))
+
+
+def _addressable(spec: CacheSpec) -> CacheSpec:
+    """`spec`; Pallas' Triton backend takes signed 32-bit offsets up to 4 GiB, so that those beyond 2 GiB wrap (JAX 0.10 to 0.12).
+
+    Raises:
+        ValueError: names the pool and which budgets do.
+    """
+    page = spec.layout.rows * spec.layout.tokens
+    if spec.kernels.implementation == "triton" and 2**31 < spec.num_pages * page <= 2**32:
+        small, large = (humanize.naturalsize(n // page * spec.layout.page_bytes, binary=True) for n in (2**31, 2**32 + page))
+        raise ValueError(
+            f"a pool of {spec.num_pages} pages has a payload of {spec.num_pages * page} bytes, and Triton kernels cannot address "
+            f"payloads between 2 and 4 GiB: take a memory_budget for at most {small} of pages or more than {large}, "
+            "or implementation='xla'"
+        )
+    return spec
 
 
 def check_pool(cache: KVCache, totals: Sequence[int]) -> None:

@@ -124,7 +124,7 @@ class PageLayout:
 
 
 def _tile_rows(rows: int, tokens: int) -> int:
-    """`rows`, at 128 lanes (TPU) rounded up to a count that fills tiles: kernels would copy arrays of other counts, whose layout differs."""
+    """`rows`, at 128 lanes (TPU) rounded up to fill tiles: kernels would copy arrays of other row counts, whose layout differs."""
     if tokens != 128 or rows <= 2:
         return rows
     return 4 if rows <= 4 else -(-rows // 8) * 8

@@ -27,7 +27,7 @@ from traffic import Traffic, count_traffic
 
 BATCH = 16
 MARKERS = ("<!-- roofline -->", "<!-- /roofline -->")
-COMPILED_LAYERS = 4  # a pool that fits every chip
+COMPILED_LAYERS = 8  # a pool that fits every chip
 
 
 def cases_of(setting: Setting) -> list[Case]:
@@ -117,7 +117,8 @@ def compiled_rows(work: tuple[Setting, tuple[str, ...], bool]) -> list[tuple[str
                 if "fusion" not in k and not k.startswith("wrapped_")  # XLA's own
             ]
             copies, around = pool_copies(compiled.hlo, case)
-            temporary = compiled.memory.temp_size_in_bytes
+            memory = compiled.memory
+            temporary = memory.temp_size_in_bytes if memory else 0
             rows.append((*where, "; ".join(taken) or "compiled", megabytes(temporary), ", ".join(copies) or "none", str(around)))
     return rows
 

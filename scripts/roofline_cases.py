@@ -14,11 +14,17 @@ from diffkv_jax.pallas_kernels.attention import Heads, decode_attention
 from diffkv_jax.pallas_kernels.codecs import KVFormat
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
-from diffkv_jax.pallas_kernels.prefill_attention import Chunk, Scale, column_sums, prefill_attention
+from diffkv_jax.pallas_kernels.prefill_attention.api import column_sums, prefill_attention
+from diffkv_jax.pallas_kernels.prefill_attention.reference import Chunk, Scale
 
 WINDOW, FLUSH, CHUNK, OBSERVE = 64, 32, 1024, 64
 SLOTS, LIVE = WINDOW + FLUSH, WINDOW + FLUSH // 2  # of the recent window; live ones on the average between two events
 BF16 = jnp.bfloat16
+
+
+def unknown(*shape: int, dtype=BF16) -> Any:
+    """An argument of which only shape and dtype are given."""
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class Setting:
         """Pages that each tier of a head takes."""
         return tuple(self.layout.pages_for(t, n) for t, n in enumerate(self.lengths))
 
-    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+    def tables(self) -> tuple[Any, Any]:
         """Page table (rubbish where there is no page) and lengths."""
         table = np.full((self.heads, self.max_pages), 10**6, np.int32)
         high, low = (*self.pages_of_head(), 0)[:2]
@@ -127,13 +133,16 @@ class Setting:
     def pool(self) -> Pages:
         """The pool of all layers, a quarter of it free: shapes."""
         pages = self.model.layers * self.heads * sum(self.pages_of_head()) * 4 // 3
+        size = pages * self.layout.rows * self.layout.tokens
+        pages *= 2 if 2 << 30 <= size < 4 << 30 else 1  # sizes that the Triton kernels refuse
         return jax.eval_shape(lambda: Pages.zeros(self.layout, pages))
 
     def held(self) -> Heads:
         """What the heads of a layer in the middle hold."""
-        window = jax.ShapeDtypeStruct((self.model.layers, self.heads, SLOTS, self.model.head_dim), BF16)
-        layer = np.array(self.model.layers // 2, np.int32)
-        return Heads(*self.tables(), window, window, np.full(self.heads, LIVE, np.int32), layer)
+        window = unknown(self.model.layers, self.heads, SLOTS, self.model.head_dim)
+        layer: Any = np.array(self.model.layers // 2, np.int32)
+        length: Any = np.full(self.heads, LIVE, np.int32)
+        return Heads(*self.tables(), window, window, length, layer)
 
     def bytes_of(self, tier: int, tensors: str = "kv") -> int:
         """Payload and metadata bytes of one token of a tier."""
@@ -163,11 +172,10 @@ class Setting:
 def decode_case(s: Setting) -> Case:
     """Decode attention with the significance it gives."""
     m = s.model
-    q = jax.ShapeDtypeStruct((s.heads, m.group, m.head_dim), BF16)
+    q, max_len, sm_scale = unknown(s.heads, m.group, m.head_dim), s.context + CHUNK, m.head_dim**-0.5
 
     def decode(q, pages, heads):
-        options = dict(max_len=s.context + CHUNK, sm_scale=m.head_dim**-0.5, kernels=s.kernels)
-        return decode_attention(q, pages, s.layout, heads, **options)
+        return decode_attention(q, pages, s.layout, heads, max_len=max_len, sm_scale=sm_scale, kernels=s.kernels)
 
     must = s.stored_must() | {"q": 2.0 * prod(q.shape), "output": 4.0 * prod(q.shape), "recent scores": 4.0 * s.heads * SLOTS}
     return Case("decode attention", decode, (q, s.pool(), s.held()), (1,), must)
@@ -175,7 +183,7 @@ def decode_case(s: Setting) -> Case:
 
 def append_case(s: Setting) -> Case:
     """One token into the recent window."""
-    heads, token = s.held(), jax.ShapeDtypeStruct((s.heads, s.model.head_dim), BF16)
+    heads, token = s.held(), unknown(s.heads, s.model.head_dim)
     window = {"k": heads.recent_k, "v": heads.recent_v}
 
     def append(recent_k, recent_v, layer, k, v, slot):
@@ -188,9 +196,9 @@ def append_case(s: Setting) -> Case:
 
 def _chunk(s: Setting) -> Chunk:
     m = s.model
-    q = jax.ShapeDtypeStruct((s.heads, m.group, CHUNK, m.head_dim), BF16)
-    k = jax.ShapeDtypeStruct((s.heads, CHUNK, m.head_dim), BF16)
-    return Chunk(q, k, k, np.full(s.heads, CHUNK, np.int32))
+    length: Any = np.full(s.heads, CHUNK, np.int32)
+    k = unknown(s.heads, CHUNK, m.head_dim)
+    return Chunk(unknown(s.heads, m.group, CHUNK, m.head_dim), k, k, length)
 
 
 def prefill_case(s: Setting) -> Case:
@@ -210,7 +218,7 @@ def prefill_case(s: Setting) -> Case:
 def sums_case(s: Setting) -> Case:
     """Column sums of the last rows of a chunk."""
     chunk, m = _chunk(s), s.model
-    lse = jax.ShapeDtypeStruct((s.heads, m.group, CHUNK), jnp.float32)
+    lse = unknown(s.heads, m.group, CHUNK, dtype=jnp.float32)
 
     def sums(chunk, lse, pages, heads):
         return column_sums(chunk, lse, OBSERVE, pages, s.layout, heads, Scale(m.head_dim**-0.5, None), kernels=s.kernels)

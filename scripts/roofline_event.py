@@ -1,6 +1,7 @@
 """The compression event whose traffic roofline.py counts."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from diffkv_jax.pallas_kernels.compact.ring import FreeRing
 from diffkv_jax.pallas_kernels.pages import Pages
 from diffkv_jax.pallas_kernels.prune.api import count_moves
 from diffkv_jax.pallas_kernels.prune.reference import Moves, Rule
-from roofline_cases import BF16, CHUNK, FLUSH, SLOTS, Case, Mix, Setting
+from roofline_cases import CHUNK, FLUSH, SLOTS, Case, Mix, Setting, unknown
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,19 @@ def event_cases(s: Setting) -> list[Case]:
     moves = Moves(np.tile(leaving, (n, 1)), np.full(n, event.demoted, np.int32), np.full((n, layout.tiers), -1, np.int32))
     sides = layout.side_bytes * n * sum(s.lengths)
     ids = 4.0 * n * sum(s.pages_of_head())
-    options = dict(one_victim=False, max_len=max_len, kernels=s.kernels)
+    judge, carry_out = (partial(f, one_victim=False, max_len=max_len, kernels=s.kernels) for f in (count_moves, apply_event))
 
     def count(pages, page_table, tier_len, rule):
-        return count_moves(pages, layout, page_table, tier_len, rule, **options)
+        return judge(pages, layout, page_table, tier_len, rule)
 
     free = pages.payload.shape[0] - n * sum(s.pages_of_head())
     ring = FreeRing(np.roll(np.arange(len(pages.payload), dtype=np.int32), free), np.array(0, np.int32), np.array(free, np.int32))
-    k = jax.ShapeDtypeStruct((n, FLUSH, d), BF16)
+    k = unknown(n, FLUSH, d)
     side = np.full((n, FLUSH), 128.0, np.float32), np.zeros((n, FLUSH), np.int32)
     codes = np.tile(np.repeat(np.arange(1, layout.tiers + 1, dtype=np.int32), event.entering), (n, 1))
 
     def apply(stored, rule, moves, tokens, entering, admitted):
-        return apply_event(stored, layout, rule, moves, tokens, entering, admitted, pages_a_round=1, **options)
+        return carry_out(stored, layout, rule, moves, tokens, entering, admitted, pages_a_round=1)
 
     column = [s.bytes_of(tier) + layout.side_bytes for tier in range(layout.tiers)]
     leaving_tier = [event.dropped[tier] + (event.demoted if tier == 0 else 0) for tier in range(layout.tiers)]
@@ -94,7 +95,7 @@ def event_cases(s: Setting) -> list[Case]:
         ),
     ]
     window = s.held()
-    scores = jax.ShapeDtypeStruct((s.model.layers, n, SLOTS if layout.scored else 0), jnp.float32)
+    scores = unknown(s.model.layers, n, SLOTS if layout.scored else 0, dtype=jnp.float32)
 
     def shift(recent_k, recent_v, significance, layer, shift):
         return shift_recent(recent_k, recent_v, significance, layer, shift, kernels=s.kernels)

@@ -4,7 +4,7 @@ import datetime
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 

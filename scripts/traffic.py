@@ -214,7 +214,7 @@ class _Walk:
         """Add an access of device memory; memory without a name is near the core."""
         if memory.name and self.kernel is not None:
             counter = self.kernel.written if write else self.kernel.read
-            counter[memory.name] += elements * memory.dtype.itemsize * self.weight
+            counter[memory.name] = counter[memory.name] + elements * memory.dtype.itemsize * self.weight
 
     def _touched(self, memory: Memory, transforms, mask: Any) -> float:
         """Elements that an access reaches, each once, however many lanes share it; all of its shape where that is not known."""

@@ -17,7 +17,7 @@ class KernelTraffic:
 
     name: str
     grid: tuple[int, ...]
-    read: Counter = field(default_factory=Counter)
+    read: Counter[str] = field(default_factory=Counter)
     written: Counter = field(default_factory=Counter)
     flops: float = 0.0
 

@@ -54,7 +54,7 @@ class Memory:
         if mask is None:
             return values[index] if np.all(known[index]) else None
         index = tuple(np.clip(i, 0, n - 1) for i, n in zip(_positions(index, values.shape), values.shape, strict=True))
-        if not np.all(known[index] | ~mask):
+        if not np.all(known[index] | np.logical_not(mask)):
             return None
         return np.where(mask, values[index], 0 if other is None or not np.ndim(other) == 0 else other).astype(values.dtype)
 

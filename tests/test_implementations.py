@@ -51,7 +51,7 @@ def test_default_is_that_of_the_platform():
 
 @pytest.mark.parametrize(
     ("implementation", "message"),
-    [("cuda", "must be one of xla, triton, mosaic_tpu"), ("triton", "needs a GPU.*runs on CPU"), ("mosaic_tpu", "needs a TPU.*runs on CPU")],
+    [("cuda", "one of xla, triton, mosaic_tpu"), ("triton", "needs a GPU.*runs on CPU"), ("mosaic_tpu", "needs a TPU.*runs on CPU")],
 )
 def test_refused_before_any_work(implementation: str, message: str):
     with pytest.raises(ValueError, match=message):

@@ -40,6 +40,13 @@ class Partial(NamedTuple):
         return output, jnp.where(some, safe_max + jnp.log(jnp.where(some, self.total, 1.0)), jnp.inf)
 
 
+class Scale(NamedTuple):
+    """What turns dot products into logits."""
+
+    sm_scale: float
+    soft_cap: float | None
+
+
 def soft_cap(logits: Array, cap: float | None) -> Array:
     """`cap * tanh(logits / cap)`, as Gemma 2 has it; identity when None."""
     return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -11,11 +11,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ..pages import PageLayout, Pages
-from ..prefill_attention.reference import Scale
-from ..prefill_attention.triton import State
-from ..prefill_attention.triton_keys import (
+from .reference import Heads, Sliding
+from .stream import Scale
+from .triton_keys import (
     KeyTile,
+    State,
     StoredBlocks,
+    check_pool,
     gathered,
     key_pieces,
     load_rows,
@@ -24,7 +26,6 @@ from ..prefill_attention.triton_keys import (
     stored_blocks,
     value_pieces,
 )
-from .reference import Heads, Sliding
 
 PROGRAMS = 1024  # that fill a large chip a few times over
 TOKENS_A_SPLIT = 512  # fewer are not worth a program
@@ -120,7 +121,7 @@ def decode_attention(
     b, g, d = q.shape
     slots = heads.recent_k.shape[2]
     blocks = blocks or Blocks.choose(layout, b, g, max_len, q.dtype.itemsize)
-    key_pieces(layout), value_pieces(layout)  # refuse what Triton cannot do before it is called
+    check_pool(pages), key_pieces(layout), value_pieces(layout)  # refuse what Triton cannot do before it is called
     task = Task(layout, Scale(sm_scale, logits_soft_cap), None if sliding is None else sliding.size, blocks)
     meta = pages.meta if pages.meta.size else jnp.zeros((1, 1, layout.tokens), pages.meta.dtype)  # an empty array is no Ref
     seen = heads.recent_len if sliding is None else sliding.position

@@ -180,5 +180,7 @@ def check_tiles(layout: PageLayout) -> None:
                     f"formats {names} at head_dim={layout.head_dim} make a piece of {tile.channels} channels; Triton needs powers of two: "
                     "choose other groups or bits, or use implementation='xla'"
                 )
+    if layout.meta_dtype != "float16":
+        raise ValueError(f"meta_dtype={layout.meta_dtype!r} must be float16 for Triton; use implementation='xla'")
     if layout.tokens & (layout.tokens - 1):
         raise ValueError(f"tokens={layout.tokens} must be a power of two for Triton; use implementation='xla'")

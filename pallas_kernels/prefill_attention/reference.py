@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..attention.reference import Heads
-from ..attention.stream import Partial, chunk_logits, chunk_mix, over_chunks, read_chunk, soft_cap
+from ..attention.stream import Partial, Scale, chunk_logits, chunk_mix, over_chunks, read_chunk, soft_cap
 from ..pages import PageLayout, Pages
 
 BLOCK_Q, BLOCK_KV = 512, 512  # rows of queries and of chunk keys that one step holds; BLOCK_Q divides or exceeds the chunk
@@ -24,13 +24,6 @@ class Chunk(NamedTuple):
         """The same in float32."""
         q, k, v = (x.astype(jnp.float32) for x in (self.q, self.k, self.v))
         return Chunk(q, k, v, self.length)
-
-
-class Scale(NamedTuple):
-    """What turns dot products into logits."""
-
-    sm_scale: float
-    soft_cap: float | None
 
 
 class Exact(NamedTuple):

@@ -1,6 +1,6 @@
 """Attention of a prompt chunk as one Triton kernel: pages, recent window and the chunk itself in one online softmax."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,11 +12,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ..attention.reference import Heads
-from ..pages import PageLayout, Pages
-from .reference import Chunk, Scale
-from .triton_keys import (
+from ..attention.triton_keys import (
     LN_2,
     KeyTile,
+    State,
     check_pool,
     chunk_key_index,
     gathered,
@@ -28,6 +27,8 @@ from .triton_keys import (
     stored_blocks,
     value_pieces,
 )
+from ..pages import PageLayout, Pages
+from .reference import Chunk, Scale
 
 
 @dataclass(frozen=True)
@@ -89,23 +90,6 @@ def prefill_attention(
         interpret=bool(interpret),
         name="prefill_attention",
     )(*Inputs.of(chunk, pages, heads))
-
-
-class State(NamedTuple):
-    """Online softmax of `rows` pairs, in powers of two; the output in pieces of channels, unnormalised."""
-
-    maximum: Array  # float32 [rows]
-    total: Array  # float32 [rows]
-    output: tuple[Array, ...]  # float32 [rows, channels of a piece]
-
-    def add(self, logits: Array, mix: Callable[[Array], Sequence[Array]]) -> "State":
-        """Take in keys with base-2 `logits [rows, n]`, masked ones -inf; `mix` multiplies weights with the values, piece by piece."""
-        maximum = jnp.maximum(self.maximum, logits.max(axis=1))
-        safe = jnp.where(maximum == -jnp.inf, 0.0, maximum)
-        weights, rescale = jnp.exp2(logits - safe[:, None]), jnp.exp2(self.maximum - safe)
-        mixed = mix(weights)
-        output = tuple(old * rescale[:, None] + new for old, new in zip(self.output, mixed, strict=True))
-        return State(maximum, self.total * rescale + weights.sum(axis=1), output)
 
 
 def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks):

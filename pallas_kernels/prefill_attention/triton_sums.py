@@ -12,11 +12,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ..attention.reference import Heads
+from ..attention.triton_keys import LOG2_E, KeyTile, chunk_key_index, gathered, key_pieces, load_rows, logits_of, stored_blocks
 from ..pages import PageLayout, Pages
 from .column_sums import ColumnSums
 from .reference import Chunk, Scale
 from .triton import Inputs
-from .triton_keys import LOG2_E, KeyTile, chunk_key_index, gathered, key_pieces, load_rows, logits_of, stored_blocks
 
 READ = len(Inputs._fields)  # Refs before the log-sum-exp
 

@@ -19,7 +19,7 @@ from diffkv_jax.pallas_kernels.prune import Moves, Rule
 
 REQUESTS, LAYERS, KV_HEADS, GROUP, HEAD_DIM, CONTEXT, SLOTS, FLUSH = 16, 32, 8, 4, 128, 8192, 96, 32
 HEADS = REQUESTS * KV_HEADS
-PAGES_IN_USE = 0.6  # of what every token in the highest tier would take
+PAGES_IN_USE = 0.75  # of what every token in the highest tier would take
 
 
 def int32(*shape: int) -> Shape:

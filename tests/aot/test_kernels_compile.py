@@ -46,6 +46,8 @@ def attention(kernels: Kernels, formats=("K8V4", "K4V2"), head_dim=llama8b.HEAD_
         return out, dataclasses.replace(pages, significance=significance), recent
 
     scratch = HEADS * 4 * (CONTEXT + 4096) * max(group, 4)  # logits between the two passes, partial outputs
+    if head_dim < 128 and kernels.implementation == "mosaic_tpu":  # XLA lays windows of 64 channels out the other way round
+        scratch += 2 * LAYERS * HEADS * SLOTS * 128 * 2
     return Program(run, (q, llama8b.pool(layout), llama8b.heads(layout)), (1,), scratch + (32 << 20))
 
 

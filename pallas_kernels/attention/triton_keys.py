@@ -3,7 +3,7 @@
 Triton cannot slice or join values, so everything with channels is a list of pieces, the same channel ranges for all tiers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from ..codecs.tiles import Tile
 from ..pages import PageLayout, Pages, page_column
-from .reference import Scale
+from .stream import Scale
 
 LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
 
@@ -25,6 +25,23 @@ class KeyTile(NamedTuple):
     group: int | None = None  # tiles of one group have the same scale and zero point
     scale: Array | None = None  # float32 [n]
     zero: Array | None = None  # float32 [n]
+
+
+class State(NamedTuple):
+    """Online softmax of `rows` pairs, in powers of two; the output in pieces of channels, unnormalised."""
+
+    maximum: Array  # float32 [rows]
+    total: Array  # float32 [rows]
+    output: tuple[Array, ...]  # float32 [rows, channels of a piece]
+
+    def add(self, logits: Array, mix: Callable[[Array], Sequence[Array]]) -> "State":
+        """Take in keys with base-2 `logits [rows, n]`, masked ones -inf; `mix` multiplies weights with the values, piece by piece."""
+        maximum = jnp.maximum(self.maximum, logits.max(axis=1))
+        safe = jnp.where(maximum == -jnp.inf, 0.0, maximum)
+        weights, rescale = jnp.exp2(logits - safe[:, None]), jnp.exp2(self.maximum - safe)
+        mixed = mix(weights)
+        output = tuple(old * rescale[:, None] + new for old, new in zip(self.output, mixed, strict=True))
+        return State(maximum, self.total * rescale + weights.sum(axis=1), output)
 
 
 @cache
