@@ -7,7 +7,7 @@ from jax import Array, lax
 
 from diffkv_jax.cache import KVCache
 from diffkv_jax.event import Plan, admit, apply_plan, plan_event
-from diffkv_jax.layer_state import all_heads, layer_clock, per_head, stored_layer, take_layer, with_stored
+from diffkv_jax.layer_state import all_heads, layer_clock, per_head, stored_layer, take_layer, when, with_stored
 from diffkv_jax.observed import count_observed
 from diffkv_jax.pallas_kernels.append import shift_recent
 from diffkv_jax.pallas_kernels.compact import Tokens
@@ -30,7 +30,7 @@ def after_decode(cache: KVCache, step: DecodeStep) -> KVCache:
         return dataclasses.replace(cache, recent_len=jnp.minimum(cache.recent_len, spec.window))
     full = (cache.recent_len >= spec.window + spec.flush) & ~cache.overflow  # between events only after a pause
     due = (step.active & (cache.steps % spec.flush == 0)) | full
-    return lax.cond(due.any(), lambda cache: compress(cache, due), lambda cache: cache, cache)
+    return when(due.any(), lambda cache: compress(cache, due), cache)
 
 
 def after_prefill(cache: KVCache, step: PrefillStep, chunk_len: int) -> KVCache:

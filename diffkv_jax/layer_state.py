@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -12,7 +14,16 @@ from diffkv_jax.event import Clock
 from diffkv_jax.pallas_kernels.attention import Heads
 from diffkv_jax.pallas_kernels.compact import Stored
 
+State = TypeVar("State")
 _LAYERED = ("page_table", "tier_len")
+
+
+def when(condition: Array, change: Callable[[State], State], state: State) -> State:
+    """`change(state)` if the condition (bool []) holds, else `state`, which holds the pool.
+
+    A loop of one turn or none: XLA updates the pool in place in a loop, but copies it in the branches of a condition.
+    """
+    return lax.fori_loop(0, condition.astype(jnp.int32), lambda _, state: change(state), state)
 
 
 def take_layer(array: Array, layer: Array | None) -> Array:

@@ -4,11 +4,11 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from diffkv_jax.cache import CacheSpec, KVCache
 from diffkv_jax.event import apply_plan, plan_event
-from diffkv_jax.layer_state import layer_clock, layer_heads, per_head, put_layer, stored_layer, take_layer, with_stored
+from diffkv_jax.layer_state import layer_clock, layer_heads, per_head, put_layer, stored_layer, take_layer, when, with_stored
 from diffkv_jax.observed import count_observed
 from diffkv_jax.overflow import make_room
 from diffkv_jax.pallas_kernels.attention import Heads
@@ -34,7 +34,7 @@ def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, st
     cache = dataclasses.replace(cache, pages=pages)
     gathered = _gather(cache, layer, chunk, heads, sums)
     attended = lse[0, 0, 0] > -jnp.inf  # always so, but the compiler cannot know: the event waits for attention's reads of the pool
-    cache = lax.cond(attended, lambda cache: _store(cache, layer, gathered, step), lambda cache: cache, cache)
+    cache = when(attended, lambda cache: _store(cache, layer, gathered, step), cache)
     cache = _keep_window(cache, layer, gathered, step)
     out = out.reshape(*_grouped(spec), -1, spec.attention.head_dim)  # [R, K, G, C, d]
     return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(q.dtype), cache
@@ -79,10 +79,11 @@ def _scores(cache: KVCache, chunk: Chunk, lse: Array, heads: Heads, scale: Scale
         return silent
     rows = observing_rows(spec, chunk.k.shape[1])
 
-    def score(_):
-        return column_sums(chunk, lse, rows, cache.pages, spec.layout, heads, scale, kernels=spec.kernels)
+    def score(sums: ColumnSums) -> ColumnSums:
+        pages = dataclasses.replace(cache.pages, significance=sums.pages)
+        return column_sums(chunk, lse, rows, pages, spec.layout, heads, scale, kernels=spec.kernels)
 
-    return lax.cond(step.compress | (spec.observe == "all"), score, lambda _: silent, None)
+    return when(step.compress | (spec.observe == "all"), score, silent)
 
 
 def _gather(cache: KVCache, layer: Array, chunk: Chunk, heads: Heads, sums: ColumnSums) -> _Gathered:

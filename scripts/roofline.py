@@ -78,7 +78,8 @@ def _line(setting: Setting, case: Case, counted: Traffic, times: int) -> Line:
     operands, scratch = counted.operands(), counted.scratch()
     by_xla = sum(read for name, (read, _) in scratch.items() if not operands[name][0])
     excess = {name: sum(pair) - case.must.get(name, 0.0) for name, pair in operands.items()}
-    causes = [n for n in excess if excess[n] > 0.01 * case.must_bytes and (n in case.must or n not in counted.results)]
+    ours = counted.results - case.must.keys() if case.must.keys() & operands.keys() else set()  # "output" and the like in `must`
+    causes = [n for n in excess if excess[n] > 0.01 * case.must_bytes and n not in ours]
     causes.sort(key=lambda n: -excess[n])
     needed = {n: f" for {megabytes(times * case.must[n])}" for n in causes if n in case.must}
     text = ", ".join(f"{n} {megabytes(times * sum(operands[n]))}{needed.get(n, '')}" for n in causes[:4])
@@ -128,7 +129,7 @@ def pool_copies(hlo: str, case: Case) -> tuple[list[str], int]:
     arrays = jax.tree_util.tree_flatten_with_path(case.arguments)[0]
     of_pool = re.compile(r"\.(payload|meta|significance|position)$")
     shapes = {x.shape for path, x in arrays if of_pool.search(jax.tree_util.keystr(path)) or (x.ndim == 4 and x.shape[2] == SLOTS)}
-    shapes = {shape for shape in shapes if len(shape) > 2}
+    shapes = {shape for shape in shapes if len(shape) > 2 and prod(shape)}
     harmless = {"parameter", "custom-call", "get-tuple-element", "bitcast", "tuple", "opt-barrier", "copy-done"}
     copies, around, fused = [], 0, False
     for line in hlo.splitlines():

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from diffkv_jax.pallas_kernels.compact.ring import FreeRing
 from diffkv_jax.pallas_kernels.pages import Pages
 from diffkv_jax.pallas_kernels.prune.api import count_moves
 from diffkv_jax.pallas_kernels.prune.reference import Moves, Rule
-from roofline_cases import CHUNK, FLUSH, SLOTS, Case, Mix, Setting, unknown
+from roofline_cases import CHUNK, FLUSH, OBSERVE, SLOTS, Case, Mix, Setting, unknown
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Event:
         return Event(entering, 8 if low else 0, (0, 4 if low else 0)[: len(mix.shares)])
 
 
+def _of_heads(heads: int, values, dtype: Any = np.int32) -> Any:
+    """The same known numbers for every head."""
+    return np.tile(np.array(values, dtype), (heads, *(1,) * np.ndim(values)))
+
+
 def _judged_pool(s: Setting, event: Event) -> tuple[Pages, Rule, int]:
     """The pool of one layer in which evenly spread tokens of each head leave, the rule that says so, and the tokens that fill holes."""
     layout, (table, _) = s.layout, s.tables()
@@ -46,9 +52,13 @@ def _judged_pool(s: Setting, event: Event) -> tuple[Pages, Rule, int]:
         index, within = np.divmod(slot, layout.tokens_per_page(tier))
         page = table[:, index if tier == 0 else s.max_pages - 1 - index]
         significance[page, within // layout.tokens, within % layout.tokens] = gone
-    spans = np.array([[s.context, 64]], np.int32)
-    n, both = s.heads, np.ones((s.heads, layout.tiers), bool)
-    rule = Rule(np.tile(np.array([1.0, 0.5], np.float32), (n, 1)), np.tile(spans, (n, 1, 1)), np.ones(n, bool), both)
+    n = s.heads
+    rule = Rule(
+        tau=_of_heads(n, [1.0, 0.5], np.float32),
+        observed=_of_heads(n, [[s.context, OBSERVE]]),
+        stirred=_of_heads(n, True, bool),
+        joined=_of_heads(n, [True] * layout.tiers, bool),
+    )
     return replace(pages, significance=significance, position=position), rule, fills
 
 
@@ -57,8 +67,7 @@ def event_cases(s: Setting) -> list[Case]:
     event, layout, d = Event.of(s.mix), s.layout, s.model.head_dim
     pages, rule, fills = _judged_pool(s, event)
     (table, lengths), n, max_len = s.tables(), s.heads, s.context + CHUNK
-    leaving = np.array(event.dropped, np.int32)
-    moves = Moves(np.tile(leaving, (n, 1)), np.full(n, event.demoted, np.int32), np.full((n, layout.tiers), -1, np.int32))
+    moves = Moves(_of_heads(n, event.dropped), _of_heads(n, event.demoted), _of_heads(n, [-1] * layout.tiers))
     sides = layout.side_bytes * n * sum(s.lengths)
     ids = 4.0 * n * sum(s.pages_of_head())
     judge, carry_out = (partial(f, one_victim=False, max_len=max_len, kernels=s.kernels) for f in (count_moves, apply_event))
@@ -67,9 +76,12 @@ def event_cases(s: Setting) -> list[Case]:
         return judge(pages, layout, page_table, tier_len, rule)
 
     free = pages.payload.shape[0] - n * sum(s.pages_of_head())
-    ring = FreeRing(np.roll(np.arange(len(pages.payload), dtype=np.int32), free), np.array(0, np.int32), np.array(free, np.int32))
+    ids_of_ring: Any = np.roll(np.arange(len(pages.payload), dtype=np.int32), free)
+    start: Any = np.array(0, np.int32)
+    count_free: Any = np.array(free, np.int32)
+    ring = FreeRing(ids_of_ring, start, count_free)
     k = unknown(n, FLUSH, d)
-    side = np.full((n, FLUSH), 128.0, np.float32), np.zeros((n, FLUSH), np.int32)
+    side = _of_heads(n, [128.0] * FLUSH, np.float32), _of_heads(n, [0] * FLUSH)
     codes = np.tile(np.repeat(np.arange(1, layout.tiers + 1, dtype=np.int32), event.entering), (n, 1))
 
     def apply(stored, rule, moves, tokens, entering, admitted):

@@ -122,7 +122,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 NOTE = (
     "Nothing here ran on a GPU or TPU: bytes and FLOPs are counted from the kernels' jaxprs (scripts/traffic.py), bandwidth and "
     "bf16 rate are those of the datasheets (scripts/chips.py). One layer unless said, {batch} requests, {live} recent tokens a "
-    "head, all heads alike; every {flush}th step has an event, in which {flush} tokens a head enter in the mix's proportion, and "
+    "head, all heads alike; one step in {flush} has an event, in which {flush} tokens a head enter in the mix's proportion, and "
     "where there is a low tier 8 are demoted and 4 dropped. *Must move*: live tokens' payload and metadata, significance in and "
     "out, window, q, output, page ids, each once; for an event what it has to look at and the tokens that move. *Moves*: what the "
     "kernels ask of device memory, caches not modelled. FLOPs are those of the dot products as padded. The lower bound is the "

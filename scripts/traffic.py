@@ -4,8 +4,9 @@ A kernel is walked by abstract execution. What the caller gives as NumPy arrays 
 it is computed; everything else is a shape. So loops run as often as they would, branches are those that would be taken, and each access
 of device memory counts as it would happen:
 
-- Triton: the elements that a load, store or atomic touches where its mask is set, those that lanes of one access share once. Caches are
-  not modelled: two loads are two reads.
+- Triton: the elements that a load, store or atomic touches where its mask is set, those that lanes of one access share once. Equal loads
+  in one straight piece of code without a store between are one load, as the compiler merges them (seen in its PTX). Caches are not
+  modelled: two loads are two reads.
 - Mosaic TPU: every DMA between HBM and the core; a block of a `BlockSpec` each time its index differs from the step before; the operands
   of scalar prefetch once.
 
@@ -22,11 +23,21 @@ import jax
 import numpy as np
 
 from traffic_call import KernelTraffic, Traffic, walk_call
-from traffic_values import EVALUATE, Memory, distinct_elements, region_shape
+from traffic_values import EVALUATE, Memory, access_key, distinct_elements, region_shape
 
 Sample = Callable[[str, tuple[int, ...]], Iterable[tuple[tuple[int, ...], float]]]
 _KEEP_NAME = {"reshape", "bitcast_convert_type", "convert_element_type", "broadcast_in_dim", "squeeze", "slice", "transpose", "copy"}
-_NOTHING = {"dma_wait", "semaphore_wait", "semaphore_signal", "debug_barrier_p", "debug_print", "debug_callback", "delay", "trace_value"}
+_NOTHING = {
+    "dma_wait",
+    "semaphore_wait",
+    "semaphore_signal",
+    "debug_barrier_p",
+    "debug_barrier",
+    "debug_print",
+    "debug_callback",
+    "delay",
+    "trace_value",
+}
 _SAME = {
     "with_memory_space_constraint",
     "multiple_of",
@@ -85,6 +96,8 @@ class _Walk:
         self.program: tuple[int, ...] = ()
         self.weight = 1.0
         self.doubt = 0  # branches that may not be taken
+        self.triton = False  # whether the kernel at hand is one
+        self.merged: set[Any] = set()  # loads so far that an equal one would be merged with
         self.live = True  # whether anything reads what the equation at hand gives
         self.used: dict[int, tuple[Any, set]] = {}  # variables of each jaxpr that something reads
 
@@ -158,6 +171,13 @@ class _Walk:
             return unknown
         return [np.asarray(x) for x in (outputs if eqn.primitive.multiple_results else [outputs])]
 
+    def _body(self, called, inputs: list[Any]) -> list[Any]:
+        """A loop's body or a branch: straight code of its own."""
+        self.merged.clear()
+        outputs = self._call(called, inputs)
+        self.merged.clear()
+        return outputs
+
     def _call(self, called, inputs: list[Any]) -> list[Any]:
         return self.run(called.jaxpr, called.consts, inputs) if hasattr(called, "consts") else self.run(called, [], inputs)
 
@@ -174,7 +194,7 @@ class _Walk:
                 raise ValueError(f"how often a loop {where} runs depends on data that is not given: give those arguments as NumPy arrays")
             if not goes_on:
                 return carry
-            carry = self._call(p["body_jaxpr"], [*body_consts, *carry])
+            carry = self._body(p["body_jaxpr"], [*body_consts, *carry])
 
     def _scan(self, eqn, inputs: list[Any]) -> list[Any]:
         p = eqn.params
@@ -182,7 +202,7 @@ class _Walk:
         consts, carry, xs = inputs[: p["num_consts"]], inputs[p["num_consts"] : first], inputs[first:]
         steps, rows = range(p["length"]), []
         for i in reversed(steps) if p["reverse"] else steps:
-            outputs = self._call(p["jaxpr"], [*consts, *carry, *(x if isinstance(x, Unknown) else x[i] for x in xs)])
+            outputs = self._body(p["jaxpr"], [*consts, *carry, *(x if isinstance(x, Unknown) else x[i] for x in xs)])
             carry = outputs[: p["num_carry"]]
             rows.append(outputs[p["num_carry"] :])
         stacks = zip(*(reversed(rows) if p["reverse"] else rows), strict=True)
@@ -191,21 +211,18 @@ class _Walk:
     def _cond(self, eqn, inputs: list[Any]) -> list[Any]:
         which, branches = inputs[0], eqn.params["branches"]
         if not isinstance(which, Unknown):
-            return self._call(branches[min(max(int(which), 0), len(branches) - 1)], inputs[1:])
+            return self._body(branches[min(max(int(which), 0), len(branches) - 1)], inputs[1:])
         kernel, counts = self.kernel, []
         self.traffic.assumed.add(f"{kernel.name if kernel else 'outside'}: a branch depends on unknown data")
         self.doubt += 1
         for branch in branches:
             self.kernel = kernel and KernelTraffic(kernel.name, kernel.grid)
-            self._call(branch, inputs[1:])
+            self._body(branch, inputs[1:])
             counts.append(self.kernel)
         self.doubt -= 1
         self.kernel = kernel
         if kernel is not None:
-            most = max(counts, key=lambda k: (k.read.total() + k.written.total(), k.flops))
-            kernel.read.update(most.read)
-            kernel.written.update(most.written)
-            kernel.flops += most.flops
+            kernel.add(max(counts, key=lambda k: (sum(k.read.values()) + sum(k.written.values()), k.flops)))
         return [Unknown() for _ in eqn.outvars]
 
     # memory
@@ -214,7 +231,7 @@ class _Walk:
         """Add an access of device memory; memory without a name is near the core."""
         if memory.name and self.kernel is not None:
             counter = self.kernel.written if write else self.kernel.read
-            counter[memory.name] = counter[memory.name] + elements * memory.dtype.itemsize * self.weight
+            counter[memory.name] = counter.get(memory.name, 0) + elements * memory.dtype.itemsize * self.weight
 
     def _touched(self, memory: Memory, transforms, mask: Any) -> float:
         """Elements that an access reaches, each once, however many lanes share it; all of its shape where that is not known."""
@@ -229,12 +246,15 @@ class _Walk:
         return size if mask is None else int(np.count_nonzero(mask)) * size / np.size(mask)
 
     def _load(self, memory: Memory, transforms, mask: Any = None, other: Any = None) -> Any:
-        if memory.name:
+        same = access_key(memory, transforms, mask) if memory.name and self.triton else None
+        if memory.name and (same is None or same not in self.merged):
             self.count(memory, self._touched(memory, transforms, mask), write=False)
+            self.merged |= {same} - {None}
         value = memory.load(transforms, mask, other)
         return UNKNOWN if value is None else value
 
     def _store(self, memory: Memory, transforms, value: Any, mask: Any = None) -> None:
+        self.merged.clear()
         if memory.name:
             self.count(memory, self._touched(memory, transforms, mask), write=True)
         unsure = self.doubt or isinstance(value, Unknown) or isinstance(mask, Unknown)

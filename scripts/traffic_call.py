@@ -1,6 +1,5 @@
 """One `pallas_call` of an abstract execution (traffic.py): its Refs, its grid, and the blocks that TPU pipelines fetch and send."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -17,9 +16,16 @@ class KernelTraffic:
 
     name: str
     grid: tuple[int, ...]
-    read: Counter[str] = field(default_factory=Counter)
-    written: Counter = field(default_factory=Counter)
+    read: dict[str, float] = field(default_factory=dict)
+    written: dict[str, float] = field(default_factory=dict)
     flops: float = 0.0
+
+    def add(self, other: "KernelTraffic") -> None:
+        """Take in what another one counted."""
+        for mine, theirs in ((self.read, other.read), (self.written, other.written)):
+            for name, size in theirs.items():
+                mine[name] = mine.get(name, 0) + size
+        self.flops += other.flops
 
 
 @dataclass
@@ -37,7 +43,7 @@ class Traffic:
     def operands(self) -> dict[str, tuple[float, float]]:
         """Bytes (read, written) of each operand: an argument of the function, or `kernel.i` for output i of a kernel."""
         names = dict.fromkeys(name for k in self.kernels for name in (*k.read, *k.written))
-        return {name: (sum(k.read[name] for k in self.kernels), sum(k.written[name] for k in self.kernels)) for name in names}
+        return {name: (sum(k.read.get(name, 0) for k in self.kernels), sum(k.written.get(name, 0) for k in self.kernels)) for name in names}
 
     @property
     def bytes(self) -> float:
@@ -100,6 +106,7 @@ def walk_call(walk, eqn, inputs: list[Any]) -> list[Any]:
         memories.append(memories[aliases[i]] if i in aliases else fresh)
     outputs = memories[len(avals) :]
     kernel = KernelTraffic(name, grid)
+    walk.triton = triton
     with walk.inside(kernel):
         if triton:
             _walk_programs(walk, p["jaxpr"], grid, memories)
@@ -113,6 +120,7 @@ def _walk_programs(walk, jaxpr, grid: tuple[int, ...], memories: list[Memory]) -
     points = product(*map(range, grid))
     chosen = walk.sample(walk.kernel.name, grid) if walk.sample else ((point, 1.0) for point in points)
     for walk.program, walk.weight in chosen:
+        walk.merged.clear()
         walk.run(jaxpr, (), memories)
 
 

@@ -108,6 +108,17 @@ def distinct_elements(transforms: Sequence[Any], mask: Any) -> int | None:
     return len(np.unique(place if mask is None else place[np.broadcast_to(mask, place.shape)]))
 
 
+def access_key(memory: Memory, transforms: Sequence[Any], mask: Any) -> tuple | None:
+    """Equal for accesses of the same elements in the same order; None where that is not known."""
+    if len(transforms) != 1 or not hasattr(transforms[0], "indices"):
+        return None
+    parts = [(i.start, i.size, i.stride) if hasattr(i, "stride") and hasattr(i, "start") else (i,) for i in transforms[0].indices]
+    numbers = [i for part in parts for i in part] + ([] if mask is None else [mask])
+    if not all(isinstance(i, int | np.ndarray | np.generic) for i in numbers):
+        return None
+    return (id(memory), *map(len, parts), mask is None, *((np.shape(i), np.asarray(i).tobytes()) for i in numbers))
+
+
 def _region(values: np.ndarray, known: np.ndarray, transforms: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, tuple] | None:
     """Views of both arrays and an index of the last transform into them; None when the place is not known."""
     index: tuple = (slice(None),) * values.ndim

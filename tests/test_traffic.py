@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
+from roofline_cases import MIXES, Model, Setting, decode_case
 from traffic import count_traffic
 
 HEADS, PAGES, ROWS, T = 3, 40, 16, 32
@@ -28,15 +29,18 @@ def triton_call(kernel, *operands, grid=(HEADS,), shape=(HEADS, ROWS), dtype=F32
 
 
 def page_sums(table, length, pool, out, *, reads):
-    """Sums of the pages of a head, each read `reads` times."""
+    """Sums of the pages of a head, read in `reads` loops one after another; two equal loads in each are one (the compiler merges them)."""
     head = pl.program_id(0)
 
     def body(i, total):
-        for _ in range(reads):
+        for _ in range(2):
             total += pool[table[head, i]].astype(jnp.int32).astype(F32).sum(axis=1)
         return total
 
-    out[head] = jax.lax.fori_loop(0, pl.cdiv(length[head], T), body, jnp.zeros(ROWS))
+    total = jnp.zeros(ROWS)
+    for _ in range(reads):
+        total = jax.lax.fori_loop(0, pl.cdiv(length[head], T), body, total)
+    out[head] = total
 
 
 @pytest.mark.parametrize("reads", [1, 2])
@@ -46,7 +50,7 @@ def test_a_dynamic_loop_over_pages(reads):
 
     counted = count_traffic(sums, TABLE, LENGTHS, pool)
     assert counted.operands() == {
-        "length": (4 * HEADS, 0),
+        "length": (4 * HEADS * reads, 0),
         "table": (4 * 5 * reads, 0),
         "pool": (5 * PAGE * reads, 0),  # a page that is read twice shows as twice the bytes
         "toy.0": (0, 4 * HEADS * ROWS),
@@ -151,12 +155,12 @@ def test_dma_follows_state_in_scratch():
         jax.lax.fori_loop(0, pl.cdiv(length[asked], T), body, None)
         cursor[0] = asked + 1
 
-        def send(near_too):
-            copy = pltpu.make_async_copy(near, out.at[head], arrived)
+        def send(arrived_too):
+            copy = pltpu.make_async_copy(near, out.at[head], arrived_too)
             copy.start()
             copy.wait()
 
-        pl.run_scoped(send, pltpu.VMEM((8, T), jnp.uint8))
+        pl.run_scoped(send, pltpu.SemaphoreType.DMA)
 
     def move(table, length, pool):
         scratch = [pltpu.VMEM((8, T), jnp.uint8), pltpu.VMEM((8, T), F32), pltpu.SMEM((1,), jnp.int32), pltpu.SemaphoreType.DMA]
@@ -197,3 +201,19 @@ def test_blocks_are_fetched_when_their_index_changes():
         "z": (2 * 2 * row, 0),  # heads 0 and 1 share their block
         "toy.0": (0, 5 * row),
     }
+
+
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_tpu"])
+def test_decode_attention_reads_each_live_page_once(implementation):
+    """384 high and 192 low tokens a head, so that Triton's steps and all but one TPU page are full."""
+    setting = Setting(Model("tiny", 2, 2, 2, 64), MIXES[2], 720, 1, implementation)
+    assert setting.lengths == (384, 192)
+    case, layout = decode_case(setting), setting.layout
+    counted = count_traffic(case.function, *case.arguments)
+    moved = counted.operands()
+    whole_pages = setting.heads * sum(setting.pages_of_head()) * layout.tokens
+    payload = {"triton": case.must["pages.payload"], "mosaic_tpu": whole_pages * layout.rows}[implementation]
+    significance = {"triton": case.must["pages.significance"], "mosaic_tpu": 2 * 4 * whole_pages * max(layout.blocks)}[implementation]
+    assert moved["pages.payload"] == (payload, 0)
+    assert moved["pages.significance"] == (significance / 2, significance / 2)
+    assert counted.flops >= 4 * setting.heads * 2 * 64 * sum(setting.lengths) and not counted.assumed

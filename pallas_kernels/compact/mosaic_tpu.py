@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..kernels import tpu_interpreter
-from ..pages import PageLayout, Pages, meta_as_bits, meta_like
+from ..pages import PageLayout, Pages, meta_as_bits, meta_like, tier_page_ids
 from ..prune.mosaic_tpu import Blocks
 from ..prune.reference import DROPPED, Moves, Rule
 from .mosaic_tpu_kernel import Inputs, Outputs, carry_out
@@ -52,6 +52,7 @@ def apply_event(
         victim=moves.victim,
         extra=jnp.maximum(after - before, 0)[:, None],
         granted=granted,
+        tail=_tails(layout, stored, leaving, length),
         observed=rule.observed.reshape(len(before), -1),
     )
     surplus, table, pages = _call(stored, layout, rule.tau, numbers, tokens, entering, one_victim, blocks, interpret)
@@ -63,6 +64,18 @@ def apply_event(
 def _pages(layout: PageLayout, tier_len: Array) -> Array:
     """Pages of each tier `[B, tiers]`."""
     return jnp.stack([layout.pages_for(tier, tier_len[:, tier]) for tier in range(layout.tiers)], axis=-1)
+
+
+def _tails(layout: PageLayout, stored: Stored, leaving: Array, length: Array) -> Array:
+    """Id of the last page of each tier `[B, tiers]` that loses tokens, or gains some and has room in it; else -1."""
+    ids, before = [], stored.tier_len
+    for tier in range(layout.tiers):
+        last = layout.pages_for(tier, before[:, tier]) - 1
+        page_id = tier_page_ids(stored.page_table, tier, jnp.maximum(last, 0), 1)[:, 0]
+        room = before[:, tier] % layout.tokens_per_page(tier) > 0
+        wanted = (leaving[:, tier] > 0) | (room & (length[:, tier] > before[:, tier]))
+        ids.append(jnp.where(wanted, page_id, -1))
+    return jnp.stack(ids, axis=-1)
 
 
 def _most_extra(layout: PageLayout, entering: int) -> int:
@@ -113,8 +126,10 @@ def _call(
         meta_as_bits(pages.meta) if layout.meta_rows else None,
         pages.significance if layout.scored else None,
     )
+    scalars = jnp.concatenate([x.astype(jnp.int32) for x in numbers.values()], axis=1)[:, None]
     inputs = Inputs(
-        numbers=jnp.concatenate([x.astype(jnp.int32) for x in numbers.values()], axis=1)[:, None],
+        numbers=scalars,
+        upcoming=scalars,
         tau=tau[:, None],
         k=_plain(tokens.k),
         v=_plain(tokens.v),
@@ -152,13 +167,15 @@ def _specs(inputs: Inputs, tile: int) -> list:
     """Blocks of the kernel's operands."""
     head_dim = inputs.k.shape[2]
 
-    def scalars(x: Array) -> pl.BlockSpec:
-        return pl.BlockSpec((None, 1, x.shape[2]), lambda head, _: (head, 0, 0), memory_space=pltpu.SMEM)
+    def scalars(x: Array, ahead: int = 0) -> pl.BlockSpec:
+        last = x.shape[0] - 1
+        return pl.BlockSpec((None, 1, x.shape[2]), lambda head, _: (jnp.minimum(head + ahead, last), 0, 0), memory_space=pltpu.SMEM)
 
     rows = pl.BlockSpec((None, tile, head_dim), lambda head, i: (head, i, 0))
     side = pl.BlockSpec((None, 3, tile), lambda head, i: (head, 0, i))
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    return [scalars(inputs.numbers), scalars(inputs.tau), rows, rows, side, hbm, jax.tree.map(lambda _: hbm, inputs.pool)]
+    numbers = [scalars(inputs.numbers), scalars(inputs.upcoming, ahead=1), scalars(inputs.tau)]
+    return [*numbers, rows, rows, side, hbm, jax.tree.map(lambda _: hbm, inputs.pool)]
 
 
 def _cost(layout: PageLayout, heads: int, entering: int) -> pl.CostEstimate:

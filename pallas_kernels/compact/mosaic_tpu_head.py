@@ -15,6 +15,7 @@ class Inputs(NamedTuple):
     """Blocks of one head, W entering tokens of one tile, and the pool."""
 
     numbers: Any  # int32 [1, n] in SMEM, as `Plan.numbers` says
+    upcoming: Any  # the same of the next head
     tau: Any  # float32 [1, 2] in SMEM
     k: Any  # [W, d]
     v: Any
@@ -36,15 +37,16 @@ class Head:
 
     def __init__(self, plan: Plan, x: Inputs, out: Outputs, s: Scratch):
         self.index = pl.program_id(0)
+        self.row = lax.rem(self.index, 2)
         self.plan, self.layout, self.x, self.s, self.pool = plan, plan.layout, x, s, out.pool
-        self.tiers = [Tier(plan, out.pool, s, tier) for tier in range(plan.layout.tiers)]
+        self.tiers = [Tier(plan, out.pool, s, tier, self.row) for tier in range(plan.layout.tiers)]
         observed = self.plan.numbers["observed"]
         spans = [(x.numbers[0, i], x.numbers[0, i + 1]) for i in observed[::2]]
         self.rule = Thresholds(x.tau[0, 0], x.tau[0, 1], spans)
 
-    def number(self, name: str, index: int = 0):
-        """A scalar of the head."""
-        return self.x.numbers[0, self.plan.numbers[name][index]]
+    def number(self, name: str, index: int = 0, *, upcoming: bool = False):
+        """A scalar of the head, or of the next one."""
+        return (self.x.upcoming if upcoming else self.x.numbers)[0, self.plan.numbers[name][index]]
 
     def leaving(self, tier: int, columns: Array, slot: Array) -> tuple[Array, Array]:
         """Which tokens of a block `[rows, T]` leave a tier, and which of them fall to the next one: int32 0 or 1 `[1, T]`."""

@@ -24,17 +24,14 @@ def carry_out(*refs, plan: Plan) -> None:
     x, out, (s,) = Inputs(*refs[:inputs]), Outputs(*refs[inputs : inputs + outputs]), refs[inputs + outputs :]
     head = Head(plan, x, out, s)
     first, last = pl.program_id(1) == 0, pl.program_id(1) == pl.num_programs(1) - 1
-    begin, end = (head.index == 0) & first, (head.index == pl.num_programs(0) - 1) & last
+    heads = pl.num_programs(0)
+    begin, end = (head.index == 0) & first, (head.index == heads - 1) & last
 
-    @pl.when(begin)
-    def _():
-        for tier in head.tiers:
-            for slot in (TAIL, HOLE):
-                s.sending[tier.tier, slot] = 0
+    pl.when(begin)(lambda: _begin(head, out.table))
+    pl.when(first)(lambda: _open(head, out, head.index + 1 < heads))
 
     @pl.when(head.number("busy") > 0)
     def _():
-        pl.when(first)(lambda: _open(head, out.table))
         if plan.layout.scored:
             for tier in reversed(head.tiers):
                 pl.when(first)(lambda tier=tier: remove(head, tier))
@@ -42,43 +39,91 @@ def carry_out(*refs, plan: Plan) -> None:
             _enter(head, tier)
         pl.when(last)(lambda: _close(head, out))
 
-    @pl.when(end)
+    pl.when(end)(lambda: _end(head, out))
+
+
+def _begin(head: Head, table: Any) -> None:
+    """In the first program: nothing is under way but what the first head wants."""
+    s = head.s
+    for tier in head.tiers:
+        for slot in (TAIL, HOLE):
+            s.sending[tier.tier, slot], s.asked[tier.tier, slot] = 0, -1
+    for row in range(2):
+        for kind in range(2):
+            s.returning[row, kind] = 0
+    _ask(head, table, upcoming=False)
+
+
+def _end(head: Head, out: Outputs) -> None:
+    """In the last program: wait for all that is under way."""
+    for tier in head.tiers:
+        for slot in (TAIL, HOLE):
+            tier.await_store(slot)
+    for row in range(2):
+        _await_row(head, out, row)
+
+
+def _ask(head: Head, table: Any, *, upcoming: bool) -> None:
+    """Let the table row of this head, or of the next one, and its tail pages come, if it has something to do."""
+
+    @pl.when(head.number("busy", upcoming=upcoming) > 0)
+    def _():
+        index, row = (head.index + 1, 1 - head.row) if upcoming else (head.index, head.row)
+        pltpu.make_async_copy(table.at[index], head.s.table.at[row], head.s.row_arrived).start()
+        for tier in head.tiers:
+            page_id = head.number("tail", tier.tier, upcoming=upcoming)
+            pl.when(page_id >= 0)(lambda tier=tier, page_id=page_id: tier.ask_next(page_id))
+
+
+def _open(head: Head, out: Outputs, more: Array) -> None:
+    """Take what was asked for, ask for what the next head wants; the pages granted are free."""
+    s = head.s
+
+    @pl.when(head.number("busy") > 0)
     def _():
         for tier in head.tiers:
-            for slot in (TAIL, HOLE):
-                tier.await_store(slot)
+            length, t = head.number("length", tier.tier), tier.tier
+            s.length[t], s.owned[t], s.held[t], s.dirty[t] = length, head.layout.pages_for(t, length), -1, 0
+            pl.when(head.number("tail", t) >= 0)(lambda tier=tier, length=length: tier.take_next((length - 1) // tier.per_page))
+        pltpu.make_async_copy(out.table.at[0], s.table.at[head.row], s.row_arrived).wait()
+        s.free_count[0] = head.number("extra")
 
+        @pl.loop(0, head.number("extra"))
+        def _(i):
+            s.free[head.row, 0, i] = head.x.numbers[0, head.plan.numbers["granted"].start + i]
 
-def _open(head: Head, table: Any) -> None:
-    """Fetch the table row; the pages granted are free."""
-    s = head.s
-    copy = pltpu.make_async_copy(table.at[head.index], s.table, s.semaphore)
-    copy.start()
-    s.free_count[0] = head.number("extra")
-
-    @pl.loop(0, head.number("extra"))
-    def _(i):
-        s.free[0, i] = head.x.numbers[0, head.plan.numbers["granted"].start + i]
-
-    for tier in head.tiers:
-        s.length[tier.tier] = head.number("length", tier.tier)
-        s.owned[tier.tier] = head.layout.pages_for(tier.tier, head.number("length", tier.tier))
-        s.held[tier.tier] = -1
-        s.dirty[tier.tier] = 0
-    copy.wait()
+    @pl.when(more)
+    def _():
+        _await_row(head, out, 1 - head.row)
+        _ask(head, out.table, upcoming=True)
 
 
 def _close(head: Head, out: Outputs) -> None:
-    """Write the tail pages, the table row and the pages left over."""
+    """Send the tail pages, the table row and the pages left over."""
     for tier in head.tiers:
         tier.close_tail()
-    s = head.s
-    ids = ((s.table, out.table), (s.free, out.surplus))
-    copies = [pltpu.make_async_copy(near, far.at[head.index], s.semaphore) for near, far in ids]
-    for copy in copies:
-        copy.start()
-    for copy in copies:
-        copy.wait()
+    for kind, copy in enumerate(_row_copies(head, out, head.index, head.row)):
+
+        @pl.when((kind == 0) | (head.s.free_count[0] > 0))
+        def _(kind=kind, copy=copy):
+            copy.start()
+            head.s.returning[head.row, kind] = 1
+
+
+def _row_copies(head: Head, out: Outputs, index, row) -> list:
+    """Copies of a row of the table and of a row of free pages to a head's place."""
+    pairs = ((head.s.table, out.table), (head.s.free, out.surplus))
+    return [pltpu.make_async_copy(near.at[row], far.at[index], head.s.row_returned.at[row, kind]) for kind, (near, far) in enumerate(pairs)]
+
+
+def _await_row(head: Head, out: Outputs, row) -> None:
+    """Wait until a row of ids has been sent."""
+    for kind, copy in enumerate(_row_copies(head, out, 0, row)):
+
+        @pl.when(head.s.returning[row, kind] > 0)
+        def _(kind=kind, copy=copy):
+            copy.wait()
+            head.s.returning[row, kind] = 0
 
 
 def _enter(head: Head, tier: Tier) -> None:

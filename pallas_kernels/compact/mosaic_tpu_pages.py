@@ -13,6 +13,7 @@ from ..prune.mosaic_tpu import Blocks, Sides
 from .mosaic_tpu_columns import Columns
 
 TAIL, HOLE = 0, 1  # the page at the tail of a tier and the page whose holes are being filled
+NEXT = 2  # only where pages arrive: the tail of the next head
 
 
 @dataclass(frozen=True)
@@ -41,25 +42,28 @@ class Pool(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """VMEM and SMEM that outlive a program. A slot `[tier, TAIL or HOLE]` is a page."""
+    """VMEM and SMEM that outlive a program. A slot `[tier, TAIL or HOLE]` is a page; heads take turns with two rows of ids."""
 
     pages: tuple[Any, ...]  # of each tier: int32 [2, blocks, rows of a column, T], pages as columns
     fresh: tuple[Any, ...]  # of each tier: int32 [rows of a column, T], columns that will be appended
     fallen: Any  # int32 [rows of a column of tier 0, T], columns that will be requantised
-    arriving: Pool  # [tiers, 2, ...] pages as they lie in the pool
-    departing: Pool
-    arrived: Any  # semaphores [tiers, 2]
-    departed: Any
-    table: Any  # int32 [1, max_pages] in SMEM, as all that follows: page ids of the head
-    free: Any  # int32 [1, max_pages] free pages of the head, a stack
+    arriving: Pool  # [tiers, 3, ...] pages as they lie in the pool
+    departing: Pool  # [tiers, 2, ...]
+    arrived: Any  # semaphores [tiers, 3]
+    departed: Any  # semaphores [tiers, 2]
+    table: Any  # int32 [2, 1, max_pages] in SMEM, as all that follows: page ids of the head
+    free: Any  # int32 [2, 1, max_pages] free pages of the head, a stack
     holed: Any  # int32 [max_pages] pages of the tier at hand that have holes
     free_count: Any  # [1]
     length: Any  # [tiers] tokens
     owned: Any  # [tiers] pages
     held: Any  # [tiers] which page is in TAIL, -1 for none
     dirty: Any  # [tiers] whether it differs from the pool
+    asked: Any  # [tiers, 2] which page is on its way to TAIL or HOLE, -1 for none
     sending: Any  # [tiers, 2] whether a copy to the pool is under way
-    semaphore: Any  # for the table
+    returning: Any  # [2, 2] whether a row of `table` or of `free` is
+    row_arrived: Any  # semaphore
+    row_returned: Any  # semaphores [2, 2]
     sides: tuple[Any, ...]  # for the scan of significance and positions
 
     @staticmethod
@@ -68,12 +72,14 @@ class Scratch(NamedTuple):
         layout, tiers, lanes = plan.layout, plan.layout.tiers, plan.layout.tokens
         columns = [Columns.of(layout, tier) for tier in range(tiers)]
         blocks = layout.side_rows
-        staging = Pool(
-            pltpu.VMEM((tiers, 2, layout.rows, lanes), jnp.uint8),
-            pltpu.VMEM((tiers, 2, blocks, lanes), layout.position_dtype),
-            pltpu.VMEM((tiers, 2, layout.meta_rows, lanes), jnp.int16) if layout.meta_rows else None,
-            pltpu.VMEM((tiers, 2, blocks, lanes), jnp.float32) if layout.scored else None,
-        )
+
+        def staging(slots: int) -> Pool:
+            return Pool(
+                pltpu.VMEM((tiers, slots, layout.rows, lanes), jnp.uint8),
+                pltpu.VMEM((tiers, slots, blocks, lanes), layout.position_dtype),
+                pltpu.VMEM((tiers, slots, layout.meta_rows, lanes), jnp.int16) if layout.meta_rows else None,
+                pltpu.VMEM((tiers, slots, blocks, lanes), jnp.float32) if layout.scored else None,
+            )
 
         def scalars(*shape: int):
             return pltpu.SMEM(shape, jnp.int32)
@@ -82,20 +88,23 @@ class Scratch(NamedTuple):
             pages=tuple(pltpu.VMEM((2, n, c.rows, lanes), jnp.int32) for n, c in zip(layout.blocks, columns, strict=True)),
             fresh=tuple(pltpu.VMEM((c.rows, lanes), jnp.int32) for c in columns),
             fallen=pltpu.VMEM((columns[0].rows, lanes), jnp.int32),
-            arriving=staging,
-            departing=staging,
-            arrived=pltpu.SemaphoreType.DMA((tiers, 2)),
+            arriving=staging(3),
+            departing=staging(2),
+            arrived=pltpu.SemaphoreType.DMA((tiers, 3)),
             departed=pltpu.SemaphoreType.DMA((tiers, 2)),
-            table=scalars(1, plan.max_pages),
-            free=scalars(1, plan.max_pages),
+            table=scalars(2, 1, plan.max_pages),
+            free=scalars(2, 1, plan.max_pages),
             holed=scalars(plan.max_pages),
             free_count=scalars(1),
             length=scalars(tiers),
             owned=scalars(tiers),
             held=scalars(tiers),
             dirty=scalars(tiers),
+            asked=scalars(tiers, 2),
             sending=scalars(tiers, 2),
-            semaphore=pltpu.SemaphoreType.DMA,
+            returning=scalars(2, 2),
+            row_arrived=pltpu.SemaphoreType.DMA,
+            row_returned=pltpu.SemaphoreType.DMA((2, 2)),
             sides=tuple(Sides.scratch(layout, plan.scan)) if layout.scored else (),
         )
 
@@ -103,28 +112,53 @@ class Scratch(NamedTuple):
 class Tier:
     """One tier of the head at hand. Pages are counted within the tier; a page beyond `owned` has no place in the pool yet."""
 
-    def __init__(self, plan: Plan, pool: Pool, scratch: Scratch, tier: int):
-        self.plan, self.pool, self.s, self.tier = plan, pool, scratch, tier
+    def __init__(self, plan: Plan, pool: Pool, scratch: Scratch, tier: int, row: Array):
+        self.plan, self.pool, self.s, self.tier, self.row = plan, pool, scratch, tier, row
         self.layout, self.columns = plan.layout, Columns.of(plan.layout, tier)
         self.blocks, self.per_page = plan.layout.blocks[tier], plan.layout.tokens_per_page(tier)
         self.pages, self.fresh = scratch.pages[tier], scratch.fresh[tier]
 
     def page_id(self, page):
         """Where in the pool a page lies."""
-        return self.s.table[0, page_column(self.tier, page, self.plan.max_pages)]
+        return self.s.table[self.row, 0, page_column(self.tier, page, self.plan.max_pages)]
+
+    def ask(self, page, slot: int) -> None:
+        """Let a page come to TAIL or HOLE, which `load` will want next."""
+        for copy in self._arrivals(self.page_id(page), slot):
+            copy.start()
+        self.s.asked[self.tier, slot] = page
+
+    def forget(self, slot: int) -> None:
+        """The page that was asked for is not wanted."""
+
+        @pl.when(self.s.asked[self.tier, slot] >= 0)
+        def _():
+            for copy in self._arrivals(0, slot):
+                copy.wait()
+            self.s.asked[self.tier, slot] = -1
 
     def load(self, page, slot: int) -> None:
         """Bring a page to TAIL or HOLE."""
-        near, arrived = self.s.arriving.present(), self.s.arrived.at[self.tier, slot]
-        copies = [
-            pltpu.make_async_copy(far.at[self.page_id(page)], near[name].at[self.tier, slot], arrived)
-            for name, far in self.pool.present().items()
-        ]
-        for copy in copies:
+
+        @pl.when(self.s.asked[self.tier, slot] != page)
+        def _():
+            self.forget(slot)
+            self.ask(page, slot)
+
+        self.forget(slot)
+        self._widen(slot, slot)
+
+    def ask_next(self, page_id) -> None:
+        """Let the tail page of the next head come."""
+        for copy in self._arrivals(page_id, NEXT):
             copy.start()
-        for copy in copies:
+
+    def take_next(self, page) -> None:
+        """Make the page that `ask_next` of the head before asked for TAIL."""
+        for copy in self._arrivals(0, NEXT):
             copy.wait()
-        self._widen(slot)
+        self._widen(NEXT, TAIL)
+        self.s.held[self.tier] = page
 
     def store(self, page, slot: int) -> None:
         """Send TAIL or HOLE to a page."""
@@ -160,7 +194,9 @@ class Tier:
             @pl.when(page >= self.s.owned[self.tier])
             def _():
                 self.s.free_count[0] -= 1
-                self.s.table[0, page_column(self.tier, page, self.plan.max_pages)] = self.s.free[0, self.s.free_count[0]]
+                self.s.table[self.row, 0, page_column(self.tier, page, self.plan.max_pages)] = self.s.free[
+                    self.row, 0, self.s.free_count[0]
+                ]
                 self.s.owned[self.tier] += 1
 
             self.store(page, TAIL)
@@ -170,9 +206,9 @@ class Tier:
     def free_tail(self) -> None:
         """TAIL is the last page and holds no token any more."""
         page = self.s.held[self.tier]
-        self.s.free[0, self.s.free_count[0]] = self.page_id(page)
+        self.s.free[self.row, 0, self.s.free_count[0]] = self.page_id(page)
         self.s.free_count[0] += 1
-        self.s.table[0, page_column(self.tier, page, self.plan.max_pages)] = self.plan.num_pages
+        self.s.table[self.row, 0, page_column(self.tier, page, self.plan.max_pages)] = self.plan.num_pages
         self.s.owned[self.tier] -= 1
         self.s.held[self.tier] = -1
 
@@ -193,6 +229,12 @@ class Tier:
 
         self.s.length[self.tier] = after
 
+    def _arrivals(self, page_id, slot: int) -> list:
+        near, arrived = self.s.arriving.present(), self.s.arrived.at[self.tier, slot]
+        return [
+            pltpu.make_async_copy(far.at[page_id], near[name].at[self.tier, slot], arrived) for name, far in self.pool.present().items()
+        ]
+
     def _departures(self, page_id, slot: int) -> list:
         near, departed = self.s.departing.present(), self.s.departed.at[self.tier, slot]
         return [
@@ -208,9 +250,9 @@ class Tier:
         parts += [("significance", 0, c.significance, int(self.layout.scored)), ("position", 0, c.position, 1)]
         return [part for part in parts if part[3]]
 
-    def _widen(self, slot: int) -> None:
-        """What has arrived, as it lies in the pool, to columns."""
-        words = {name: _to_words(x[self.tier, slot]) for name, x in self.s.arriving.present().items()}
+    def _widen(self, source: int, slot: int) -> None:
+        """What has arrived, as it lies in the pool, to the columns of TAIL or HOLE."""
+        words = {name: _to_words(x[self.tier, source]) for name, x in self.s.arriving.present().items()}
         for block in range(self.blocks):
             for name, first, row, rows in self._parts():
                 self.pages[slot, block, row : row + rows] = words[name][first + block * rows : first + (block + 1) * rows]

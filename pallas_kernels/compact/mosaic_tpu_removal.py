@@ -28,22 +28,32 @@ def remove(head: Head, tier: Tier) -> None:
     def _():
         stop = length - total
         holed = head.find_holes(t, stop)
+        _ask_below(tier, (length - 1) // tier.per_page, stop)
         start = At(length, jnp.int32(0), _open_hole(head, tier, 0, holed, stop))
         body = _removal_step(head, tier, stop, holed)
         end = lax.while_loop(lambda at: at.top > stop, body, start)
         pl.when(end.hole_page < holed)(lambda: _close_hole(head, tier, end.hole_page))
+        tier.forget(TAIL)
+        tier.forget(HOLE)
         head.s.length[t] = stop
 
 
 def _open_hole(head: Head, tier: Tier, index, holed, stop) -> Array:
     """Bring page number `index` of `holed` to HOLE unless TAIL holds it; returns its first slot, `stop` where there is none."""
-    page = head.s.holed[jnp.minimum(index, head.plan.max_pages - 1)]
+    page, held = _holed(head, index), head.s.held[tier.tier]
 
-    @pl.when((index < holed) & (page != head.s.held[tier.tier]))
+    @pl.when((index < holed) & (page != held))
     def _():
         tier.load(page, HOLE)
+        after = _holed(head, index + 1)
+        pl.when((index + 1 < holed) & (after != held))(lambda: tier.ask(after, HOLE))
 
     return jnp.where(index < holed, page * tier.per_page, stop)
+
+
+def _holed(head: Head, index) -> Array:
+    """Page number `index` of `holed`; any where there is none."""
+    return head.s.holed[jnp.minimum(index, head.plan.max_pages - 1)]
 
 
 def _close_hole(head: Head, tier: Tier, index) -> None:
@@ -52,20 +62,30 @@ def _close_hole(head: Head, tier: Tier, index) -> None:
     pl.when(page != head.s.held[tier.tier])(lambda: tier.store(page, HOLE))
 
 
-def _open_top(head: Head, tier: Tier, page, at: At, holed) -> None:
-    """Make TAIL the page of the top slot; it may be in HOLE."""
+def _open_top(head: Head, tier: Tier, page, at: At, stop, holed) -> None:
+    """Make TAIL the page of the top slot; it may be in HOLE, or have been and be on its way back. Ask for the next one."""
     s, t = head.s, tier.tier
 
     @pl.when(s.held[t] != page)
     def _():
-        in_hole = (at.hole_page < holed) & (s.holed[jnp.minimum(at.hole_page, head.plan.max_pages - 1)] == page)
+        in_hole = (at.hole_page < holed) & (_holed(head, at.hole_page) == page)
 
         @pl.when(in_hole)
         def _():
             tier.pages[TAIL] = tier.pages[HOLE]
 
-        pl.when(~in_hole)(lambda: tier.load(page, TAIL))
+        @pl.when(~in_hole)
+        def _():
+            tier.await_store(HOLE)
+            tier.load(page, TAIL)
+
         s.held[t], s.dirty[t] = page, jnp.where(in_hole, 1, 0)
+        _ask_below(tier, page, stop)
+
+
+def _ask_below(tier: Tier, page, stop) -> None:
+    """Let the page below come to TAIL next, unless it may have holes."""
+    pl.when((page - 1) * tier.per_page >= stop)(lambda: tier.ask(page - 1, TAIL))
 
 
 def _removal_step(head: Head, tier: Tier, stop, holed):
@@ -75,10 +95,9 @@ def _removal_step(head: Head, tier: Tier, stop, holed):
     def body(at: At) -> At:
         top_block = (at.top - 1) // lanes
         page = top_block // tier.blocks
-        _open_top(head, tier, page, at, holed)
+        _open_top(head, tier, page, at, stop, holed)
         hole_block = at.hole // lanes
-        last = jnp.minimum(at.hole_page, head.plan.max_pages - 1)
-        slot = jnp.where((at.hole_page < holed) & (s.holed[last] != s.held[t]), HOLE, TAIL)
+        slot = jnp.where((at.hole_page < holed) & (_holed(head, at.hole_page) != s.held[t]), HOLE, TAIL)
         above = tier.pages.at[TAIL, lax.rem(top_block, tier.blocks)]
         below = tier.pages.at[slot, lax.rem(hole_block, tier.blocks)]
         step = _match(head, t, above, below, at, stop, at.hole_page >= holed)

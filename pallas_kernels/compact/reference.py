@@ -184,5 +184,5 @@ def _overlay_side(array: Array, ids: Array, fresh: Array, values: Array) -> Arra
 
 def _lanes(x: Array, layout: PageLayout, tier: int) -> Array:
     """Tokens `[B, n, rows]` as blocks of a tier `[B, n / tokens_per_page, blocks, rows, T]`."""
-    x = x.reshape(x.shape[0], -1, layout.blocks[tier], layout.tokens, x.shape[-1])
+    x = x.reshape(x.shape[0], x.shape[1] // layout.tokens_per_page(tier), layout.blocks[tier], layout.tokens, x.shape[-1])
     return jnp.swapaxes(x, -1, -2)
