@@ -27,27 +27,10 @@ from traffic_values import EVALUATE, Memory, access_key, distinct_elements, regi
 
 Sample = Callable[[str, tuple[int, ...]], Iterable[tuple[tuple[int, ...], float]]]
 _KEEP_NAME = {"reshape", "bitcast_convert_type", "convert_element_type", "broadcast_in_dim", "squeeze", "slice", "transpose", "copy"}
-_NOTHING = {
-    "dma_wait",
-    "semaphore_wait",
-    "semaphore_signal",
-    "debug_barrier_p",
-    "debug_barrier",
-    "debug_print",
-    "debug_callback",
-    "delay",
-    "trace_value",
-}
-_SAME = {
-    "with_memory_space_constraint",
-    "multiple_of",
-    "max_contiguous",
-    "copy",
-    "copy_p",
-    "stop_gradient",
-    "optimization_barrier",
-    "reduce_precision",
-}
+_NOTHING = set(
+    "dma_wait semaphore_wait semaphore_signal debug_barrier_p debug_barrier debug_print debug_callback delay trace_value".split()
+)
+_SAME = set("multiple_of max_contiguous with_memory_space_constraint copy copy_p stop_gradient optimization_barrier".split())
 LARGEST_KNOWN = 1 << 16  # elements of a computed value inside a kernel; larger ones are shapes only
 
 
@@ -187,6 +170,7 @@ class _Walk:
         p = eqn.params
         split = (p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"])
         cond_consts, body_consts, carry = inputs[: split[0]], inputs[split[0] : split[1]], inputs[split[1] :]
+        self.merged.clear()
         while True:
             (goes_on,) = self._call(p["cond_jaxpr"], [*cond_consts, *carry])
             if isinstance(goes_on, Unknown):

@@ -52,13 +52,12 @@ def move(words: Array, where_to: Array, size: int, contract: int = 1) -> Array:
 
     The words have `size` bytes that are not zero. A byte is exact in bfloat16. With `contract=0` the words are `[n, rows]`.
     """
-    moved = None
+    parts = []
     for byte in range(size):
         part = (words if size == 1 else (words >> (8 * byte)) & 255).astype(jnp.float32).astype(jnp.bfloat16)
         product = lax.dot_general(part, where_to, (((contract,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        part = product.astype(jnp.int32) << (8 * byte)
-        moved = part if moved is None else moved | part
-    return moved
+        parts.append(product.astype(jnp.int32) << (8 * byte))
+    return sum(parts[1:], start=parts[0])
 
 
 def move_columns(columns: Columns, ref: Any, where_to: Array) -> tuple[Array, Array]:

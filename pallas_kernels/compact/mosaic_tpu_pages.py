@@ -76,7 +76,7 @@ class Scratch(NamedTuple):
         def staging(slots: int) -> Pool:
             return Pool(
                 pltpu.VMEM((tiers, slots, layout.rows, lanes), jnp.uint8),
-                pltpu.VMEM((tiers, slots, blocks, lanes), layout.position_dtype),
+                pltpu.VMEM((tiers, slots, blocks, lanes), jnp.dtype(layout.position_dtype)),
                 pltpu.VMEM((tiers, slots, layout.meta_rows, lanes), jnp.int16) if layout.meta_rows else None,
                 pltpu.VMEM((tiers, slots, blocks, lanes), jnp.float32) if layout.scored else None,
             )
@@ -194,9 +194,8 @@ class Tier:
             @pl.when(page >= self.s.owned[self.tier])
             def _():
                 self.s.free_count[0] -= 1
-                self.s.table[self.row, 0, page_column(self.tier, page, self.plan.max_pages)] = self.s.free[
-                    self.row, 0, self.s.free_count[0]
-                ]
+                page_id = self.s.free[self.row, 0, self.s.free_count[0]]
+                self.s.table[self.row, 0, page_column(self.tier, page, self.plan.max_pages)] = page_id
                 self.s.owned[self.tier] += 1
 
             self.store(page, TAIL)

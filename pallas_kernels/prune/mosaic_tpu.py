@@ -44,7 +44,11 @@ class Sides(NamedTuple):
     def scratch(layout: PageLayout, cut: Blocks) -> list:
         """Shapes of the last three."""
         shape = (cut.buffers, cut.pages, layout.side_rows, layout.tokens)
-        return [pltpu.VMEM(shape, jnp.float32), pltpu.VMEM(shape, layout.position_dtype), pltpu.SemaphoreType.DMA((cut.buffers,))]
+        return [
+            pltpu.VMEM(shape, jnp.float32),
+            pltpu.VMEM(shape, jnp.dtype(layout.position_dtype)),
+            pltpu.SemaphoreType.DMA((cut.buffers,)),
+        ]
 
 
 class Thresholds(NamedTuple):
