@@ -30,7 +30,7 @@ def after_decode(cache: KVCache, step: DecodeStep) -> KVCache:
         return dataclasses.replace(cache, recent_len=jnp.minimum(cache.recent_len, spec.window))
     full = (cache.recent_len >= spec.window + spec.flush) & ~cache.overflow  # between events only after a pause
     due = (step.active & (cache.steps % spec.flush == 0)) | full
-    return when(due.any(), lambda cache: compress(cache, due), cache)
+    return when(spec.kernels, due.any(), lambda cache: compress(cache, due), cache)
 
 
 def after_prefill(cache: KVCache, step: PrefillStep, chunk_len: int) -> KVCache:

@@ -34,7 +34,7 @@ def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, st
     cache = dataclasses.replace(cache, pages=pages)
     gathered = _gather(cache, layer, chunk, heads, sums)
     attended = lse[0, 0, 0] > -jnp.inf  # always so, but the compiler cannot know: the event waits for attention's reads of the pool
-    cache = when(attended, lambda cache: _store(cache, layer, gathered, step), cache)
+    cache = when(spec.kernels, attended, lambda cache: _store(cache, layer, gathered, step), cache)
     cache = _keep_window(cache, layer, gathered, step)
     out = out.reshape(*_grouped(spec), -1, spec.attention.head_dim)  # [R, K, G, C, d]
     return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(q.dtype), cache
@@ -83,7 +83,7 @@ def _scores(cache: KVCache, chunk: Chunk, lse: Array, heads: Heads, scale: Scale
         pages = dataclasses.replace(cache.pages, significance=sums.pages)
         return column_sums(chunk, lse, rows, pages, spec.layout, heads, scale, kernels=spec.kernels)
 
-    return when(step.compress | (spec.observe == "all"), score, silent)
+    return when(spec.kernels, step.compress | (spec.observe == "all"), score, silent)
 
 
 def _gather(cache: KVCache, layer: Array, chunk: Chunk, heads: Heads, sums: ColumnSums) -> _Gathered:

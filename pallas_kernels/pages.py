@@ -52,11 +52,12 @@ class PageLayout:
             ValueError: a format cannot pack `head_dim`, or a lower tier needs more payload than a higher one.
         """
         block_rows = [f.key.rows(head_dim) + f.value.rows(head_dim) for f in formats]
-        position_dtype = "uint16" if max_len <= 65536 else "int32"
 
         def layout(rows: int) -> PageLayout:
             blocks = tuple(rows // need for need in block_rows)
             meta_rows = _tile_rows(max(n * (f.key.meta_rows + f.value.meta_rows) for n, f in zip(blocks, formats, strict=True)), tokens)
+            narrow = max_len <= 65536 and (tokens, max(blocks)) != (128, 1)  # a TPU kernel would copy uint16 [pages, 1, 128]
+            position_dtype = "uint16" if narrow else "int32"
             return PageLayout(tuple(formats), head_dim, tokens, rows, blocks, meta_rows, position_dtype, scored, meta_dtype)
 
         if any(low > high for high, low in zip(block_rows, block_rows[1:], strict=False)):

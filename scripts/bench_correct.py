@@ -173,7 +173,8 @@ def prefill_rows(setting: Setting, case: Case) -> list[Row]:
     length = np.array([c, 5, 0, c // 2 + 1, c, 1, c][:count], np.int32)
     rng = np.random.default_rng(5)
     q, k, v = (rng.normal(size=(count, n, c, case.head_dim)) for n in (case.group, 1, 1))
-    chunk = Chunk(*(jnp.asarray(x, case.dtype) for x in (q, k[:, 0], v[:, 0])), jnp.asarray(length))
+    q, k, v = (jnp.asarray(x, case.dtype) for x in (q, k[:, 0], v[:, 0]))
+    chunk = Chunk(q, k, v, jnp.asarray(length))
     scale = Scale(1.3 * case.head_dim**-0.5, case.cap)
     real = np.arange(c) >= c - length[:, None]
     attend = lambda kernels: lambda *a: prefill_attention(a[0], a[1], layout, a[2], scale, kernels=kernels)  # noqa: E731

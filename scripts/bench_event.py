@@ -59,9 +59,9 @@ def time_event(setting: Setting, sizes: Sizes, effort: Effort, thresholds: Seque
         stored.pages, layout, stored.page_table, stored.tier_len, rule, one_victim=False, max_len=max_len, kernels=setting.kernels
     )
     moves = jax.jit(count)(stored, rule)
-    exact = [setting.queries(heads, entering, seed=seed) for seed in (3, 4)]
+    k, v = [setting.queries(heads, entering, seed=seed) for seed in (3, 4)]
     position = jnp.tile(sizes.context + jnp.arange(entering, dtype=jnp.int32), (heads, 1))
-    tokens = Tokens(*exact, uniform((heads, entering), 5), position)
+    tokens = Tokens(k, v, uniform((heads, entering), 5), position)
     codes = jnp.ones((heads, entering), jnp.int32)
     admitted = jnp.ones(heads, bool)
     options: dict[str, Any] = {"one_victim": False, "max_len": max_len, "pages_a_round": pages_a_round}

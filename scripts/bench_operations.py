@@ -96,7 +96,7 @@ def time_append(setting: Setting, sizes: Sizes, effort: Effort) -> Row:
     def runner(kernels: Kernels) -> Runner:
         def step(windows, k, v, slot):
             for layer in range(layers):
-                windows = append_recent(*windows, jnp.int32(layer), k, v, slot, kernels=kernels)
+                windows = append_recent(windows[0], windows[1], jnp.int32(layer), k, v, slot, kernels=kernels)
             return windows
 
         return Looped(step, effort.repeats, layers).on(_windows(setting, layers, heads)[:2], *token, slot)
@@ -112,7 +112,7 @@ def time_shift(setting: Setting, sizes: Sizes, effort: Effort) -> Row:
     def runner(kernels: Kernels) -> Runner:
         def step(windows, shift):
             for layer in range(layers):
-                windows = shift_recent(*windows, jnp.int32(layer), shift, kernels=kernels)
+                windows = shift_recent(windows[0], windows[1], windows[2], jnp.int32(layer), shift, kernels=kernels)
             return windows
 
         return Looped(step, effort.repeats, layers).on(_windows(setting, layers, heads), shift)

@@ -126,7 +126,7 @@ def layer_heads(setting: Setting, layout: PageLayout, tables: Sequence[np.ndarra
     windows = [setting.queries(len(tables), heads, setting.slots, seed=seed) for seed in (1, 2)]
     tier_len = jnp.tile(jnp.asarray(lengths, jnp.int32), (heads, 1))
     recent_len = jnp.full(heads, setting.recent, jnp.int32)
-    return [Heads(jnp.asarray(table), tier_len, *windows, recent_len, jnp.int32(layer)) for layer, table in enumerate(tables)]
+    return [Heads(jnp.asarray(table), tier_len, windows[0], windows[1], recent_len, jnp.int32(layer)) for layer, table in enumerate(tables)]
 
 
 def attended_bytes(setting: Setting, layout: PageLayout, lengths: Sequence[int], heads: int) -> int:

@@ -102,8 +102,11 @@ class Compiled:
 
     @property
     def hlo(self) -> str:
-        """The optimised HLO."""
-        return self.executable.as_text() or ""
+        """The optimised HLO; empty where XLA cannot print it (asynchronous updates of v6e programs, JAX 0.10.2)."""
+        try:
+            return self.executable.as_text() or ""
+        except jax.errors.JaxRuntimeError:
+            return ""
 
 
 def compile_for(chip: Chip, function: Callable, *arguments, donate: tuple[int, ...] = (), static: tuple[int, ...] = ()) -> Compiled:

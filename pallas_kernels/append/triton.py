@@ -74,7 +74,7 @@ def _append(*refs) -> None:
     Reads and writes 2 d values a head; nothing where the slot is not in `[0, N)`. The aliased inputs `refs[4:6]` are the outputs.
     """
     token, windows = _Token(*refs[:4]), _Windows(*refs[6:])
-    head, (*_, slots, head_dim) = pl.program_id(0), windows.k.shape
+    head, (_, _, slots, head_dim) = pl.program_id(0), windows.k.shape
     layer, slot = token.layer[0], token.slot[head]
     channels = jnp.arange(pl.next_power_of_2(head_dim))
 
@@ -119,7 +119,7 @@ def _shift(layer_ref: Any, shift_ref: Any, *refs: Any, channels: int, interpret:
     """
     wait_for_all_loads = (lambda: None) if interpret else plgpu.debug_barrier  # the interpreter runs a program's operations in order
     windows = _Windows(*refs[len(refs) // 2 :])  # the outputs, which hold what the aliased inputs before them held
-    head, piece, (*_, slots, head_dim) = pl.program_id(0), pl.program_id(1), windows.k.shape
+    head, piece, (_, _, slots, head_dim) = pl.program_id(0), pl.program_id(1), windows.k.shape
     layer, shift = layer_ref[0], shift_ref[head]
     slot = jnp.arange(pl.next_power_of_2(slots))
     channel = piece * channels + jnp.arange(channels)[None, :]

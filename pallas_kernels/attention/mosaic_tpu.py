@@ -151,7 +151,7 @@ def _build(plan: Plan, q: Array, pages: Pages, heads: Heads, max_len: int, block
         inputs["position"] = hbm
         scratch["position_buffer"] = pltpu.VMEM((plan.buffers, used, layout.side_rows, layout.tokens), pages.position.dtype)
     outputs = dict(output=of_head(group, head_dim), recent_scores=of_head(1, slots))
-    shapes = [jax.ShapeDtypeStruct((batch, group, head_dim), jnp.float32), jax.ShapeDtypeStruct((batch, 1, slots), jnp.float32)]
+    shapes: list = [jax.ShapeDtypeStruct((batch, group, head_dim), jnp.float32), jax.ShapeDtypeStruct((batch, 1, slots), jnp.float32)]
     aliases = {}
     if layout.scored:
         aliases = {num_scalars + len(inputs): len(shapes)}

@@ -94,7 +94,11 @@ class Stream:
         def visit_page(i) -> None:
             visit(i, self.refs.page_table[head, page_column(tier, first + i, self.plan.max_pages)])
 
-        pl.when(live == count)(lambda: [visit_page(i) for i in range(count)] and None)
+        @pl.when(live == count)
+        def _():
+            for i in range(count):
+                visit_page(i)
+
         pl.when(live < count)(lambda: pl.loop(0, live)(visit_page))
 
     def first_page(self, head, tier: int):

@@ -121,7 +121,9 @@ def decode_attention(
     b, g, d = q.shape
     slots = heads.recent_k.shape[2]
     blocks = blocks or Blocks.choose(layout, b, g, max_len, q.dtype.itemsize)
-    check_pool(pages), key_pieces(layout), value_pieces(layout)  # refuse what Triton cannot do before it is called
+    for refuse in (key_pieces, value_pieces):  # what Triton cannot do, before it is called
+        refuse(layout)
+    check_pool(pages)
     task = Task(layout, Scale(sm_scale, logits_soft_cap), None if sliding is None else sliding.size, blocks)
     meta = pages.meta if pages.meta.size else jnp.zeros((1, 1, layout.tokens), pages.meta.dtype)  # an empty array is no Ref
     seen = heads.recent_len if sliding is None else sliding.position

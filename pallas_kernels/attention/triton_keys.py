@@ -4,7 +4,8 @@ Triton cannot slice or join values, so everything with channels is a list of pie
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -102,15 +103,15 @@ def matmul(a: Array, b: Array) -> Array:
 def logits_of(q: Sequence[Array], keys: Sequence[KeyTile], bias: Array, scale: Scale) -> Array:
     """Base-2 logits `[rows, n]` of `q` (pieces `[rows, channels]`) against `keys`; `bias [n]` is -inf where there is no key, else 0."""
     factor = scale.sm_scale * (LOG2_E if scale.soft_cap is None else 1 / scale.soft_cap)
-    logits = 0.0 if scale.soft_cap is not None else bias[None, :]
+    logits = jnp.zeros((1, 1), jnp.float32) if scale.soft_cap is not None else bias[None, :]
     for group in dict.fromkeys(tile.group for tile in keys):
         members = [(piece, tile) for piece, tile in zip(q, keys, strict=True) if tile.group == group]
-        dots = sum(matmul(piece, tile.codes) for piece, tile in members)
+        dots = reduce(add, (matmul(piece, tile.codes) for piece, tile in members))
         scale_row, zero_row = members[0][1].scale, members[0][1].zero
         if scale_row is None or zero_row is None:
             logits += dots * factor
         else:
-            sums = sum(piece.astype(jnp.float32).sum(axis=1) for piece, _ in members)
+            sums = reduce(add, (piece.astype(jnp.float32).sum(axis=1) for piece, _ in members))
             logits += sums[:, None] * (zero_row * factor)[None, :]
             logits += dots * (scale_row * factor)[None, :]
     if scale.soft_cap is None:

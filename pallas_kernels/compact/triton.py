@@ -36,7 +36,8 @@ def apply_event(
 ) -> Stored:
     """`apply_event` of api.py on GPUs, one launch and a few operations on arrays of `B`."""
     del max_len  # lengths are read
-    check_tiles(layout), check_pool(stored.pages)
+    check_tiles(layout)
+    check_pool(stored.pages)
     blocks, heads = blocks or Blocks.choose(layout), entering.shape[0]
     inputs, ring = _plan(stored, layout, rule, moves, tokens, entering, admitted)
     pool = [stored.pages.payload, stored.pages.meta, stored.pages.significance, stored.pages.position]

@@ -5,10 +5,9 @@ from jax import Array
 from ..attention.reference import Heads
 from ..kernels import XLA, Kernels
 from ..pages import PageLayout, Pages
-from . import column_sums as column_sums_reference
-from . import reference
-from .column_sums import ColumnSums
+from . import reference, sums_reference
 from .reference import Chunk, Scale
+from .sums_reference import ColumnSums
 
 
 def prefill_attention(
@@ -67,4 +66,4 @@ def column_sums(
         from . import mosaic_tpu_sums
 
         return mosaic_tpu_sums.column_sums(chunk, lse, observe, pages, layout, heads, scale, interpret=kernels.interpret)
-    return column_sums_reference.column_sums(chunk, lse, observe, pages, layout, heads, scale)
+    return sums_reference.column_sums(chunk, lse, observe, pages, layout, heads, scale)

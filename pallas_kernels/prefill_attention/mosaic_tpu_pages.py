@@ -32,8 +32,10 @@ def check_table(page_table: Array) -> None:
 def pool_inputs(pages: Pages, interpret) -> tuple[Array, Array]:
     """Payload and metadata as the kernels take them, kept in HBM however small they are."""
     empty = jnp.zeros((1, 1, pages.meta.shape[2]), jnp.int16)  # an empty array is no Ref
-    arrays = pages.payload, meta_as_bits(pages.meta) if pages.meta.size else empty
-    return arrays if interpret else tuple(pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays)
+    payload, meta = pages.payload, meta_as_bits(pages.meta) if pages.meta.size else empty
+    if interpret:
+        return payload, meta
+    return pltpu.with_memory_space_constraint(payload, pltpu.HBM), pltpu.with_memory_space_constraint(meta, pltpu.HBM)
 
 
 def largest_divisor(n: int, most: int) -> int:

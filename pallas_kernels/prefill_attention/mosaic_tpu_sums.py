@@ -14,7 +14,6 @@ from jax.experimental.pallas import tpu as pltpu
 from ..attention.reference import Heads
 from ..kernels import tpu_interpreter
 from ..pages import PageLayout, Pages
-from .column_sums import ColumnSums
 from .mosaic_tpu import pages_of_step, queries
 from .mosaic_tpu_pages import (
     BUFFERS,
@@ -31,6 +30,7 @@ from .mosaic_tpu_pages import (
     pool_inputs,
 )
 from .reference import Chunk, Scale
+from .sums_reference import ColumnSums
 
 QUERY_BYTES = 4 << 20  # of VMEM that the observing rows of one head may take; they are there twice, the next head's on their way
 

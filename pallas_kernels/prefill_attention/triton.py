@@ -81,7 +81,8 @@ def prefill_attention(
     """`prefill_attention` of api.py."""
     b, g, c, d = chunk.q.shape
     blocks = blocks or Blocks.choose(layout, g, c, chunk.q.dtype.itemsize)
-    key_pieces(layout), value_pieces(layout)  # refuse what Triton cannot do before it is called
+    for refuse in (key_pieces, value_pieces):  # what Triton cannot do, before it is called
+        refuse(layout)
     return pl.pallas_call(
         partial(_kernel, layout=layout, scale=scale, blocks=blocks),
         grid=(b, pl.cdiv(g * c, blocks.rows)),

@@ -14,8 +14,8 @@ from jax.experimental.pallas import triton as plgpu
 from ..attention.reference import Heads
 from ..attention.triton_keys import LOG2_E, KeyTile, chunk_key_index, gathered, key_pieces, load_rows, logits_of, stored_blocks
 from ..pages import PageLayout, Pages
-from .column_sums import ColumnSums
 from .reference import Chunk, Scale
+from .sums_reference import ColumnSums
 from .triton import Inputs
 
 READ = len(Inputs._fields)  # Refs before the log-sum-exp

@@ -34,7 +34,10 @@ def layout(kernels: Kernels, formats=("K8V4", "K4V2"), head_dim: int = HEAD_DIM)
 
 def pool(of: PageLayout, heads: int = LAYERS * HEADS) -> Pages:
     """A pool for `heads` heads of 8k tokens."""
-    return jax.eval_shape(partial(Pages.zeros, of, int(heads * of.pages_for(0, CONTEXT) * PAGES_IN_USE)))
+    pages = int(heads * of.pages_for(0, CONTEXT) * PAGES_IN_USE)
+    if of.rows * of.tokens * pages < 2**32:  # between 2 and 4 GiB Triton cannot address a payload
+        pages //= 2
+    return jax.eval_shape(partial(Pages.zeros, of, pages))
 
 
 def max_pages(of: PageLayout) -> int:

