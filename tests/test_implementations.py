@@ -26,7 +26,8 @@ def run(policy: str, kernels: Kernels) -> GenerateOutput:
     return generate(*tiny_model(), PROMPTS, implementation=kernels.implementation, interpret=bool(kernels.interpret), **options)
 
 
-@pytest.mark.parametrize("policy", [pytest.param("diffkv"), pytest.param("one tier, nothing dropped", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kernels", KERNELS, ids=NAMES)
 def test_the_same_tokens(kernels: Kernels, policy: str):
     got, wanted = run(policy, kernels), run(policy, Kernels("xla"))

@@ -5,6 +5,7 @@ import pytest
 
 from diffkv_jax.pallas_kernels.kernels import Kernels
 
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling takes longer than running
 INTERPRETED = {
     "xla": Kernels("xla"),
     "triton": Kernels("triton", True),
@@ -13,3 +14,8 @@ INTERPRETED = {
 }
 ON_DEVICE = {"gpu": {"triton_device": Kernels("triton")}, "tpu": {"mosaic_tpu_device": Kernels("mosaic_tpu")}}
 IMPLEMENTATIONS = [pytest.param(k, id=name) for name, k in (INTERPRETED | ON_DEVICE.get(jax.default_backend(), {})).items()]
+
+
+def compiler_options(kernels: Kernels) -> dict | None:
+    """For `jax.jit` of an interpreted kernel: most of the time would be LLVM's."""
+    return QUICKLY if kernels.interpret else None
