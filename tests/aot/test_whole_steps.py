@@ -12,6 +12,7 @@ from jax import ShapeDtypeStruct as Shape
 import chips
 from chips import Compiled, compile_for
 from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.pages import Pages
 from diffkv_jax.runner import decode_step, prefill_chunk
 
 pytestmark = pytest.mark.compile
@@ -21,8 +22,8 @@ CHUNK = 1024
 FITS = {"v5e": 16}  # layers where the whole model does not fit the chip's memory; the programs are the same but for the loop's end
 
 
-def compiled(chip: chips.Chip, step: str) -> tuple[Compiled, int]:
-    """The compiled step and the bytes of the pool."""
+def compiled(chip: chips.Chip, step: str) -> tuple[Compiled, Pages]:
+    """The compiled step and the shapes of the pool."""
     model, params = llama8b.model(FITS.get(chip.name, llama8b.LAYERS))
     cache = llama8b.cache(model, KERNELS[chip.platform])
     requests = cache.spec.num_requests
@@ -38,7 +39,7 @@ def compiled(chip: chips.Chip, step: str) -> tuple[Compiled, int]:
         program = compile_for(chip, decode, params, cache, ints((requests,)), flags((requests,)), donate=(1,))
     else:
         program = compile_for(chip, prefill, params, cache, ints((requests, CHUNK)), ints((requests,)), flags(()), donate=(1,))
-    return program, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.pages))
+    return program, cache.pages
 
 
 def pool_copies(program: Compiled, shapes: list[tuple[int, ...]]) -> list[str]:
@@ -49,15 +50,12 @@ def pool_copies(program: Compiled, shapes: list[tuple[int, ...]]) -> list[str]:
 
 @pytest.mark.parametrize("step", ["decode", "prefill"])
 def test_pool_is_updated_in_place(chip: chips.Chip, step: str):
-    program, pool_bytes = compiled(chip, step)
-    memory = program.memory
+    program, pages = compiled(chip, step)
+    arrays = jax.tree.leaves(pages)
+    pool_bytes, memory = sum(x.size * x.dtype.itemsize for x in arrays), program.memory
     assert memory.alias_size_in_bytes > pool_bytes
-    assert memory.temp_size_in_bytes < LARGEST_TEMPORARY[step] < pool_bytes  # so none of it is a copy of the pool
-    model, _ = llama8b.model(1)
-    pages = llama8b.cache(model, KERNELS[chip.platform]).pages
-    shapes = [x.shape[1:] for x in jax.tree.leaves(pages)]
-    layers = FITS.get(chip.name, llama8b.LAYERS)
-    assert not pool_copies(program, [(pages.num_pages * layers, *shape) for shape in shapes])
+    assert memory.temp_size_in_bytes < min(LARGEST_TEMPORARY[step], pool_bytes)  # so that none of it is a copy of the pool
+    assert not pool_copies(program, [x.shape for x in arrays])
     for name, kernel in program.kernels.items():
         assert kernel.spill_stores <= MOST_SPILLED, f"{name} spills {kernel.spill_stores} bytes a thread"
 
