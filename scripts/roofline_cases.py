@@ -100,8 +100,8 @@ class Setting:
         """The pages' layout."""
         formats = [KVFormat.parse(name) for name in self.mix.formats]
         d, tokens = self.model.head_dim, self.kernels.tokens_per_block
-        options = dict(max_len=self.context + CHUNK, scored=self.mix.scored, meta_dtype=self.kernels.meta_dtype)
-        return PageLayout.solve(formats, d, tokens=tokens, **options)
+        max_len, meta = self.context + CHUNK, self.kernels.meta_dtype
+        return PageLayout.solve(formats, d, tokens=tokens, max_len=max_len, scored=self.mix.scored, meta_dtype=meta)
 
     @property
     def heads(self) -> int:
