@@ -1,12 +1,16 @@
 """Which implementation of the cache's operations runs: chosen once, carried in the cache's static spec."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache, partial
+from importlib import import_module
+from typing import Any, Literal
 
 import jax
 
-IMPLEMENTATIONS = {"xla": None, "triton": "gpu", "mosaic_tpu": "tpu"}  # each with the platform that it is made for, None = any
-_DEFAULT = {"gpu": "triton", "tpu": "mosaic_tpu"}
+IMPLEMENTATIONS = {"xla": None, "triton": "gpu", "mosaic_tpu": "tpu", "cpu": "cpu"}  # with the platform that it is made for, None = any
+PALLAS = ("triton", "mosaic_tpu")
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,8 @@ class Kernels:
     """A resolved choice. Make it with `Kernels.resolve`.
 
     Attributes:
-        implementation: "xla" (plain jax.numpy), "triton" (Pallas, NVIDIA and AMD GPUs) or "mosaic_tpu" (Pallas, TPU).
+        implementation: "xla" (plain jax.numpy), "triton" (Pallas, NVIDIA and AMD GPUs) or "mosaic_tpu" (Pallas, TPU) or
+            "cpu" (C++).
         interpret: run Pallas kernels in the interpreter, on any platform: slow, for tests. "checked" makes the interpreter of TPU
             kernels also look for races and reads outside of arrays.
     """
@@ -27,11 +32,12 @@ class Kernels:
         """None takes the kernels of the platform that the program will run on, plain XLA where there are none.
 
         Raises:
-            ValueError: the name is unknown, or its platform is not the one at hand and `interpret` is not set.
+            ValueError: the name is unknown, its platform is not the one at hand and `interpret` is not set, or it needs a C++ compiler
+                and there is none.
         """
         platform = target_platform()
         if implementation is None:
-            return Kernels(_DEFAULT.get(platform, "xla"), interpret)
+            return Kernels(_default(platform), interpret)
         if implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}, or None to choose by platform"
@@ -42,7 +48,20 @@ class Kernels:
                 f"implementation={implementation!r} needs a {needs.upper()}, and this program runs on {platform.upper()}; "
                 "leave it out, take 'xla', or set interpret=True to run the kernels slowly in the interpreter"
             )
+        if implementation == "cpu" and (reason := _no_native_kernels()):
+            raise ValueError(f"implementation='cpu' builds its kernels on first use: {reason}; or take 'xla'")
         return Kernels(implementation, interpret)
+
+    def function(self, package: str, name: str, fallback: Callable[..., Any], *, module: str = "{}") -> Callable[..., Any]:
+        """The function `name` of this implementation in an operation's package; `fallback` is that of plain XLA.
+
+        Args:
+            module: name of the module, "{}" standing for the implementation.
+        """
+        if self.implementation == "xla":
+            return fallback
+        found = getattr(import_module(f".{module.format(self.implementation)}", package), name)
+        return partial(found, interpret=self.interpret) if self.implementation in PALLAS else found
 
     @property
     def meta_dtype(self) -> str:
@@ -56,6 +75,24 @@ class Kernels:
 
 
 XLA = Kernels()
+
+
+def _default(platform: str) -> str:
+    """The implementation made for a platform; plain XLA where there is none, or no compiler for native kernels."""
+    if platform == "cpu" and _no_native_kernels():
+        return "xla"
+    return next((name for name, made_for in IMPLEMENTATIONS.items() if made_for == platform), "xla")
+
+
+@cache
+def _no_native_kernels() -> str | None:
+    """Why native CPU kernels cannot be built, said once in the log; None when they can."""
+    from .native import why_unavailable
+
+    reason = why_unavailable()
+    if reason:
+        logging.getLogger(__name__).warning("plain XLA instead of native CPU kernels, which are several times faster: %s", reason)
+    return reason
 
 
 def tpu_interpreter(interpret: bool | Literal["checked"]):

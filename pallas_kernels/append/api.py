@@ -18,15 +18,8 @@ def append_recent(
         slot: int32 `[B]`, where; nothing is written for a head whose slot is not in `[0, N)`.
         kernels: which implementation runs.
     """
-    if kernels.implementation == "triton":
-        from . import triton
-
-        return triton.append_recent(recent_k, recent_v, layer, k, v, slot, interpret=kernels.interpret)
-    if kernels.implementation == "mosaic_tpu":
-        from . import mosaic_tpu
-
-        return mosaic_tpu.append_recent(recent_k, recent_v, layer, k, v, slot, interpret=kernels.interpret)
-    return reference.append_recent(recent_k, layer, k, slot), reference.append_recent(recent_v, layer, v, slot)
+    append = kernels.function(__package__, "append_recent", reference.append_recent)
+    return append(recent_k, recent_v, layer, k, v, slot)
 
 
 def shift_recent(
@@ -41,17 +34,5 @@ def shift_recent(
         shift: int32 `[B]`, 0 to N: how many leave; windows with 0 keep their bits.
         kernels: which implementation runs.
     """
-    if kernels.implementation == "triton":
-        from . import triton
-
-        return triton.shift_recent(recent_k, recent_v, significance, layer, shift, interpret=kernels.interpret)
-    if kernels.implementation == "mosaic_tpu":
-        from . import mosaic_tpu
-
-        return mosaic_tpu.shift_recent(recent_k, recent_v, significance, layer, shift, interpret=kernels.interpret)
-    scored = significance.shape[2] > 0
-    return (
-        reference.shift_recent(recent_k, layer, shift),
-        reference.shift_recent(recent_v, layer, shift),
-        reference.shift_recent(significance, layer, shift) if scored else significance,
-    )
+    shifted = kernels.function(__package__, "shift_recent", reference.shift_recent)
+    return shifted(recent_k, recent_v, significance, layer, shift)

@@ -1,8 +1,5 @@
 """Decode attention over paged, mixed-precision tiers: the public function."""
 
-from collections.abc import Callable
-from functools import partial
-
 from jax import Array
 
 from ..kernels import XLA, Kernels
@@ -43,17 +40,5 @@ def decode_attention(
         this step's probabilities added (maximum over the G query heads after normalisation over all tokens); the recent tokens'
         probabilities float32 `[B, window + flush]` likewise (zeros when the layout is not scored).
     """
-    attend = _implementation(kernels)
+    attend = kernels.function(__package__, "decode_attention", reference.decode_attention)
     return attend(q, pages, layout, heads, max_len=max_len, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, sliding=sliding)
-
-
-def _implementation(kernels: Kernels) -> Callable[..., tuple[Array, Array, Array]]:
-    if kernels.implementation == "triton":
-        from . import triton
-
-        return partial(triton.decode_attention, interpret=kernels.interpret)
-    if kernels.implementation == "mosaic_tpu":
-        from . import mosaic_tpu
-
-        return partial(mosaic_tpu.decode_attention, interpret=kernels.interpret)
-    return reference.decode_attention

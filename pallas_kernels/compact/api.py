@@ -44,15 +44,8 @@ def apply_event(
         pages_a_round: pages of victims that the reference handles at a time; the kernels ignore it.
         kernels: which implementation runs.
     """
-    operands = (stored, layout, rule, moves, tokens, entering, admitted)
-    if kernels.implementation == "triton":
-        from . import triton
-
-        return triton.apply_event(*operands, one_victim=one_victim, max_len=max_len, interpret=kernels.interpret)
-    if kernels.implementation == "mosaic_tpu":
-        from . import mosaic_tpu
-
-        return mosaic_tpu.apply_event(*operands, one_victim=one_victim, max_len=max_len, interpret=kernels.interpret)
-    return event.apply_event(
-        stored, layout, rule, tokens, entering, admitted, one_victim=one_victim, max_len=max_len, pages_a_round=pages_a_round
-    )
+    options = dict(one_victim=one_victim, max_len=max_len)
+    if kernels.implementation == "xla":
+        return event.apply_event(stored, layout, rule, tokens, entering, admitted, pages_a_round=pages_a_round, **options)
+    apply = kernels.function(__package__, "apply_event", event.apply_event)
+    return apply(stored, layout, rule, moves, tokens, entering, admitted, **options)

@@ -27,15 +27,8 @@ def prefill_attention(
         Output float32 `[B, G, C, d]` and log-sum-exp of the logits float32 `[B, G, C]`. Padded rows (the first `C - length`) hold
         anything finite. No array of the size of rows times keys exists.
     """
-    if kernels.implementation == "triton":
-        from . import triton
-
-        return triton.prefill_attention(chunk, pages, layout, heads, scale, interpret=kernels.interpret)
-    if kernels.implementation == "mosaic_tpu":
-        from . import mosaic_tpu
-
-        return mosaic_tpu.prefill_attention(chunk, pages, layout, heads, scale, interpret=kernels.interpret)
-    return reference.prefill_attention(chunk, pages, layout, heads, scale)
+    attend = kernels.function(__package__, "prefill_attention", reference.prefill_attention)
+    return attend(chunk, pages, layout, heads, scale)
 
 
 def column_sums(
@@ -58,12 +51,5 @@ def column_sums(
         `ColumnSums`: the pool's significance with the sums of stored tokens added, and the sums of recent and of chunk tokens (zeros
         where there is no token). No array of the size of rows times keys exists.
     """
-    if kernels.implementation == "triton":
-        from . import triton_sums
-
-        return triton_sums.column_sums(chunk, lse, observe, pages, layout, heads, scale, interpret=kernels.interpret)
-    if kernels.implementation == "mosaic_tpu":
-        from . import mosaic_tpu_sums
-
-        return mosaic_tpu_sums.column_sums(chunk, lse, observe, pages, layout, heads, scale, interpret=kernels.interpret)
-    return sums_reference.column_sums(chunk, lse, observe, pages, layout, heads, scale)
+    sums = kernels.function(__package__, "column_sums", sums_reference.column_sums, module="{}_sums")
+    return sums(chunk, lse, observe, pages, layout, heads, scale)

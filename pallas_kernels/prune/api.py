@@ -1,8 +1,5 @@
 """Which stored tokens leave their tier: the public function."""
 
-from collections.abc import Callable
-from functools import partial
-
 from jax import Array
 
 from ..kernels import XLA, Kernels
@@ -37,17 +34,5 @@ def count_moves(
         max_len: bounds the tokens of a head.
         kernels: which implementation runs.
     """
-    count = _implementation(kernels) if layout.scored else reference.count_moves
+    count = kernels.function(__package__, "count_moves", reference.count_moves) if layout.scored else reference.count_moves
     return count(pages, layout, page_table, tier_len, rule, one_victim=one_victim, max_len=max_len)
-
-
-def _implementation(kernels: Kernels) -> Callable[..., Moves]:
-    if kernels.implementation == "triton":
-        from . import triton
-
-        return partial(triton.count_moves, interpret=kernels.interpret)
-    if kernels.implementation == "mosaic_tpu":
-        from . import mosaic_tpu
-
-        return partial(mosaic_tpu.count_moves, interpret=kernels.interpret)
-    return reference.count_moves

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.native import why_unavailable
 
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling takes longer than running
 INTERPRETED = {
@@ -12,7 +13,11 @@ INTERPRETED = {
     "mosaic_tpu": Kernels("mosaic_tpu", True),
     "mosaic_tpu_checked": Kernels("mosaic_tpu", "checked"),  # the interpreter that looks for races and reads outside of arrays
 }
-ON_DEVICE = {"gpu": {"triton_device": Kernels("triton")}, "tpu": {"mosaic_tpu_device": Kernels("mosaic_tpu")}}
+ON_DEVICE = {
+    "gpu": {"triton_device": Kernels("triton")},
+    "tpu": {"mosaic_tpu_device": Kernels("mosaic_tpu")},
+    "cpu": {} if why_unavailable() else {"cpu": Kernels("cpu")},
+}
 IMPLEMENTATIONS = [pytest.param(k, id=name) for name, k in (INTERPRETED | ON_DEVICE.get(jax.default_backend(), {})).items()]
 
 

@@ -1,0 +1,136 @@
+"""Native CPU kernels: C++ built on first use with the system's compiler, called through XLA's foreign function interface.
+
+Each operation's `cpu.cc` (and the headers in `native/`) becomes one shared library in a cache directory, keyed by everything that the
+machine code depends on: the sources, the compiler, the flags, what `-march=native` means on this CPU, and jaxlib's headers.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jaxlib
+import numpy as np
+
+from .codecs import Full
+from .pages import PageLayout
+
+HEADERS = Path(__file__).parent / "native"
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi")
+
+_log = logging.getLogger(__name__)
+
+
+class Unavailable(RuntimeError):
+    """There is no compiler, or it cannot build the kernels."""
+
+
+def why_unavailable() -> str | None:
+    """None where native kernels can be built, else the reason."""
+    try:
+        _toolchain()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def call(operation: str, target: str, *outputs, aliases: dict[int, int] | None = None):
+    """A function that calls the handler `target` of an operation's library on arrays; attributes are its keyword arguments.
+
+    Args:
+        operation: the folder that holds cpu.cc.
+        outputs: `jax.ShapeDtypeStruct` of each result.
+        aliases: result that takes over the memory of an operand, `{operand: result}`.
+    """
+    _register(operation, target)
+    return jax.ffi.ffi_call(f"diffkv_jax.{target}", outputs, input_output_aliases=aliases, vmap_method="sequential")
+
+
+def format_codes(layout: PageLayout) -> np.ndarray:
+    """The tiers' codecs as `Layout::make` of native/pages.h reads them: int64 [tiers * 5]."""
+    codes = {"bfloat16": 16, "float16": 17, "float32": 32}
+
+    def codec(one) -> list[int]:
+        return [codes[one.dtype], 1] if isinstance(one, Full) else [one.bits, one.groups]
+
+    tiers = zip(layout.formats, layout.blocks, strict=True)
+    return np.array([x for fmt, blocks in tiers for x in (*codec(fmt.key), *codec(fmt.value), blocks)], np.int64)
+
+
+@functools.cache
+def _register(operation: str, target: str) -> None:
+    handler = getattr(_library(operation), target)
+    jax.ffi.register_ffi_target(f"diffkv_jax.{target}", jax.ffi.pycapsule(handler), platform="cpu")
+
+
+@functools.cache
+def _library(operation: str) -> ctypes.CDLL:
+    """The operation's library, built unless the cache has it."""
+    source = HEADERS.parent / operation / "cpu.cc"
+    parts = [_toolchain().identity, *(path.read_text() for path in (source, *sorted(HEADERS.glob("*.h"))))]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    built = cache_directory() / f"{operation}-{key}.so"
+    if not built.exists():
+        _log.info("building the native kernels of %s into %s", operation, built)
+        _build(source, built)
+    return ctypes.CDLL(str(built))
+
+
+def cache_directory() -> Path:
+    """Where built libraries lie: $DIFFKV_JAX_CACHE, else diffkv_jax in the user's cache directory."""
+    given = os.environ.get("DIFFKV_JAX_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffkv_jax"
+
+
+def _build(source: Path, built: Path) -> None:
+    """Compile into a temporary file, then move it: processes that build at the same time do not see half a library."""
+    built.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, temporary = tempfile.mkstemp(dir=built.parent, suffix=".so")
+    os.close(handle)
+    try:
+        _run([_toolchain().compiler, *_flags(), str(source), "-o", temporary])
+        os.replace(temporary, built)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+class _Toolchain:
+    """A compiler that works, and all that its output depends on beside the sources."""
+
+    def __init__(self, compiler: str):
+        self.compiler = compiler
+        version = _run([compiler, "--version"])
+        macros = _run([compiler, *_flags(), "-dM", "-E", "-x", "c++", os.devnull])  # what -march=native stands for on this CPU
+        self.identity = "\0".join([compiler, version, macros, *_flags(), jaxlib.__version__])
+
+
+@functools.cache
+def _toolchain() -> _Toolchain:
+    wanted = os.environ.get("CXX")
+    compiler = shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if compiler is None:
+        raise Unavailable(f"no C++ compiler was found ({wanted or 'g++, clang++, c++'}); install one or set CXX")
+    return _Toolchain(compiler)
+
+
+def _flags() -> tuple[str, ...]:
+    extra = os.environ.get("DIFFKV_JAX_CXXFLAGS", "").split()  # such as -fsanitize=address
+    return (*FLAGS, *extra, f"-I{HEADERS}", f"-I{jax.ffi.include_dir()}")
+
+
+def _run(command: list[str]) -> str:
+    """Standard output of a command.
+
+    Raises:
+        Unavailable: it fails; with what it wrote.
+    """
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Unavailable(f"{' '.join(command)} failed: {getattr(error, 'stderr', '') or error}") from error

@@ -1,0 +1,134 @@
+// The pool as kernels see it: formats, and strips of 32 tokens found through a page table (docs/design.md 2).
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "vector.h"
+
+namespace diffkv {
+
+constexpr int kStrip = 32;  // tokens that are handled at once; divides the lanes of a page
+
+// How K or V is stored: `bits` a channel with `groups` scales and zero points, or exactly in a floating type.
+enum class Exact { no, bfloat16, float16, float32 };
+
+struct Codec {
+  int bits, groups, rows;
+  Exact exact;
+
+  // `code` as native.py's codec_code gives it: 1, 2, 4, 8 bits; 16 bfloat16, 17 float16, 32 float32.
+  static Codec make(int64_t code, int64_t groups, int64_t head_dim) {
+    const Exact exact = code == 16 ? Exact::bfloat16 : code == 17 ? Exact::float16 : code == 32 ? Exact::float32 : Exact::no;
+    const int bits = code == 17 ? 16 : static_cast<int>(code);
+    return {bits, exact == Exact::no ? static_cast<int>(groups) : 1, static_cast<int>(head_dim * bits / 8), exact};
+  }
+  int meta_rows() const { return exact == Exact::no ? 2 * groups : 0; }
+};
+
+struct Tier {
+  Codec key, value;
+  int blocks;  // of `tokens` tokens in a page
+};
+
+struct Layout {
+  int head_dim, tokens, rows, meta_rows, side_rows, tiers;
+  Tier tier[2];
+
+  // `formats` holds key code, key groups, value code, value groups and blocks of each tier.
+  template <typename Numbers>
+  static Layout make(const Numbers& formats, int64_t head_dim, int64_t tokens, int64_t rows, int64_t meta_rows, int64_t side_rows) {
+    Layout layout{int(head_dim), int(tokens), int(rows), int(meta_rows), int(side_rows), int(formats.size() / 5), {}};
+    for (int t = 0; t < layout.tiers; ++t) {
+      const int64_t* f = &formats[5 * t];
+      layout.tier[t] = {Codec::make(f[0], f[1], head_dim), Codec::make(f[2], f[3], head_dim), int(f[4])};
+    }
+    return layout;
+  }
+  int64_t strips(int64_t length) const { return (length + kStrip - 1) / kStrip; }
+  int64_t pages(int t, int64_t length) const { return (length + tier[t].blocks * tokens - 1) / (tier[t].blocks * tokens); }
+};
+
+// 32 tokens of one tensor: row r of payload or metadata begins `r * stride` further.
+struct Stored {
+  const uint8_t* payload;
+  const uint16_t* meta;  // float16 bits
+};
+
+struct Strip {
+  Stored key, value;
+  int64_t side;  // index of its first token in significance and position
+  int tier, live;
+};
+
+struct Pool {
+  const uint8_t* payload;
+  const uint16_t* meta;
+  Layout layout;
+
+  // Strip number `i` of a tier that holds `length` tokens; tier 0 grows from the left end of the table, tier 1 from the right.
+  Strip strip(const int32_t* table, int64_t max_pages, int t, int64_t i, int64_t length) const {
+    const Tier& tier = layout.tier[t];
+    const int64_t per_block = layout.tokens / kStrip, per_page = tier.blocks * per_block;
+    const int64_t column = i / per_page, block = i % per_page / per_block, lane = i % per_block * kStrip;
+    const int64_t page = table[t == 0 ? column : max_pages - 1 - column];
+    const uint8_t* rows = payload + page * layout.rows * layout.tokens + lane;
+    const uint16_t* metas = meta + page * layout.meta_rows * layout.tokens + lane;
+    const int64_t key_row = block * tier.key.rows, value_row = tier.blocks * tier.key.rows + block * tier.value.rows;
+    const int64_t key_meta = block * tier.key.meta_rows(), value_meta = tier.blocks * tier.key.meta_rows() + block * tier.value.meta_rows();
+    const int64_t left = length - i * kStrip;
+    return {{rows + key_row * layout.tokens, metas + key_meta * layout.tokens},
+            {rows + value_row * layout.tokens, metas + value_meta * layout.tokens},
+            (page * layout.side_rows + block) * layout.tokens + lane,
+            t,
+            static_cast<int>(left < kStrip ? left : kStrip)};
+  }
+};
+
+// Codes (or, of exact types, values) of channel `c` of 16 tokens.
+template <int Bits>
+struct Uniform {
+  static constexpr int bits = Bits;
+  static constexpr bool scaled = true;
+  static Floats read(const uint8_t* payload, int stride, int c, int head_dim) {
+    const int rows = head_dim * Bits / 8;
+    const Ints bytes = widen(load<Bytes>(payload + c % rows * stride));
+    return to_floats((bytes >> (c / rows * Bits)) & ((1 << Bits) - 1));
+  }
+};
+
+template <Exact Type>
+struct Kept {
+  static constexpr int bits = 0;
+  static constexpr bool scaled = false;
+  static Floats read(const uint8_t* payload, int stride, int c, int head_dim) {
+    const auto plane = [&](int i) { return widen(load<Bytes>(payload + (c + i * head_dim) * stride)); };
+    if constexpr (Type == Exact::bfloat16) return as_floats((plane(1) << 24) | (plane(0) << 16));
+    if constexpr (Type == Exact::float32) return as_floats((plane(3) << 24) | (plane(2) << 16) | (plane(1) << 8) | plane(0));
+    return from_float16(__builtin_convertvector((plane(1) << 8) | plane(0), Shorts));
+  }
+};
+
+// Calls `body` with the reader of a codec.
+template <typename Body>
+auto with_reader(const Codec& codec, const Body& body) {
+  if (codec.exact == Exact::bfloat16) return body(Kept<Exact::bfloat16>{});
+  if (codec.exact == Exact::float16) return body(Kept<Exact::float16>{});
+  if (codec.exact == Exact::float32) return body(Kept<Exact::float32>{});
+  if (codec.bits == 8) return body(Uniform<8>{});
+  if (codec.bits == 4) return body(Uniform<4>{});
+  if (codec.bits == 2) return body(Uniform<2>{});
+  return body(Uniform<1>{});
+}
+
+// Calls `body` with std::integral_constant 1 to 4 for the next query heads until `heads` are done: body(first, count).
+template <typename Body>
+void over_heads(int heads, const Body& body) {
+  int first = 0;
+  for (; heads - first >= 4; first += 4) body(first, std::integral_constant<int, 4>{});
+  if (heads - first == 3) body(first, std::integral_constant<int, 3>{});
+  if (heads - first == 2) body(first, std::integral_constant<int, 2>{});
+  if (heads - first == 1) body(first, std::integral_constant<int, 1>{});
+}
+
+}  // namespace diffkv
