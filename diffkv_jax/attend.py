@@ -1,11 +1,14 @@
 """`attend`: the one place where a model meets the cache."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from diffkv_jax.cache import CacheSpec, KVCache
 from diffkv_jax.decode_layer import decode_layer
+from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.prefill_layer import prefill_layer
 from diffkv_jax.steps import DecodeStep, PrefillStep
 from diffkv_jax.window_layer import window_layer
@@ -40,6 +43,11 @@ def attend(
     state = (jnp.zeros_like(q), cache)
     state = lax.fori_loop(0, windowed, lambda _, state: window_layer(state[1], slot, q, k, v, step), state)
     return lax.fori_loop(0, 1 - windowed, lambda _, state: _paged(state[1], slot, q, k, v, step), state)
+
+
+def kernels_of(cache: Any) -> Kernels:
+    """The implementation that a model's own products run on: the cache's; plain XLA without a cache."""
+    return cache.spec.kernels if isinstance(cache, KVCache) else XLA
 
 
 def _paged(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: DecodeStep | PrefillStep) -> tuple[Array, KVCache]:

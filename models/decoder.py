@@ -1,5 +1,6 @@
 """The one decoder stack that all families share: embed, one loop over stacked layers, norm, logits."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from diffkv_jax.attend import kernels_of
 from diffkv_jax.model_protocol import AttentionSpec
 
 from .config import ModelConfig
@@ -32,22 +34,24 @@ class DecoderLayer(nn.Module):
     keep_hidden: bool
 
     def _norm(self, name: str) -> RMSNorm:
-        return RMSNorm(self.config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, name=name)
+        config = self.config
+        return RMSNorm(config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, config.num_hidden_layers, name=name)
 
     @nn.compact
     def __call__(self, carry: tuple[jax.Array, Any], data: LayerData, shared: SharedData) -> tuple[tuple[jax.Array, Any], Any]:
         hidden, cache = carry
-        config, switches, types = self.config, self.switches, (self.dtype, self.param_dtype)
+        config, switches, types, layer = self.config, self.switches, (self.dtype, self.param_dtype), data.layer
         self_attn = SelfAttention(config, switches, *types, name="self_attn")
-        mlp = GatedMLP(config.intermediate_size, config.hidden_act, switches.mlp_bias, *types, name="mlp")
-        attended, cache = self_attn(self._norm("input_layernorm")(hidden), cache, data, shared)
+        sizes = config.num_hidden_layers, config.intermediate_size
+        mlp = partial(GatedMLP(*sizes, config.hidden_act, switches.mlp_bias, *types, name="mlp"), layer=layer, kernels=kernels_of(cache))
+        attended, cache = self_attn(self._norm("input_layernorm")(hidden, layer), cache, data, shared)
         if switches.sandwich_norms:  # here post_attention_layernorm stands after attention, else before the MLP
-            hidden = hidden + self._norm("post_attention_layernorm")(attended)
-            transformed = mlp(self._norm("pre_feedforward_layernorm")(hidden))
-            hidden = hidden + self._norm("post_feedforward_layernorm")(transformed)
+            hidden = hidden + self._norm("post_attention_layernorm")(attended, layer)
+            transformed = mlp(self._norm("pre_feedforward_layernorm")(hidden, layer))
+            hidden = hidden + self._norm("post_feedforward_layernorm")(transformed, layer)
         else:
             hidden = hidden + attended
-            hidden = hidden + mlp(self._norm("post_attention_layernorm")(hidden))
+            hidden = hidden + mlp(self._norm("post_attention_layernorm")(hidden, layer))
         return (hidden, cache), hidden if self.keep_hidden else None
 
 
@@ -120,8 +124,8 @@ class Decoder(nn.Module):
             embedded = embedded * jnp.asarray(config.hidden_size**0.5, embedded.dtype)
         stack = nn.scan(
             DecoderLayer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
+            variable_broadcast="params",  # stacked: every layer picks its own
+            split_rngs={"params": False},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # Flax takes a tuple and annotates an int
             length=config.num_hidden_layers,
         )(config, self.switches, *types, keep_hidden, name="layers")
@@ -131,7 +135,7 @@ class Decoder(nn.Module):
             hidden = hidden[:, -1:]
         hidden = RMSNorm(config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, name="norm")(hidden)
         head = embed.logits if config.tie_word_embeddings else LogitsHead(config.vocab_size, *types, name="lm_head")
-        logits, cap = head(hidden), config.final_logit_softcapping
+        logits, cap = head(hidden, kernels_of(cache)), config.final_logit_softcapping
         if cap is not None:
             logits = cap * jnp.tanh(logits / cap)
         return logits, cache, jnp.concatenate([embedded[None], outputs]) if keep_hidden else None

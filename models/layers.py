@@ -1,13 +1,17 @@
-"""The parts of a decoder layer, as Flax Linen modules: norm, embedding, MLP and the logits head.
+"""The parts of a decoder layer, as Flax Linen modules: norm, projection, embedding, MLP and the logits head.
 
-Parameters carry Hugging Face's names; a projection is "kernel" [in, out] (the transpose of torch's), a norm "weight".
+Parameters carry Hugging Face's names; a projection is "kernel" [in, out] (the transpose of torch's), a norm "weight". Those of the layers
+are stacked, and a layer picks its own by index when it uses them: a slice cut off first would be a copy (docs/design.md 7).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
+from diffkv_jax.pallas_kernels.linear import linear
 
 ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -23,19 +27,48 @@ class RMSNorm(nn.Module):
         eps: added to the mean square.
         adds_one: multiply by (1 + weight) instead, as Gemma does.
         param_dtype: the weight's dtype; the output has x's.
+        num_layers: of a stack "weight" [num_layers, features], then called with the layer's index; None for a single one.
     """
 
     eps: float
     adds_one: bool
     param_dtype: str
+    num_layers: int | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
         initial = nn.initializers.zeros if self.adds_one else nn.initializers.ones
-        weight = self.param("weight", initial, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+        stack = () if self.num_layers is None else (self.num_layers,)
+        weight = self.param("weight", initial, (*stack, x.shape[-1]), self.param_dtype)
+        weight = (weight if layer is None else weight[layer]).astype(jnp.float32)
         exact = x.astype(jnp.float32)
         normed = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + self.eps)
         return (normed * (1.0 + weight if self.adds_one else weight)).astype(x.dtype)
+
+
+class Projection(nn.Module):
+    """Weights of one projection in every layer: "kernel" [num_layers, inputs, features], and "bias" [num_layers, features] if `use_bias`.
+
+    `project` applies several of them at once.
+    """
+
+    num_layers: int
+    inputs: int
+    features: int
+    use_bias: bool
+    param_dtype: str
+
+    def setup(self) -> None:
+        initial = nn.initializers.lecun_normal(batch_axis=(0,))
+        self.kernel = self.param("kernel", initial, (self.num_layers, self.inputs, self.features), self.param_dtype)
+        shape = (self.num_layers, self.features)
+        self.bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype) if self.use_bias else None
+
+
+def project(x: jax.Array, projections: Sequence[Projection], layer: jax.Array, dtype: str, kernels: Kernels) -> list[jax.Array]:
+    """x [..., inputs] through each projection of one layer: `dtype` [..., features]."""
+    products = linear(x.astype(dtype), [p.kernel for p in projections], layer, kernels=kernels)
+    return [y if p.bias is None else y + p.bias[layer].astype(dtype) for y, p in zip(products, projections, strict=True)]
 
 
 class Embedding(nn.Module):
@@ -54,10 +87,9 @@ class Embedding(nn.Module):
         """Rows of the table for tokens [B, T]: dtype [B, T, hidden_size]; NaN for an id that is not in the vocabulary."""
         return jnp.take(self.embedding, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.dtype)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, kernels: Kernels = XLA) -> jax.Array:
         """hidden [B, T, hidden_size] against every row: float32 [B, T, vocab_size]."""
-        table = self.embedding.astype(self.dtype)
-        return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+        return linear(hidden, [self.embedding], transposed=True, dtype="float32", kernels=kernels)[0]
 
 
 class LogitsHead(nn.Module):
@@ -68,15 +100,15 @@ class LogitsHead(nn.Module):
     param_dtype: str
 
     @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        shape = (hidden.shape[-1], self.vocab_size)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype).astype(self.dtype)
-        return jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32)
+    def __call__(self, hidden: jax.Array, kernels: Kernels = XLA) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (hidden.shape[-1], self.vocab_size), self.param_dtype)
+        return linear(hidden, [kernel], dtype="float32", kernels=kernels)[0]
 
 
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) * up(x)) (arXiv:2002.05202)."""
 
+    num_layers: int
     intermediate_size: int
     hidden_act: str
     use_bias: bool
@@ -84,10 +116,11 @@ class GatedMLP(nn.Module):
     param_dtype: str
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        def project(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+    def __call__(self, x: jax.Array, layer: jax.Array, kernels: Kernels) -> jax.Array:
+        def projection(name: str, inputs: int, features: int) -> Projection:
+            return Projection(self.num_layers, inputs, features, self.use_bias, self.param_dtype, name=name)
 
-        gate = project(self.intermediate_size, "gate_proj")(x)
-        up = project(self.intermediate_size, "up_proj")(x)
-        return project(x.shape[-1], "down_proj")(ACTIVATION[self.hidden_act](gate) * up)
+        width, inner = x.shape[-1], self.intermediate_size
+        inwards = [projection("gate_proj", width, inner), projection("up_proj", width, inner)]
+        gate, up = project(x, inwards, layer, self.dtype, kernels)
+        return project(ACTIVATION[self.hidden_act](gate) * up, [projection("down_proj", inner, width)], layer, self.dtype, kernels)[0]

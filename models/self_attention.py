@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from diffkv_jax.attend import attend
+from diffkv_jax.attend import attend, kernels_of
 
 from .config import ModelConfig
-from .layers import RMSNorm
+from .layers import Projection, RMSNorm, project
 from .plain_attention import plain_attention
 from .rope import apply_rope
 from .switches import Switches
@@ -51,29 +51,29 @@ class SelfAttention(nn.Module):
     dtype: str
     param_dtype: str
 
-    def _project(self, x: jax.Array, name: str, heads: int) -> jax.Array:
-        """[B, T, in] to [B, T, heads, head_dim]."""
-        width = heads * self.config.head_dim
-        bias = self.switches.qkv_bias
-        flat = nn.Dense(width, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name)(x)
-        return flat.reshape(*flat.shape[:-1], heads, self.config.head_dim)
+    def _projection(self, name: str, inputs: int, features: int, use_bias: bool) -> Projection:
+        return Projection(self.config.num_hidden_layers, inputs, features, use_bias, self.param_dtype, name=name)
+
+    def _norm(self, name: str) -> RMSNorm:
+        config = self.config
+        return RMSNorm(config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, config.num_hidden_layers, name=name)
 
     @nn.compact
     def __call__(self, hidden: jax.Array, cache: Any, data: LayerData, shared: SharedData) -> tuple[jax.Array, Any]:
         """hidden [B, T, hidden_size] -> the same shape, and the cache."""
-        config = self.config
-        q = self._project(hidden, "q_proj", config.num_attention_heads)
-        k = self._project(hidden, "k_proj", config.num_key_value_heads)
-        v = self._project(hidden, "v_proj", config.num_key_value_heads)
+        config, kernels, width = self.config, kernels_of(cache), hidden.shape[-1]
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads, "v_proj": config.num_key_value_heads}
+        inwards = [self._projection(name, width, n * config.head_dim, self.switches.qkv_bias) for name, n in heads.items()]
+        flat = project(hidden, inwards, data.layer, self.dtype, kernels)
+        q, k, v = (x.reshape(*x.shape[:-1], -1, config.head_dim) for x in flat)
         if self.switches.qk_norm:
-            q = RMSNorm(config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, name="q_norm")(q)
-            k = RMSNorm(config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, name="k_norm")(k)
+            q, k = self._norm("q_norm")(q, data.layer), self._norm("k_norm")(k, data.layer)
         cos, sin = shared.cos[data.rope], shared.sin[data.rope]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         out, cache = self._attend(q, k, v, cache, data, shared)
-        flat = out.reshape(*out.shape[:-2], config.num_attention_heads * config.head_dim)
-        o_proj = nn.Dense(hidden.shape[-1], use_bias=self.switches.o_bias, dtype=self.dtype, param_dtype=self.param_dtype, name="o_proj")
-        return o_proj(flat), cache
+        joined = out.reshape(*out.shape[:-2], config.num_attention_heads * config.head_dim)
+        outwards = self._projection("o_proj", joined.shape[-1], width, self.switches.o_bias)
+        return project(joined, [outwards], data.layer, self.dtype, kernels)[0], cache
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, data: LayerData, shared: SharedData) -> tuple[jax.Array, Any]:
         if cache is None:

@@ -52,15 +52,16 @@ class Kernels:
             raise ValueError(f"implementation='cpu' builds its kernels on first use: {reason}; or take 'xla'")
         return Kernels(implementation, interpret)
 
-    def function(self, package: str, name: str, fallback: Callable[..., Any], *, module: str = "{}") -> Callable[..., Any]:
-        """The function `name` of this implementation in an operation's package; `fallback` is that of plain XLA.
+    def function(self, api: str, name: str, fallback: Callable[..., Any], *, module: str = "{}") -> Callable[..., Any]:
+        """The function `name` of this implementation of the operation whose public functions are in `api`; `fallback` is that of plain XLA.
 
         Args:
+            api: `__name__` of the caller, a module of the operation's package.
             module: name of the module, "{}" standing for the implementation.
         """
         if self.implementation == "xla":
             return fallback
-        found = getattr(import_module(f".{module.format(self.implementation)}", package), name)
+        found = getattr(import_module(f"{api.rpartition('.')[0]}.{module.format(self.implementation)}"), name)
         return partial(found, interpret=self.interpret) if self.implementation in PALLAS else found
 
     @property

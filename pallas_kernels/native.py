@@ -12,10 +12,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jaxlib
 import numpy as np
 
 from .codecs import Full
@@ -105,9 +105,9 @@ class _Toolchain:
 
     def __init__(self, compiler: str):
         self.compiler = compiler
-        version = _run([compiler, "--version"])
+        described = _run([compiler, "--version"])
         macros = _run([compiler, *_flags(), "-dM", "-E", "-x", "c++", os.devnull])  # what -march=native stands for on this CPU
-        self.identity = "\0".join([compiler, version, macros, *_flags(), jaxlib.__version__])
+        self.identity = "\0".join([compiler, described, macros, *_flags(), version("jaxlib")])
 
 
 @functools.cache

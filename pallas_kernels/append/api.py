@@ -18,7 +18,7 @@ def append_recent(
         slot: int32 `[B]`, where; nothing is written for a head whose slot is not in `[0, N)`.
         kernels: which implementation runs.
     """
-    append = kernels.function(__package__, "append_recent", reference.append_recent)
+    append = kernels.function(__name__, "append_recent", reference.append_recent)
     return append(recent_k, recent_v, layer, k, v, slot)
 
 
@@ -34,5 +34,5 @@ def shift_recent(
         shift: int32 `[B]`, 0 to N: how many leave; windows with 0 keep their bits.
         kernels: which implementation runs.
     """
-    shifted = kernels.function(__package__, "shift_recent", reference.shift_recent)
+    shifted = kernels.function(__name__, "shift_recent", reference.shift_recent)
     return shifted(recent_k, recent_v, significance, layer, shift)

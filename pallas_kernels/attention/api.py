@@ -40,5 +40,5 @@ def decode_attention(
         this step's probabilities added (maximum over the G query heads after normalisation over all tokens); the recent tokens'
         probabilities float32 `[B, window + flush]` likewise (zeros when the layout is not scored).
     """
-    attend = kernels.function(__package__, "decode_attention", reference.decode_attention)
+    attend = kernels.function(__name__, "decode_attention", reference.decode_attention)
     return attend(q, pages, layout, heads, max_len=max_len, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, sliding=sliding)

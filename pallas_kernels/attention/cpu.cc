@@ -15,6 +15,7 @@ using namespace diffkv;
 namespace {
 
 constexpr int kSplitStrips = 32;
+constexpr int kAhead = 2;  // strips of keys asked for in advance
 
 struct Split {
   int head, first, count;  // strips of the head, counted over its tiers
@@ -246,8 +247,10 @@ void attend(const Problem& p, const Split& split) {
   const int d = p.d(), n = p.group * d;
   const Queries q = prepare(p, split.head);
   Strip strips[kSplitStrips];
+  const Layout& layout = p.pool.layout;
+  for (int i = 0; i < split.count; ++i) strips[i] = p.strip(split.head, split.first + i);
   for (int i = 0; i < split.count; ++i) {
-    strips[i] = p.strip(split.head, split.first + i);
+    if (i + kAhead < split.count) prefetch(strips[i + kAhead].key, layout.tier[strips[i + kAhead].tier].key, layout.tokens);
     key_strip(p, q, split.head, strips[i], split.p + i * kStrip, split.slots);
   }
   const int64_t stored = int64_t(split.count) * kStrip;
@@ -259,6 +262,9 @@ void attend(const Problem& p, const Split& split) {
   std::fill(out, out + n, 0.0f);
   for (int i = 0, count; i < split.count; i += count) {
     for (count = 1; count < kPanel && i + count < split.count && strips[i + count].tier == strips[i].tier;) ++count;
+    for (int next = i + count; next < std::min(i + count + kPanel, split.count); ++next) {
+      prefetch(strips[next].value, layout.tier[strips[next].tier].value, layout.tokens);
+    }
     value_panel(p, strips + i, count, split.p + i * kStrip, split.slots, partial, out);
   }
   if (split.last) recent_values(p, split.head, split.p + stored, split.slots, out);

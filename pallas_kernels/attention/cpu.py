@@ -25,7 +25,7 @@ def decode_attention(
     bfloat16 and the CPU has AVX512-BF16, else in float32.
 
     Raises:
-        jax.errors.JaxRuntimeError: when run, for a length or page id that leads out of an array.
+        ValueError or jax.errors.JaxRuntimeError: when run, for a length or page id that leads out of an array.
     """
     del max_len
     b, group, d = q.shape

@@ -40,14 +40,16 @@ inline Floats scale(const Stored& at, int row, int stride, int half) {
 
 template <typename Reader, int Heads>
 inline void dots(const Queries& q, int first, const Stored& at, int stride, int from, int to, Floats (&total)[Heads][2]) {
-  for (int c = from; c < to; ++c) {
-    const Floats low = Reader::read(at.payload, stride, c, q.head_dim), high = Reader::read(at.payload + kLanes, stride, c, q.head_dim);
+  over_channels<Reader>(q.head_dim, from, to, [&](int c, int row, int plane) {
+    const uint8_t* bytes = at.payload + row * stride;
+    const int64_t next_byte = q.head_dim * stride;
+    const Floats low = Reader::read(bytes, plane, next_byte), high = Reader::read(bytes + kLanes, plane, next_byte);
     for (int h = 0; h < Heads; ++h) {
       const float x = q.exact[(first + h) * q.head_dim + c];
       total[h][0] += x * low;
       total[h][1] += x * high;
     }
-  }
+  });
 }
 
 #if DIFFKV_BF16
@@ -77,26 +79,24 @@ inline __m512i biased_codes(__m512i bytes, int shift, int mask) {
 }
 
 // Sums of q times (128 + code) over channels [from, to) of one group; eight bits are two codes of four, the upper one sixteenfold.
-template <int Bits, int Heads>
+template <typename Reader, int Heads>
 inline void biased_dots(const Queries& q, int first, const Stored& at, int stride, int from, int to, Floats (&total)[Heads][2]) {
-  constexpr int mask = Bits == 8 ? 15 : (1 << Bits) - 1;
-  const int rows = q.head_dim * Bits / 8;
+  constexpr int bits = Reader::bits, mask = bits == 8 ? 15 : (1 << bits) - 1;
   const __m512i low = spread(0), high = spread(1);
-  for (int c = from; c < to; c += 2) {
-    const uint8_t* row = at.payload + c % rows * stride;
-    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)row)),
-                                            _mm256_loadu_si256((const __m256i*)(row + stride)), 1);
+  over_channels<Reader, 2>(q.head_dim, from, to, [&](int c, int row, int plane) {
+    const uint8_t* rows = at.payload + row * stride;
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)rows)),
+                                            _mm256_loadu_si256((const __m256i*)(rows + stride)), 1);
     const __m512i bytes[2] = {_mm512_permutexvar_epi8(low, both), _mm512_permutexvar_epi8(high, both)};
-    const int shift = c / rows * Bits;
     for (int half = 0; half < 2; ++half) {
-      const __m512i codes = biased_codes(bytes[half], shift, mask);
+      const __m512i codes = biased_codes(bytes[half], plane * bits, mask);
       for (int h = 0; h < Heads; ++h) total[h][half] = dot_pairs(total[h][half], codes, pair(q.rounded + (first + h) * q.head_dim + c));
-      if constexpr (Bits == 8) {
+      if constexpr (bits == 8) {
         const __m512i upper = biased_codes(bytes[half], 4, mask);
         for (int h = 0; h < Heads; ++h) total[h][half] = dot_pairs(total[h][half], upper, pair(q.sixteenfold + (first + h) * q.head_dim + c));
       }
     }
-  }
+  });
 }
 
 #endif
@@ -112,7 +112,7 @@ inline void key_products(const Queries& q, int first, const Codec& codec, const 
     float bias = 0;
 #if DIFFKV_BF16
     if constexpr (Pairs) {
-      biased_dots<Reader::bits, Heads>(q, first, at, stride, from, to, part);
+      biased_dots<Reader, Heads>(q, first, at, stride, from, to, part);
       bias = 128.0f * (Reader::bits == 8 ? 17.0f : 1.0f);
     } else
 #endif
@@ -147,16 +147,16 @@ template <typename Reader, bool Pairs, int Heads>
 inline void value_products(const Codec& codec, int head_dim, int heads, int first, const Strip* strips, int count, int stride,
                            const PanelWeights& weights, Floats* out) {
   const int width = head_dim / codec.groups;
-  for (int c = 0; c < head_dim; ++c) {
+  over_channels<Reader>(head_dim, 0, head_dim, [&](int c, int row, int plane) {
     Floats total[Heads] = {};
     const int64_t at = (c / width * heads + first) * kPanel * kStrip;
     for (int s = 0; s < count; ++s) {
+      const uint8_t* from = strips[s].value.payload + row * stride;
 #if DIFFKV_BF16
       if constexpr (Pairs) {
         constexpr int bits = Reader::bits, mask = bits == 8 ? 15 : (1 << bits) - 1;
-        const int rows = head_dim * bits / 8;
-        const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(strips[s].value.payload + c % rows * stride)));
-        const __m512i codes = biased_codes(bytes, c / rows * bits, mask);
+        const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
+        const __m512i codes = biased_codes(bytes, plane * bits, mask);
         for (int h = 0; h < Heads; ++h) {
           total[h] = dot_pairs(total[h], codes, _mm512_loadu_si512(weights.rounded + at + (h * kPanel + s) * kStrip));
         }
@@ -170,13 +170,13 @@ inline void value_products(const Codec& codec, int head_dim, int heads, int firs
       }
 #endif
       for (int half = 0; half < 2; ++half) {
-        Floats code = Reader::read(strips[s].value.payload + half * kLanes, stride, c, head_dim);
+        Floats code = Reader::read(from + half * kLanes, plane, head_dim * stride);
         if (!Reader::scaled && strips[s].live < kStrip) code = select(lanes() + half * kLanes < strips[s].live, code, Floats{});
         for (int h = 0; h < Heads; ++h) total[h] += code * load<Floats>(weights.exact + at + (h * kPanel + s) * kStrip + half * kLanes);
       }
     }
     for (int h = 0; h < Heads; ++h) out[(first + h) * head_dim + c] += total[h];
-  }
+  });
 }
 
 }  // namespace diffkv

@@ -17,11 +17,11 @@ def encode(fmt: KVFormat, k: Array, v: Array, *, kernels: Kernels = XLA) -> Bloc
     Returns:
         Payloads uint8 `[N, rows, T]` and metadata float16 `[N, meta_rows, T]` of K and V.
     """
-    return kernels.function(__package__, "encode", KVFormat.encode)(fmt, k, v)
+    return kernels.function(__name__, "encode", KVFormat.encode)(fmt, k, v)
 
 
 def demote(source: KVFormat, target: KVFormat, block: Block, *, kernels: Kernels = XLA) -> Block:
     """Requantise blocks `[N, rows, T]` of one format to another without going through memory: on the integer codes where the groups of
     both match, else through float32 (docs/design.md 1).
     """
-    return kernels.function(__package__, "demote", KVFormat.demote)(source, target, block)
+    return kernels.function(__name__, "demote", KVFormat.demote)(source, target, block)

@@ -44,8 +44,8 @@ def apply_event(
         pages_a_round: pages of victims that the reference handles at a time; the kernels ignore it.
         kernels: which implementation runs.
     """
-    options = dict(one_victim=one_victim, max_len=max_len)
     if kernels.implementation == "xla":
-        return event.apply_event(stored, layout, rule, tokens, entering, admitted, pages_a_round=pages_a_round, **options)
-    apply = kernels.function(__package__, "apply_event", event.apply_event)
-    return apply(stored, layout, rule, moves, tokens, entering, admitted, **options)
+        rounds = dict(pages_a_round=pages_a_round)
+        return event.apply_event(stored, layout, rule, tokens, entering, admitted, one_victim=one_victim, max_len=max_len, **rounds)
+    apply = kernels.function(__name__, "apply_event", event.apply_event)
+    return apply(stored, layout, rule, moves, tokens, entering, admitted, one_victim=one_victim, max_len=max_len)

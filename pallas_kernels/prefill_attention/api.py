@@ -27,7 +27,7 @@ def prefill_attention(
         Output float32 `[B, G, C, d]` and log-sum-exp of the logits float32 `[B, G, C]`. Padded rows (the first `C - length`) hold
         anything finite. No array of the size of rows times keys exists.
     """
-    attend = kernels.function(__package__, "prefill_attention", reference.prefill_attention)
+    attend = kernels.function(__name__, "prefill_attention", reference.prefill_attention)
     return attend(chunk, pages, layout, heads, scale)
 
 
@@ -51,5 +51,5 @@ def column_sums(
         `ColumnSums`: the pool's significance with the sums of stored tokens added, and the sums of recent and of chunk tokens (zeros
         where there is no token). No array of the size of rows times keys exists.
     """
-    sums = kernels.function(__package__, "column_sums", sums_reference.column_sums, module="{}_sums")
+    sums = kernels.function(__name__, "column_sums", sums_reference.column_sums, module="{}_sums")
     return sums(chunk, lse, observe, pages, layout, heads, scale)

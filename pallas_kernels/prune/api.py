@@ -34,5 +34,5 @@ def count_moves(
         max_len: bounds the tokens of a head.
         kernels: which implementation runs.
     """
-    count = kernels.function(__package__, "count_moves", reference.count_moves) if layout.scored else reference.count_moves
+    count = kernels.function(__name__, "count_moves", reference.count_moves) if layout.scored else reference.count_moves
     return count(pages, layout, page_table, tier_len, rule, one_victim=one_victim, max_len=max_len)

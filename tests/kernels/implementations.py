@@ -21,6 +21,9 @@ ON_DEVICE = {
 IMPLEMENTATIONS = [pytest.param(k, id=name) for name, k in (INTERPRETED | ON_DEVICE.get(jax.default_backend(), {})).items()]
 
 
+NATIVE = [] if why_unavailable() else [pytest.param(Kernels("cpu"), id="cpu")]
+
+
 def compiler_options(kernels: Kernels) -> dict | None:
     """For `jax.jit` of an interpreted kernel: most of the time would be LLVM's."""
     return QUICKLY if kernels.interpret else None

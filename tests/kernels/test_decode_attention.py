@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from implementations import IMPLEMENTATIONS, compiler_options
+from implementations import IMPLEMENTATIONS, NATIVE, compiler_options
 
 from diffkv_jax.pallas_kernels.attention import Heads, Sliding, decode_attention
 from diffkv_jax.pallas_kernels.codecs import KVFormat
@@ -190,6 +190,40 @@ def test_the_comparison_sees_mistakes(mistake: str, kernels: Kernels):
         same(this.run(bad), this.dense(pool), old)
 
 
+@pytest.mark.parametrize("kernels", NATIVE)
+@pytest.mark.parametrize("mistake", ["a token too many", "a token too few", "recent too few", "other pages"])
+def test_the_comparison_sees_mistakes_of_native_kernels(mistake: str, kernels: Kernels):
+    this = case("K8V4+K4V2, G=3, d=128", kernels)
+    pool, old = this.pool, this.pool.pages["significance"]
+    off = (pool.tier_len[:, :1] > 0) * np.array([1, 0], np.int32)
+    bad = {
+        "a token too many": pool._replace(tier_len=pool.tier_len + off),
+        "a token too few": pool._replace(tier_len=pool.tier_len - off),
+        "recent too few": pool._replace(recent_len=np.maximum(pool.recent_len - 1, 0)),
+        "other pages": pool._replace(page_table=np.where(pool.page_table == pool.page_table[3, 0], pool.page_table[4, 0], pool.page_table)),
+    }[mistake]
+    with pytest.raises(AssertionError):
+        same(this.run(bad), this.dense(pool), old)
+
+
+@pytest.mark.parametrize("kernels", NATIVE)
+@pytest.mark.parametrize("mistake", ["page beyond the pool", "negative page", "tier too long", "negative tier", "window too long"])
+def test_what_leads_out_of_an_array_is_refused(mistake: str, kernels: Kernels):
+    this = case("K8V4+K4V2, G=3, d=128", kernels)
+    pool, first = this.pool, this.pool.page_table[3, 0]
+    bad = {
+        "page beyond the pool": pool._replace(
+            page_table=np.where(pool.page_table == first, pool.pages["payload"].shape[0], pool.page_table)
+        ),
+        "negative page": pool._replace(page_table=np.where(pool.page_table == first, -1, pool.page_table)),
+        "tier too long": pool._replace(tier_len=pool.tier_len + np.int32(100_000)),
+        "negative tier": pool._replace(tier_len=pool.tier_len - np.int32(10_000)),
+        "window too long": pool._replace(recent_len=pool.recent_len + SLOTS + 1),
+    }[mistake]
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="page|tier_len|recent_len"):
+        this.run(bad)
+
+
 @pytest.mark.parametrize("name", ["K4V4, G=3", "full, G=3, not scored"])
 def test_the_comparison_sees_swapped_keys_and_values(name: str):
     this = case(name)
@@ -197,8 +231,8 @@ def test_the_comparison_sees_swapped_keys_and_values(name: str):
         same(this.run(this.pool), this.dense(this.pool, swap=True), this.pool.pages["significance"])
 
 
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS[1:3])
-@pytest.mark.parametrize("name", ["K8V4+K4V2, G=4, d=128, T=128", "K8V4+K4V2, G=3, d=128"])
+@pytest.mark.parametrize("kernels", [*IMPLEMENTATIONS[1:3], *NATIVE])
+@pytest.mark.parametrize("name", ["K8V4+K4V2, G=4, d=128, T=128", "K8V4+K4V2, G=3, d=128", "grouped, G=6, capped, d=128", "full+K4V2, G=6"])
 def test_bfloat16_queries(name: str, kernels: Kernels):
     """The kernels multiply in bfloat16: eight bits of the weights. A missing token is further away than that."""
     this = case(name, kernels)

@@ -1,0 +1,45 @@
+"""Products of activations with stored weights: the public function."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+
+from ..kernels import XLA, Kernels
+
+FEW_ROWS = 32  # up to here reading the weights is what takes the time
+
+
+def linear(
+    x: Array,
+    weights: Sequence[Array],
+    layer: Array | None = None,
+    *,
+    transposed: bool = False,
+    dtype: str | None = None,
+    kernels: Kernels = XLA,
+) -> list[Array]:
+    """`x` times each of several weights of one layer.
+
+    In a loop over layers, XLA copies a layer's slice of the stacked weights before a product reads it: a decode step then moves the whole
+    model three times. The native kernel reads the stack where it lies. With many rows (prompts) XLA's own products are better.
+
+    Args:
+        x: float32 or bfloat16 `[..., in]`.
+        weights: each `[L, in, out]` with `layer`, `[in, out]` without; `[out, in]` when `transposed`.
+        layer: int32 [], which layer of the stacks.
+        dtype: of the results, x's when None; sums are float32.
+        kernels: which implementation runs.
+
+    Returns:
+        `[..., out]` of each.
+    """
+    result = jnp.dtype(dtype or x.dtype)
+    if kernels.implementation == "cpu" and x.size <= FEW_ROWS * x.shape[-1]:
+        from . import cpu
+
+        if cpu.supports(x, weights):
+            return cpu.linear(x, weights, layer, transposed=transposed, dtype=result)
+    pattern = "...i,oi->...o" if transposed else "...i,io->...o"
+    taken = (w if layer is None else w[layer] for w in weights)
+    return [jnp.einsum(pattern, x, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(result) for w in taken]

@@ -1,0 +1,62 @@
+"""Products of a few rows with stacked weights, against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.linear import linear
+from diffkv_jax.pallas_kernels.native import why_unavailable
+
+LAYERS, WIDTH = 3, 70  # no multiple of a vector
+KERNELS = [Kernels("xla")] + ([] if why_unavailable() else [Kernels("cpu")])
+
+
+def inputs(rows: int, columns: int, dtype: str, weights_dtype: str, transposed: bool) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(rows)
+    shape = (LAYERS, columns, WIDTH) if transposed else (LAYERS, WIDTH, columns)
+    return jnp.asarray(rng.normal(size=(rows, 1, WIDTH)), dtype), jnp.asarray(rng.normal(size=shape), weights_dtype)
+
+
+def exact(x: jax.Array, w: jax.Array, layer: int, transposed: bool) -> np.ndarray:
+    return np.einsum("rti,oi->rto" if transposed else "rti,io->rto", np.asarray(x, np.float64), np.asarray(w[layer], np.float64))
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.implementation)
+@pytest.mark.parametrize("types", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")], ids="-".join)
+@pytest.mark.parametrize("rows", [1, 3, 8, 15, 33])
+def test_equals_float64(rows: int, types: tuple[str, str], kernels: Kernels):
+    for columns, transposed in [(150, False), (16, False), (5, False), (131, True)]:
+        x, w = inputs(rows, columns, *types, transposed)
+        stacked = jax.jit(
+            lambda x, w, t=transposed: linear(x, [w, w[:, ::-1]], jnp.int32(1), transposed=t, dtype="float32", kernels=kernels)
+        )
+        got = stacked(x, w)
+        alone = linear(x, [w[1]], transposed=transposed, dtype="float32", kernels=kernels)[0]
+        for y in (got[0], alone):
+            np.testing.assert_allclose(y, exact(x, w, 1, transposed), rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(got[1], exact(x, w[:, ::-1], 1, transposed), rtol=1e-5, atol=1e-4)
+        with pytest.raises(AssertionError):  # the comparison sees another layer
+            np.testing.assert_allclose(got[0], exact(x, w, 2, transposed), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.implementation)
+def test_a_row_does_not_depend_on_the_others(kernels: Kernels):
+    x, w = inputs(8, 150, "float32", "float32", False)
+    together = linear(x, [w], jnp.int32(0), kernels=kernels)[0]
+    np.testing.assert_allclose(linear(x[2:5], [w], jnp.int32(0), kernels=kernels)[0], together[2:5], rtol=1e-5, atol=1e-4)
+
+
+def test_results_have_the_rows_type():
+    x, w = inputs(2, 16, "bfloat16", "bfloat16", False)
+    for kernels in KERNELS:
+        assert linear(x, [w], jnp.int32(0), kernels=kernels)[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.skipif(why_unavailable() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("layer", [-1, LAYERS])
+def test_a_layer_that_does_not_exist_is_refused(layer: int):
+    x, w = inputs(2, 16, "float32", "float32", False)
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="layer outside"):
+        jax.block_until_ready(linear(x, [w], jnp.int32(layer), kernels=Kernels("cpu")))
