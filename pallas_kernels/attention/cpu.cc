@@ -7,7 +7,10 @@
 #include <vector>
 
 #include "cpu_strips.h"
+#include "elements.h"
+#include "heads.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace ffi = xla::ffi;
 using namespace diffkv;
@@ -15,7 +18,7 @@ using namespace diffkv;
 namespace {
 
 constexpr int kSplitStrips = 32;
-constexpr int kAhead = 2;  // strips of keys asked for in advance
+constexpr int kAhead = 4;  // strips of keys asked for in advance
 
 struct Split {
   int head, first, count;  // strips of the head, counted over its tiers
@@ -54,34 +57,11 @@ struct Problem {
   int64_t recent(int head, int slot) const { return (int64_t(head) * slots + slot) * d(); }
 };
 
-// Grows, never shrinks, one a thread and purpose: a step allocates nothing.
-template <int Purpose, typename Number>
-Number* scratch(size_t n) {
-  thread_local std::vector<Number> memory;
-  if (memory.size() < n + 64) memory.resize(n + 64);
-  return reinterpret_cast<Number*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
-}
-
-// One element of the recent window.
-float element(const void* data, Exact type, int64_t i) {
-  if (type == Exact::float32) return static_cast<const float*>(data)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
-  const Shorts all = Shorts{} + bits;
-  return type == Exact::bfloat16 ? from_bfloat16(all)[0] : from_float16(all)[0];
-}
-
-// 16 elements, from any place.
-Floats elements(const void* data, Exact type, int64_t i) {
-  if (type == Exact::float32) return load<Floats>(static_cast<const float*>(data) + i);
-  const Shorts bits = load<Shorts>(static_cast<const uint16_t*>(data) + i);
-  return type == Exact::bfloat16 ? from_bfloat16(bits) : from_float16(bits);
-}
-
 Queries prepare(const Problem& p, int head) {
   const int d = p.d(), n = p.group * d;
   const float* exact = p.queries + int64_t(head) * n;
-  uint16_t* rounded = scratch<0, uint16_t>(2 * n);
-  float* prefix = scratch<1, float>(p.group * (d + 1));
+  uint16_t* rounded = scratch<struct Rounded, uint16_t>(2 * n);
+  float* prefix = scratch<struct Prefix, float>(p.group * (d + 1));
   for (int i = 0; i < n; ++i) {
     rounded[i] = to_bfloat16(exact[i]);
     rounded[n + i] = to_bfloat16(16 * exact[i]);
@@ -135,24 +115,24 @@ void key_strip(const Problem& p, const Queries& q, int head, const Strip& strip,
 
 void recent_logits(const Problem& p, const Queries& q, int head, float* logits, int64_t pitch, int64_t width) {
   const int live = p.recent_lengths[head], d = p.d();
-  for (int i = 0; i < width; ++i) {
-    const bool seen = i < live && (!p.sliding || live - 1 - i < p.sliding);
-    for (int h = 0; h < p.group; ++h) {
-      float dot = 0;
-      if (seen) {
-        Floats total = {};
-        int c = 0;
-        for (; c + kLanes <= d; c += kLanes) {
-          total += elements(p.recent_k, p.recent_type, p.recent(head, i) + c) * load<Floats>(q.exact + h * d + c);
-        }
-        dot = sum(total);
-        for (; c < d; ++c) dot += element(p.recent_k, p.recent_type, p.recent(head, i) + c) * q.exact[h * d + c];
-      }
-      logits[h * pitch + i] = seen ? dot : -INFINITY;
+  for (int i = 0; i < width; i += kLanes) {
+    const Ints slot = lanes() + i;
+    if (i >= live) {
+      for (int h = 0; h < p.group; ++h) store(logits + h * pitch + i, splat(-INFINITY));
+      continue;
     }
-  }
-  for (int h = 0; h < p.group; ++h) {
-    for (int i = 0; i < width; i += kLanes) finish(p, logits + h * pitch + i, lanes() + i < live && load<Floats>(logits + h * pitch + i) > -INFINITY);
+    int64_t rows[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) rows[lane] = int64_t(head) * p.slots + std::min(i + lane, live - 1);
+    const float* k = columns(p.recent_k, p.recent_type, d, rows);
+    over_heads(p.group, [&](int first, auto heads) {
+      Floats total[heads] = {};
+      for (int c = 0; c < d; ++c) {
+        for (int h = 0; h < heads; ++h) total[h] += q.exact[(first + h) * d + c] * load<Floats>(k + c * kLanes);
+      }
+      for (int h = 0; h < heads; ++h) store(logits + (first + h) * pitch + i, total[h]);
+    });
+    const Ints seen = (slot < live) & (p.sliding ? live - 1 - slot < p.sliding : slot < live);
+    for (int h = 0; h < p.group; ++h) finish(p, logits + h * pitch + i, seen);
   }
 }
 
@@ -161,34 +141,38 @@ PanelWeights weigh(const Problem& p, const Codec& codec, bool pairs, const Strip
                    float* constant) {
   const int groups = codec.groups, d = p.d(), width = d / groups, stride = p.pool.layout.tokens;
   const int64_t n = int64_t(groups) * p.group * kPanel * kStrip;
-  float* exact = scratch<2, float>(n);
-  uint16_t* rounded = scratch<3, uint16_t>(2 * n);
+  float* exact = scratch<struct PanelExact, float>(n);
+  uint16_t* rounded = scratch<struct PanelRounded, uint16_t>(2 * n);
   for (int group = 0; group < groups; ++group) {
-    for (int h = 0; h < p.group; ++h) {
-      Floats zeros = {}, biases = {};
-      for (int s = 0; s < count; ++s) {
-        for (int half = 0; half < 2; ++half) {
+    Floats* sums = scratch<struct PanelSums, Floats>(2 * p.group);  // of weight * zero and of the rounded weights, a query head
+    std::fill(sums, sums + 2 * p.group, Floats{});
+    for (int s = 0; s < count; ++s) {
+      for (int half = 0; half < 2; ++half) {
+        Floats scale = splat(1), zero = {};
+        if (codec.exact == Exact::no) {
+          const Ints live = lanes() + half * kLanes < strips[s].live;
+          scale = select(live, metadata(strips[s].value, group, stride, half), Floats{});
+          zero = select(live, metadata(strips[s].value, groups + group, stride, half), Floats{});
+        }
+        for (int h = 0; h < p.group; ++h) {
           const int64_t at = ((int64_t(group) * p.group + h) * kPanel + s) * kStrip + half * kLanes;
-          Floats w = load<Floats>(weights + h * pitch + s * kStrip + half * kLanes);
-          if (codec.exact == Exact::no) {
-            const Ints live = lanes() + half * kLanes < strips[s].live;
-            zeros += select(live, w * scale(strips[s].value, groups + group, stride, half), Floats{});
-            w = select(live, w * scale(strips[s].value, group, stride, half), Floats{});
+          const Floats w = load<Floats>(weights + h * pitch + s * kStrip + half * kLanes);
+          sums[2 * h] += w * zero;
+          if (!pairs) {
+            store(exact + at, w * scale);
+            continue;
           }
-          if (pairs) {
-            const Ints bits = as_ints(w);
-            const Ints nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-            const Floats kept = as_floats(nearest << 16);
-            store(rounded + at, __builtin_convertvector(nearest, Shorts));
-            if (codec.bits == 8) store(rounded + n + at, __builtin_convertvector(as_ints(kept * 16.0f) >> 16, Shorts));
-            biases += kept;
-          } else {
-            store(exact + at, w);
-          }
+          const Shorts bits = to_bfloat16(w * scale);
+          const Floats kept = from_bfloat16(bits);
+          store(rounded + at, bits);
+          if (codec.bits == 8) store(rounded + n + at, to_bfloat16(kept * 16.0f));
+          sums[2 * h + 1] += kept;
         }
       }
-      const float constant_part = sum(zeros) - (codec.bits == 8 ? 17 : 1) * 128.0f * sum(biases);
-      for (int c = 0; c < width; ++c) constant[h * d + group * width + c] += constant_part;
+    }
+    for (int h = 0; h < p.group; ++h) {
+      const float part = sum(sums[2 * h]) - (pairs ? bias(codec.bits) * sum(sums[2 * h + 1]) : 0.0f);
+      for (int c = 0; c < width; ++c) constant[h * d + group * width + c] += part;
     }
   }
   return {exact, rounded, rounded + n};
@@ -202,28 +186,36 @@ void value_panel(const Problem& p, const Strip* strips, int count, const float* 
   with_reader(codec, [&](auto reader) {
     using Reader = decltype(reader);
     over_heads(p.group, [&](int first, auto heads) {
+      const auto multiply = [&](auto in_pairs, auto one_group) {
+        value_products<Reader, in_pairs, one_group, heads>(codec, p.d(), p.group, first, strips, count, stride, panel, out);
+      };
       if constexpr (Reader::scaled && DIFFKV_BF16) {
-        if (pairs) return value_products<Reader, true, heads>(codec, p.d(), p.group, first, strips, count, stride, panel, out);
+        if (pairs) return codec.groups == 1 ? multiply(std::true_type{}, std::true_type{}) : multiply(std::true_type{}, std::false_type{});
       }
-      value_products<Reader, false, heads>(codec, p.d(), p.group, first, strips, count, stride, panel, out);
+      multiply(std::false_type{}, std::false_type{});
     });
   });
 }
 
-void recent_values(const Problem& p, int head, const float* weights, int64_t pitch, float* constant) {
-  const int d = p.d();
-  for (int i = 0; i < p.recent_lengths[head]; ++i) {
-    for (int h = 0; h < p.group; ++h) {
-      const float w = weights[h * pitch + i];
-      if (w == 0) continue;
-      int c = 0;
-      for (; c + kLanes <= d; c += kLanes) {
-        float* to = constant + h * d + c;
-        store(to, load<Floats>(to) + w * elements(p.recent_v, p.recent_type, p.recent(head, i) + c));
+void recent_values(const Problem& p, int head, const float* weights, int64_t pitch, float* out) {
+  const int d = p.d(), live = p.recent_lengths[head];
+  over_heads(p.group, [&](int first, auto heads) {
+    int c = 0;
+    for (; c + kLanes <= d; c += kLanes) {
+      Floats total[heads] = {};
+      for (int i = 0; i < live; ++i) {
+        const Floats v = elements(p.recent_v, p.recent_type, p.recent(head, i) + c);
+        for (int h = 0; h < heads; ++h) total[h] += weights[(first + h) * pitch + i] * v;
       }
-      for (; c < d; ++c) constant[h * d + c] += w * element(p.recent_v, p.recent_type, p.recent(head, i) + c);
+      for (int h = 0; h < heads; ++h) store(out + (first + h) * d + c, load<Floats>(out + (first + h) * d + c) + total[h]);
     }
-  }
+    for (; c < d; ++c) {
+      for (int i = 0; i < live; ++i) {
+        const float v = element(p.recent_v, p.recent_type, p.recent(head, i) + c);
+        for (int h = 0; h < heads; ++h) out[(first + h) * d + c] += weights[(first + h) * pitch + i] * v;
+      }
+    }
+  });
 }
 
 // Logits to exponentials relative to their maximum.
@@ -256,7 +248,7 @@ void attend(const Problem& p, const Split& split) {
   const int64_t stored = int64_t(split.count) * kStrip;
   if (split.last) recent_logits(p, q, split.head, split.p + stored, split.slots, split.slots - stored);
   exponentials(p, split);
-  Floats* partial = scratch<4, Floats>(n);
+  Floats* partial = scratch<struct PartialSums, Floats>(n);
   float* out = split.state + 2 * p.group;
   std::fill(partial, partial + n, Floats{});
   std::fill(out, out + n, 0.0f);
@@ -301,7 +293,7 @@ void merge(const Problem& p, int64_t index) {
     if (split.last) std::fill_n(p.recent_scores + int64_t(split.head) * p.slots, p.slots, 0.0f);
     return;
   }
-  float* shares = scratch<5, float>(p.group);
+  float* shares = scratch<struct Shares, float>(p.group);
   for (int h = 0; h < p.group; ++h) shares[h] = share(p, head, splits, split, h);
   const auto score = [&](int64_t slot) {
     Floats most = {};
@@ -339,7 +331,7 @@ void plan(Problem& p, int64_t heads) {
       numbers += p.group * slots + (state + 15) / 16 * 16;
     }
   }
-  float* next = scratch<6, float>(numbers);
+  float* next = scratch<struct SplitState, float>(numbers);
   for (Split& split : p.splits) {
     split.p = next;
     split.state = next + p.group * split.slots;
@@ -347,27 +339,13 @@ void plan(Problem& p, int64_t heads) {
   }
 }
 
-// Lengths and page ids that would lead out of an array.
 ffi::Error check(const Problem& p, int64_t heads, int64_t num_pages) {
   for (int64_t head = 0; head < heads; ++head) {
     if (p.recent_lengths[head] < 0 || p.recent_lengths[head] > p.slots) return ffi::Error::InvalidArgument("recent_len outside the recent window");
-    int64_t pages = 0;
-    for (int t = 0; t < p.pool.layout.tiers; ++t) {
-      const int64_t length = p.length(head, t), used = length < 0 ? p.max_pages + 1 : p.pool.layout.pages(t, length);
-      pages += used;
-      if (pages > p.max_pages) return ffi::Error::InvalidArgument("tier_len beyond the page table");
-      const int32_t* row = p.table + head * p.max_pages;
-      for (int64_t i = 0; i < used; ++i) {
-        const int32_t id = row[t == 0 ? i : p.max_pages - 1 - i];
-        if (id < 0 || id >= num_pages) return ffi::Error::InvalidArgument("page table names a page that the pool does not have");
-      }
-    }
+    const Held held{p.table + head * p.max_pages, p.lengths + head * p.pool.layout.tiers, p.max_pages};
+    if (auto error = check(p.pool.layout, held, num_pages); error.failure()) return error;
   }
   return ffi::Error::Success();
-}
-
-Exact exact_type(ffi::DataType type) {
-  return type == ffi::DataType::F32 ? Exact::float32 : type == ffi::DataType::F16 ? Exact::float16 : Exact::bfloat16;
 }
 
 ffi::Error decode_attention(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::Buffer<ffi::U8> payload, ffi::AnyBuffer meta,
@@ -398,7 +376,7 @@ ffi::Error decode_attention(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::Buff
   p.recent_v = static_cast<const char*>(recent_v.untyped_data()) + offset;
   p.out = out->typed_data(), p.significance = significance_out->typed_data(), p.recent_scores = recent_scores->typed_data();
   if (auto error = check(p, heads, pages[0]); error.failure()) return error;
-  float* queries = scratch<7, float>(heads * group * d);
+  float* queries = scratch<struct QueryNumbers, float>(heads * group * d);
   for (int64_t i = 0; i < heads * group * d; ++i) queries[i] = element(q.untyped_data(), exact_type(q.element_type()), i);
   p.queries = queries;
   plan(p, heads);

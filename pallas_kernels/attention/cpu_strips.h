@@ -1,9 +1,11 @@
 // Dot products of queries with 32 stored keys, and of weights with panels of stored values: float32, and bfloat16 where the CPU has it.
 //
 // Scale and zero point stay outside the products (docs/design.md 7): logit = s_t (q . c_t) + z_t sum(q), out += (p s) C^T + sum(p z).
+// A payload row is loaded once for all the channels that its planes hold; planes are unrolled, so every shift is a constant.
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "pages.h"
 
@@ -21,36 +23,39 @@ constexpr int kPanel = 8;  // strips whose values are multiplied together, so th
 // The queries of one KV head, prepared once.
 struct Queries {
   int heads, head_dim;
-  bool bfloat16;                    // multiply in bfloat16
-  const float* exact;               // [heads, head_dim]
-  const uint16_t* rounded;          // the same in bfloat16; pairs of channels are read as one word
-  const uint16_t* sixteenfold;      // rounded * 16
-  const float* prefix;              // [heads, head_dim + 1] sums of the first channels, for the zero points
+  bool bfloat16;                // multiply in bfloat16
+  const float* exact;           // [heads, head_dim]
+  const uint16_t* rounded;      // the same in bfloat16; pairs of channels are read as one word
+  const uint16_t* sixteenfold;  // rounded * 16
+  const float* prefix;          // [heads, head_dim + 1] sums of the first channels, for the zero points
 
-  float channel_sum(int head, int from, int to) const { return prefix[head * (head_dim + 1) + to] - prefix[head * (head_dim + 1) + from]; }
+  float channel_sum(int head, int from, int to) const {
+    return prefix[head * (head_dim + 1) + to] - prefix[head * (head_dim + 1) + from];
+  }
 };
 
+// Whether the bfloat16 products can take a codec: they read channels two by two.
 inline bool pairs_fit(const Codec& codec, int head_dim) {
   return DIFFKV_BF16 && codec.exact == Exact::no && codec.rows % 2 == 0 && head_dim / codec.groups % 2 == 0;
 }
 
-inline Floats scale(const Stored& at, int row, int stride, int half) {
+// Calls body(std::integral_constant) for 0 to N - 1.
+template <typename Body, int... I>
+inline void unrolled(const Body& body, std::integer_sequence<int, I...>) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+template <int N, typename Body>
+inline void unrolled(const Body& body) {
+  unrolled(body, std::make_integer_sequence<int, N>{});
+}
+
+// Row `row` of a tensor's metadata, 16 tokens.
+inline Floats metadata(const Stored& at, int row, int stride, int half) {
   return from_float16(load<Shorts>(at.meta + row * stride + half * kLanes));
 }
 
-template <typename Reader, int Heads>
-inline void dots(const Queries& q, int first, const Stored& at, int stride, int from, int to, Floats (&total)[Heads][2]) {
-  over_channels<Reader>(q.head_dim, from, to, [&](int c, int row, int plane) {
-    const uint8_t* bytes = at.payload + row * stride;
-    const int64_t next_byte = q.head_dim * stride;
-    const Floats low = Reader::read(bytes, plane, next_byte), high = Reader::read(bytes + kLanes, plane, next_byte);
-    for (int h = 0; h < Heads; ++h) {
-      const float x = q.exact[(first + h) * q.head_dim + c];
-      total[h][0] += x * low;
-      total[h][1] += x * high;
-    }
-  });
-}
+// Biased codes of bfloat16 products: what the bias adds to a sum of codes, times the sum of the factors: eight bits are two codes of four, the upper one sixteenfold.
+constexpr float bias(int bits) { return bits == 8 ? 17 * 128.0f : 128.0f; }
 
 #if DIFFKV_BF16
 
@@ -62,7 +67,7 @@ inline __m512i pair(const uint16_t* two) {
   return _mm512_set1_epi32(word);
 }
 
-// Bytes t and 32 + t (rows c and c + 1 of one token) into the two halves of word t, for tokens 0 to 15 and 16 to 31.
+// Bytes t and 32 + t (two rows of one token) into the two halves of word t, for tokens 0 to 15 or 16 to 31.
 inline __m512i spread(int half) {
   alignas(64) int8_t index[64];
   for (int t = 0; t < 16; ++t) {
@@ -72,60 +77,80 @@ inline __m512i spread(int half) {
   return _mm512_load_si512(index);
 }
 
-// Bits `shift ...` of every half word as the bfloat16 number 128 + code: at most four bits fit its fraction exactly.
-inline __m512i biased_codes(__m512i bytes, int shift, int mask) {
-  const __m512i shifted = _mm512_srl_epi16(bytes, _mm_cvtsi32_si128(shift));
-  return _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi16(mask), _mm512_set1_epi16(0x4300), 0xEA);  // (a & b) | c
-}
-
-// Sums of q times (128 + code) over channels [from, to) of one group; eight bits are two codes of four, the upper one sixteenfold.
-template <typename Reader, int Heads>
-inline void biased_dots(const Queries& q, int first, const Stored& at, int stride, int from, int to, Floats (&total)[Heads][2]) {
-  constexpr int bits = Reader::bits, mask = bits == 8 ? 15 : (1 << bits) - 1;
-  const __m512i low = spread(0), high = spread(1);
-  over_channels<Reader, 2>(q.head_dim, from, to, [&](int c, int row, int plane) {
-    const uint8_t* rows = at.payload + row * stride;
-    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)rows)),
-                                            _mm256_loadu_si256((const __m256i*)(rows + stride)), 1);
-    const __m512i bytes[2] = {_mm512_permutexvar_epi8(low, both), _mm512_permutexvar_epi8(high, both)};
-    for (int half = 0; half < 2; ++half) {
-      const __m512i codes = biased_codes(bytes[half], plane * bits, mask);
-      for (int h = 0; h < Heads; ++h) total[h][half] = dot_pairs(total[h][half], codes, pair(q.rounded + (first + h) * q.head_dim + c));
-      if constexpr (bits == 8) {
-        const __m512i upper = biased_codes(bytes[half], 4, mask);
-        for (int h = 0; h < Heads; ++h) total[h][half] = dot_pairs(total[h][half], upper, pair(q.sixteenfold + (first + h) * q.head_dim + c));
-      }
-    }
-  });
+// Four bits (or fewer) of every half word from `Shift` on as the bfloat16 number 128 + code, which is exact.
+template <int Bits, int Shift>
+inline __m512i biased_codes(__m512i bytes) {
+  constexpr int mask = Bits >= 4 ? 15 : (1 << Bits) - 1;
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, Shift), _mm512_set1_epi16(mask), _mm512_set1_epi16(0x4300), 0xEA);  // (a & b) | c
 }
 
 #endif
+
+// total += q . codes over rows [begin, end) of planes [First, First + Planes); of biased codes when `Pairs`.
+template <typename Reader, bool Pairs, int Heads, int First, int Planes>
+inline void accumulate(const Queries& q, int head, const Stored& at, int stride, int begin, int end, Floats (&total)[Heads][2]) {
+  const int rows = q.head_dim / Reader::planes;
+#if DIFFKV_BF16
+  if constexpr (Pairs) {
+    const __m512i low = spread(0), high = spread(1);
+    for (int row = begin; row < end; row += 2) {
+      const uint8_t* from = at.payload + row * stride;
+      const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from)),
+                                              _mm256_loadu_si256((const __m256i*)(from + stride)), 1);
+      const __m512i bytes[2] = {_mm512_permutexvar_epi8(low, both), _mm512_permutexvar_epi8(high, both)};
+      unrolled<Reader::bits == 8 ? 2 : Planes>([&](auto i) {  // of eight bits, the lower and the upper half
+        constexpr int shift = Reader::bits == 8 ? 4 * i : (First + i) * Reader::bits;
+        const int channel = Reader::bits == 8 ? row : (First + i) * rows + row;
+        const __m512i codes[2] = {biased_codes<Reader::bits, shift>(bytes[0]), biased_codes<Reader::bits, shift>(bytes[1])};
+        const uint16_t* factors = Reader::bits == 8 && i == 1 ? q.sixteenfold : q.rounded;
+        for (int h = 0; h < Heads; ++h) {
+          const __m512i factor = pair(factors + (head + h) * q.head_dim + channel);
+          total[h][0] = dot_pairs(total[h][0], codes[0], factor);
+          total[h][1] = dot_pairs(total[h][1], codes[1], factor);
+        }
+      });
+    }
+    return;
+  }
+#endif
+  for (int row = begin; row < end; ++row) {
+    const uint8_t* from = at.payload + row * stride;
+    unrolled<Planes>([&](auto i) {
+      constexpr int plane = First + i;
+      const int64_t next_byte = int64_t{q.head_dim} * stride;
+      const Floats codes[2] = {Reader::read(from, plane, next_byte), Reader::read(from + kLanes, plane, next_byte)};
+      for (int h = 0; h < Heads; ++h) {
+        const float factor = q.exact[(head + h) * q.head_dim + plane * rows + row];
+        total[h][0] += factor * codes[0];
+        total[h][1] += factor * codes[1];
+      }
+    });
+  }
+}
 
 // q . k of `Heads` query heads and 32 keys into logits[h * pitch ...]; what lies in dead lanes means nothing.
 template <typename Reader, bool Pairs, int Heads>
-inline void key_products(const Queries& q, int first, const Codec& codec, const Stored& at, int stride, float* logits, int64_t pitch) {
+void key_products(const Queries& q, int head, const Codec& codec, const Stored& at, int stride, float* logits, int64_t pitch) {
+  const int width = q.head_dim / codec.groups, rows = q.head_dim / Reader::planes;
   Floats total[Heads][2] = {};
-  const int width = q.head_dim / codec.groups;
   for (int group = 0; group < codec.groups; ++group) {
-    const int from = group * width, to = from + width;
     Floats part[Heads][2] = {};
-    float bias = 0;
-#if DIFFKV_BF16
-    if constexpr (Pairs) {
-      biased_dots<Reader, Heads>(q, first, at, stride, from, to, part);
-      bias = 128.0f * (Reader::bits == 8 ? 17.0f : 1.0f);
-    } else
-#endif
-      dots<Reader, Heads>(q, first, at, stride, from, to, part);
-    for (int h = 0; h < Heads; ++h) {
-      const float channels = q.channel_sum(first + h, from, to);
-      for (int half = 0; half < 2; ++half) {
-        if constexpr (Reader::scaled) {
-          total[h][half] += (part[h][half] - bias * channels) * scale(at, group, stride, half);
-          total[h][half] += channels * scale(at, codec.groups + group, stride, half);
-        } else {
-          total[h][half] = part[h][half];
-        }
+    if (codec.groups == 1) {
+      accumulate<Reader, Pairs, Heads, 0, Reader::planes>(q, head, at, stride, 0, rows, part);
+    } else {
+      unrolled<Reader::planes>([&](auto plane) {
+        const int begin = group * width - plane * rows, end = begin + width;
+        accumulate<Reader, Pairs, Heads, plane, 1>(q, head, at, stride, begin > 0 ? begin : 0, end < rows ? end : rows, part);
+      });
+    }
+    for (int half = 0; half < 2; ++half) {
+      Floats scale = splat(1), zero = {};
+      if (Reader::scaled) scale = metadata(at, group, stride, half), zero = metadata(at, codec.groups + group, stride, half);
+      for (int h = 0; h < Heads; ++h) {
+        const float channels = q.channel_sum(head + h, group * width, (group + 1) * width);
+        if (Pairs) part[h][half] -= bias(Reader::bits) * channels;
+        total[h][half] += part[h][half] * scale;
+        if (Reader::scaled) total[h][half] += channels * zero;
       }
     }
   }
@@ -137,46 +162,54 @@ inline void key_products(const Queries& q, int first, const Codec& codec, const 
 
 // Weights of a panel of strips, scaled by each group of the values: what the value products read.
 struct PanelWeights {
-  const float* exact;       // [groups, heads, kPanel, 32]
-  const uint16_t* rounded;  // the same in bfloat16
-  const uint16_t* sixteenfold;
+  const float* exact;           // [groups, heads, kPanel, 32]
+  const uint16_t* rounded;      // the same in bfloat16
+  const uint16_t* sixteenfold;  // rounded * 16
 };
 
-// out[h, c] += weight * code of the panel's tokens, as 16 partial sums.
-template <typename Reader, bool Pairs, int Heads>
-inline void value_products(const Codec& codec, int head_dim, int heads, int first, const Strip* strips, int count, int stride,
-                           const PanelWeights& weights, Floats* out) {
-  const int width = head_dim / codec.groups;
-  over_channels<Reader>(head_dim, 0, head_dim, [&](int c, int row, int plane) {
-    Floats total[Heads] = {};
-    const int64_t at = (c / width * heads + first) * kPanel * kStrip;
+// out[h, c] += weight * code of the panel's tokens, as 16 partial sums. `OneGroup`: all planes share their weights.
+template <typename Reader, bool Pairs, bool OneGroup, int Heads>
+void value_products(const Codec& codec, int head_dim, int heads, int head, const Strip* strips, int count, int stride,
+                    const PanelWeights& weights, Floats* out) {
+  constexpr int planes = Reader::planes;
+  const int width = head_dim / codec.groups, rows = head_dim / planes;
+  const auto place = [&](int channel, int h, int s) {
+    return (((OneGroup ? 0 : channel / width) * heads + head + h) * kPanel + s) * kStrip;
+  };
+  for (int row = 0; row < rows; ++row) {
+    Floats total[planes][Heads] = {};
     for (int s = 0; s < count; ++s) {
       const uint8_t* from = strips[s].value.payload + row * stride;
 #if DIFFKV_BF16
       if constexpr (Pairs) {
-        constexpr int bits = Reader::bits, mask = bits == 8 ? 15 : (1 << bits) - 1;
         const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
-        const __m512i codes = biased_codes(bytes, plane * bits, mask);
-        for (int h = 0; h < Heads; ++h) {
-          total[h] = dot_pairs(total[h], codes, _mm512_loadu_si512(weights.rounded + at + (h * kPanel + s) * kStrip));
-        }
-        if constexpr (bits == 8) {
-          const __m512i upper = biased_codes(bytes, 4, mask);
+        unrolled<planes>([&](auto i) {
+          const __m512i codes = biased_codes<Reader::bits, Reader::bits == 8 ? 0 : i * Reader::bits>(bytes);
           for (int h = 0; h < Heads; ++h) {
-            total[h] = dot_pairs(total[h], upper, _mm512_loadu_si512(weights.sixteenfold + at + (h * kPanel + s) * kStrip));
+            total[i][h] = dot_pairs(total[i][h], codes, _mm512_loadu_si512(weights.rounded + place(i * rows + row, h, s)));
+          }
+        });
+        if constexpr (Reader::bits == 8) {
+          const __m512i upper = biased_codes<8, 4>(bytes);
+          for (int h = 0; h < Heads; ++h) {
+            total[0][h] = dot_pairs(total[0][h], upper, _mm512_loadu_si512(weights.sixteenfold + place(row, h, s)));
           }
         }
         continue;
       }
 #endif
       for (int half = 0; half < 2; ++half) {
-        Floats code = Reader::read(from + half * kLanes, plane, head_dim * stride);
-        if (!Reader::scaled && strips[s].live < kStrip) code = select(lanes() + half * kLanes < strips[s].live, code, Floats{});
-        for (int h = 0; h < Heads; ++h) total[h] += code * load<Floats>(weights.exact + at + (h * kPanel + s) * kStrip + half * kLanes);
+        unrolled<planes>([&](auto i) {
+          Floats code = Reader::read(from + half * kLanes, i, int64_t{head_dim} * stride);
+          if (!Reader::scaled && strips[s].live < kStrip) code = select(lanes() + half * kLanes < strips[s].live, code, Floats{});
+          for (int h = 0; h < Heads; ++h) total[i][h] += code * load<Floats>(weights.exact + place(i * rows + row, h, s) + half * kLanes);
+        });
       }
     }
-    for (int h = 0; h < Heads; ++h) out[(first + h) * head_dim + c] += total[h];
-  });
+    for (int i = 0; i < planes; ++i) {
+      for (int h = 0; h < Heads; ++h) out[(head + h) * head_dim + i * rows + row] += total[i][h];
+    }
+  }
 }
 
 }  // namespace diffkv

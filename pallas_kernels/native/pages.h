@@ -55,6 +55,13 @@ struct Stored {
   const uint16_t* meta;  // float16 bits
 };
 
+// Asks for 32 tokens before they are needed: pages lie anywhere, so the CPU cannot guess the next one.
+inline void prefetch(const Stored& at, const Codec& codec, int stride) {
+  const int step = stride < 64 ? 64 / stride : 1;
+  for (int row = 0; row < codec.rows; row += step) __builtin_prefetch(at.payload + row * stride);
+  for (int row = 0; row < codec.meta_rows(); ++row) __builtin_prefetch(at.meta + row * stride);
+}
+
 struct Strip {
   Stored key, value;
   int64_t side;  // index of its first token in significance and position
@@ -85,29 +92,37 @@ struct Pool {
   }
 };
 
-// Codes (or, of exact types, values) of channel `c` of 16 tokens.
+// Codes (or, of exact types, values) of 16 tokens: channel `row + plane * rows` lies in payload row `row`.
 template <int Bits>
 struct Uniform {
-  static constexpr int bits = Bits;
+  static constexpr int bits = Bits, planes = 8 / Bits;
   static constexpr bool scaled = true;
-  static Floats read(const uint8_t* payload, int stride, int c, int head_dim) {
-    const int rows = head_dim * Bits / 8;
-    const Ints bytes = widen(load<Bytes>(payload + c % rows * stride));
-    return to_floats((bytes >> (c / rows * Bits)) & ((1 << Bits) - 1));
+  static Floats read(const uint8_t* row, int plane, int64_t) {
+    return to_floats((widen(load<Bytes>(row)) >> (plane * Bits)) & ((1 << Bits) - 1));
   }
 };
 
 template <Exact Type>
 struct Kept {
-  static constexpr int bits = 0;
+  static constexpr int bits = 0, planes = 1;
   static constexpr bool scaled = false;
-  static Floats read(const uint8_t* payload, int stride, int c, int head_dim) {
-    const auto plane = [&](int i) { return widen(load<Bytes>(payload + (c + i * head_dim) * stride)); };
+  static Floats read(const uint8_t* row, int, int64_t next_byte) {
+    const auto plane = [&](int i) { return widen(load<Bytes>(row + i * next_byte)); };
     if constexpr (Type == Exact::bfloat16) return as_floats((plane(1) << 24) | (plane(0) << 16));
     if constexpr (Type == Exact::float32) return as_floats((plane(3) << 24) | (plane(2) << 16) | (plane(1) << 8) | plane(0));
     return from_float16(__builtin_convertvector((plane(1) << 8) | plane(0), Shorts));
   }
 };
+
+// Calls body(channel, row, plane) for the channels [from, to), plane by plane.
+template <typename Reader, int Step = 1, typename Body>
+inline void over_channels(int head_dim, int from, int to, const Body& body) {
+  const int rows = head_dim / Reader::planes;
+  for (int plane = 0; plane < Reader::planes; ++plane) {
+    const int first = plane * rows, begin = from > first ? from - first : 0, end = to - first < rows ? to - first : rows;
+    for (int row = begin; row < end; row += Step) body(first + row, row, plane);
+  }
+}
 
 // Calls `body` with the reader of a codec.
 template <typename Body>

@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace diffkv {
 
 constexpr int kLanes = 16;
@@ -55,20 +59,34 @@ inline Ints lanes() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 
 
 inline Floats from_bfloat16(Shorts bits) { return as_floats(widen(bits) << 16); }
 
-// float16 bits to float32 by integer arithmetic, as pallas_kernels/codecs/tiles.py half_to_float does; subnormals and NaN included.
+// float16 bits to float32, subnormals and NaN included; without an instruction for it as pallas_kernels/codecs/tiles.py half_to_float.
 inline Floats from_float16(Shorts half) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(load<__m256i>(&half));
+#else
   const Ints bits = widen(half), fraction = bits & 1023, exponent = (bits >> 10) & 31;
   const Floats normal = as_floats(((exponent + 112) << 23) | (fraction << 13));
   const Floats special = as_floats((255 << 23) | (fraction << 13));
   const Floats small = to_floats(fraction) * 0x1p-24f;
   const Floats size = select(exponent == 0, small, select(exponent == 31, special, normal));
   return select(((bits >> 15) & 1) == 1, -size, size);
+#endif
 }
 
 inline uint16_t to_bfloat16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);  // half to even; of a NaN some NaN or infinity
+}
+
+inline Shorts to_bfloat16(Floats x) {
+#if defined(__AVX512BF16__)
+  const __m256bh bits = _mm512_cvtneps_pbh((__m512)x);
+  return load<Shorts>(&bits);
+#else
+  const Ints bits = as_ints(x);
+  return __builtin_convertvector((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, Shorts);
+#endif
 }
 
 // e^x to a few units in the last place, 0 below -87.3, for x <= 88; the Cephes polynomial.

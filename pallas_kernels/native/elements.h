@@ -1,0 +1,70 @@
+// Numbers of any floating type that arrays may hold, read as float32.
+#pragma once
+
+#include "pages.h"
+#include "scratch.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace diffkv {
+
+inline Exact exact_type(xla::ffi::DataType type) {
+  using xla::ffi::DataType;
+  return type == DataType::F32 ? Exact::float32 : type == DataType::F16 ? Exact::float16 : Exact::bfloat16;
+}
+
+inline float element(const void* data, Exact type, int64_t i) {
+  if (type == Exact::float32) return static_cast<const float*>(data)[i];
+  const Shorts bits = Shorts{} + static_cast<const uint16_t*>(data)[i];
+  return type == Exact::bfloat16 ? from_bfloat16(bits)[0] : from_float16(bits)[0];
+}
+
+// 16 elements, from any place.
+inline Floats elements(const void* data, Exact type, int64_t i) {
+  if (type == Exact::float32) return load<Floats>(static_cast<const float*>(data) + i);
+  const Shorts bits = load<Shorts>(static_cast<const uint16_t*>(data) + i);
+  return type == Exact::bfloat16 ? from_bfloat16(bits) : from_float16(bits);
+}
+
+// 16 rows of `n` numbers as columns `x [n, 16]`, four by four: that is what every CPU can turn in registers.
+inline void transpose(const float* const* rows, int64_t n, float* x) {
+  typedef float Four __attribute__((vector_size(16)));
+  int64_t c = 0;
+  for (; c + 4 <= n; c += 4) {
+    for (int lane = 0; lane < kLanes; lane += 4) {
+      const Four r0 = load<Four>(rows[lane] + c), r1 = load<Four>(rows[lane + 1] + c);
+      const Four r2 = load<Four>(rows[lane + 2] + c), r3 = load<Four>(rows[lane + 3] + c);
+      const Four low01 = __builtin_shufflevector(r0, r1, 0, 4, 1, 5), high01 = __builtin_shufflevector(r0, r1, 2, 6, 3, 7);
+      const Four low23 = __builtin_shufflevector(r2, r3, 0, 4, 1, 5), high23 = __builtin_shufflevector(r2, r3, 2, 6, 3, 7);
+      float* to = x + c * kLanes + lane;
+      store(to, __builtin_shufflevector(low01, low23, 0, 1, 4, 5));
+      store(to + kLanes, __builtin_shufflevector(low01, low23, 2, 3, 6, 7));
+      store(to + 2 * kLanes, __builtin_shufflevector(high01, high23, 0, 1, 4, 5));
+      store(to + 3 * kLanes, __builtin_shufflevector(high01, high23, 2, 3, 6, 7));
+    }
+  }
+  for (; c < n; ++c) {
+    for (int lane = 0; lane < kLanes; ++lane) x[c * kLanes + lane] = rows[lane][c];
+  }
+}
+
+// 16 rows of an array `[rows, n]`, numbers `row [16]`, as columns `[n, 16]`.
+inline const float* columns(const void* data, Exact type, int64_t n, const int64_t* row) {
+  const float* rows[kLanes];
+  float* wide = scratch<struct WideRows, float>(n * kLanes);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (type == Exact::float32) {
+      rows[lane] = static_cast<const float*>(data) + row[lane] * n;
+      continue;
+    }
+    float* to = wide + lane * n;
+    int64_t c = 0;
+    for (; c + kLanes <= n; c += kLanes) store(to + c, elements(data, type, row[lane] * n + c));
+    for (; c < n; ++c) to[c] = element(data, type, row[lane] * n + c);
+    rows[lane] = to;
+  }
+  float* x = scratch<struct Columns, float>(n * kLanes);
+  transpose(rows, n, x);
+  return x;
+}
+
+}  // namespace diffkv
