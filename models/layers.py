@@ -85,7 +85,9 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Rows of the table for tokens [B, T]: dtype [B, T, hidden_size]; NaN for an id that is not in the vocabulary."""
-        return jnp.take(self.embedding, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.dtype)
+        # the barrier keeps XLA from converting the whole table to float32 once before a decode loop
+        table, tokens = jax.lax.optimization_barrier((self.embedding, tokens))
+        return jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.dtype)
 
     def logits(self, hidden: jax.Array, kernels: Kernels = XLA) -> jax.Array:
         """hidden [B, T, hidden_size] against every row: float32 [B, T, vocab_size]."""

@@ -98,7 +98,7 @@ void key_strip(const Problem& p, const Queries& q, int head, const Strip& strip,
     using Reader = decltype(reader);
     over_heads(p.group, [&](int first, auto count) {
       float* to = logits + first * pitch;
-      if constexpr (Reader::scaled && DIFFKV_BF16) {
+      if constexpr (pairs_possible<Reader>) {
         if (q.bfloat16 && pairs_fit(codec, q.head_dim)) {
           return key_products<Reader, true, count>(q, first, codec, strip.key, stride, to, pitch);
         }
@@ -189,7 +189,7 @@ void value_panel(const Problem& p, const Strip* strips, int count, const float* 
       const auto multiply = [&](auto in_pairs, auto one_group) {
         value_products<Reader, in_pairs, one_group, heads>(codec, p.d(), p.group, first, strips, count, stride, panel, out);
       };
-      if constexpr (Reader::scaled && DIFFKV_BF16) {
+      if constexpr (pairs_possible<Reader>) {
         if (pairs) return codec.groups == 1 ? multiply(std::true_type{}, std::true_type{}) : multiply(std::true_type{}, std::false_type{});
       }
       multiply(std::false_type{}, std::false_type{});

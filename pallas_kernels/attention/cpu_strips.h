@@ -35,8 +35,10 @@ struct Queries {
 };
 
 // Whether the bfloat16 products can take a codec: they read channels two by two.
+template <typename Reader>
+constexpr bool pairs_possible = DIFFKV_BF16 && (Reader::type == Exact::no || Reader::type == Exact::bfloat16);
 inline bool pairs_fit(const Codec& codec, int head_dim) {
-  return DIFFKV_BF16 && codec.exact == Exact::no && codec.rows % 2 == 0 && head_dim / codec.groups % 2 == 0;
+  return DIFFKV_BF16 && codec.exact != Exact::float16 && codec.exact != Exact::float32 && codec.rows % 2 == 0 && head_dim / codec.groups % 2 == 0;
 }
 
 // Calls body(std::integral_constant) for 0 to N - 1.
@@ -55,7 +57,7 @@ inline Floats metadata(const Stored& at, int row, int stride, int half) {
 }
 
 // Biased codes of bfloat16 products: what the bias adds to a sum of codes, times the sum of the factors: eight bits are two codes of four, the upper one sixteenfold.
-constexpr float bias(int bits) { return bits == 8 ? 17 * 128.0f : 128.0f; }
+constexpr float bias(int bits) { return bits == 16 ? 0.0f : bits == 8 ? 17 * 128.0f : 128.0f; }
 
 #if DIFFKV_BF16
 
@@ -67,14 +69,29 @@ inline __m512i pair(const uint16_t* two) {
   return _mm512_set1_epi32(word);
 }
 
-// Bytes t and 32 + t (two rows of one token) into the two halves of word t, for tokens 0 to 15 or 16 to 31.
-inline __m512i spread(int half) {
+// Two rows of 32 bytes.
+inline __m512i two_rows(const uint8_t* first, int64_t next) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)first)), _mm256_loadu_si256((const __m256i*)(first + next)), 1);
+}
+
+// Places in two_rows from which word t (token t of the first or second 16) is made: its byte of the one row twice, then of the other; or
+// for bfloat16, whose upper bytes come from a second pair of rows, the lower and upper byte of each.
+inline __m512i spread(int half, bool upper_bytes) {
   alignas(64) int8_t index[64];
   for (int t = 0; t < 16; ++t) {
-    index[4 * t] = index[4 * t + 1] = static_cast<int8_t>(t + 16 * half);
-    index[4 * t + 2] = index[4 * t + 3] = static_cast<int8_t>(32 + t + 16 * half);
+    index[4 * t] = static_cast<int8_t>(t + 16 * half);
+    index[4 * t + 2] = static_cast<int8_t>(32 + t + 16 * half);
+    index[4 * t + 1] = static_cast<int8_t>(index[4 * t] + (upper_bytes ? 64 : 0));
+    index[4 * t + 3] = static_cast<int8_t>(index[4 * t + 2] + (upper_bytes ? 64 : 0));
   }
   return _mm512_load_si512(index);
+}
+
+// Bytes t and 32 + t of two_rows as half word t: the values of 32 tokens kept in bfloat16.
+inline __m512i joined(__m512i rows) {
+  const __m512i by_eights = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), rows);
+  const __m512i interleave = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+  return _mm512_shuffle_epi8(by_eights, interleave);
 }
 
 // Four bits (or fewer) of every half word from `Shift` on as the bfloat16 number 128 + code, which is exact.
@@ -91,12 +108,24 @@ template <typename Reader, bool Pairs, int Heads, int First, int Planes>
 inline void accumulate(const Queries& q, int head, const Stored& at, int stride, int begin, int end, Floats (&total)[Heads][2]) {
   const int rows = q.head_dim / Reader::planes;
 #if DIFFKV_BF16
-  if constexpr (Pairs) {
-    const __m512i low = spread(0), high = spread(1);
+  if constexpr (Pairs && Reader::type == Exact::bfloat16) {
+    const __m512i low = spread(0, true), high = spread(1, true);
     for (int row = begin; row < end; row += 2) {
       const uint8_t* from = at.payload + row * stride;
-      const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from)),
-                                              _mm256_loadu_si256((const __m256i*)(from + stride)), 1);
+      const __m512i lower = two_rows(from, stride), upper = two_rows(from + int64_t{q.head_dim} * stride, stride);
+      const __m512i numbers[2] = {_mm512_permutex2var_epi8(lower, low, upper), _mm512_permutex2var_epi8(lower, high, upper)};
+      for (int h = 0; h < Heads; ++h) {
+        const __m512i factor = pair(q.rounded + (head + h) * q.head_dim + row);
+        for (int half = 0; half < 2; ++half) total[h][half] = dot_pairs(total[h][half], numbers[half], factor);
+      }
+    }
+    return;
+  }
+  if constexpr (Pairs) {
+    const __m512i low = spread(0, false), high = spread(1, false);
+    for (int row = begin; row < end; row += 2) {
+      const uint8_t* from = at.payload + row * stride;
+      const __m512i both = two_rows(from, stride);
       const __m512i bytes[2] = {_mm512_permutexvar_epi8(low, both), _mm512_permutexvar_epi8(high, both)};
       unrolled<Reader::bits == 8 ? 2 : Planes>([&](auto i) {  // of eight bits, the lower and the upper half
         constexpr int shift = Reader::bits == 8 ? 4 * i : (First + i) * Reader::bits;
@@ -181,7 +210,14 @@ void value_products(const Codec& codec, int head_dim, int heads, int head, const
     for (int s = 0; s < count; ++s) {
       const uint8_t* from = strips[s].value.payload + row * stride;
 #if DIFFKV_BF16
-      if constexpr (Pairs) {
+      if constexpr (Pairs && Reader::type == Exact::bfloat16) {
+        const __mmask32 live = strips[s].live == kStrip ? ~__mmask32{0} : (__mmask32{1} << strips[s].live) - 1;
+        const __m512i numbers = _mm512_maskz_mov_epi16(live, joined(two_rows(from, int64_t{head_dim} * stride)));
+        for (int h = 0; h < Heads; ++h) {
+          total[0][h] = dot_pairs(total[0][h], numbers, _mm512_loadu_si512(weights.rounded + place(row, h, s)));
+        }
+        continue;
+      } else if constexpr (Pairs) {
         const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
         unrolled<planes>([&](auto i) {
           const __m512i codes = biased_codes<Reader::bits, Reader::bits == 8 ? 0 : i * Reader::bits>(bytes);

@@ -96,6 +96,7 @@ struct Pool {
 template <int Bits>
 struct Uniform {
   static constexpr int bits = Bits, planes = 8 / Bits;
+  static constexpr Exact type = Exact::no;
   static constexpr bool scaled = true;
   static Floats read(const uint8_t* row, int plane, int64_t) {
     return to_floats((widen(load<Bytes>(row)) >> (plane * Bits)) & ((1 << Bits) - 1));
@@ -104,7 +105,8 @@ struct Uniform {
 
 template <Exact Type>
 struct Kept {
-  static constexpr int bits = 0, planes = 1;
+  static constexpr int bits = Type == Exact::float32 ? 32 : 16, planes = 1;
+  static constexpr Exact type = Type;
   static constexpr bool scaled = false;
   static Floats read(const uint8_t* row, int, int64_t next_byte) {
     const auto plane = [&](int i) { return widen(load<Bytes>(row + i * next_byte)); };
