@@ -1,6 +1,6 @@
 """Native CPU kernels: C++ built on first use with the system's compiler, called through XLA's foreign function interface.
 
-Each operation's `cpu.cc` (and the headers in `native/`) becomes one shared library in a cache directory, keyed by everything that the
+Each operation's `cpu.cc` (with the headers beside it and in `native/`) becomes one shared library in a cache directory, keyed by everything that the
 machine code depends on: the sources, the compiler, the flags, what `-march=native` means on this CPU, and jaxlib's headers.
 """
 
@@ -73,7 +73,8 @@ def _register(operation: str, target: str) -> None:
 def _library(operation: str) -> ctypes.CDLL:
     """The operation's library, built unless the cache has it."""
     source = HEADERS.parent / operation / "cpu.cc"
-    parts = [_toolchain().identity, *(path.read_text() for path in (source, *sorted(HEADERS.glob("*.h"))))]
+    sources = [source, *sorted(source.parent.glob("*.h")), *sorted(HEADERS.glob("*.h"))]
+    parts = [_toolchain().identity, *(path.read_text() for path in sources)]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     built = cache_directory() / f"{operation}-{key}.so"
     if not built.exists():

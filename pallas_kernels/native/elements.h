@@ -28,22 +28,20 @@ inline Floats elements(const void* data, Exact type, int64_t i) {
 // 16 rows of `n` numbers as columns `x [n, 16]`, four by four: that is what every CPU can turn in registers.
 inline void transpose(const float* const* rows, int64_t n, float* x) {
   typedef float Four __attribute__((vector_size(16)));
-  int64_t c = 0;
-  for (; c + 4 <= n; c += 4) {
-    for (int lane = 0; lane < kLanes; lane += 4) {
-      const Four r0 = load<Four>(rows[lane] + c), r1 = load<Four>(rows[lane + 1] + c);
-      const Four r2 = load<Four>(rows[lane + 2] + c), r3 = load<Four>(rows[lane + 3] + c);
-      const Four low01 = __builtin_shufflevector(r0, r1, 0, 4, 1, 5), high01 = __builtin_shufflevector(r0, r1, 2, 6, 3, 7);
-      const Four low23 = __builtin_shufflevector(r2, r3, 0, 4, 1, 5), high23 = __builtin_shufflevector(r2, r3, 2, 6, 3, 7);
-      float* to = x + c * kLanes + lane;
-      store(to, __builtin_shufflevector(low01, low23, 0, 1, 4, 5));
-      store(to + kLanes, __builtin_shufflevector(low01, low23, 2, 3, 6, 7));
-      store(to + 2 * kLanes, __builtin_shufflevector(high01, high23, 0, 1, 4, 5));
-      store(to + 3 * kLanes, __builtin_shufflevector(high01, high23, 2, 3, 6, 7));
+  for (int lane = 0; lane < kLanes; lane += 4) {
+    const float *r0 = rows[lane], *r1 = rows[lane + 1], *r2 = rows[lane + 2], *r3 = rows[lane + 3];
+    float* to = x + lane;
+    int64_t c = 0;
+    for (; c + 4 <= n; c += 4, to += 4 * kLanes) {
+      const Four a = load<Four>(r0 + c), b = load<Four>(r1 + c), d = load<Four>(r2 + c), e = load<Four>(r3 + c);
+      const Four low_ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), high_ab = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Four low_de = __builtin_shufflevector(d, e, 0, 4, 1, 5), high_de = __builtin_shufflevector(d, e, 2, 6, 3, 7);
+      store(to, __builtin_shufflevector(low_ab, low_de, 0, 1, 4, 5));
+      store(to + kLanes, __builtin_shufflevector(low_ab, low_de, 2, 3, 6, 7));
+      store(to + 2 * kLanes, __builtin_shufflevector(high_ab, high_de, 0, 1, 4, 5));
+      store(to + 3 * kLanes, __builtin_shufflevector(high_ab, high_de, 2, 3, 6, 7));
     }
-  }
-  for (; c < n; ++c) {
-    for (int lane = 0; lane < kLanes; ++lane) x[c * kLanes + lane] = rows[lane][c];
+    for (; c < n; ++c, to += kLanes) to[0] = r0[c], to[1] = r1[c], to[2] = r2[c], to[3] = r3[c];
   }
 }
 

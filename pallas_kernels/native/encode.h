@@ -4,6 +4,10 @@
 // reciprocal. No product is followed by a sum that the compiler could contract, but for `scale * code + zero`, whose product is exact.
 #pragma once
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #include "pages.h"
 #include "scratch.h"
 
@@ -30,8 +34,15 @@ struct Target {
 
 inline Bytes low_bytes(Ints x) { return __builtin_convertvector(x & 255, Bytes); }
 
-// The nearest float16, half to even, overflow to infinity, as pallas_kernels/codecs/tiles.py float_to_half does.
+// The nearest float16, half to even, overflow to infinity; without an instruction for it as pallas_kernels/codecs/tiles.py float_to_half.
 inline Shorts to_float16(Floats x) {
+#if defined(__F16C__)
+  __m256 parts[2];
+  __m128i halves[2];
+  std::memcpy(parts, &x, sizeof(x));
+  for (int i = 0; i < 2; ++i) halves[i] = _mm256_cvtps_ph(parts[i], _MM_FROUND_TO_NEAREST_INT);
+  return load<Shorts>(halves);
+#else
   const Ints bits = as_ints(x), size = bits & 0x7FFFFFFF;
   const Ints rounded = ((size + 0xFFF + ((size >> 13) & 1)) >> 13) - (112 << 10);
   const Ints normal = rounded < 0x7C00 ? rounded : Ints{} + 0x7C00;
@@ -39,6 +50,7 @@ inline Shorts to_float16(Floats x) {
   Ints half = size < (113 << 23) ? small : normal;
   half = size > 0x7F800000 ? Ints{} + 0x7E00 : half;
   return __builtin_convertvector(half | ((bits >> 16) & 0x8000), Shorts);
+#endif
 }
 
 // The nearest bfloat16, half to even, also of subnormals; unlike `to_bfloat16`, which may take an instruction that flushes those.
@@ -47,23 +59,37 @@ inline Shorts nearest_bfloat16(Floats x) {
   return __builtin_convertvector((bits & 0x7FFFFFFF) > 0x7F800000 ? Ints{} + 0x7FC0 : rounded, Shorts);
 }
 
-// Codes [width, 16] of one group of channels, and its scale and zero point.
-inline void quantise_group(int bits, int width, const float* x, uint8_t* codes, Floats& scale, Floats& zero) {
+// As many lanes as the CPU compares at once: of wider vectors GCC would compare lane by lane.
+#if defined(__AVX512F__)
+constexpr int kCompared = 16;
+#elif defined(__AVX__)
+constexpr int kCompared = 8;
+#else
+constexpr int kCompared = 4;
+#endif
+typedef float SomeFloats __attribute__((vector_size(4 * kCompared)));
+typedef int32_t SomeInts __attribute__((vector_size(4 * kCompared)));
+typedef uint8_t SomeBytes __attribute__((vector_size(kCompared)));
+
+// Codes [width, 16] of one group of channels, and its scale and zero point; of kCompared lanes.
+inline void quantise_lanes(int bits, int width, const float* x, uint8_t* codes, float* scale, float* zero) {
   const float most = float((1 << bits) - 1);
-  Floats low = load<Floats>(x), high = low;
-  Ints nan = low != low;
+  SomeFloats low = load<SomeFloats>(x), high = low;
+  SomeInts nan = low != low;
   for (int c = 1; c < width; ++c) {
-    const Floats v = load<Floats>(x + c * kLanes);
+    const SomeFloats v = load<SomeFloats>(x + c * kLanes);
     low = v < low ? v : low, high = v > high ? v : high, nan |= v != v;
   }
-  zero = select(nan, splat(NAN), low);
-  scale = (high - zero) * (1 / most);
-  const Floats steps = 1 / select(scale > 0.0f, scale, splat(1));
+  low = nan ? SomeFloats{} + NAN : low;
+  const SomeFloats size = (high - low) * (1 / most), steps = 1 / (size > 0 ? size : SomeFloats{} + 1);
+  store(scale, size);
+  store(zero, low);
   for (int c = 0; c < width; ++c) {
-    Floats ratio = (load<Floats>(x + c * kLanes) - zero) * steps;
-    ratio = select(ratio > 0.0f, ratio, Floats{});  // also what is not a number
-    ratio = select(ratio < most, ratio, splat(most));
-    store(codes + c * kLanes, low_bytes(as_ints(ratio + 0x1p23f)));  // rounds half to even, to an integer in the low bits
+    SomeFloats ratio = (load<SomeFloats>(x + c * kLanes) - low) * steps;
+    ratio = ratio > 0 ? ratio : SomeFloats{};  // also what is not a number
+    ratio = ratio < most ? ratio : SomeFloats{} + most;
+    const SomeInts code = load<SomeInts>(&(const SomeFloats&)(ratio + 0x1p23f));  // rounds half to even, into the low bits
+    store(codes + c * kLanes, __builtin_convertvector(code & 255, SomeBytes));
   }
 }
 
@@ -82,10 +108,13 @@ inline void encode(const Codec& codec, int head_dim, const float* x, const Targe
   uint8_t* codes = scratch<struct Codes, uint8_t>(head_dim * kLanes);
   const int width = head_dim / codec.groups, planes = 8 / codec.bits;
   for (int group = 0; group < codec.groups; ++group) {
-    Floats scale, zero;
-    quantise_group(codec.bits, width, x + group * width * kLanes, codes + group * width * kLanes, scale, zero);
-    to.put_meta(group, to_float16(scale));
-    to.put_meta(codec.groups + group, to_float16(zero));
+    float scale[kLanes], zero[kLanes];
+    for (int lane = 0; lane < kLanes; lane += kCompared) {
+      const int64_t first = group * width * kLanes + lane;
+      quantise_lanes(codec.bits, width, x + first, codes + first, scale + lane, zero + lane);
+    }
+    to.put_meta(group, to_float16(load<Floats>(scale)));
+    to.put_meta(codec.groups + group, to_float16(load<Floats>(zero)));
   }
   for (int row = 0; row < codec.rows; ++row) {
     Bytes packed = load<Bytes>(codes + row * kLanes);
@@ -112,26 +141,42 @@ inline void decode(const Codec& codec, int head_dim, const Stored& from, int str
   });
 }
 
-// Codes of `high` to those of `low`, which has the same groups and no more bits: q' = (q + r / 2) / r.
-inline void demote_codes(const Codec& high, const Codec& low, const Stored& from, int stride, const Target& to) {
-  const int ratio = ((1 << high.bits) - 1) / ((1 << low.bits) - 1), planes = 8 / low.bits, mask = (1 << high.bits) - 1;
-  const int factor = 65536 / ratio + 1;  // x * factor >> 16 is x / ratio for all sums there are
-  const uint8_t* rows[8];
-  int shifts[8];
-  for (int plane = 0; plane < planes; ++plane) {
-    const int channel = plane * low.rows;
-    rows[plane] = from.payload + int64_t(channel % high.rows) * stride, shifts[plane] = channel / high.rows * high.bits;
-  }
-  for (int row = 0; row < low.rows; ++row) {
-    Ints packed = {};
-    for (int plane = 0; plane < planes; ++plane) {
-      const Ints code = (widen(load<Bytes>(rows[plane] + int64_t(row) * stride)) >> shifts[plane]) & mask;
-      packed |= (((code + ratio / 2) * factor) >> 16) << (plane * low.bits);
+// Codes of High bits in those of Low, which are no more: q' = (q + r / 2) / r. Rows of `from` begin `stride` apart.
+template <int High, int Low>
+void demote_payload(int head_dim, const uint8_t* from, int stride, const Target& to) {
+  constexpr uint16_t ratio = ((1 << High) - 1) / ((1 << Low) - 1), mask = (1 << High) - 1;
+  const int rows = head_dim * Low / 8;  // the channels of a low plane lie in one high plane, from some row on
+  for (int row = 0; row < rows; ++row) {
+    Shorts packed = {};
+    for (int plane = 0; plane < 8 / Low; ++plane) {
+      constexpr int low_planes = High / Low;  // that one high plane fills
+      const uint8_t* bytes = from + int64_t(row + plane % low_planes * rows) * stride;
+      const Shorts code = (__builtin_convertvector(load<Bytes>(bytes), Shorts) >> (plane / low_planes * High)) & mask;
+      packed |= ((code + uint16_t(ratio / 2)) / ratio) << (plane * Low);
     }
-    to.put_bytes(row, low_bytes(packed));
+    to.put_bytes(row, __builtin_convertvector(packed, Bytes));
   }
+}
+
+// Calls `body` with std::integral_constant 8, 4, 2 or 1.
+template <typename Body>
+void with_bits(int bits, const Body& body) {
+  if (bits == 8) return body(std::integral_constant<int, 8>{});
+  if (bits == 4) return body(std::integral_constant<int, 4>{});
+  if (bits == 2) return body(std::integral_constant<int, 2>{});
+  return body(std::integral_constant<int, 1>{});
+}
+
+// Codes of `high` in those of `low`, which has the same groups and no more bits.
+inline void demote_codes(const Codec& high, const Codec& low, int head_dim, const Stored& from, int stride, const Target& to) {
+  with_bits(high.bits, [&](auto high_bits) {
+    with_bits(low.bits, [&](auto low_bits) {
+      if constexpr (low_bits <= high_bits) demote_payload<high_bits, low_bits>(head_dim, from.payload, stride, to);
+    });
+  });
+  const float ratio = float(((1 << high.bits) - 1) / ((1 << low.bits) - 1));
   for (int group = 0; group < high.groups; ++group) {
-    to.put_meta(group, to_float16(from_float16(load<Shorts>(from.meta + group * stride)) * float(ratio)));
+    to.put_meta(group, to_float16(from_float16(load<Shorts>(from.meta + group * stride)) * ratio));
     to.put_meta(high.groups + group, load<Shorts>(from.meta + (high.groups + group) * stride));
   }
 }
@@ -139,7 +184,7 @@ inline void demote_codes(const Codec& high, const Codec& low, const Stored& from
 // 16 tokens of one codec in another.
 inline void requantise(const Codec& high, const Codec& low, int head_dim, const Stored& from, int stride, const Target& to) {
   const bool uniform = high.exact == Exact::no && low.exact == Exact::no;
-  if (uniform && high.groups == low.groups && high.bits >= low.bits) return demote_codes(high, low, from, stride, to);
+  if (uniform && high.groups == low.groups && high.bits >= low.bits) return demote_codes(high, low, head_dim, from, stride, to);
   float* x = scratch<struct Decoded, float>(head_dim * kLanes);
   decode(high, head_dim, from, stride, x);
   encode(low, head_dim, x, to);

@@ -46,6 +46,16 @@ CASES = {
     "bfloat16": Setting(PAIR, 64, 1, 32, 20, tokens=128, dtype="bfloat16"),
 }
 CHECKED = Setting(PAIR, 64, 2, 16, 16)
+NATIVE_CASES = {
+    "bfloat16, several blocks of rows and keys": Setting(PAIR, 64, 3, 700, 64, dtype="bfloat16"),
+    "bfloat16, groups, G=5, d=128": Setting(GROUPED, 128, 5, 100, 70, dtype="bfloat16", tokens=64),
+    "bfloat16, full tier above, capped, G=16, d=256": Setting(("full", "K2V1"), 256, 16, 40, 40, 3.0, dtype="bfloat16"),
+    "bfloat16, K1V1, G=7": Setting(("K1V1",), 64, 7, 33, 33, dtype="bfloat16"),
+    "head size 80 in bfloat16": Setting(PAIR, 80, 2, 50, 20, dtype="bfloat16"),
+    "head size 24": Setting(PAIR, 24, 3, 50, 20, tokens=128),
+    "groups of odd width in bfloat16": Setting(("K8V4:2,2",), 6, 2, 300, 20, dtype="bfloat16"),
+    "several blocks of rows and keys": Setting(PAIR, 64, 3, 700, 700),
+}
 
 
 class Case:
@@ -140,6 +150,17 @@ def _case(name: str, kernels: Kernels) -> Case:
     return Case(CASES[name], kernels)
 
 
+def native_case(name: str) -> Case:
+    if all(param.id != "cpu" for param in IMPLEMENTATIONS):
+        pytest.skip("no native kernels here")
+    return _native_case(name)
+
+
+@cache
+def _native_case(name: str) -> Case:
+    return Case(NATIVE_CASES[name], Kernels("cpu"))
+
+
 @pytest.fixture(params=[param for param in IMPLEMENTATIONS if param.values[0].interpret != "checked"])
 def kernels(request) -> Kernels:
     """Every implementation; the interpreter that checks every access is slow and has a test of its own."""
@@ -199,8 +220,9 @@ def test_a_chunk_without_tokens_scores_nothing(kernels: Kernels):
 def test_the_comparison_sees_mistakes(mistake: str, name: str, kernels: Kernels):
     this = case(name, kernels)
     chunk, pool = this.chunk, this.pool
+    shifted = np.clip(np.roll(pool.page_table, 1, axis=1), 0, len(pool.pages["payload"]) - 1)
     bad = {
-        "table shifted by one": (chunk, pool._replace(page_table=np.roll(pool.page_table, 1, axis=1))),
+        "table shifted by one": (chunk, pool._replace(page_table=shifted)),
         "a token too many": (chunk, pool._replace(tier_len=pool.tier_len + (pool.tier_len > 0))),
         "recent too few": (chunk, pool._replace(recent_len=np.maximum(pool.recent_len - 1, 0))),
         "a row too few": (chunk._replace(length=np.maximum(chunk.length - 1, 0)), pool),
@@ -208,6 +230,55 @@ def test_the_comparison_sees_mistakes(mistake: str, name: str, kernels: Kernels)
     }[mistake]
     with pytest.raises(AssertionError):
         this.check(*bad)
+
+
+@pytest.mark.parametrize("name", NATIVE_CASES)
+def test_native_kernels(name: str):
+    """Sizes and codecs that only the native kernels handle in ways of their own; a missing token is noticed."""
+    this = native_case(name)
+    this.check(this.chunk, this.pool)
+    with pytest.raises(AssertionError):
+        this.check(this.chunk, this.pool._replace(tier_len=this.pool.tier_len - (this.pool.tier_len > 0)))
+
+
+@pytest.mark.parametrize("name", ["bfloat16, several blocks of rows and keys", "groups of odd width in bfloat16"])
+def test_other_heads_do_not_matter_to_native_kernels(name: str):
+    """A head's results have the same bits whatever the other heads hold."""
+    this = native_case(name)
+    out, lse, sums = this.run(this.chunk, this.pool)
+    for head in (1, 4):
+        mine = np.arange(len(STORED)) == head
+        alone = this.pool._replace(tier_len=this.pool.tier_len * mine[:, None], recent_len=this.pool.recent_len * mine)
+        only = this.run(this.chunk._replace(length=this.chunk.length * mine), alone)
+        for got, wanted in ((only[0], out), (only[1], lse), (only[2].recent, sums.recent), (only[2].chunk, sums.chunk)):
+            np.testing.assert_array_equal(got[head], wanted[head])
+        for tier, n in enumerate(this.pool.tier_len[head]):
+            at = slot_addresses(this.layout, this.pool.page_table[head], tier, n)
+            np.testing.assert_array_equal(only[2].pages[at], sums.pages[at])
+
+
+@pytest.mark.parametrize("what", ["page id", "tier_len", "recent_len", "length", "layer"])
+@pytest.mark.parametrize("operation", ["prefill_attention", "column_sums"])
+def test_native_kernels_refuse_what_leads_out_of_an_array(operation: str, what: str):
+    this = native_case("bfloat16, groups, G=5, d=128")
+    chunk, pool = this.chunk, this.pool
+    pages, heads = on_device(pool, Pages, Heads)
+    table = pool.page_table.copy()
+    table[1, 0] = len(pool.pages["payload"])
+    bad = {
+        "page id": (chunk, heads._replace(page_table=table)),
+        "tier_len": (chunk, heads._replace(tier_len=pool.tier_len * 100)),
+        "recent_len": (chunk, heads._replace(recent_len=pool.recent_len + SLOTS)),
+        "length": (chunk._replace(length=chunk.length + 1), heads),
+        "layer": (chunk, heads._replace(layer=np.int32(2))),
+    }[what]
+    lse = jnp.zeros(chunk.q.shape[:3])
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="INVALID_ARGUMENT"):
+        chunk, heads = bad
+        if operation == "prefill_attention":
+            jax.block_until_ready(prefill_attention(chunk, pages, this.layout, heads, this.scale, kernels=Kernels("cpu")))
+        else:
+            jax.block_until_ready(column_sums(chunk, lse, 8, pages, this.layout, heads, this.scale, kernels=Kernels("cpu")))
 
 
 def test_the_comparison_sees_swapped_keys_and_values(kernels: Kernels):
