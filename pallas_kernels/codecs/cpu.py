@@ -36,14 +36,14 @@ def demote(source: KVFormat, target: KVFormat, block: Block) -> Block:
     return Block(*run(*block, formats=_codes(head_dim, tokens, source, target), head_dim=np.int64(head_dim)))
 
 
-def _shapes(fmt: KVFormat, count: int, head_dim: int, tokens: int) -> Block:
+def _shapes(fmt: KVFormat, count: int, head_dim: int, tokens: int) -> list[jax.ShapeDtypeStruct]:
     """The shapes of `count` blocks of a format."""
     if tokens % LANES:
         raise ValueError(f"tokens a block={tokens} must be a multiple of {LANES} for the CPU's kernels; use implementation='xla'")
     codecs = fmt.key, fmt.value
-    payloads = (jax.ShapeDtypeStruct((count, codec.rows(head_dim), tokens), jnp.uint8) for codec in codecs)
-    metas = (jax.ShapeDtypeStruct((count, codec.meta_rows, tokens), jnp.float16) for codec in codecs)
-    return Block(*payloads, *metas)
+    payloads = [jax.ShapeDtypeStruct((count, codec.rows(head_dim), tokens), jnp.uint8) for codec in codecs]
+    metas = [jax.ShapeDtypeStruct((count, codec.meta_rows, tokens), jnp.float16) for codec in codecs]
+    return payloads + metas
 
 
 def _codes(head_dim: int, tokens: int, *formats: KVFormat) -> np.ndarray:
