@@ -104,11 +104,23 @@ def _oldest(cache: KVCache, layer: Array | None) -> Tokens:
 def _carry_out(cache: KVCache, layer: Array | None, plan: Plan, going: Array) -> KVCache:
     """Let the oldest `going [R]` recent tokens of each request into the tiers of a layer (of all when None) as planned."""
     spec, tokens = cache.spec, _oldest(cache, layer)
-    shift = per_head(cache, going, tokens.k.shape[0] // spec.num_heads)
-    stored = apply_plan(spec, stored_layer(cache, layer), plan, tokens, shift > 0, one_victim=spec.flush == 1)
+    going_on = per_head(cache, going > 0, tokens.k.shape[0] // spec.num_heads)
+    stored = apply_plan(spec, stored_layer(cache, layer), plan, tokens, going_on, one_victim=spec.flush == 1)
     cache = with_stored(cache, layer, stored)
-    windows = cache.recent_k, cache.recent_v, cache.recent_significance
-    k, v, scores = (all_heads(x) if layer is not None else take_layer(x, None)[None] for x in windows)
-    shifted = shift_recent(k, v, scores, jnp.int32(0) if layer is None else layer, shift, kernels=spec.kernels)
-    recent_k, recent_v, significance = (new.reshape(old.shape) for new, old in zip(shifted, windows, strict=True))
+    entered = stored.ring.count >= 0  # always so, but the compiler cannot know: the windows change when the event has read them
+    recent_k, recent_v, significance = _without_oldest(cache, layer, jnp.where(entered, going, 0))
     return dataclasses.replace(cache, recent_k=recent_k, recent_v=recent_v, recent_significance=significance)
+
+
+def _without_oldest(cache: KVCache, layer: Array | None, going: Array) -> tuple[Array, Array, Array]:
+    """The windows (K, V, significance) without the oldest `going [R]` tokens of each request, in a layer (in all when None)."""
+    kernels, windows = cache.spec.kernels, (cache.recent_k, cache.recent_v, cache.recent_significance)
+    if kernels.implementation == "cpu":  # as they are: XLA copies what is reshaped on its way to a call that changes it
+        shift = per_head(cache, going)
+        layers = len(cache.spec.paged_layers)
+        return lax.fori_loop(0, layers, lambda layer, windows: shift_recent(*windows, layer, shift, kernels=kernels), windows)
+    k, v, scores = (all_heads(x) if layer is not None else take_layer(x, None)[None] for x in windows)
+    shift = per_head(cache, going, k.shape[1] // cache.spec.num_heads)
+    shifted = shift_recent(k, v, scores, jnp.int32(0) if layer is None else layer, shift, kernels=kernels)
+    recent_k, recent_v, significance = (new.reshape(old.shape) for new, old in zip(shifted, windows, strict=True))
+    return recent_k, recent_v, significance

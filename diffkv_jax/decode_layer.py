@@ -41,9 +41,10 @@ def decode_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, ste
 
 def _append(cache: KVCache, layer: Array, k: Array, v: Array, step: DecodeStep) -> KVCache:
     """The new K and V `[R, 1, num_kv_heads, d]` of the active requests in the layer's recent window."""
-    flat = (cache.spec.num_heads, cache.spec.attention.head_dim)
+    kernels, flat = cache.spec.kernels, (cache.spec.num_heads, cache.spec.attention.head_dim)
     slot = per_head(cache, jnp.where(step.active, cache.recent_len, -1))
-    windows = all_heads(cache.recent_k), all_heads(cache.recent_v)
-    recent_k, recent_v = append_recent(*windows, layer, k.reshape(flat), v.reshape(flat), slot, kernels=cache.spec.kernels)
-    shape = cache.recent_k.shape
+    windows, shape = (cache.recent_k, cache.recent_v), cache.recent_k.shape
+    if kernels.implementation != "cpu":  # there XLA would copy what is reshaped on its way to a call that changes it
+        windows = tuple(map(all_heads, windows))
+    recent_k, recent_v = append_recent(*windows, layer, k.reshape(flat), v.reshape(flat), slot, kernels=kernels)
     return dataclasses.replace(cache, recent_k=recent_k.reshape(shape), recent_v=recent_v.reshape(shape))

@@ -65,12 +65,12 @@ def format_codes(layout: PageLayout) -> np.ndarray:
 
 @functools.cache
 def _register(operation: str, target: str) -> None:
-    handler = getattr(_library(operation), target)
+    handler = getattr(library(operation), target)
     jax.ffi.register_ffi_target(f"diffkv_jax.{target}", jax.ffi.pycapsule(handler), platform="cpu")
 
 
 @functools.cache
-def _library(operation: str) -> ctypes.CDLL:
+def library(operation: str) -> ctypes.CDLL:
     """The operation's library, built unless the cache has it."""
     source = HEADERS.parent / operation / "cpu.cc"
     sources = [source, *sorted(source.parent.glob("*.h")), *sorted(HEADERS.glob("*.h"))]

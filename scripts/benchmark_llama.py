@@ -5,6 +5,7 @@ attention is on. Copies of a request go through llama.cpp's saved state of a seq
 """
 
 import ctypes
+import hashlib
 import importlib
 import re
 import struct
@@ -30,7 +31,7 @@ class LlamaCpp:
     def __init__(self, place: Place, weights: str = "f16", kv: str = "f16"):
         self.lib: Any = importlib.import_module("llama_cpp")
         self.type = {"f16": self.lib.GGML_TYPE_F16, "q8_0": self.lib.GGML_TYPE_Q8_0, "q4_0": self.lib.GGML_TYPE_Q4_0}[kv]
-        self.threads, self.kv_bytes = place.threads, 0
+        self.place, self.name, self.kv_bytes = place, f"llama-{weights}-{kv}", 0
         self._log = self.lib.llama_log_callback(self._logged)  # kept: llama.cpp calls it for as long as it runs
         self.lib.llama_log_set(self._log, None)
         self.lib.llama_backend_init()
@@ -43,17 +44,26 @@ class LlamaCpp:
 
     def prefill(self, tokens: np.ndarray) -> float:
         """Each prompt in a stream of its own."""
-        requests, length = tokens.shape
-        with self.context(requests, length) as context:
+        with self.context(*tokens.shape) as context:
             began = time.perf_counter()
-            first = [int(self.prompt(context, row, seq).argmax()) for seq, row in enumerate(tokens)]
-            seconds = time.perf_counter() - began
-            if requests == 1:
+            for seq, row in enumerate(tokens):
+                self.prompt(context, row, seq).argmax()
+            return time.perf_counter() - began
+
+    def keep(self, tokens: np.ndarray) -> None:
+        """A file of the work folder saves a prompt of 8,000 tokens, which takes llama.cpp minutes with a quantized cache."""
+        path = self.place.work / f"{self.name}-{hashlib.sha256(tokens.tobytes()).hexdigest()[:16]}.state"
+        if not path.exists():
+            with self.context(1, len(tokens)) as context:
+                first = int(self.prompt(context, tokens, 0).argmax())
                 size = self.lib.llama_state_seq_get_size(context, 0)
                 state = (ctypes.c_uint8 * size)()
                 self.lib.llama_state_seq_get_data(context, state, size, 0)
-                self.kept, self.seen, self.first = bytes(state), length, first[0]
-        return seconds
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(struct.pack("<I", first) + bytes(state))
+            partial.rename(path)
+        saved = path.read_bytes()
+        self.first, self.kept, self.seen = struct.unpack_from("<I", saved)[0], saved[4:], len(tokens)
 
     def decode(self, batch: int, steps: int) -> Decoded:
         """Greedy steps, the tokens of all requests in one call."""
@@ -85,7 +95,7 @@ class LlamaCpp:
         """A context with `room` tokens for each request; freed at the end."""
         params = self.lib.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = requests * -(-room // CELLS) * CELLS, requests, False
-        params.n_batch, params.n_threads, params.n_threads_batch = BATCH, self.threads, self.threads
+        params.n_batch, params.n_threads, params.n_threads_batch = BATCH, self.place.threads, self.place.threads
         params.type_k = params.type_v = self.type
         params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self.kv_bytes = 0

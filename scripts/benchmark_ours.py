@@ -50,25 +50,28 @@ class Ours:
 
     def prefill(self, tokens: np.ndarray) -> float:
         """All prompts as one batch, in chunks, in a cache with room for every token in the highest tier."""
-        requests, length = tokens.shape
-        if requests == 1:
-            self.kept = None
         began = time.perf_counter()
+        self._prompt(tokens)
+        return time.perf_counter() - began
+
+    def keep(self, tokens: np.ndarray) -> None:
+        """As `prefill` of one prompt."""
+        self.kept = None  # its memory first
+        first, self.kept = self._prompt(tokens[None])
+        self.first = int(first[0])
+
+    def _prompt(self, tokens: np.ndarray) -> tuple[np.ndarray, dkv.KVCache]:
+        """The first token of each prompt [R, N], and their cache."""
+        requests, length = tokens.shape
         room = min(-(-(length + 1) // 128) * 128 + 128, self.model.attention.max_position_embeddings)
-        cache = dkv.make_cache(
-            self.model, self.policy, [length] * requests, max_len=room, cache_dtype=_exact(self.model), kernels=self.kernels
-        )
+        exact = {"max_len": room, "cache_dtype": _exact(self.model), "kernels": self.kernels}
+        cache = dkv.make_cache(self.model, self.policy, [length] * requests, **exact)
         logits, cache = prefill(self.model, self.params, cache, tokens, np.full(requests, length, np.int32), min(CHUNK, _power(length)))
-        first = np.asarray(logits.argmax(axis=-1))
-        jax.block_until_ready(cache)
-        seconds = time.perf_counter() - began
-        if requests == 1:
-            self.kept, self.first = cache, int(first[0])
-        return seconds
+        return np.asarray(logits.argmax(axis=-1)), jax.block_until_ready(cache)
 
     def decode(self, batch: int, steps: int, budget: int | str | None = None) -> Decoded:
         """Greedy steps from copies of the kept request; the pool is what `budget` buys, or just enough for these steps."""
-        assert self.kept is not None, "prefill first"
+        assert self.kept is not None, "keep a prompt first"
         if budget is not None and batch > self.fits(budget, steps):
             raise ValueError(f"{batch} requests and {steps} steps do not fit {budget}")
         cache = replicate(self.kept, batch, spare_pages(self.kept, steps))
@@ -84,7 +87,7 @@ class Ours:
 
     def fits(self, budget: int | str, steps: int) -> int:
         """How many copies of the kept request, each with `steps` more tokens, a cache of so many bytes holds."""
-        assert self.kept is not None, "prefill first"
+        assert self.kept is not None, "keep a prompt first"
         amount, requests = parse_bytes(budget), 0
         need = len(used_pages(self.kept)) + spare_pages(self.kept, steps)
         while cache_bytes(_sized(self.kept, requests + 1, (requests + 1) * need)) <= amount:
@@ -93,7 +96,7 @@ class Ours:
 
     def shares(self) -> dict[str, float]:
         """Of the kept request: parts of its tokens in each tier, the recent window and dropped, and bytes of a bfloat16 cache."""
-        assert self.kept is not None, "prefill first"
+        assert self.kept is not None, "keep a prompt first"
         report = dkv.memory_report(self.kept)
         kept = dict(zip((*report.tier_names, "recent"), map(float, report.kept_fraction), strict=True))
         return kept | {"dropped": 1.0 - sum(kept.values()), "of bf16": report.allocated / report.bf16}

@@ -34,7 +34,11 @@ class System(Protocol):
     """One library with one kind of KV cache. Methods are called in a process of its own, one at a time."""
 
     def prefill(self, tokens: np.ndarray) -> float:
-        """Seconds from prompts int32 [R, N] to the first token of each on the host. With R = 1 the cache is kept for `decode`."""
+        """Seconds from prompts int32 [R, N] to the first token of each on the host."""
+        ...
+
+    def keep(self, tokens: np.ndarray) -> None:
+        """Have the cache of a prompt int32 [N] for `decode`, perhaps from an earlier run's file."""
         ...
 
     def decode(self, batch: int, steps: int) -> Decoded:

@@ -44,15 +44,16 @@ class Transformers:
     def prefill(self, tokens: np.ndarray) -> float:
         """One pass over the prompts."""
         ids, cache = torch.from_numpy(tokens).long(), self.empty(tokens.shape[1])
-        if tokens.shape[0] == 1:
-            self.kept = None  # its memory first
         began = time.perf_counter()
-        logits = self.prompt(ids, cache)
-        first = logits.argmax(-1, keepdim=True).tolist()
-        seconds = time.perf_counter() - began
-        if tokens.shape[0] == 1:
-            self.kept, self.seen, self.first = cache, tokens.shape[1], torch.tensor(first)
-        return seconds
+        self.prompt(ids, cache).argmax(-1).tolist()
+        return time.perf_counter() - began
+
+    def keep(self, tokens: np.ndarray) -> None:
+        """One pass over the prompt."""
+        self.kept = None  # its memory first
+        cache, self.seen = self.empty(len(tokens)), len(tokens)
+        self.first = self.prompt(torch.from_numpy(tokens)[None].long(), cache).argmax(-1, keepdim=True)
+        self.kept = cache
 
     def prompt(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         """Feed a prompt [R, N]; logits [R, vocab] of the last token."""

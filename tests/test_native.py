@@ -16,7 +16,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Nothing found out yet about compilers, an empty cache."""
     monkeypatch.setenv("DIFFKV_JAX_CACHE", str(tmp_path / "cache"))
-    cached = (native._toolchain, native._library, kernels._no_native_kernels)
+    cached = (native._toolchain, native.library, kernels._no_native_kernels)
     for function in cached:
         function.cache_clear()
     yield monkeypatch
@@ -44,16 +44,16 @@ def test_a_compiler_that_fails_is_named(fresh, tmp_path):
 
 @needs_compiler
 def test_a_library_is_built_once_and_again_when_the_flags_change(fresh, tmp_path):
-    native._library("append")
+    native.library("append")
     (built,) = (tmp_path / "cache").iterdir()
     before = built.stat()
-    native._library.cache_clear()
-    native._library("append")
+    native.library.cache_clear()
+    native.library("append")
     assert built.stat() == before
-    native._library.cache_clear()
+    native.library.cache_clear()
     native._toolchain.cache_clear()
     fresh.setenv("DIFFKV_JAX_CXXFLAGS", "-O1")
-    native._library("append")
+    native.library("append")
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 

@@ -10,14 +10,16 @@ namespace {
 
 constexpr int64_t kSerial = 1 << 18;  // bytes that one thread moves sooner than others start
 
-// One layer of a window `[L, B, N, ...]`, as bytes.
+// One layer of windows `[L, heads ..., N, numbers of a slot ...]`, as bytes; heads may lie on several axes.
 struct Window {
   char* data;
-  int64_t heads, slots, slot_bytes;
+  int64_t heads = 1, slots, slot_bytes;
 
-  Window(ffi::AnyBuffer& all, int64_t layer) {
+  Window(ffi::AnyBuffer& all, int64_t layer, bool vectors) {
     const auto shape = all.dimensions();
-    heads = shape[1], slots = shape[2], slot_bytes = int64_t(ffi::ByteWidth(all.element_type())) * (shape.size() > 3 ? shape[3] : 1);
+    const size_t slot_axis = shape.size() - (vectors ? 2 : 1);
+    for (size_t axis = 1; axis < slot_axis; ++axis) heads *= shape[axis];
+    slots = shape[slot_axis], slot_bytes = int64_t(ffi::ByteWidth(all.element_type())) * (vectors ? shape[slot_axis + 1] : 1);
     data = static_cast<char*>(all.untyped_data()) + layer * heads * slots * slot_bytes;
   }
   char* at(int64_t head, int64_t slot) const { return data + (head * slots + slot) * slot_bytes; }
@@ -41,7 +43,7 @@ ffi::Error append_recent(ffi::AnyBuffer, ffi::AnyBuffer, ffi::Buffer<ffi::S32> l
                          ffi::Buffer<ffi::S32> slot, ffi::Result<ffi::AnyBuffer> recent_k, ffi::Result<ffi::AnyBuffer> recent_v) {
   const int32_t at = layer.typed_data()[0];
   if (auto error = check_layer(*recent_k, at); error.failure()) return error;
-  const Window keys(*recent_k, at), values(*recent_v, at);
+  const Window keys(*recent_k, at, true), values(*recent_v, at, true);
   for (int64_t head = 0; head < keys.heads; ++head) {
     const int32_t to = slot.typed_data()[head];
     if (to < 0 || to >= keys.slots) continue;
@@ -56,7 +58,7 @@ ffi::Error shift_recent(ffi::ThreadPool threads, ffi::AnyBuffer, ffi::AnyBuffer,
                         ffi::Result<ffi::AnyBuffer> significance) {
   const int32_t at = layer.typed_data()[0];
   if (auto error = check_layer(*recent_k, at); error.failure()) return error;
-  const Window keys(*recent_k, at), values(*recent_v, at), scores(*significance, at);
+  const Window keys(*recent_k, at, true), values(*recent_v, at, true), scores(*significance, at, false);
   for (int64_t head = 0; head < keys.heads; ++head) {
     const int32_t by = shift.typed_data()[head];
     if (by < 0 || by > keys.slots) return ffi::Error::InvalidArgument("shift outside the recent window");

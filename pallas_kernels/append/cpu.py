@@ -1,4 +1,7 @@
-"""The recent window on the CPU: the native kernels of cpu.cc, in place."""
+"""The recent window on the CPU: the native kernels of cpu.cc, in place.
+
+Windows may have their heads on several axes, `[L, ..., N, d]`: XLA copies an array that is reshaped on its way to a call that changes it.
+"""
 
 import jax
 import jax.numpy as jnp

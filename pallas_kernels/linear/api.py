@@ -7,8 +7,6 @@ from jax import Array
 
 from ..kernels import XLA, Kernels
 
-FEW_ROWS = 32  # up to here reading the weights is what takes the time
-
 
 def linear(
     x: Array,
@@ -22,7 +20,7 @@ def linear(
     """`x` times each of several weights of one layer.
 
     In a loop over layers, XLA copies a layer's slice of the stacked weights before a product reads it: a decode step then moves the whole
-    model three times. The native kernel reads the stack where it lies. With many rows (prompts) XLA's own products are better.
+    model three times. The native kernel reads the stack where it lies; with many float32 rows (prompts) XLA's own products are better.
 
     Args:
         x: float32 or bfloat16 `[..., in]`.
@@ -35,11 +33,13 @@ def linear(
         `[..., out]` of each.
     """
     result = jnp.dtype(dtype or x.dtype)
-    if kernels.implementation == "cpu" and x.size <= FEW_ROWS * x.shape[-1]:
+    if kernels.implementation == "cpu":
         from . import cpu
 
-        if cpu.supports(x, weights):
+        if cpu.supports(x, weights, transposed=transposed):
             return cpu.linear(x, weights, layer, transposed=transposed, dtype=result)
-    pattern = "...i,oi->...o" if transposed else "...i,io->...o"
+    rows = x.reshape(-1, x.shape[-1])  # one matrix, not a batch of them
+    pattern = "ri,oi->ro" if transposed else "ri,io->ro"
     taken = (w if layer is None else w[layer] for w in weights)
-    return [jnp.einsum(pattern, x, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(result) for w in taken]
+    products = (jnp.einsum(pattern, rows, w.astype(x.dtype), preferred_element_type=jnp.float32) for w in taken)
+    return [y.astype(result).reshape(*x.shape[:-1], -1) for y in products]

@@ -1,26 +1,21 @@
-// Products of a few rows with stored weights: reading the weights is what takes the time, so each is read once, in place, for all rows.
+// Products of rows with stored weights. Of a few rows, reading the weights is what takes the time: each is read once, in place, for all.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
 
+#include "cpu_rows.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "vector.h"
-
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#define DIFFKV_BF16 1
-#else
-#define DIFFKV_BF16 0
-#endif
 
 namespace ffi = xla::ffi;
 using namespace diffkv;
 
 namespace {
 
-constexpr int kAhead = 24;        // rows of weights asked for in advance
-constexpr int kMaxTile = 8;       // rows of x that share one reading of the weights
-constexpr int kUnit = 64;         // columns (or rows, when transposed) of weights that a thread takes at once
+constexpr int kAhead = 24;  // rows of weights asked for in advance
+constexpr int kUnit = 64;   // columns (or rows, when transposed) of weights that a thread takes at once
+constexpr int kFewRows = 32;  // up to here reading the weights takes longer than multiplying
 
 struct Rows {
   int64_t count, width;
@@ -183,7 +178,24 @@ void row_products(const Rows& x, int64_t row, const Weights& w, int64_t column) 
   for (int t = 0; t < Tile; ++t) w.result[(row + t) * w.out + column] = result[t];
 }
 
-void unit(const Rows& x, const Weights& w, int64_t first, bool transposed) {
+#if DIFFKV_BF16
+constexpr int64_t kBlock = kRowBlock;
+#else
+constexpr int64_t kBlock = 1;
+#endif
+
+// What a thread takes at once: 64 columns for all rows, or of many rows a block.
+struct Unit {
+  int weights;
+  int64_t first, row;
+  bool block;
+};
+
+void multiply(const Rows& x, const Weights& w, const Unit& unit, bool transposed) {
+  const int64_t first = unit.first;
+#if DIFFKV_BF16
+  if (unit.block) return row_block(x.rounded, x.count, w.in, static_cast<const uint16_t*>(w.data), w.out, first, unit.row, w.result);
+#endif
   if (!transposed) return w.bfloat16 ? column_unit<true>(x, w, first) : column_unit<false>(x, w, first);
   for (int64_t column = first; column < std::min(first + kUnit, w.out); ++column) {
     over_rows(x.count, [&](int64_t row, auto tile) {
@@ -194,18 +206,17 @@ void unit(const Rows& x, const Weights& w, int64_t first, bool transposed) {
 
 ffi::Error linear(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> layer, ffi::RemainingArgs stacks,
                   ffi::RemainingRets results, bool transposed) {
-  thread_local std::vector<float> exact;  // grows, never shrinks
   const int64_t count = x.dimensions()[0], width = x.dimensions()[1], at = layer.typed_data()[0];
   const bool bfloat16 = x.element_type() == ffi::DataType::BF16;
   Rows rows{count, width, static_cast<const float*>(x.untyped_data()), nullptr};
   if (bfloat16) {
     rows.rounded = static_cast<const uint16_t*>(x.untyped_data());
-    exact.resize(count * width);
+    float* exact = scratch<struct ExactRows, float>(count * width);
     for (int64_t i = 0; i < count * width; ++i) exact[i] = weight<true>(rows.rounded, i);
-    rows.exact = exact.data();
+    rows.exact = exact;
   }
   std::vector<Weights> weights;
-  std::vector<std::pair<int, int64_t>> units;
+  std::vector<Unit> units;
   for (size_t i = 0; i < stacks.size(); ++i) {
     const auto stack = stacks.get<ffi::AnyBuffer>(i).value();
     auto result = results.get<ffi::Buffer<ffi::F32>>(i).value();
@@ -215,13 +226,19 @@ ffi::Error linear(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Buffer<ffi::S3
     const char* data = static_cast<const char*>(stack.untyped_data()) + at * shape[1] * shape[2] * (narrow ? 2 : 4);
     const int64_t in = shape[transposed ? 2 : 1], out = shape[transposed ? 1 : 2];
     weights.push_back({data, narrow, in, out, result->typed_data()});
-    for (int64_t first = 0; first < out; first += kUnit) units.emplace_back(i, first);
+    const bool blocks = DIFFKV_BF16 && bfloat16 && narrow && !transposed && count > kFewRows && in % 2 == 0;
+    for (int64_t first = 0; first < out; first += kUnit) {
+      for (int64_t row = 0; row < (blocks ? count : 1); row += blocks ? kBlock : 1) units.push_back({int(i), first, row, blocks});
+    }
   }
-  parallel_for(threads, units.size(), [&](int64_t i) { unit(rows, weights[units[i].first], units[i].second, transposed); });
+  parallel_for(threads, units.size(), [&](int64_t i) { multiply(rows, weights[units[i].weights], units[i], transposed); });
   return ffi::Error::Success();
 }
 
 }  // namespace
+
+// Whether products of many rows are made for this CPU.
+extern "C" int multiplies_many_rows() { return DIFFKV_BF16; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_cpu, linear,
                               ffi::Ffi::Bind()

@@ -1,4 +1,4 @@
-"""Products of a few rows with stored weights on the CPU: the native kernel of cpu.cc."""
+"""Products with stored weights on the CPU: the native kernel of cpu.cc."""
 
 import math
 from collections.abc import Sequence
@@ -12,13 +12,20 @@ from .. import native
 NUMBERS = (jnp.float32, jnp.bfloat16)
 
 
-def supports(x: Array, weights: Sequence[Array]) -> bool:
-    """Whether the kernel takes these types."""
-    return x.dtype in NUMBERS and all(w.dtype in NUMBERS for w in weights)
+FEW_ROWS = 32  # up to here reading the weights is what takes the time
+
+
+def supports(x: Array, weights: Sequence[Array], *, transposed: bool) -> bool:
+    """Whether the kernel takes these types, and is better than XLA's products at so many rows."""
+    types = [x.dtype, *(w.dtype for w in weights)]
+    if x.size <= FEW_ROWS * x.shape[-1]:
+        return all(dtype in NUMBERS for dtype in types)
+    even = x.shape[-1] % 2 == 0 and not transposed and all(dtype == jnp.bfloat16 for dtype in types)
+    return even and bool(native.library("linear").multiplies_many_rows())
 
 
 def linear(x: Array, weights: Sequence[Array], layer: Array | None, *, transposed: bool, dtype) -> list[Array]:
-    """`linear` of api.py. Reads each weight once, for all rows; bfloat16 by bfloat16 in AVX512-BF16 where the CPU has it.
+    """`linear` of api.py. Reads the weights where they lie; bfloat16 by bfloat16 in AVX512-BF16 where the CPU has it.
 
     Raises:
         ValueError or jax.errors.JaxRuntimeError: when run, for a layer that the stack does not have.

@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "cpu_heads.h"
-#include "cpu_words.h"
+#include "words.h"
 #include "scratch.h"
 
 namespace diffkv {

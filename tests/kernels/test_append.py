@@ -130,6 +130,35 @@ def test_shift_without_significance(kernels: Kernels):
         same_bits(one, other)
 
 
+NATIVE = [p for p in IMPLEMENTATIONS if p.id == "cpu"]
+
+
+@pytest.mark.parametrize("kernels", NATIVE)
+def test_native_windows_keep_their_axes(kernels: Kernels):
+    """Heads on two axes, as the cache has them."""
+    shape, split = (6, 24, 64), (LAYERS, 2, 3, 24)
+    old, (k, v, slot), shift = windows(shape, "bfloat16"), new_tokens(shape, "bfloat16"), shifts(shape)
+    scores = np.random.default_rng(2).normal(size=(LAYERS, *shape[:2])).astype(np.float32)
+    k_window, v_window, score_window = (jnp.asarray(x.reshape(*split, *x.shape[3:])) for x in (*old, scores))
+    got = compiled(append_recent, kernels)(k_window, v_window, jnp.int32(1), k, v, slot)
+    for one, window, token in zip(got, old, (k, v), strict=True):
+        same_bits(np.asarray(one).reshape(window.shape), appended(window, 1, token, slot))
+    k_window, v_window = (jnp.asarray(x.reshape(*split, *x.shape[3:])) for x in old)
+    got = compiled(shift_recent, kernels)(k_window, v_window, score_window, jnp.int32(1), shift)
+    for one, window in zip(got, (*old, scores), strict=True):
+        same_bits(np.asarray(one).reshape(window.shape), shifted(window, 1, shift))
+
+
+@pytest.mark.parametrize("kernels", NATIVE)
+@pytest.mark.parametrize("layer, by, message", [(LAYERS, 1, "layer outside"), (-1, 1, "layer outside"), (0, 25, "shift"), (0, -1, "shift")])
+def test_native_shifts_outside_of_a_window_are_refused(kernels: Kernels, layer: int, by: int, message: str):
+    old, scores = windows((2, 24, 64), "float32"), np.zeros((LAYERS, 2, 24), np.float32)
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=message):
+        jax.block_until_ready(
+            compiled(shift_recent, kernels)(*map(jnp.asarray, (*old, scores)), jnp.int32(layer), np.array([0, by], np.int32))
+        )
+
+
 @pytest.mark.parametrize("interpret", [True, "checked"])
 def test_several_grid_steps_on_tpu(interpret):
     """11 heads in steps of 8: the second step has heads that do not exist, and its copies overlap those of the first."""

@@ -111,6 +111,59 @@ def test_demote_other_shapes(kernels: Kernels, tokens: int, head_dim: int):
     check_demotion(kernels, "K8V4", "K4V2", tokens, head_dim)
 
 
+NATIVE = [p for p in IMPLEMENTATIONS if p.id == "cpu"]
+
+
+def hard_values() -> np.ndarray:
+    """float32 [COUNT, T, d] on a coarse grid, where many codes lie half-way; some tokens are constant, huge or infinite."""
+    x = values(32, 64, 9).astype(jnp.bfloat16).astype(np.float32)
+    x[0, 1], x[0, 3, 5], x[1, 4] = 2.5, np.inf, 1e38 * np.sign(x[1, 4])
+    x[1, 5], x[2, 6] = x[1, 5] * 1e-8, x[2, 6] * 1e5
+    return x
+
+
+@pytest.mark.parametrize("kernels", NATIVE)
+@pytest.mark.parametrize("source, target", [*DEMOTIONS, ("K2V1:2,4", "full:bfloat16"), ("K4V2", "K8V8")])
+def test_native_kernels_round_as_xla_does(kernels: Kernels, source: str, target: str):
+    high, low, x = parse(source), parse(target), hard_values().swapaxes(1, 2)
+    wanted = jax.jit(high.encode)(x, x)
+    got = jax.jit(lambda x: codecs.encode(high, x, x, kernels=kernels))(x)
+    sane = finite(high, wanted)
+    same_tokens(got, wanted, sane)
+    lower = jax.jit(lambda block: codecs.demote(high, low, block, kernels=kernels))(wanted)
+    same_tokens(lower, jax.jit(lambda block: high.demote(low, block))(wanted), sane)
+
+
+def finite(fmt: KVFormat, block: Block) -> np.ndarray:
+    """Tokens `[N, T]` all of whose values are finite as they are read back."""
+    return np.all([np.isfinite(x).all(axis=1) for x in fmt.decode(block)], axis=0)
+
+
+def same_tokens(got: Block, wanted: Block, which: np.ndarray) -> None:
+    """The same bytes of the tokens `which [N, T]`."""
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(one).swapaxes(1, 2)[which], np.asarray(other).swapaxes(1, 2)[which])
+
+
+@pytest.mark.parametrize("kernels", NATIVE)
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_native_kernels_show_what_is_no_number(kernels: Kernels, wrong: float):
+    """A group that holds one reads back as none."""
+    fmt, x = KVFormat.parse("K8V4"), values(32, 64, 9).swapaxes(1, 2)
+    x[1, 7, 3] = wrong
+    read = fmt.decode(codecs.encode(fmt, jnp.asarray(x), jnp.asarray(x), kernels=kernels))
+    for one in read:
+        numbers = np.isfinite(one)
+        assert not numbers[1, :, 3].any() and numbers[[0, 2]].all() and numbers[1].sum() == 31 * 64
+
+
+@pytest.mark.parametrize("kernels", NATIVE)
+def test_native_kernels_refuse_blocks_of_odd_size(kernels: Kernels):
+    x = jnp.zeros((1, 64, 24))
+    with pytest.raises(ValueError, match="24 must be a multiple of 16.*implementation='xla'"):
+        codecs.encode(KVFormat.parse("K8V4"), x, x, kernels=kernels)
+
+
 def test_other_block_sizes():
     """Several pieces of a block on GPUs; on TPUs a last step that is not full."""
     fmt, lower = KVFormat.parse("K8V4"), KVFormat.parse("K4V2")

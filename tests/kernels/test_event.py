@@ -115,6 +115,73 @@ def test_the_scenarios_do_what_they_say():
     assert moves.victim.max() > 32 and (moves.victim == -1).any() and moves.demoted.sum() > 0 < moves.dropped.sum()
 
 
+NATIVE = [p for p in IMPLEMENTATIONS if p.id == "cpu"]
+
+
+def live_columns(layout: PageLayout, stored: Stored) -> np.ndarray:
+    """Which columns of the page tables `[B, max_pages]` are in use."""
+    column, (high, low) = np.arange(stored.page_table.shape[1]), (layout.pages_for(t, stored.tier_len[:, t, None]) for t in (0, 1))
+    return (column < high) | (column >= len(column) - low)
+
+
+@pytest.mark.parametrize("kernels", NATIVE)
+def test_dead_columns_are_never_read(kernels: Kernels):
+    world, _, _ = world_and_reference(PLAIN)
+    stored = world.stored
+    rubbish = np.random.default_rng(0).choice([-7, 0, 3, 10**6, -(2**31)], stored.page_table.shape)
+    table = np.where(live_columns(world.layout, stored), stored.page_table, rubbish).astype(np.int32)
+    dirty = world._replace(stored=stored._replace(page_table=table))
+    _, after = run(PLAIN, dirty, kernels)
+    clean = np.where(live_columns(world.layout, after), after.page_table, len(stored.ring.ids))
+    clean[~world.admitted] = stored.page_table[~world.admitted]
+    check(world, False, after._replace(page_table=clean))
+
+
+def broken(stored: Stored, kind: str) -> Stored:
+    """A state that leads out of an array, or to a page twice; heads 0 and 1 are admitted."""
+    lengths, table, ring = stored.tier_len.copy(), stored.page_table.copy(), stored.ring
+    if kind == "length beyond the table":
+        lengths[0, 0] = 10**9
+    elif kind == "negative length":
+        lengths[1, 1] = -1
+    elif kind == "page beyond the pool":
+        table[0, 0] = len(ring.ids)
+    elif kind == "negative page":
+        table[1, -1] = -1
+    elif kind == "page of another head":
+        table[0, 0] = table[1, 0]
+    ring = {
+        "ring begins outside": FreeRing(ring.ids, np.int32(-1), ring.count),
+        "ring is too long": FreeRing(ring.ids, ring.start, np.int32(len(ring.ids) + 1)),
+        "pages do not suffice": FreeRing(ring.ids, ring.start, np.int32(ring.count - 1)),
+        "ring names a held page": FreeRing(np.full_like(ring.ids, table[0, 0]), ring.start, ring.count),
+        "ring names no page": FreeRing(np.full_like(ring.ids, -1), ring.start, ring.count),
+    }.get(kind, ring)
+    return stored._replace(tier_len=lengths, page_table=table, ring=ring)
+
+
+REFUSED = {
+    "length beyond the table": "tier_len",
+    "negative length": "tier_len",
+    "page beyond the pool": "page table names",
+    "negative page": "page table names",
+    "page of another head": "page twice",
+    "ring begins outside": "ring of free pages",
+    "ring is too long": "ring of free pages",
+    "pages do not suffice": "more pages than are free",
+    "ring names a held page": "not free",
+    "ring names no page": "not free",
+}
+
+
+@pytest.mark.parametrize("kernels", NATIVE)
+@pytest.mark.parametrize("kind", REFUSED)
+def test_native_kernels_refuse_to_leave_an_array(kernels: Kernels, kind: str):
+    world, _, _ = world_and_reference(PLAIN)
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=REFUSED[kind]):
+        run(PLAIN, world._replace(stored=broken(world.stored, kind)), kernels)
+
+
 MISTAKES = {
     "another threshold": lambda w: w._replace(rule=w.rule._replace(tau=w.rule.tau * np.float32(1.01))),
     "not strict": lambda w: w._replace(rule=w.rule._replace(tau=np.nextafter(w.rule.tau, INFINITE))),

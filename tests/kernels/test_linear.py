@@ -25,7 +25,7 @@ def exact(x: jax.Array, w: jax.Array, layer: int, transposed: bool) -> np.ndarra
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.implementation)
 @pytest.mark.parametrize("types", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")], ids="-".join)
-@pytest.mark.parametrize("rows", [1, 3, 8, 15, 33])
+@pytest.mark.parametrize("rows", [1, 3, 8, 15, 33, 600])
 def test_equals_float64(rows: int, types: tuple[str, str], kernels: Kernels):
     for columns, transposed in [(150, False), (16, False), (5, False), (131, True)]:
         x, w = inputs(rows, columns, *types, transposed)
