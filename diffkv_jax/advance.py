@@ -117,8 +117,12 @@ def _without_oldest(cache: KVCache, layer: Array | None, going: Array) -> tuple[
     kernels, windows = cache.spec.kernels, (cache.recent_k, cache.recent_v, cache.recent_significance)
     if kernels.implementation == "cpu":  # as they are: XLA copies what is reshaped on its way to a call that changes it
         shift = per_head(cache, going)
-        layers = len(cache.spec.paged_layers)
-        return lax.fori_loop(0, layers, lambda layer, windows: shift_recent(*windows, layer, shift, kernels=kernels), windows)
+
+        def shift_layer(layer: Array, windows: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            k, v, scores = windows
+            return shift_recent(k, v, scores, layer, shift, kernels=kernels)
+
+        return lax.fori_loop(0, len(cache.spec.paged_layers), shift_layer, windows)
     k, v, scores = (all_heads(x) if layer is not None else take_layer(x, None)[None] for x in windows)
     shift = per_head(cache, going, k.shape[1] // cache.spec.num_heads)
     shifted = shift_recent(k, v, scores, jnp.int32(0) if layer is None else layer, shift, kernels=kernels)

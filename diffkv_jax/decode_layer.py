@@ -43,8 +43,9 @@ def _append(cache: KVCache, layer: Array, k: Array, v: Array, step: DecodeStep) 
     """The new K and V `[R, 1, num_kv_heads, d]` of the active requests in the layer's recent window."""
     kernels, flat = cache.spec.kernels, (cache.spec.num_heads, cache.spec.attention.head_dim)
     slot = per_head(cache, jnp.where(step.active, cache.recent_len, -1))
-    windows, shape = (cache.recent_k, cache.recent_v), cache.recent_k.shape
-    if kernels.implementation != "cpu":  # there XLA would copy what is reshaped on its way to a call that changes it
-        windows = tuple(map(all_heads, windows))
-    recent_k, recent_v = append_recent(*windows, layer, k.reshape(flat), v.reshape(flat), slot, kernels=kernels)
+    shape = cache.recent_k.shape
+    flatten = all_heads if kernels.implementation != "cpu" else lambda x: x  # XLA copies what is reshaped on its way into a native call
+    recent_k, recent_v = append_recent(
+        flatten(cache.recent_k), flatten(cache.recent_v), layer, k.reshape(flat), v.reshape(flat), slot, kernels=kernels
+    )
     return dataclasses.replace(cache, recent_k=recent_k.reshape(shape), recent_v=recent_v.reshape(shape))
