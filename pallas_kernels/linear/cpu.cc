@@ -3,6 +3,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu_few.h"
 #include "cpu_rows.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -15,6 +16,11 @@ namespace {
 
 constexpr int kAhead = 24;  // rows of weights asked for in advance
 constexpr int kUnit = 64;   // columns (or rows, when transposed) of weights that a thread takes at once
+#if DIFFKV_BF16
+constexpr int64_t kBlock = kRowBlock;
+#else
+constexpr int64_t kBlock = 1;
+#endif
 constexpr int kFewRows = 32;  // up to here reading the weights takes longer than multiplying
 
 struct Rows {
@@ -28,6 +34,7 @@ struct Weights {
   bool bfloat16;
   int64_t in, out;
   float* result;  // [rows, out]
+  float* sums;    // [ranges, rows, padded(out)] of few bfloat16 rows
 };
 
 template <bool Bfloat16>
@@ -63,43 +70,6 @@ void columns(const Rows& x, int64_t row, const Weights& w, int64_t first) {
   }
 }
 
-#if DIFFKV_BF16
-
-// The same in bfloat16: two rows of weights are interleaved into pairs, 32 columns at a time.
-template <int Tile, int Pairs>
-void column_pairs(const Rows& x, int64_t row, const Weights& w, int64_t first) {
-  __m512 low[Tile][Pairs] = {}, high[Tile][Pairs] = {};
-  const uint16_t* data = static_cast<const uint16_t*>(w.data) + first;
-  for (int64_t k = 0; k < w.in; k += 2) {
-    const uint16_t* even = data + k * w.out;
-    for (int v = 0; v < Pairs; ++v) {
-      __builtin_prefetch(even + kAhead * w.out + 32 * v);
-      __builtin_prefetch(even + (kAhead + 1) * w.out + 32 * v);
-      const __m512i a = _mm512_loadu_si512(even + 32 * v), b = _mm512_loadu_si512(even + w.out + 32 * v);
-      const __m512bh ab = (__m512bh)_mm512_unpacklo_epi16(a, b), cd = (__m512bh)_mm512_unpackhi_epi16(a, b);
-      for (int t = 0; t < Tile; ++t) {
-        int32_t two;
-        std::memcpy(&two, x.rounded + (row + t) * x.width + k, sizeof(two));
-        const __m512bh pair = (__m512bh)_mm512_set1_epi32(two);
-        low[t][v] = _mm512_dpbf16_ps(low[t][v], ab, pair);
-        high[t][v] = _mm512_dpbf16_ps(high[t][v], cd, pair);
-      }
-    }
-  }
-  // Unpacking works within 128 bits: columns 0-3, 8-11, 16-19, 24-27 are in `low`, the others in `high`.
-  const __m512i order_low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i order_high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-  for (int t = 0; t < Tile; ++t) {
-    for (int v = 0; v < Pairs; ++v) {
-      float* to = w.result + (row + t) * w.out + first + 32 * v;
-      _mm512_storeu_ps(to, _mm512_permutex2var_ps(low[t][v], order_low, high[t][v]));
-      _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(low[t][v], order_high, high[t][v]));
-    }
-  }
-}
-
-#endif
-
 // One column, for what is left of a width that is no multiple of 16.
 template <bool Bfloat16>
 void single_column(const Rows& x, const Weights& w, int64_t column) {
@@ -110,33 +80,9 @@ void single_column(const Rows& x, const Weights& w, int64_t column) {
   }
 }
 
-// Calls body(row, std::integral_constant tile) for tiles of 8, 4, 2 and 1 rows.
-template <typename Body>
-void over_rows(int64_t count, const Body& body) {
-  int64_t row = 0;
-  for (; count - row >= 8; row += 8) body(row, std::integral_constant<int, 8>{});
-  if (count - row >= 4) body(row, std::integral_constant<int, 4>{}), row += 4;
-  if (count - row >= 2) body(row, std::integral_constant<int, 2>{}), row += 2;
-  if (count - row >= 1) body(row, std::integral_constant<int, 1>{});
-}
-
 template <bool Bfloat16>
 void column_unit(const Rows& x, const Weights& w, int64_t first) {
   const int64_t end = std::min(first + kUnit, w.out);
-#if DIFFKV_BF16
-  if (Bfloat16 && x.rounded && x.width % 2 == 0) {
-    for (; end - first >= 64; first += 64) {
-      over_rows(x.count, [&](int64_t row, auto tile) {
-        if constexpr (tile <= 4) return column_pairs<tile, 2>(x, row, w, first);
-        column_pairs<tile, 1>(x, row, w, first);
-        column_pairs<tile, 1>(x, row, w, first + 32);
-      });
-    }
-    for (; end - first >= 32; first += 32) {
-      over_rows(x.count, [&](int64_t row, auto tile) { column_pairs<tile, 1>(x, row, w, first); });
-    }
-  }
-#endif
   for (; end - first >= 32; first += 32) {
     over_rows(x.count, [&](int64_t row, auto tile) { columns<Bfloat16, tile, 2>(x, row, w, first); });
   }
@@ -178,23 +124,23 @@ void row_products(const Rows& x, int64_t row, const Weights& w, int64_t column) 
   for (int t = 0; t < Tile; ++t) w.result[(row + t) * w.out + column] = result[t];
 }
 
-#if DIFFKV_BF16
-constexpr int64_t kBlock = kRowBlock;
-#else
-constexpr int64_t kBlock = 1;
-#endif
+// What a thread takes at once: 64 columns for all rows; a range of the weights' rows, for few rows of x; 64 columns for a block of many.
+enum class Way { columns, range, block };
 
-// What a thread takes at once: 64 columns for all rows, or of many rows a block.
 struct Unit {
   int weights;
-  int64_t first, row;
-  bool block;
+  Way way;
+  int64_t first, row;  // column, or number of the range; row of x
 };
 
 void multiply(const Rows& x, const Weights& w, const Unit& unit, bool transposed) {
   const int64_t first = unit.first;
 #if DIFFKV_BF16
-  if (unit.block) return row_block(x.rounded, x.count, w.in, static_cast<const uint16_t*>(w.data), w.out, first, unit.row, w.result);
+  const uint16_t* numbers = static_cast<const uint16_t*>(w.data);
+  if (unit.way == Way::block) return row_block(x.rounded, x.count, w.in, numbers, w.out, first, unit.row, w.result);
+  if (unit.way == Way::range) {
+    return add_range(x.rounded, x.count, w.in, numbers, w.out, first, w.sums + first * x.count * padded(w.out));
+  }
 #endif
   if (!transposed) return w.bfloat16 ? column_unit<true>(x, w, first) : column_unit<false>(x, w, first);
   for (int64_t column = first; column < std::min(first + kUnit, w.out); ++column) {
@@ -204,12 +150,41 @@ void multiply(const Rows& x, const Weights& w, const Unit& unit, bool transposed
   }
 }
 
+// Cuts a product into units; of those by ranges, `numbers` grows by the sums that they need.
+void plan(std::vector<Unit>& units, const Rows& x, const Weights& w, int index, bool transposed, int64_t& numbers) {
+  const bool pairs = DIFFKV_BF16 && x.rounded && w.bfloat16 && !transposed && w.in % 2 == 0;
+  if (pairs && x.count <= kFewRows) {
+    const int64_t ranges = (w.in + rows_of_range(w.in) - 1) / rows_of_range(w.in);
+    for (int64_t range = 0; range < ranges; ++range) units.push_back({index, Way::range, range, 0});
+    numbers += ranges * x.count * padded(w.out);
+    return;
+  }
+  for (int64_t first = 0; first < w.out; first += kUnit) {
+    for (int64_t row = 0; row < (pairs ? x.count : 1); row += kBlock) units.push_back({index, pairs ? Way::block : Way::columns, first, row});
+  }
+}
+
+// Adds the ranges' sums of every product that was made by ranges.
+void add_ranges(ffi::ThreadPool& threads, const Rows& x, const std::vector<Weights>& weights) {
+#if DIFFKV_BF16
+  parallel_for(threads, weights.size() * x.count, [&](int64_t i) {
+    const Weights& w = weights[i / x.count];
+    const int64_t row = i % x.count, pitch = padded(w.out), ranges = (w.in + rows_of_range(w.in) - 1) / rows_of_range(w.in);
+    if (!w.sums) return;
+    for (int64_t c = 0; c < w.out; c += kColumnStep) {
+      add_up(w.sums + row * pitch + c, ranges, x.count * pitch, w.out - c, w.result + row * w.out + c);
+    }
+  });
+#else
+  (void)threads, (void)x, (void)weights;
+#endif
+}
+
 ffi::Error linear(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> layer, ffi::RemainingArgs stacks,
                   ffi::RemainingRets results, bool transposed) {
   const int64_t count = x.dimensions()[0], width = x.dimensions()[1], at = layer.typed_data()[0];
-  const bool bfloat16 = x.element_type() == ffi::DataType::BF16;
   Rows rows{count, width, static_cast<const float*>(x.untyped_data()), nullptr};
-  if (bfloat16) {
+  if (x.element_type() == ffi::DataType::BF16) {
     rows.rounded = static_cast<const uint16_t*>(x.untyped_data());
     float* exact = scratch<struct ExactRows, float>(count * width);
     for (int64_t i = 0; i < count * width; ++i) exact[i] = weight<true>(rows.rounded, i);
@@ -217,6 +192,8 @@ ffi::Error linear(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Buffer<ffi::S3
   }
   std::vector<Weights> weights;
   std::vector<Unit> units;
+  std::vector<int64_t> places;
+  int64_t numbers = 0;
   for (size_t i = 0; i < stacks.size(); ++i) {
     const auto stack = stacks.get<ffi::AnyBuffer>(i).value();
     auto result = results.get<ffi::Buffer<ffi::F32>>(i).value();
@@ -224,14 +201,16 @@ ffi::Error linear(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Buffer<ffi::S3
     if (at < 0 || at >= shape[0]) return ffi::Error::InvalidArgument("layer outside the stacked weights");
     const bool narrow = stack.element_type() == ffi::DataType::BF16;
     const char* data = static_cast<const char*>(stack.untyped_data()) + at * shape[1] * shape[2] * (narrow ? 2 : 4);
-    const int64_t in = shape[transposed ? 2 : 1], out = shape[transposed ? 1 : 2];
-    weights.push_back({data, narrow, in, out, result->typed_data()});
-    const bool blocks = DIFFKV_BF16 && bfloat16 && narrow && !transposed && count > kFewRows && in % 2 == 0;
-    for (int64_t first = 0; first < out; first += kUnit) {
-      for (int64_t row = 0; row < (blocks ? count : 1); row += blocks ? kBlock : 1) units.push_back({int(i), first, row, blocks});
-    }
+    weights.push_back({data, narrow, shape[transposed ? 2 : 1], shape[transposed ? 1 : 2], result->typed_data(), nullptr});
+    places.push_back(numbers);
+    plan(units, rows, weights.back(), int(i), transposed, numbers);
+  }
+  float* sums = scratch<struct RangeSums, float>(numbers);
+  for (const Unit& unit : units) {
+    if (unit.way == Way::range) weights[unit.weights].sums = sums + places[unit.weights];
   }
   parallel_for(threads, units.size(), [&](int64_t i) { multiply(rows, weights[units[i].weights], units[i], transposed); });
+  if (numbers) add_ranges(threads, rows, weights);
   return ffi::Error::Success();
 }
 
