@@ -12,10 +12,13 @@ import pytest
 from diffkv_jax import CacheSpec, CompressionPolicy, diffkv, make_cache, memory_report
 from diffkv_jax.budget import tree_bytes
 from diffkv_jax.cache import KVCache, empty_cache
+from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
+from diffkv_jax.pallas_kernels.native import why_unavailable
 from diffkv_jax.runner import decode_step, prefill_chunk
 from tiny import tiny_model
 
 MIB = 2**20
+KERNELS = [XLA] if why_unavailable() else [XLA, Kernels("cpu")]
 POLICIES = {"diffkv": diffkv(1.0, 0.02), "flush 1": diffkv(1.0, 0.02, flush=1), "none": CompressionPolicy.none()}
 
 
@@ -23,9 +26,11 @@ def array(shape, dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def cache_shapes(model, policy, requests: int, max_len: int, num_pages: int | None = None, pool: int = 0) -> KVCache:
+def cache_shapes(
+    model, policy, requests: int, max_len: int, num_pages: int | None = None, pool: int = 0, kernels: Kernels = XLA
+) -> KVCache:
     """A cache of shapes only, with `num_pages` pages or as many as fit `pool` bytes."""
-    spec = CacheSpec.build(model.attention, policy, num_requests=requests, max_len=max_len, num_pages=0, dtype="float32")
+    spec = CacheSpec.build(model.attention, policy, num_requests=requests, max_len=max_len, num_pages=0, dtype="float32", kernels=kernels)
     spec = dataclasses.replace(spec, num_pages=pool // spec.layout.page_bytes if num_pages is None else num_pages)
     return jax.eval_shape(partial(empty_cache, spec), policy.thresholds(len(spec.paged_layers), requests, model.attention.num_kv_heads))
 
@@ -46,16 +51,17 @@ def copies_of_pool(text: str, num_pages: int) -> list[str]:
     return [line.strip()[:160] for line in text.splitlines() if re.search(rf"= \S*\[{num_pages},(?!0,)\S* copy\(", line)]
 
 
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.implementation)
 @pytest.mark.parametrize("step", ["decode", pytest.param("prefill", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("diffkv", "flush 1", "windows"))])
-def test_pool_is_updated_in_place(name, step):
+def test_pool_is_updated_in_place(name, step, kernels):
     """Donation is honoured: the pool of 256 MiB is an alias of the input, never copied, and little else is needed.
 
     A prompt chunk needs room for its own 256 tokens, which no pool makes larger (see the test of its peak).
     """
     windows = (32, None, 32, None) if name == "windows" else None  # every second layer has a sliding window
     model, params = tiny_model(layers=4, q_heads=6, kv_heads=2, windows=windows)
-    cache = cache_shapes(model, POLICIES.get(name, POLICIES["diffkv"]), requests=2, max_len=4000, pool=256 * MIB)
+    cache = cache_shapes(model, POLICIES.get(name, POLICIES["diffkv"]), requests=2, max_len=4000, pool=256 * MIB, kernels=kernels)
     pool = tree_bytes(cache.pages)
     assert 250 * MIB < pool <= 256 * MIB
     lowered = lower_decode(model, params, cache) if step == "decode" else lower_prefill(model, params, cache, 256)
