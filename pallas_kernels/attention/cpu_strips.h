@@ -9,11 +9,10 @@
 
 #include "pages.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-#include <immintrin.h>
-#define DIFFKV_BF16 1
+#if DIFFKV_BF16 && defined(__AVX512VBMI__)
+#define DIFFKV_PAIRS 1  // and spreads bytes over a register
 #else
-#define DIFFKV_BF16 0
+#define DIFFKV_PAIRS 0
 #endif
 
 namespace diffkv {
@@ -36,9 +35,9 @@ struct Queries {
 
 // Whether the bfloat16 products can take a codec: they read channels two by two.
 template <typename Reader>
-constexpr bool pairs_possible = DIFFKV_BF16 && (Reader::type == Exact::no || Reader::type == Exact::bfloat16);
+constexpr bool pairs_possible = DIFFKV_PAIRS && (Reader::type == Exact::no || Reader::type == Exact::bfloat16);
 inline bool pairs_fit(const Codec& codec, int head_dim) {
-  return DIFFKV_BF16 && codec.exact != Exact::float16 && codec.exact != Exact::float32 && codec.rows % 2 == 0 && head_dim / codec.groups % 2 == 0;
+  return DIFFKV_PAIRS && codec.exact != Exact::float16 && codec.exact != Exact::float32 && codec.rows % 2 == 0 && head_dim / codec.groups % 2 == 0;
 }
 
 // Calls body(std::integral_constant) for 0 to N - 1.
@@ -51,15 +50,10 @@ inline void unrolled(const Body& body) {
   unrolled(body, std::make_integer_sequence<int, N>{});
 }
 
-// Row `row` of a tensor's metadata, 16 tokens.
-inline Floats metadata(const Stored& at, int row, int stride, int half) {
-  return from_float16(load<Shorts>(at.meta + row * stride + half * kLanes));
-}
-
 // Biased codes of bfloat16 products: what the bias adds to a sum of codes, times the sum of the factors: eight bits are two codes of four, the upper one sixteenfold.
 constexpr float bias(int bits) { return bits == 16 ? 0.0f : bits == 8 ? 17 * 128.0f : 128.0f; }
 
-#if DIFFKV_BF16
+#if DIFFKV_PAIRS
 
 inline Floats dot_pairs(Floats sum, __m512i a, __m512i b) { return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 
@@ -107,7 +101,7 @@ inline __m512i biased_codes(__m512i bytes) {
 template <typename Reader, bool Pairs, int Heads, int First, int Planes>
 inline void accumulate(const Queries& q, int head, const Stored& at, int stride, int begin, int end, Floats (&total)[Heads][2]) {
   const int rows = q.head_dim / Reader::planes;
-#if DIFFKV_BF16
+#if DIFFKV_PAIRS
   if constexpr (Pairs && Reader::type == Exact::bfloat16) {
     const __m512i low = spread(0, true), high = spread(1, true);
     for (int row = begin; row < end; row += 2) {
@@ -209,7 +203,7 @@ void value_products(const Codec& codec, int head_dim, int heads, int head, const
     Floats total[planes][Heads] = {};
     for (int s = 0; s < count; ++s) {
       const uint8_t* from = strips[s].value.payload + row * stride;
-#if DIFFKV_BF16
+#if DIFFKV_PAIRS
       if constexpr (Pairs && Reader::type == Exact::bfloat16) {
         const __mmask32 live = strips[s].live == kStrip ? ~__mmask32{0} : (__mmask32{1} << strips[s].live) - 1;
         const __m512i numbers = _mm512_maskz_mov_epi16(live, joined(two_rows(from, int64_t{head_dim} * stride)));

@@ -213,8 +213,7 @@ ffi::Error apply_event(ffi::ThreadPool threads, ffi::AnyBuffer, ffi::AnyBuffer, 
   state.heads = table->dimensions()[0], state.max_pages = table->dimensions()[1], state.num_pages = pages[0];
   int32_t &start = ring_start->typed_data()[0], &free_pages = ring_count->typed_data()[0];
   state.ring_start = start, state.ring_count = free_pages;
-  const Rules rules = {tau.typed_data(),    observed.typed_data(),    stirred.typed_data(),
-                       joined.typed_data(), observed.dimensions()[1], one_victim};
+  const Rules rules = Rules::of(tau, observed, stirred, joined, one_victim);
   const Entering tokens = {k.untyped_data(),           v.untyped_data(),       exact_type(k.element_type()), token_significance.typed_data(),
                            token_position.typed_data(), entering.typed_data(), admitted.typed_data(),        entering.dimensions()[1],
                            k.dimensions()[1]};

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -39,6 +40,8 @@ def linear(
         if cpu.supports(x, weights, transposed=transposed):
             return cpu.linear(x, weights, layer, transposed=transposed, dtype=result)
     rows = x.reshape(-1, x.shape[-1])  # one matrix, not a batch of them
+    if layer is not None:  # copied not before x is known: then the copies of a layer's weights share their space
+        rows, layer = jax.lax.optimization_barrier((rows, layer))
     pattern = "ri,oi->ro" if transposed else "ri,io->ro"
     taken = (w if layer is None else w[layer] for w in weights)
     products = (jnp.einsum(pattern, rows, w.astype(x.dtype), preferred_element_type=jnp.float32) for w in taken)

@@ -5,9 +5,9 @@
 
 #include "cpu_few.h"
 #include "cpu_rows.h"
+#include "elements.h"
 #include "parallel.h"
 #include "scratch.h"
-#include "vector.h"
 
 namespace ffi = xla::ffi;
 using namespace diffkv;
@@ -25,7 +25,7 @@ constexpr int kFewRows = 32;  // up to here reading the weights takes longer tha
 
 struct Rows {
   int64_t count, width;
-  const float* exact;       // [count, width]
+  const float* exact;       // [count, width]; null where all products are of pairs of bfloat16
   const uint16_t* rounded;  // the same in bfloat16, when both sides are; else null
 };
 
@@ -38,19 +38,7 @@ struct Weights {
 };
 
 template <bool Bfloat16>
-inline Floats weights_at(const void* data, int64_t i) {
-  if constexpr (Bfloat16) return from_bfloat16(load<Shorts>(static_cast<const uint16_t*>(data) + i));
-  return load<Floats>(static_cast<const float*>(data) + i);
-}
-
-template <bool Bfloat16>
-inline float weight(const void* data, int64_t i) {
-  if constexpr (!Bfloat16) return static_cast<const float*>(data)[i];
-  const uint32_t bits = uint32_t{static_cast<const uint16_t*>(data)[i]} << 16;
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
+constexpr Exact type_of = Bfloat16 ? Exact::bfloat16 : Exact::float32;
 
 // Columns [first, first + 16 * Vectors) for `Tile` rows of x from `row` on, weights [in, out].
 template <bool Bfloat16, int Tile, int Vectors>
@@ -61,7 +49,7 @@ void columns(const Rows& x, int64_t row, const Weights& w, int64_t first) {
     const char* ahead = static_cast<const char*>(w.data) + (at + kAhead * w.out) * (Bfloat16 ? 2 : 4);
     for (int v = 0; v < Vectors; v += Bfloat16 ? 2 : 1) __builtin_prefetch(ahead + v * kLanes * (Bfloat16 ? 2 : 4));
     for (int v = 0; v < Vectors; ++v) {
-      const Floats numbers = weights_at<Bfloat16>(w.data, at + v * kLanes);
+      const Floats numbers = elements(w.data, type_of<Bfloat16>, at + v * kLanes);
       for (int t = 0; t < Tile; ++t) total[t][v] += x.exact[(row + t) * x.width + k] * numbers;
     }
   }
@@ -75,7 +63,7 @@ template <bool Bfloat16>
 void single_column(const Rows& x, const Weights& w, int64_t column) {
   for (int64_t row = 0; row < x.count; ++row) {
     float total = 0;
-    for (int64_t k = 0; k < w.in; ++k) total += x.exact[row * x.width + k] * weight<Bfloat16>(w.data, k * w.out + column);
+    for (int64_t k = 0; k < w.in; ++k) total += x.exact[row * x.width + k] * element(w.data, type_of<Bfloat16>, k * w.out + column);
     w.result[row * w.out + column] = total;
   }
 }
@@ -114,12 +102,12 @@ void row_products(const Rows& x, int64_t row, const Weights& w, int64_t column) 
 #endif
   Floats total[Tile] = {};
   for (; k + kLanes <= w.in; k += kLanes) {
-    const Floats numbers = weights_at<Bfloat16>(w.data, at + k);
+    const Floats numbers = elements(w.data, type_of<Bfloat16>, at + k);
     for (int t = 0; t < Tile; ++t) total[t] += numbers * load<Floats>(x.exact + (row + t) * x.width + k);
   }
   for (int t = 0; t < Tile; ++t) result[t] += sum(total[t]);
   for (; k < w.in; ++k) {
-    for (int t = 0; t < Tile; ++t) result[t] += weight<Bfloat16>(w.data, at + k) * x.exact[(row + t) * x.width + k];
+    for (int t = 0; t < Tile; ++t) result[t] += element(w.data, type_of<Bfloat16>, at + k) * x.exact[(row + t) * x.width + k];
   }
   for (int t = 0; t < Tile; ++t) w.result[(row + t) * w.out + column] = result[t];
 }
@@ -154,9 +142,8 @@ void multiply(const Rows& x, const Weights& w, const Unit& unit, bool transposed
 void plan(std::vector<Unit>& units, const Rows& x, const Weights& w, int index, bool transposed, int64_t& numbers) {
   const bool pairs = DIFFKV_BF16 && x.rounded && w.bfloat16 && !transposed && w.in % 2 == 0;
   if (pairs && x.count <= kFewRows) {
-    const int64_t ranges = (w.in + rows_of_range(w.in) - 1) / rows_of_range(w.in);
-    for (int64_t range = 0; range < ranges; ++range) units.push_back({index, Way::range, range, 0});
-    numbers += ranges * x.count * padded(w.out);
+    for (int64_t range = 0; range < ranges_of(w.in); ++range) units.push_back({index, Way::range, range, 0});
+    numbers += ranges_of(w.in) * x.count * padded(w.out);
     return;
   }
   for (int64_t first = 0; first < w.out; first += kUnit) {
@@ -169,10 +156,10 @@ void add_ranges(ffi::ThreadPool& threads, const Rows& x, const std::vector<Weigh
 #if DIFFKV_BF16
   parallel_for(threads, weights.size() * x.count, [&](int64_t i) {
     const Weights& w = weights[i / x.count];
-    const int64_t row = i % x.count, pitch = padded(w.out), ranges = (w.in + rows_of_range(w.in) - 1) / rows_of_range(w.in);
+    const int64_t row = i % x.count, pitch = padded(w.out);
     if (!w.sums) return;
     for (int64_t c = 0; c < w.out; c += kColumnStep) {
-      add_up(w.sums + row * pitch + c, ranges, x.count * pitch, w.out - c, w.result + row * w.out + c);
+      add_up(w.sums + row * pitch + c, ranges_of(w.in), x.count * pitch, w.out - c, w.result + row * w.out + c);
     }
   });
 #else
@@ -184,12 +171,7 @@ ffi::Error linear(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Buffer<ffi::S3
                   ffi::RemainingRets results, bool transposed) {
   const int64_t count = x.dimensions()[0], width = x.dimensions()[1], at = layer.typed_data()[0];
   Rows rows{count, width, static_cast<const float*>(x.untyped_data()), nullptr};
-  if (x.element_type() == ffi::DataType::BF16) {
-    rows.rounded = static_cast<const uint16_t*>(x.untyped_data());
-    float* exact = scratch<struct ExactRows, float>(count * width);
-    for (int64_t i = 0; i < count * width; ++i) exact[i] = weight<true>(rows.rounded, i);
-    rows.exact = exact;
-  }
+  if (x.element_type() == ffi::DataType::BF16) rows.rounded = static_cast<const uint16_t*>(x.untyped_data());
   std::vector<Weights> weights;
   std::vector<Unit> units;
   std::vector<int64_t> places;
@@ -204,6 +186,12 @@ ffi::Error linear(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Buffer<ffi::S3
     weights.push_back({data, narrow, shape[transposed ? 2 : 1], shape[transposed ? 1 : 2], result->typed_data(), nullptr});
     places.push_back(numbers);
     plan(units, rows, weights.back(), int(i), transposed, numbers);
+  }
+  const auto exact = [](const Unit& unit) { return unit.way == Way::columns; };
+  if (rows.rounded && std::any_of(units.begin(), units.end(), exact)) {
+    float* wide = scratch<struct ExactRows, float>(count * width);
+    for (int64_t i = 0; i < count * width; ++i) wide[i] = element(rows.rounded, Exact::bfloat16, i);
+    rows.exact = wide;
   }
   float* sums = scratch<struct RangeSums, float>(numbers);
   for (const Unit& unit : units) {

@@ -19,6 +19,9 @@ inline int64_t padded(int64_t columns) { return (columns + kColumnStep - 1) / kC
 // Rows of weights in a range: whole stripes.
 inline int64_t rows_of_range(int64_t in) { return std::max<int64_t>(64, ((in + kRanges - 1) / kRanges + kStripe - 1) / kStripe * kStripe); }
 
+// Ranges of the weights' rows.
+inline int64_t ranges_of(int64_t in) { return (in + rows_of_range(in) - 1) / rows_of_range(in); }
+
 // Calls body(row, std::integral_constant tile) for tiles of 8, 4, 2 and 1 rows.
 template <typename Body>
 void over_rows(int64_t count, const Body& body) {

@@ -25,6 +25,30 @@ inline Floats elements(const void* data, Exact type, int64_t i) {
   return type == Exact::bfloat16 ? from_bfloat16(bits) : from_float16(bits);
 }
 
+// An array of floating numbers, read as float32.
+struct Numbers {
+  const char* data;
+  Exact type;
+
+  static Numbers of(const xla::ffi::AnyBuffer& buffer) {
+    return {static_cast<const char*>(buffer.untyped_data()), exact_type(buffer.element_type())};
+  }
+  int64_t bytes() const { return type == Exact::float32 ? 4 : 2; }
+  Numbers from(int64_t i) const { return {data + i * bytes(), type}; }
+
+  float number(int64_t i) const { return element(data, type, i); }
+  // Sixteen numbers from `i` on.
+  Floats vector(int64_t i) const { return elements(data, type, i); }
+  // The first `n` of them, then zeros; nothing beyond is read.
+  Floats vector(int64_t i, int64_t n) const {
+    if (n >= kLanes) return vector(i);
+    if (n <= 0) return Floats{};
+    char some[kLanes * 4] = {};
+    std::memcpy(some, data + i * bytes(), n * bytes());
+    return elements(some, type, 0);
+  }
+};
+
 // 16 rows of `n` numbers as columns `x [n, 16]`, four by four: that is what every CPU can turn in registers.
 inline void transpose(const float* const* rows, int64_t n, float* x) {
   typedef float Four __attribute__((vector_size(16)));

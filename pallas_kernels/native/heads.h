@@ -52,6 +52,11 @@ struct Rules {
   const bool *stirred, *joined;
   int64_t spans;
   bool one_victim;
+
+  static Rules of(const xla::ffi::Buffer<xla::ffi::F32>& tau, const xla::ffi::Buffer<xla::ffi::S32>& observed,
+                  const xla::ffi::Buffer<xla::ffi::PRED>& stirred, const xla::ffi::Buffer<xla::ffi::PRED>& joined, bool one_victim) {
+    return {tau.typed_data(), observed.typed_data(), stirred.typed_data(), joined.typed_data(), observed.dimensions()[1], one_victim};
+  }
 };
 
 // Tokens of a head that leave each tier; with one victim a tier, its slot, else -1.

@@ -55,6 +55,11 @@ struct Stored {
   const uint16_t* meta;  // float16 bits
 };
 
+// A scale or zero point, row `row` of the metadata, of the first or second 16 tokens.
+inline Floats metadata(const Stored& at, int row, int stride, int half) {
+  return from_float16(load<Shorts>(at.meta + row * stride + half * kLanes));
+}
+
 // Asks for 32 tokens before they are needed: pages lie anywhere, so the CPU cannot guess the next one.
 inline void prefetch(const Stored& at, const Codec& codec, int stride) {
   const int step = stride < 64 ? 64 / stride : 1;

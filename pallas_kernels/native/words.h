@@ -6,15 +6,6 @@
 
 #include "vector.h"
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-#ifdef __AVX512BF16__
-#define DIFFKV_BF16 1
-#else
-#define DIFFKV_BF16 0
-#endif
-
 namespace diffkv {
 
 // A block of kRows times kColumns vectors of sums fills the registers: 32 of 512 bits, else at least 16 of 256 or 32 of 128.
@@ -97,15 +88,6 @@ inline void transpose(Ints (&m)[kLanes]) {
   exchange_rows<8>(m);
 }
 
-// The larger one, `b` where one is NaN. GCC 12 makes two instructions of `max` at 512 bits.
-inline Floats larger(Floats a, Floats b) {
-#ifdef __AVX512F__
-  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-  return a > b ? a : b;
-#endif
-}
-
 // 2^x to a few units in the last place for x < 128; 0 from -150 down at the latest.
 inline Floats exp2(Floats x) {
 #ifdef __AVX512DQ__
@@ -116,7 +98,7 @@ inline Floats exp2(Floats x) {
   }
   return (Floats)_mm512_scalef_ps(p, (__m512)x);  // times 2 to the whole part
 #else
-  const Floats bounded = larger(splat(-127.0f), x), shifter = splat(0x1.8p23f);  // adding it rounds to an integer, kept in the low bits
+  const Floats bounded = max(splat(-127.0f), x), shifter = splat(0x1.8p23f);  // adding it rounds to an integer, kept in the low bits
   const Floats whole = bounded + shifter, rest = bounded - (whole - shifter);
   Floats p = splat(1.326472721e-3f);
   for (const float c : {9.671512812e-3f, 5.550733745e-2f, 2.402224208e-1f, 6.931469776e-1f, 1.0f}) p = p * rest + splat(c);

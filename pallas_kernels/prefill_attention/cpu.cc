@@ -28,22 +28,13 @@ ffi::Error read_operands(Problem& problem, const ffi::AnyBuffer& q, const ffi::A
                          int64_t side_rows, const ffi::Buffer<ffi::S32>& table, const ffi::Buffer<ffi::S32>& lengths,
                          const ffi::AnyBuffer& recent_k, const ffi::AnyBuffer& recent_v, const ffi::Buffer<ffi::S32>& recent_lengths,
                          const ffi::Buffer<ffi::S32>& layer, ffi::Span<const int64_t> formats) {
-  const auto shape = q.dimensions(), window = recent_k.dimensions(), pages = payload.dimensions();
+  const auto shape = q.dimensions();
   problem.chunk = {Numbers::of(q), Numbers::of(k), Numbers::of(v), length.typed_data(), int(shape[1]), int(shape[2])};
-  Heads& heads = problem.heads;
-  heads.pool = {payload.typed_data(), static_cast<const uint16_t*>(meta.untyped_data()),
-                Layout::make(formats, shape[3], pages[2], pages[1], meta.dimensions()[1], side_rows)};
-  heads.count = shape[0], heads.max_pages = table.dimensions()[1], heads.slots = window[2];
-  heads.table = table.typed_data(), heads.lengths = lengths.typed_data(), heads.recent_lengths = recent_lengths.typed_data();
-  const int64_t at = layer.typed_data()[0];
-  if (at < 0 || at >= window[0]) return ffi::Error::InvalidArgument("layer outside the recent windows");
-  const int64_t offset = at * heads.count * heads.slots * shape[3];
-  heads.recent_k = Numbers::of(recent_k).from(offset), heads.recent_v = Numbers::of(recent_v).from(offset);
-  for (int64_t head = 0; head < heads.count; ++head) {
+  for (int64_t head = 0; head < shape[0]; ++head) {
     const int32_t tokens = problem.chunk.length[head];
     if (tokens < 0 || tokens > shape[2]) return ffi::Error::InvalidArgument("length outside the chunk");
   }
-  return heads.outside(pages[0]);
+  return Heads::read(problem.heads, formats, payload, meta, side_rows, table, lengths, recent_k, recent_v, recent_lengths, layer);
 }
 
 ffi::Error prefill_attention(ffi::ThreadPool threads, ffi::Span<const int64_t> formats, float sm_scale, float cap, int64_t side_rows,

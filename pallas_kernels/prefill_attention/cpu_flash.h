@@ -27,7 +27,7 @@ inline void weigh(const float* logits, int count, float* maximum, float* total, 
   for (int row = 0; row < kRows; ++row) most[row] = splat(maximum[row]);
   for (int at = 0; at < count; at += kLanes) {
 #pragma GCC unroll 6
-    for (int row = 0; row < kRows; ++row) most[row] = larger(most[row], load<Floats>(logits + row * kKeys + at));
+    for (int row = 0; row < kRows; ++row) most[row] = max(most[row], load<Floats>(logits + row * kKeys + at));
   }
   Floats fallen = {};
 #pragma GCC unroll 6

@@ -1,12 +1,12 @@
-// Keys and values of one head in blocks, unpacked into matrices of words (cpu_words.h), wherever they come from.
+// Keys and values of one head in blocks, unpacked into matrices of words (words.h), wherever they come from.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 
-#include "cpu_heads.h"
-#include "words.h"
+#include "layer_heads.h"
 #include "scratch.h"
+#include "words.h"
 
 namespace diffkv {
 
@@ -78,11 +78,6 @@ inline int32_t* column_of(int32_t* matrix, int rows, int column) {
   return matrix + int64_t(column / kPanel) * rows * kPanel + column % kPanel;
 }
 
-// Scales or zero points of 16 tokens.
-inline Floats meta(const Stored& at, int row, int stride, int half) {
-  return from_float16(load<Shorts>(at.meta + row * stride + half * kLanes));
-}
-
 // Calls body(channel, Word::size vectors: the channels from there on of 16 tokens), codes as they are.
 template <typename Word, typename Reader, typename Body>
 inline void over_codes(const uint8_t* payload, int stride, int d, int from, int to, const Body& body) {
@@ -107,7 +102,7 @@ void pack_stored_keys(const Problem& p, int64_t head, const Span& span, int word
       using Reader = decltype(reader);
       for (int group = 0; group < codec.groups; ++group) {
         Floats s = splat(1), z = {};
-        if constexpr (Reader::scaled) s = meta(strip.key, group, stride, half), z = meta(strip.key, codec.groups + group, stride, half);
+        if constexpr (Reader::scaled) s = metadata(strip.key, group, stride, half), z = metadata(strip.key, codec.groups + group, stride, half);
         over_codes<Word, Reader>(payload, stride, d, group * width, (group + 1) * width, [&](int c, Floats(&numbers)[Word::size]) {
           if (Word::size == 1 && Reader::scaled) numbers[0] = numbers[0] * s + z;
           store(to + c / Word::size * kPanel, Reader::scaled ? Word::joined_codes(numbers) : Word::joined(numbers));
@@ -175,7 +170,7 @@ void unpack_values(const Strip& strip, const Codec& codec, int stride, int d, in
   for (int group = 0; group < codec.groups; ++group) {
     Floats s[2], z[2];
     for (int half = 0; half < 2 && Reader::scaled; ++half) {
-      s[half] = meta(strip.value, group, stride, half), z[half] = meta(strip.value, codec.groups + group, stride, half);
+      s[half] = metadata(strip.value, group, stride, half), z[half] = metadata(strip.value, codec.groups + group, stride, half);
     }
     over_channels<Reader>(d, group * width, (group + 1) * width, [&](int c, int row, int plane) {
       Floats numbers[2];

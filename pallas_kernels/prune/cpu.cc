@@ -22,8 +22,7 @@ ffi::Error count_moves(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> significan
     if (auto error = check(layout, held(head), sides[0]); error.failure()) return error;
   }
   const Sides scores = {significance.typed_data(), position.untyped_data(), position.element_type() == ffi::DataType::S32};
-  const Rules rules = {tau.typed_data(),    observed.typed_data(),   stirred.typed_data(),
-                       joined.typed_data(), observed.dimensions()[1], one_victim};
+  const Rules rules = Rules::of(tau, observed, stirred, joined, one_victim);
   parallel_for(threads, heads, [&](int64_t head) {
     const Leaving leaving = leaving_of(Judge{layout, scores, rules, head}, held(head));
     for (int t = 0; t < layout.tiers; ++t) {
