@@ -12,6 +12,7 @@ from diffkv_jax.observed import count_observed
 from diffkv_jax.pallas_kernels.append import shift_recent
 from diffkv_jax.pallas_kernels.compact import Tokens
 from diffkv_jax.prefill_layer import observed_after, recent_after
+from diffkv_jax.selection import ranked_tokens
 from diffkv_jax.steps import DecodeStep, PrefillStep
 
 
@@ -82,12 +83,13 @@ def _ended(cache: KVCache, going: Array, admitted: Array, leaving: Array) -> KVC
 def _plan(cache: KVCache, layer: Array | None, count: Array) -> Plan:
     """The plan of a layer (all when None) when the oldest `count [R]` recent tokens of each request leave."""
     tokens = _oldest(cache, layer)
-    clock = layer_clock(cache, layer, cache.seq_len, cache.observed)
+    decides = jnp.asarray(cache.spec.selection.in_decode)
+    clock = layer_clock(cache, layer, cache.seq_len, cache.observed, cache.recent_len - count, decides)
     layers = clock.seq_len.shape[0] // cache.spec.num_heads
     n = cache.spec.flush
     leaving = jnp.arange(n) < per_head(cache, count, layers)[:, None]
-    stored, one_victim = stored_layer(cache, layer), cache.spec.flush == 1
-    return plan_event(cache.spec, stored, clock, tokens.significance[:, :n], tokens.position[:, :n], leaving, one_victim)
+    stored = stored_layer(cache, layer)
+    return plan_event(cache.spec, stored, clock, tokens.significance[:, :n], tokens.position[:, :n], leaving, cache.spec.one_victim)
 
 
 def _oldest(cache: KVCache, layer: Array | None) -> Tokens:
@@ -98,14 +100,16 @@ def _oldest(cache: KVCache, layer: Array | None) -> Tokens:
     else:
         significance = jnp.zeros(k.shape[:2], jnp.float32)
     position = per_head(cache, cache.seq_len - cache.recent_len, k.shape[0] // cache.spec.num_heads)[:, None] + jnp.arange(k.shape[1])
-    return Tokens(k, v, significance, position)
+    valid = jnp.arange(k.shape[1]) < per_head(cache, cache.recent_len, k.shape[0] // cache.spec.num_heads)[:, None]
+    tokens = Tokens(k, v, significance, position)
+    return ranked_tokens(cache.spec.selection, tokens, valid, cache.spec.attention.num_kv_heads)
 
 
 def _carry_out(cache: KVCache, layer: Array | None, plan: Plan, going: Array) -> KVCache:
     """Let the oldest `going [R]` recent tokens of each request into the tiers of a layer (of all when None) as planned."""
     spec, tokens = cache.spec, _oldest(cache, layer)
     going_on = per_head(cache, going > 0, tokens.k.shape[0] // spec.num_heads)
-    stored = apply_plan(spec, stored_layer(cache, layer), plan, tokens, going_on, one_victim=spec.flush == 1)
+    stored = apply_plan(spec, stored_layer(cache, layer), plan, tokens, going_on, one_victim=spec.one_victim)
     cache = with_stored(cache, layer, stored)
     entered = stored.ring.count >= 0  # always so, but the compiler cannot know: the windows change when the event has read them
     recent_k, recent_v, significance = _without_oldest(cache, layer, jnp.where(entered, going, 0))

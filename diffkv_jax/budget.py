@@ -38,8 +38,8 @@ def tree_bytes(tree) -> int:
 
 def cache_bytes(spec: CacheSpec) -> int:
     """Bytes of all arrays of the cache that `spec` describes, from their shapes."""
-    alpha = np.zeros((len(spec.paged_layers), spec.num_requests, spec.attention.num_kv_heads, 2), np.float32)
-    shapes: KVCache = jax.eval_shape(partial(empty_cache, spec), alpha)
+    limits = np.zeros((len(spec.paged_layers), spec.num_requests, spec.attention.num_kv_heads, 2), np.float32)
+    shapes: KVCache = jax.eval_shape(partial(empty_cache, spec), limits)
     return tree_bytes(shapes)
 
 
@@ -96,7 +96,7 @@ def check_pool(cache: KVCache, totals: Sequence[int]) -> None:
     Raises:
         ValueError: names the pool and the pages that the tokens need at least.
     """
-    least = _least_pages(cache.spec, totals, drops=bool(np.asarray(cache.alpha[..., 1] > 0).any()))
+    least = _least_pages(cache.spec, totals, drops=cache.spec.selection.budgeted or bool(np.asarray(cache.limits[..., 1] > 0).any()))
     if least > cache.spec.num_pages:
         raise ValueError(
             f"the pool of {cache.spec.num_pages} pages cannot hold {list(totals)} tokens, which need at least {least}; "

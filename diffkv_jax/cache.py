@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,12 @@ from diffkv_jax.pallas_kernels.compact import FreeRing
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from diffkv_jax.policy import CompressionPolicy
+from diffkv_jax.selection import Selection
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Everything about a cache that the compiler must know. Thresholds are not here: they are arrays of the cache."""
+    """Everything about a cache that the compiler must know. Thresholds and budgets are not here: they are arrays of the cache."""
 
     attention: AttentionSpec
     layout: PageLayout
@@ -29,7 +29,7 @@ class CacheSpec:
     num_pages: int
     window: int
     flush: int
-    observe: int | Literal["all"] | None
+    selection: Selection
     dtype: str
     kernels: Kernels = XLA
 
@@ -58,11 +58,12 @@ class CacheSpec:
             attention.head_dim,
             tokens=tokens or kernels.tokens_per_block,
             max_len=max_len,
-            scored=policy.observe is not None,
+            scored=policy.selection.score is not None,
+            group=policy.selection.group,
             meta_dtype=kernels.meta_dtype,
         )
-        windows = (policy.window, policy.flush, policy.observe)
-        return CacheSpec(attention, layout, num_requests, max_len, num_pages, *windows, dtype, kernels)
+        schedule = (policy.window, policy.flush, policy.selection)
+        return CacheSpec(attention, layout, num_requests, max_len, num_pages, *schedule, dtype, kernels)
 
     @cached_property
     def paged_layers(self) -> tuple[int, ...]:
@@ -85,6 +86,11 @@ class CacheSpec:
         return self.layout.pages_for(0, self.max_len) + self.layout.tiers
 
     @property
+    def one_victim(self) -> bool:
+        """Whether an event in decode re-examines one token at most (Algorithm 1 of the DiffKV paper)."""
+        return self.flush == 1 and not self.selection.budgeted
+
+    @property
     def num_heads(self) -> int:
         """Heads of one layer that own pages: requests x KV heads."""
         return self.num_requests * self.attention.num_kv_heads
@@ -102,7 +108,7 @@ class KVCache:
     ring: FreeRing  # ids of the pages that nobody owns
     page_table: Array  # int32 [L, R, K, max_pages]; tier 0 grows from the left, tier 1 from the right; num_pages = none
     tier_len: Array  # int32 [L, R, K, tiers] tokens
-    alpha: Array  # float32 [L, R, K, 2] thresholds (high, low) in units of 1 / seq_len
+    limits: Array  # float32 [L, R, K, 2] (high, low): thresholds in units of 1 / seq_len, or budgets (high, any), see `Selection`
     recent_k: Array  # [L, R, K, N, head_dim] cache dtype, oldest first
     recent_v: Array  # [L, R, K, N, head_dim]
     recent_significance: Array  # float32 [L, R, K, N]
@@ -123,8 +129,8 @@ class KVCache:
 jax.tree_util.register_dataclass(KVCache, data_fields=[f.name for f in fields(KVCache) if f.name != "spec"], meta_fields=["spec"])
 
 
-def empty_cache(spec: CacheSpec, alpha: np.ndarray | Array) -> KVCache:
-    """A cache without tokens. `alpha` float32 [paged layers, requests, kv_heads, 2]; every page is zeroed and free."""
+def empty_cache(spec: CacheSpec, limits: np.ndarray | Array) -> KVCache:
+    """A cache without tokens. `limits` float32 [paged layers, requests, kv_heads, 2]; every page is zeroed and free."""
     paged, windowed = len(spec.paged_layers), len(spec.window_layers)
     heads = (spec.num_requests, spec.attention.num_kv_heads)
     head_dim, slots = spec.attention.head_dim, spec.window + spec.flush
@@ -136,7 +142,7 @@ def empty_cache(spec: CacheSpec, alpha: np.ndarray | Array) -> KVCache:
         ring=FreeRing.full(spec.num_pages),
         page_table=jnp.full((paged, *heads, spec.max_pages), spec.num_pages, jnp.int32),
         tier_len=jnp.zeros((paged, *heads, spec.layout.tiers), jnp.int32),
-        alpha=jnp.asarray(alpha, jnp.float32),
+        limits=jnp.asarray(limits, jnp.float32),
         recent_k=zeros((paged, *heads, slots, head_dim)),
         recent_v=zeros((paged, *heads, slots, head_dim)),
         recent_significance=jnp.zeros((paged, *heads, slots if spec.layout.scored else 0), jnp.float32),

@@ -17,19 +17,19 @@ def decode_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, ste
     spec = cache.spec
     cache = _append(cache, layer, k, v, step)
     heads = layer_heads(cache, layer, cache.recent_len + step.active)
-    live = per_head(cache, step.active)
+    live, scores_too = per_head(cache, step.active), spec.selection.accumulates
     heads = heads._replace(tier_len=jnp.where(live[:, None], heads.tier_len, 0), recent_len=jnp.where(live, heads.recent_len, 0))
     out, significance, recent_scores = decode_attention(
         q.reshape(spec.num_heads, -1, spec.attention.head_dim),
-        cache.pages,
-        spec.layout,
+        cache.pages if scores_too else dataclasses.replace(cache.pages, significance=cache.pages.significance[:, :0]),
+        spec.layout if scores_too else dataclasses.replace(spec.layout, scored=False),
         heads,
         max_len=spec.max_len,
         sm_scale=spec.attention.sm_scale,
         logits_soft_cap=spec.attention.logits_soft_cap,
         kernels=spec.kernels,
     )
-    if spec.layout.scored:
+    if scores_too:
         scores = take_layer(cache.recent_significance, layer) + recent_scores
         cache = dataclasses.replace(
             cache,

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from diffkv_jax.allocate import ALL, budget_thresholds, stored_scores, uniform_thresholds
 from diffkv_jax.cache import CacheSpec
 from diffkv_jax.pallas_kernels.compact import Stored, Tokens, apply_event
 from diffkv_jax.pallas_kernels.pages import PageLayout
@@ -15,8 +16,10 @@ class Clock(NamedTuple):
     """Where each head stands. `B` = requests x KV heads."""
 
     seq_len: Array  # int32 [B] tokens seen
-    observed: Array  # int32 [B, spans, 2] queries that have scored, as in `KVCache`
-    alpha: Array  # float32 [B, 2] thresholds in units of 1 / seq_len
+    observed: Array  # int32 [B, spans, 2] queries that a token's score is divided by, as in `KVCache`
+    limits: Array  # float32 [B, 2] thresholds or budgets, as in `KVCache`
+    exact: Array  # int32 [B] tokens that stay in the recent window
+    decides: Array  # bool []; without, every token enters the high tier and none leaves it
 
 
 class Plan(NamedTuple):
@@ -37,9 +40,9 @@ def plan_event(
     `one_victim` at most the least significant token of the tier that the entering one joined is re-examined (Algorithm 1).
     Heads from which nothing leaves are left alone.
     """
-    layout = spec.layout
-    tau = clock.alpha / jnp.maximum(clock.seq_len, 1)[:, None]
-    codes = classify(mean_significance(significance, position, clock.observed), tau, layout.tiers)
+    layout, mean = spec.layout, mean_significance(significance, position, clock.observed)
+    tau = _thresholds(spec, stored, clock, mean, leaving)
+    codes = classify(mean, tau, layout.tiers)
     entering = jnp.where(leaving, codes, DROPPED)
     joined = jnp.stack([(entering == tier + 1).any(axis=-1) for tier in range(layout.tiers)], axis=-1)
     rule = Rule(tau, clock.observed, leaving.any(axis=-1), joined)
@@ -54,6 +57,23 @@ def plan_event(
         kernels=spec.kernels,
     )
     return Plan(entering, rule, moves, _pages_needed(layout, stored.tier_len, entering, moves))
+
+
+def _thresholds(spec: CacheSpec, stored: Stored, clock: Clock, mean: Array, leaving: Array) -> Array:
+    """Mean scores float32 [B, 2] below which a token is not high, and is dropped."""
+    selection = spec.selection
+    if not selection.budgeted:
+        return jnp.where(clock.decides, uniform_thresholds(clock.limits, clock.seq_len), 0.0)
+
+    def decide(_: int, tau: Array) -> Array:
+        scores, live = stored_scores(spec.layout, stored, clock.observed, spec.max_len)
+        scores, live = jnp.concatenate([scores, mean], axis=1), jnp.concatenate([live, leaving], axis=1)
+        budgets = clock.limits if selection.in_tokens else clock.limits * clock.seq_len[:, None]
+        kv_heads = spec.attention.num_kv_heads
+        columns = [budget_thresholds(selection, budget, clock.exact, scores, live, kv_heads) for budget in budgets.T[-spec.layout.tiers :]]
+        return jnp.stack([columns[0], columns[-1]], axis=-1)
+
+    return lax.fori_loop(0, clock.decides.astype(jnp.int32), decide, jnp.full(clock.limits.shape, ALL))
 
 
 def _pages_needed(layout: PageLayout, tier_len: Array, entering: Array, moves: Moves) -> Array:

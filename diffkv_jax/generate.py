@@ -107,7 +107,7 @@ def generate(
         policy = policy or CompressionPolicy.none()
         kernels = Kernels.resolve(implementation, interpret=interpret)
         cache = make_cache(model, policy, totals, max_len=max_len, memory_budget=memory_budget, cache_dtype=cache_dtype, kernels=kernels)
-    observe = cache.spec.observe if isinstance(cache.spec.observe, int) else 0
+    observe = cache.spec.selection.observe if isinstance(cache.spec.selection.observe, int) else 0
     size = chunk_size(int(sizes.max()), prefill_chunk, observe)
     began = time.perf_counter()
     logits, cache = jax.block_until_ready(prefill(model, params, cache, batch, sizes, size))
@@ -146,8 +146,7 @@ def make_cache(
         kernels=kernels or Kernels.resolve(),
     )
     spec = with_pool(spec, policy, totals, room, memory_budget)
-    alpha = policy.thresholds(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads)
-    return _empty(spec, alpha)
+    return _empty(spec, policy.limits(spec.paged_layers, spec.num_requests, attention.num_kv_heads))
 
 
 _empty = jax.jit(empty_cache, static_argnames="spec")

@@ -86,8 +86,13 @@ def layer_heads(cache: KVCache, layer: Array, recent_len: Array) -> Heads:
     )
 
 
-def layer_clock(cache: KVCache, layer: Array | None, seq_len: Array, observed: Array) -> Clock:
-    """Where the heads of a paged layer (all when None) stand, given `seq_len` int32 [R] and `observed` int32 [R, spans, 2]."""
-    alpha = take_layer(cache.alpha, layer)
-    layers = alpha.shape[0] // cache.spec.num_heads
-    return Clock(per_head(cache, seq_len, layers), per_head(cache, observed, layers), alpha)
+def layer_clock(cache: KVCache, layer: Array | None, seq_len: Array, observed: Array, exact: Array, decides: Array) -> Clock:
+    """Where the heads of a paged layer (all when None) stand.
+
+    `seq_len`, `exact` int32 [R], `observed` int32 [R, spans, 2] and `decides` bool [] are those of `Clock` a request.
+    """
+    limits = take_layer(cache.limits, layer)
+    layers = limits.shape[0] // cache.spec.num_heads
+    divided_by = observed if cache.spec.selection.averaged else jnp.zeros_like(observed)
+    seq_len, divided_by, exact = (per_head(cache, x, layers) for x in (seq_len, divided_by, exact))
+    return Clock(seq_len, divided_by, limits, exact, decides)

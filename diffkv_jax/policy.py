@@ -4,15 +4,17 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from diffkv_jax.pallas_kernels.codecs import KVFormat
+from diffkv_jax.policy_checks import check_budgets, check_ranking, check_schedule, check_thresholds, check_tiers
+from diffkv_jax.selection import Score, Selection
 
 Threshold = float | tuple[Any, ...]
+Budget = float | int | tuple[Any, ...]
+PYRAMID_STEEPNESS = 20.0
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,20 @@ class CompressionPolicy:
         alpha_high: threshold of the high tier in units of uniform attention 1/P: a number, or nested tuples that broadcast to
             [layers, requests, kv_heads]; layers counts those without a sliding window.
         alpha_low: threshold below which a token is dropped, likewise; 0 drops nothing.
-        observe: how many of the last prompt queries score the prompt, "all" of them, or None: the policy does not score.
+        observe: how many of the last prompt queries score the prompt, "all" of them, or None: attention does not score.
         window: number of most recent tokens that stay exact.
         flush: decode steps between two compression events; 1 is Algorithm 1 of the DiffKV paper.
+        score: what tokens are ranked by, see `diffkv_jax.selection.Selection`; "attention" when None and there is `observe`.
+        group: "max" or "mean": how the query heads of a KV head are reduced to one score.
+        keep: instead of thresholds, how many tokens of a head stay, those in the window and the sinks included: a share of the tokens seen
+            (float up to 1) or a number (int), or nested tuples of one kind that broadcast like the thresholds. None: thresholds decide.
+        keep_high: with two tiers, how many stay in the high one, likewise.
+        layers: how `keep` is spread over the layers: "uniform", or "pyramid", linearly from nearly twice as much in the first to
+            1 / `PYRAMID_STEEPNESS` of it in the last (PyramidKV, arXiv:2406.02069).
+        whole_layers: layers (counted as `keep` counts them) that keep everything.
+        pooled: the KV heads of a layer share their budgets; each keeps at least this share of its own (Ada-KV, arXiv:2407.11550).
+        sinks: first tokens that always stay.
+        pooling: width of the moving average over positions, of "window" scores (SnapKV).
 
     Raises:
         ValueError: the choices cannot work together; the message says why.
@@ -40,6 +53,15 @@ class CompressionPolicy:
     observe: int | Literal["all"] | None = None
     window: int = 64
     flush: int = 32
+    score: Score | None = None
+    group: Literal["max", "mean"] = "max"
+    keep: Budget | None = None
+    keep_high: Budget | None = None
+    layers: Literal["uniform", "pyramid"] = "uniform"
+    whole_layers: tuple[int, ...] = ()
+    pooled: float | None = None
+    sinks: int = 0
+    pooling: int = 1
 
     def __post_init__(self):
         if isinstance(self.tiers, str) or not isinstance(self.tiers, Sequence):
@@ -47,9 +69,18 @@ class CompressionPolicy:
         object.__setattr__(self, "tiers", tuple(self.tiers))
         for field in ("alpha_high", "alpha_low"):
             object.__setattr__(self, field, _frozen(getattr(self, field)))
-        _check_tiers(self.tiers)
-        _check_schedule(self)
-        _check_thresholds(self)
+        for field in ("keep", "keep_high"):
+            object.__setattr__(self, field, _tuples(np.asarray(getattr(self, field)).tolist()))
+        object.__setattr__(self, "whole_layers", tuple(self.whole_layers))
+        if self.score is None and self.observe is not None:
+            object.__setattr__(self, "score", "attention")
+        check_tiers(self.tiers)
+        check_schedule(self)
+        check_ranking(self)
+        if self.keep is None:
+            check_thresholds(self)
+        else:
+            check_budgets(self)
 
     @staticmethod
     def none(*, window: int = 64, flush: int = 32) -> "CompressionPolicy":
@@ -59,26 +90,41 @@ class CompressionPolicy:
     @property
     def drops(self) -> bool:
         """Whether any token can ever be dropped."""
-        return bool(np.max(np.asarray(self.alpha_low)) > 0)
+        return self.keep is not None or bool(np.max(np.asarray(self.alpha_low)) > 0)
+
+    @property
+    def selection(self) -> Selection:
+        """What the compiler must know of the ranking and the budgets."""
+        in_tokens = self.keep is not None and np.issubdtype(np.asarray(self.keep).dtype, np.integer)
+        return Selection(self.score, self.group, self.observe, self.sinks, self.pooling, self.keep is not None, in_tokens, self.pooled)
 
     def formats(self, cache_dtype: str) -> tuple[KVFormat, ...]:
         """The codecs of the stored tiers; "full" keeps `cache_dtype`."""
         return tuple(KVFormat.parse(name, cache_dtype) for name in self.tiers)
 
-    def thresholds(self, layers: int, requests: int, kv_heads: int) -> np.ndarray:
-        """(alpha_high, alpha_low) as float32 [layers, requests, kv_heads, 2].
+    def limits(self, paged_layers: Sequence[int], requests: int, kv_heads: int) -> np.ndarray:
+        """Thresholds (alpha_high, alpha_low) or budgets (keep_high, keep) as float32 [layers, requests, kv_heads, 2].
+
+        `paged_layers` are those without a sliding window.
 
         Raises:
-            ValueError: a threshold does not broadcast to the model's layers and heads.
+            ValueError: one of them does not broadcast to the model's layers and heads, or a whole layer is not there.
         """
-        shape = (layers, requests, kv_heads)
+        shape = (len(paged_layers), requests, kv_heads)
+        budgets = (self.keep if self.keep_high is None else self.keep_high, self.keep)
+        pair = (self.alpha_high, self.alpha_low) if self.keep is None else budgets
         try:
-            both = [np.broadcast_to(np.asarray(a, np.float32), shape) for a in (self.alpha_high, self.alpha_low)]
+            both = np.stack([np.broadcast_to(np.asarray(a, np.float32), shape) for a in pair], axis=-1)
         except ValueError as error:
             raise ValueError(
-                f"thresholds of policy {self.name!r} must broadcast to [layers, requests, kv_heads] = {shape}: {error}"
+                f"thresholds or budgets of policy {self.name!r} must broadcast to [layers, requests, kv_heads] = {shape}: {error}"
             ) from None
-        return np.stack(both, axis=-1)
+        if self.layers == "pyramid":
+            both = both * pyramid(len(paged_layers), both[..., 1].max() if not self.selection.in_tokens else None)[:, None, None, None]
+        if beyond := [layer for layer in self.whole_layers if not 0 <= layer < shape[0]]:
+            raise ValueError(f"whole_layers={self.whole_layers} of policy {self.name!r}: there is no layer {beyond[0]} of {shape[0]}")
+        both[list(self.whole_layers)] = 2**30 if self.selection.in_tokens else 1.0
+        return both
 
     def to_json(self) -> str:
         """The policy as JSON; `from_json` reads it back."""
@@ -99,38 +145,6 @@ class CompressionPolicy:
         return CompressionPolicy(**data)
 
 
-def diffkv(
-    alpha_high: Threshold = 1.0,
-    alpha_low: Threshold = 0.0,
-    *,
-    tiers: tuple[str, ...] = ("K8V4", "K4V2"),
-    observe: int | Literal["all"] = 64,
-    window: int = 64,
-    flush: int = 32,
-) -> CompressionPolicy:
-    """DiffKV (arXiv 2412.03131): significant tokens at K8V4, less significant ones at K4V2, the rest dropped, per head and request."""
-    return CompressionPolicy("diffkv", tiers, alpha_high, alpha_low, observe, window, flush)
-
-
-def quantized(fmt: str, *, window: int = 64, flush: int = 32) -> CompressionPolicy:
-    """Every token outside the recent window at one format, such as "K8V4"; nothing is dropped."""
-    return CompressionPolicy(fmt, (fmt,), window=window, flush=flush)
-
-
-def load_policy(source: str | Path) -> CompressionPolicy:
-    """A preset ("quality", "balanced", "small") or a JSON file written with `to_json`.
-
-    Raises:
-        ValueError: neither a preset nor a readable policy file.
-    """
-    if str(source) in PRESETS:
-        return PRESETS[str(source)]()
-    path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"policy {str(source)!r} must be one of {sorted(PRESETS)} or a JSON file; no such file")
-    return CompressionPolicy.from_json(path.read_text())
-
-
 def _frozen(value: Any) -> Threshold:
     """Lists, tuples and arrays as nested tuples of floats."""
     array = np.asarray(value, np.float64)
@@ -141,39 +155,11 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def _check_tiers(tiers: tuple[str, ...]) -> None:
-    formats = [KVFormat.parse(name) for name in tiers]
-    if not 1 <= len(formats) <= 2:
-        raise ValueError(f"tiers={tiers} must name one or two formats: a page table has two ends")
-    if len(formats) == 2 and formats[1].token_bytes(128) >= formats[0].token_bytes(128):
-        raise ValueError(f"tiers={tiers} must go from more to fewer bytes: {tiers[1]} is not smaller than {tiers[0]}")
+def pyramid(layers: int, largest_share: float | None) -> np.ndarray:
+    """Factors of each layer's budget, float [layers], mean 1: linear, the last layer's is 1 / PYRAMID_STEEPNESS.
 
-
-def _check_schedule(policy: CompressionPolicy) -> None:
-    for field in ("window", "flush"):
-        value = getattr(policy, field)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{field}={value!r} must be an integer of at least 1")
-    if policy.observe not in ("all", None) and not (isinstance(policy.observe, int) and policy.observe >= 1):
-        raise ValueError(f"observe={policy.observe!r} must be a number of queries of at least 1, 'all' or None")
-
-
-def _check_thresholds(policy: CompressionPolicy) -> None:
-    high, low = np.asarray(policy.alpha_high), np.asarray(policy.alpha_low)
-    for field, value in (("alpha_high", high), ("alpha_low", low)):
-        if not np.all(np.isfinite(value)) or value.min() < 0:
-            raise ValueError(f"{field}={getattr(policy, field)} must be finite and not negative")
-    if np.any(low > high):
-        raise ValueError(f"alpha_low={policy.alpha_low} must not exceed alpha_high={policy.alpha_high}: low tokens lie between the two")
-    if policy.observe is None and (high.max() > 0 or len(policy.tiers) == 2):
-        raise ValueError(
-            f"policy {policy.name!r} needs observe=64 or 'all': thresholds and a second tier need significance, observe is None"
-        )
-    if len(policy.tiers) == 1 and policy.observe is not None and np.any(low != high):
-        raise ValueError(
-            f"alpha_high={policy.alpha_high} must equal alpha_low={policy.alpha_low} with the single tier {policy.tiers}: "
-            "there is no low tier between them"
-        )
-
-
-PRESETS = {"quality": partial(quantized, "K8V4"), "balanced": partial(diffkv, 1.0, 0.0), "small": partial(diffkv, 1.0, 0.02)}
+    PyramidKV (arXiv:2406.02069). `largest_share`: of the tokens, when budgets are shares: no layer keeps more than all.
+    """
+    first = 2 - 1 / PYRAMID_STEEPNESS
+    first = first if largest_share is None else min(first, 1 / float(largest_share))
+    return np.linspace(first, 2 - first, layers) if layers > 1 else np.ones(layers)

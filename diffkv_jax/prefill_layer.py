@@ -14,6 +14,8 @@ from diffkv_jax.overflow import make_room
 from diffkv_jax.pallas_kernels.attention import Heads
 from diffkv_jax.pallas_kernels.compact import Tokens, ranked
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk, ColumnSums, Scale, column_sums, prefill_attention
+from diffkv_jax.selection import ranked_tokens
+from diffkv_jax.smooth import smooth
 from diffkv_jax.steps import PrefillStep
 
 PAGES_A_ROUND = 8  # after a prompt most tokens change tier
@@ -42,7 +44,7 @@ def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, st
 
 def observing_rows(spec: CacheSpec, chunk_len: int) -> int:
     """Rows of a chunk of `chunk_len` that score when it is the last one."""
-    return chunk_len if spec.observe == "all" else min(int(spec.observe or 0), chunk_len)
+    return chunk_len if spec.selection.observe == "all" else min(int(spec.selection.observe or 0), chunk_len)
 
 
 class _Gathered(NamedTuple):
@@ -75,7 +77,7 @@ def _scores(cache: KVCache, chunk: Chunk, lse: Array, heads: Heads, scale: Scale
     silent = ColumnSums(
         cache.pages.significance, jnp.zeros(heads.recent_k.shape[1:3], jnp.float32), jnp.zeros(chunk.k.shape[:2], jnp.float32)
     )
-    if not spec.layout.scored:
+    if not spec.selection.by_attention:
         return silent
     rows = observing_rows(spec, chunk.k.shape[1])
 
@@ -83,7 +85,7 @@ def _scores(cache: KVCache, chunk: Chunk, lse: Array, heads: Heads, scale: Scale
         pages = dataclasses.replace(cache.pages, significance=sums.pages)
         return column_sums(chunk, lse, rows, pages, spec.layout, heads, scale, kernels=spec.kernels)
 
-    return when(spec.kernels, step.compress | (spec.observe == "all"), score, silent)
+    return when(spec.kernels, step.compress | (spec.selection.observe == "all"), score, silent)
 
 
 def _gather(cache: KVCache, layer: Array, chunk: Chunk, heads: Heads, sums: ColumnSums) -> _Gathered:
@@ -111,10 +113,13 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep)
     tokens, valid = gathered
     seq_len = cache.seq_len + step.length
     observed = observed_after(cache, step, tokens.k.shape[1] - spec.window - spec.flush)
-    clock = layer_clock(cache, layer, seq_len, observed)
-    clock = clock._replace(alpha=jnp.where(step.compress, clock.alpha, 0.0))
+    clock = layer_clock(cache, layer, seq_len, observed, recent_after(cache, step), step.compress)
     leaving = valid & (tokens.position < clock.seq_len[:, None] - spec.window)
     leaving = leaving & per_head(cache, (step.length > 0) & ~cache.overflow)[:, None]
+    if spec.selection.pooling > 1:
+        stored, tokens = smooth(spec, stored_layer(cache, layer), tokens, leaving)
+        cache = with_stored(cache, layer, stored)
+    tokens = ranked_tokens(spec.selection, tokens, valid, spec.attention.num_kv_heads)
     plan = plan_event(spec, stored_layer(cache, layer), clock, tokens.significance, tokens.position, leaving, one_victim=False)
     cache = make_room(cache, plan.pages.reshape(spec.num_requests, -1).sum(axis=1))
     admitted = per_head(cache, ~cache.overflow)
@@ -126,7 +131,7 @@ def observed_after(cache: KVCache, step: PrefillStep, chunk_len: int) -> Array:
     """`observed` once this chunk has scored."""
     spec = cache.spec
     scoring = jnp.minimum(step.length, observing_rows(spec, chunk_len))
-    rows = jnp.where(step.compress | (spec.observe == "all"), scoring, 0)
+    rows = jnp.where(step.compress | (spec.selection.observe == "all"), scoring, 0)
     return count_observed(cache.observed, rows, cache.seq_len + step.length)
 
 

@@ -77,7 +77,7 @@ def memory_report(cache: KVCache) -> MemoryReport:
     exact = 2 * attention.head_dim * cache.recent_k.dtype.itemsize  # K and V of one token in the cache dtype
     token_bytes = [layout.token_bytes(t) for t in range(layout.tiers)] + [exact + (4 if layout.scored else 0)]
     page_bytes = layout.page_bytes + cache.ring.ids.dtype.itemsize
-    fixed = (cache.page_table, cache.tier_len, cache.alpha, cache.recent_k, cache.recent_v, cache.recent_significance)
+    fixed = (cache.page_table, cache.tier_len, cache.limits, cache.recent_k, cache.recent_v, cache.recent_significance)
     head_bytes = np.broadcast_to(tree_bytes(fixed) // max(pages[..., :1].size, 1), (*tier_len.shape[:3], 1))
     ring_tokens = np.minimum(seq_len, spec.ring_len) * len(spec.window_layers) * attention.num_kv_heads
     plain_tokens = seq_len * len(spec.paged_layers) * attention.num_kv_heads + ring_tokens

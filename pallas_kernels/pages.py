@@ -193,6 +193,15 @@ def read_side(array: Array, layout: PageLayout, page_table: Array, tier: int, ca
     return rows.reshape(page_table.shape[0], -1)
 
 
+def write_side(array: Array, layout: PageLayout, page_table: Array, tier: int, length: Array, values: Array) -> Array:
+    """Inverse of `read_side`: `array` with a tier's tokens of each head set to `values [B, capacity]`; pages beyond `length [B]` stay."""
+    pages = values.shape[1] // layout.tokens_per_page(tier)
+    ids = tier_page_ids(page_table, tier, 0, pages)
+    ids = jnp.where(jnp.arange(pages) < layout.pages_for(tier, length)[:, None], ids, array.shape[0])
+    rows = values.reshape(*ids.shape, layout.blocks[tier], layout.tokens).astype(array.dtype)
+    return array.at[ids, : layout.blocks[tier]].set(rows, mode="drop")
+
+
 def meta_as_bits(meta: Array) -> Array:
     """The metadata as int16 bits for a TPU kernel: no copy when the pool keeps it so (`PageLayout.meta_dtype`)."""
     return meta if meta.dtype == jnp.int16 else jax.lax.bitcast_convert_type(meta, jnp.int16)

@@ -158,7 +158,7 @@ def replicate(source: dkv.KVCache, requests: int, spare: int) -> dkv.KVCache:
         raise ValueError(f"the cache must hold one request, given {source.spec.num_requests}")
     used = used_pages(source)
     spec = _sized(source, requests, max(1, requests * (len(used) + spare)))
-    new: dkv.KVCache = jax.jit(empty_cache, static_argnames="spec")(spec, np.repeat(np.asarray(source.alpha), requests, axis=1))
+    new: dkv.KVCache = jax.jit(empty_cache, static_argnames="spec")(spec, np.repeat(np.asarray(source.limits), requests, axis=1))
     pages, table = new.pages, np.full(new.page_table.shape, spec.num_pages, np.int32)
     renamed = np.full(source.spec.num_pages + 1, spec.num_pages, np.int32)
     for row in range(requests):

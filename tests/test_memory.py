@@ -32,7 +32,7 @@ def cache_shapes(
     """A cache of shapes only, with `num_pages` pages or as many as fit `pool` bytes."""
     spec = CacheSpec.build(model.attention, policy, num_requests=requests, max_len=max_len, num_pages=0, dtype="float32", kernels=kernels)
     spec = dataclasses.replace(spec, num_pages=pool // spec.layout.page_bytes if num_pages is None else num_pages)
-    return jax.eval_shape(partial(empty_cache, spec), policy.thresholds(len(spec.paged_layers), requests, model.attention.num_kv_heads))
+    return jax.eval_shape(partial(empty_cache, spec), policy.limits(spec.paged_layers, requests, model.attention.num_kv_heads))
 
 
 def lower_decode(model, params, cache: KVCache):

@@ -1,0 +1,77 @@
+"""Where the lines between tiers lie for each head: thresholds relative to uniform attention, or budgets of tokens."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from diffkv_jax.pallas_kernels.compact import Stored
+from diffkv_jax.pallas_kernels.pages import PageLayout, read_side
+from diffkv_jax.pallas_kernels.prune import mean_significance
+from diffkv_jax.selection import PROTECTED, Selection
+
+ALL, PROTECTED_ONLY = -PROTECTED, PROTECTED / 1e6  # thresholds that every score reaches, and those of protected tokens
+
+
+def uniform_thresholds(alpha: Array, seq_len: Array) -> Array:
+    """`alpha / P`, float32 [B, 2] (DiffKV, arXiv 2412.03131 sec. 4); `alpha` [B, 2], `seq_len` int32 [B]."""
+    return alpha / jnp.maximum(seq_len, 1)[:, None]
+
+
+def budget_thresholds(selection: Selection, budget: Array, exact: Array, scores: Array, live: Array, kv_heads: int) -> Array:
+    """The scores that as many tokens of each head reach as its budget has room for; of equal scores all do.
+
+    Args:
+        budget: float32 [B], tokens of a head; those that stay exact in the recent window count.
+        exact: int32 [B], how many those are.
+        scores, live: float32 and bool [B, n], the others.
+        kv_heads: KV heads of a layer, the fastest axis of B; with `selection.pooled` they share their room.
+
+    Returns:
+        float32 [B].
+    """
+
+    def room(tokens: Array) -> Array:
+        return jnp.maximum(jnp.floor(tokens + 1e-3).astype(jnp.int32) - exact, 0)
+
+    if selection.pooled is None:
+        return _reached_by(scores, live, room(budget))
+    # Ada-KV (arXiv:2407.11550): every head keeps a share of its own budget, the rest goes to the best of all heads of the layer.
+    floor = _reached_by(scores, live, room(budget * selection.pooled))
+    boosted = jnp.where(scores >= floor[:, None], PROTECTED, scores)
+    scores, live = (x.reshape(-1, kv_heads * x.shape[1]) for x in (boosted, live))
+    shared = _reached_by(scores, live, room(budget).reshape(-1, kv_heads).sum(axis=1))
+    return jnp.minimum(jnp.repeat(shared, kv_heads), floor)
+
+
+def stored_scores(layout: PageLayout, stored: Stored, observed: Array, max_len: int) -> tuple[Array, Array]:
+    """Mean significance float32 [B, n] of the stored tokens of every tier, and where there is one, bool [B, n]; `observed` as in `Rule`."""
+    scores, live = [], []
+    for tier in range(layout.tiers):
+        capacity = layout.pages_for(tier, max_len) * layout.tokens_per_page(tier)
+        total, position = (
+            read_side(x, layout, stored.page_table, tier, capacity) for x in (stored.pages.significance, stored.pages.position)
+        )
+        scores.append(mean_significance(total, position, observed))
+        live.append(jnp.arange(capacity) < stored.tier_len[:, tier, None])
+    return jnp.concatenate(scores, axis=1), jnp.concatenate(live, axis=1)
+
+
+def _reached_by(scores: Array, live: Array, room: Array) -> Array:
+    """The `room`-th largest live score of each row: [B, n], [B, n], [B] to [B]."""
+    threshold = kth_largest(jnp.where(live, scores, -jnp.inf), jnp.maximum(room, 1))
+    return jnp.where(room >= live.sum(axis=1), ALL, jnp.where(room > 0, threshold, PROTECTED_ONLY))
+
+
+def kth_largest(x: Array, k: Array) -> Array:
+    """Exactly the `k`-th largest number of each row, float32 [B, n] and int32 [B] (from 1 to n) to [B].
+
+    Bit by bit, 32 passes of compare and count: a sort of long rows takes XLA many times as long on a CPU.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # unsigned integers in the order of the numbers
+
+    def bit(i: Array, found: Array) -> Array:
+        candidate = found | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        return jnp.where((ordered >= candidate[:, None]).sum(axis=1) >= k, candidate, found)
+
+    found = lax.fori_loop(0, 32, bit, jnp.zeros(x.shape[0], jnp.uint32))
+    return lax.bitcast_convert_type(jnp.where(found >> 31 == 1, found & jnp.uint32(0x7FFFFFFF), ~found), jnp.float32)

@@ -1,0 +1,121 @@
+"""Published methods by name: each a `CompressionPolicy`, and `load_policy`."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+from diffkv_jax.policy import Budget, CompressionPolicy, Threshold
+from diffkv_jax.selection import Score
+
+
+def diffkv(
+    alpha_high: Threshold = 1.0,
+    alpha_low: Threshold = 0.0,
+    *,
+    tiers: tuple[str, ...] = ("K8V4", "K4V2"),
+    observe: int | Literal["all"] = 64,
+    window: int = 64,
+    flush: int = 32,
+) -> CompressionPolicy:
+    """DiffKV (arXiv 2412.03131): significant tokens at K8V4, less significant ones at K4V2, the rest dropped, per head and request."""
+    return CompressionPolicy("diffkv", tiers, alpha_high, alpha_low, observe, window, flush)
+
+
+def quantized(fmt: str, *, window: int = 64, flush: int = 32) -> CompressionPolicy:
+    """Every token outside the recent window at one format, such as "K8V4"; nothing is dropped."""
+    return CompressionPolicy(fmt, (fmt,), window=window, flush=flush)
+
+
+class Options(TypedDict, total=False):
+    """What every method with a budget takes beside it, as in `CompressionPolicy`."""
+
+    tiers: tuple[str, ...]
+    window: int
+    flush: int
+    sinks: int
+
+
+def streaming_llm(keep: Budget = 0.5, **options: Unpack[Options]) -> CompressionPolicy:
+    """StreamingLLM (arXiv:2309.17453): the first tokens and the most recent ones. Keys keep their positions: they are not rotated anew."""
+    return _evicting("streaming_llm", "recency", keep, options)
+
+
+def h2o(keep: Budget = 0.5, **options: Unpack[Options]) -> CompressionPolicy:
+    """H2O (arXiv:2306.14048): the tokens with the largest sum of attention over all queries so far; the mean over a group's query heads."""
+    return _evicting("h2o", "attention_sum", keep, options, observe="all", group="mean")
+
+
+def tova(keep: Budget = 0.5, **options: Unpack[Options]) -> CompressionPolicy:
+    """TOVA (arXiv:2401.06104): the tokens that the last query attends to most; for each KV head, where the paper averages over all heads.
+
+    Between two events nothing leaves; `flush=1` decides at every step, as the paper does.
+    """
+    return _evicting("tova", "last_query", keep, options, observe=1, group="mean")
+
+
+def snapkv(keep: Budget = 0.5, *, pooling: int = 5, **options: Unpack[Options]) -> CompressionPolicy:
+    """SnapKV (arXiv:2404.14469): what the prompt's last `window` queries attend to, averaged over neighbours; decides once a prompt."""
+    return _evicting("snapkv", "window", keep, options, observe=options.get("window", 64), group="mean", pooling=pooling)
+
+
+def pyramidkv(keep: Budget = 0.5, *, pooling: int = 5, **options: Unpack[Options]) -> CompressionPolicy:
+    """PyramidKV (arXiv:2406.02069): SnapKV with budgets that shrink linearly with depth; `keep` is their mean over the layers."""
+    return dataclasses.replace(snapkv(keep, pooling=pooling, **options), name="pyramidkv", layers="pyramid")
+
+
+def key_norm(keep: Budget = 0.5, *, whole_layers: tuple[int, ...] = (0, 1), **options: Unpack[Options]) -> CompressionPolicy:
+    """L2-norm eviction (arXiv:2406.11430): the keys with the smallest norms, beside the first and the recent tokens; layers 0 and 1 whole.
+
+    Models that normalise their keys (Qwen3, Gemma 3) leave little to rank by.
+    """
+    return _evicting("key_norm", "key_norm", keep, options, whole_layers=whole_layers)
+
+
+def key_difference(keep: Budget = 0.5, **options: Unpack[Options]) -> CompressionPolicy:
+    """KeyDiff (arXiv:2504.15364): the keys least like the mean of all unit keys of their prompt chunk; after the prompt, of the window."""
+    return _evicting("key_difference", "key_difference", keep, options)
+
+
+def random_eviction(keep: Budget = 0.5, **options: Unpack[Options]) -> CompressionPolicy:
+    """Tokens picked by a hash of position and head: the baseline that every table needs."""
+    return _evicting("random_eviction", "random", keep, options)
+
+
+def ada_kv(policy: CompressionPolicy, floor: float = 0.2) -> CompressionPolicy:
+    """Ada-KV (arXiv:2407.11550) over a policy with budgets: the KV heads of a layer share them, each keeps at least `floor` of its own.
+
+    Raises:
+        ValueError: the policy has thresholds instead.
+    """
+    if policy.keep is None:
+        raise ValueError(f"ada_kv needs a policy with keep=, given {policy.name!r} with thresholds, which are adaptive already")
+    return dataclasses.replace(policy, name=f"ada_kv({policy.name})", pooled=floor)
+
+
+def _evicting(name: str, score: Score, keep: Budget, options: Options, **choices: Any) -> CompressionPolicy:
+    """Exact tiers and four protected sinks unless the options say otherwise."""
+    given: dict[str, Any] = {"tiers": ("full",), "sinks": 4} | choices | options
+    return CompressionPolicy(name, score=score, keep=keep, **given)
+
+
+def load_policy(source: str | Path) -> CompressionPolicy:
+    """A preset ("quality", "balanced", "small"), a method with its defaults ("snapkv" ...) or a JSON file written with `to_json`.
+
+    Raises:
+        ValueError: neither a preset nor a readable policy file.
+    """
+    if str(source) in NAMED:
+        return NAMED[str(source)]()
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"policy {str(source)!r} must be one of {sorted(NAMED)} or a JSON file; no such file")
+    return CompressionPolicy.from_json(path.read_text())
+
+
+PRESETS = {"quality": partial(quantized, "K8V4"), "balanced": partial(diffkv, 1.0, 0.0), "small": partial(diffkv, 1.0, 0.02)}
+METHODS = {
+    function.__name__: function
+    for function in (diffkv, streaming_llm, h2o, tova, snapkv, pyramidkv, key_norm, key_difference, random_eviction)
+}
+NAMED = {**PRESETS, **METHODS}

@@ -1,0 +1,99 @@
+"""Which choices of a `CompressionPolicy` can work together; each check raises ValueError that names the value, the rule and the remedy."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffkv_jax.pallas_kernels.codecs import KVFormat
+from diffkv_jax.selection import BY_ATTENTION, BY_KEY
+
+if TYPE_CHECKING:
+    from diffkv_jax.policy import CompressionPolicy
+
+
+def check_tiers(tiers: tuple[str, ...]) -> None:
+    """One or two formats, the second the smaller one."""
+    formats = [KVFormat.parse(name) for name in tiers]
+    if not 1 <= len(formats) <= 2:
+        raise ValueError(f"tiers={tiers} must name one or two formats: a page table has two ends")
+    if len(formats) == 2 and formats[1].token_bytes(128) >= formats[0].token_bytes(128):
+        raise ValueError(f"tiers={tiers} must go from more to fewer bytes: {tiers[1]} is not smaller than {tiers[0]}")
+
+
+def check_schedule(policy: "CompressionPolicy") -> None:
+    """Window, flush and observing queries are counts."""
+    for field in ("window", "flush"):
+        value = getattr(policy, field)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{field}={value!r} must be an integer of at least 1")
+    if policy.observe not in ("all", None) and not (isinstance(policy.observe, int) and policy.observe >= 1):
+        raise ValueError(f"observe={policy.observe!r} must be a number of queries of at least 1, 'all' or None")
+
+
+def check_thresholds(policy: "CompressionPolicy") -> None:
+    """Thresholds have an order and something to compare with."""
+    high, low = np.asarray(policy.alpha_high), np.asarray(policy.alpha_low)
+    for field, value in (("alpha_high", high), ("alpha_low", low)):
+        if not np.all(np.isfinite(value)) or value.min() < 0:
+            raise ValueError(f"{field}={getattr(policy, field)} must be finite and not negative")
+    if np.any(low > high):
+        raise ValueError(f"alpha_low={policy.alpha_low} must not exceed alpha_high={policy.alpha_high}: low tokens lie between the two")
+    if policy.observe is None and (high.max() > 0 or len(policy.tiers) == 2):
+        raise ValueError(
+            f"policy {policy.name!r} needs observe=64 or 'all': thresholds and a second tier need significance, observe is None"
+        )
+    if len(policy.tiers) == 1 and policy.observe is not None and np.any(low != high):
+        raise ValueError(
+            f"alpha_high={policy.alpha_high} must equal alpha_low={policy.alpha_low} with the single tier {policy.tiers}: "
+            "there is no low tier between them"
+        )
+
+
+def check_ranking(policy: "CompressionPolicy") -> None:
+    """The score is known and has what it needs; what only some scores have is given to those alone."""
+    if policy.score not in (None, *BY_ATTENTION, *BY_KEY):
+        raise ValueError(f"score={policy.score!r} must be one of {', '.join((*BY_ATTENTION, *BY_KEY))}, or None")
+    if policy.score in BY_ATTENTION and policy.observe is None:
+        raise ValueError(f"score={policy.score!r} ranks by attention and needs observe=64 or another number of queries, or 'all'")
+    if policy.score in BY_KEY and policy.observe is not None:
+        raise ValueError(f"score={policy.score!r} looks at no queries: leave observe={policy.observe!r} out")
+    if policy.group not in ("max", "mean"):
+        raise ValueError(f"group={policy.group!r} must be 'max' or 'mean'")
+    for field, least in (("sinks", 0), ("pooling", 1)):
+        value = getattr(policy, field)
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{field}={value!r} must be an integer of at least {least}")
+    if policy.pooling > 1 and policy.score != "window":
+        raise ValueError(f"pooling={policy.pooling} averages scores of the prompt's last queries: it needs score='window'")
+    if policy.score not in (None, "attention") and policy.keep is None:
+        raise ValueError(f"score={policy.score!r} needs keep=: thresholds in units of uniform attention belong to score='attention'")
+
+
+def check_budgets(policy: "CompressionPolicy") -> None:
+    """Budgets are counts or shares, have something to rank by, and do not meet thresholds."""
+    if policy.score is None:
+        raise ValueError(f"keep={policy.keep} needs a score to rank tokens by, such as score='key_norm'")
+    if np.any(np.asarray(policy.alpha_high)) or np.any(np.asarray(policy.alpha_low)):
+        raise ValueError(f"keep={policy.keep} and alpha_high={policy.alpha_high}, alpha_low={policy.alpha_low}: give budgets or thresholds")
+    keep, high = _counts("keep", policy.keep), None
+    if (policy.keep_high is None) == (len(policy.tiers) == 2):
+        raise ValueError(f"keep_high={policy.keep_high} must be given with two tiers, and only then; tiers={policy.tiers}")
+    if policy.keep_high is not None:
+        high = _counts("keep_high", policy.keep_high)
+        if high.dtype.kind != keep.dtype.kind or np.any(high > keep):
+            raise ValueError(f"keep_high={policy.keep_high} must be of the kind of keep={policy.keep} and not exceed it")
+    if policy.layers not in ("uniform", "pyramid"):
+        raise ValueError(f"layers={policy.layers!r} must be 'uniform' or 'pyramid'")
+    if policy.pooled is not None and not 0 <= policy.pooled <= 1:
+        raise ValueError(f"pooled={policy.pooled} is the share of its budget that each head keeps: from 0 to 1")
+    if policy.sinks and keep.dtype.kind == "i" and np.any(keep < policy.sinks):
+        raise ValueError(f"keep={policy.keep} must have room for sinks={policy.sinks}")
+
+
+def _counts(field: str, value: Any) -> np.ndarray:
+    """Numbers of tokens (integers of at least 1) or shares (above 0, up to 1)."""
+    array = np.asarray(value)
+    kind = array.dtype.kind
+    if kind not in "if" or not np.all(np.isfinite(array)) or np.any(array <= 0) or (kind == "f" and np.any(array > 1)):
+        raise ValueError(f"{field}={value} must be a share above 0 and up to 1 (float), or a number of tokens (int)")
+    return array

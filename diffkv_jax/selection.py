@@ -1,0 +1,104 @@
+"""How a policy ranks tokens: `Selection`, the static choices, and the score that a token enters the tiers with (docs/design.md 10)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import Array
+
+from diffkv_jax.pallas_kernels.compact import Tokens
+
+Score = Literal["attention", "attention_sum", "window", "last_query", "key_norm", "key_difference", "recency", "random"]
+BY_ATTENTION = ("attention", "attention_sum", "window", "last_query")
+BY_KEY = ("key_norm", "key_difference", "recency", "random")
+DECIDES_IN_DECODE = ("attention", "attention_sum", "last_query", *BY_KEY)
+PROTECTED = 1e30  # the score of a sink: finite, so that kernels may divide it
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the compiler must know of how tokens are ranked and selected.
+
+    Attributes:
+        score: what a token's stored significance is. Attention that it got from scoring queries: "attention" their mean (DiffKV),
+            "attention_sum" (H2O), "window" that of the prompt's last queries alone (SnapKV), "last_query" (TOVA). Without queries:
+            "key_norm" (the smaller the better), "key_difference" (unlike the mean key), "recency", "random". None: no ranking.
+        group: how the query heads of a KV head are reduced to one score.
+        observe: how many of the last prompt queries score, "all", or None.
+        sinks: first tokens of a request that always stay.
+        pooling: width of the moving average over positions, of "window" scores.
+        budgeted: budgets decide how many tokens stay, else thresholds on the mean attention.
+        in_tokens: budgets are numbers of tokens, else shares of the tokens seen.
+        pooled: the heads of a layer share a budget, each has at least this share of its own part (Ada-KV); None: a budget a head.
+    """
+
+    score: Score | None = None
+    group: Literal["max", "mean"] = "max"
+    observe: int | Literal["all"] | None = None
+    sinks: int = 0
+    pooling: int = 1
+    budgeted: bool = False
+    in_tokens: bool = False
+    pooled: float | None = None
+
+    @property
+    def by_attention(self) -> bool:
+        """Whether prompt queries score."""
+        return self.score in BY_ATTENTION
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether every decode step adds to the scores."""
+        return self.score in ("attention", "attention_sum", "last_query")
+
+    @property
+    def averaged(self) -> bool:
+        """Whether a score is divided by the number of queries that gave it."""
+        return self.score == "attention"
+
+    @property
+    def starts_anew(self) -> bool:
+        """Whether earlier queries' scores are forgotten when the policy decides."""
+        return self.score in ("window", "last_query")
+
+    @property
+    def in_decode(self) -> bool:
+        """Whether tokens leave their tier after the prompt too."""
+        return self.score in DECIDES_IN_DECODE
+
+
+def ranked_tokens(selection: Selection, tokens: Tokens, valid: Array, kv_heads: int) -> Tokens:
+    """`tokens` with the significance that they enter the tiers with.
+
+    Args:
+        tokens: of `B` heads `[B, n, ...]`, the significance is what attention gave them.
+        valid: bool `[B, n]`, where there is a token.
+        kv_heads: KV heads of a layer, the fastest axis of `B`.
+    """
+    score = tokens.significance
+    if selection.score == "key_norm":  # arXiv:2406.11430
+        score = -jnp.linalg.norm(tokens.k.astype(jnp.float32), axis=-1)
+    elif selection.score == "key_difference":
+        score = -_likeness(tokens.k.astype(jnp.float32), valid)
+    elif selection.score == "recency":
+        score = tokens.position.astype(jnp.float32)
+    elif selection.score == "random":
+        head = jnp.arange(score.shape[0])[:, None] % kv_heads
+        score = _hashed(tokens.position.astype(jnp.uint32) * kv_heads + head.astype(jnp.uint32))
+    if selection.sinks:
+        score = jnp.where(tokens.position < selection.sinks, PROTECTED, score)
+    return tokens._replace(significance=score)
+
+
+def _likeness(k: Array, valid: Array) -> Array:
+    """Cosine of each key `[B, n, d]` with the mean of the valid unit keys: `[B, n]` (KeyDiff, arXiv:2504.15364)."""
+    unit = k / jnp.maximum(jnp.linalg.norm(k, axis=-1, keepdims=True), 1e-12)
+    anchor = jnp.where(valid[..., None], unit, 0.0).sum(axis=1)  # the length of the mean does not matter
+    return (unit * anchor[:, None]).sum(axis=-1) / jnp.maximum(jnp.linalg.norm(anchor, axis=-1), 1e-12)[:, None]
+
+
+def _hashed(x: Array) -> Array:
+    """Well mixed uint32 as float32 in [0, 1): the same for the same token and head in every run."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return ((x ^ (x >> 16)) >> 8).astype(jnp.float32) / (1 << 24)

@@ -1,0 +1,59 @@
+"""Scores of attention that concern the last queries only: earlier ones forgotten, and averaged over neighbouring positions."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from diffkv_jax.cache import CacheSpec, KVCache
+from diffkv_jax.pallas_kernels.compact import Stored, Tokens
+from diffkv_jax.pallas_kernels.pages import read_side, write_side
+from diffkv_jax.selection import PROTECTED
+
+
+def forget(cache: KVCache, decides: Array) -> KVCache:
+    """The cache without what earlier queries gave (protected tokens stay so), where the policy is about to decide: `decides` bool []."""
+    if not cache.spec.selection.starts_anew:
+        return cache
+
+    def anew(scores: Array) -> Array:
+        return jnp.where(decides & ~_protected(scores), 0.0, scores)
+
+    pages = dataclasses.replace(cache.pages, significance=anew(cache.pages.significance))
+    return dataclasses.replace(cache, pages=pages, recent_significance=anew(cache.recent_significance))
+
+
+def smooth(spec: CacheSpec, stored: Stored, tokens: Tokens, leaving: Array) -> tuple[Stored, Tokens]:
+    """The scores of the stored tokens and of those that are `leaving` (bool [B, n]) averaged over `pooling` neighbours in position.
+
+    SnapKV's pooling (arXiv:2404.14469): what is in the recent window, or was dropped, counts as 0, as does what lies beyond the ends.
+    """
+    layout, pages, rows = spec.layout, stored.pages, jnp.arange(leaving.shape[0])[:, None]
+    by_position = jnp.zeros((leaving.shape[0], spec.max_len), jnp.float32)
+    by_position = by_position.at[rows, jnp.where(leaving, tokens.position, spec.max_len)].set(tokens.significance, mode="drop")
+    places = []
+    for tier in range(layout.tiers):
+        capacity = layout.pages_for(tier, spec.max_len) * layout.tokens_per_page(tier)
+        scores, position = (read_side(x, layout, stored.page_table, tier, capacity) for x in (pages.significance, pages.position))
+        live = jnp.arange(capacity) < stored.tier_len[:, tier, None]
+        places.append((scores, jnp.where(live, position.astype(jnp.int32), spec.max_len)))
+        by_position = by_position.at[rows, places[-1][1]].set(jnp.where(_protected(scores), 0.0, scores), mode="drop")
+    averaged = moving_average(by_position, spec.selection.pooling)
+    significance = pages.significance
+    for tier, (scores, position) in enumerate(places):
+        new = jnp.take_along_axis(averaged, jnp.minimum(position, spec.max_len - 1), axis=1)
+        values = jnp.where(_protected(scores), scores, new)
+        significance = write_side(significance, layout, stored.page_table, tier, stored.tier_len[:, tier], values)
+    entering = jnp.take_along_axis(averaged, jnp.clip(tokens.position, 0, spec.max_len - 1), axis=1)
+    stored = stored._replace(pages=dataclasses.replace(pages, significance=significance))
+    return stored, tokens._replace(significance=entering)
+
+
+def moving_average(x: Array, width: int) -> Array:
+    """Mean over `width` neighbours of the last axis `[B, n]`, zeros beyond its ends."""
+    before = (width - 1) // 2
+    return lax.reduce_window(x, 0.0, lax.add, (1, width), (1, 1), ((0, 0), (before, width - 1 - before))) / width
+
+
+def _protected(scores: Array) -> Array:
+    return scores >= PROTECTED / 2

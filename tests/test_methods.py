@@ -1,0 +1,212 @@
+"""Published eviction methods: the tokens that they keep against kvpress on torch, and what holds for all of them."""
+
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+
+import diffkv_jax as dkv
+from diffkv_jax.generate import make_cache, prefill
+from diffkv_jax.models import load_pretrained
+from diffkv_jax.pallas_kernels.kernels import Kernels
+from readback import check_pool, held_tokens
+from tiny import tiny_model
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+LENGTH, LAYERS = 300, 4
+PROMPT = np.random.default_rng(5).integers(0, 97, LENGTH)
+
+
+@lru_cache
+def models(kv_heads: int):
+    """The same tiny Llama in torch and here, its attention peaked."""
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(3)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    with TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours, params, _ = load_pretrained(Path(folder), dtype="float32")
+    return theirs, ours, params
+
+
+def kept(policy: dkv.CompressionPolicy, kv_heads: int = 2, chunk: int = 512, kernels: Kernels | None = None) -> list[list[set[int]]]:
+    """Positions that every head of every layer holds after the prompt."""
+    _, model, params = models(kv_heads)
+    cache = make_cache(model, policy, [LENGTH], kernels=kernels or Kernels("xla"))
+    _, cache = prefill(model, params, cache, PROMPT[None], np.array([LENGTH]), chunk)
+    check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
+    return [[set(held_tokens(cache, layer, 0, head)) for head in range(kv_heads)] for layer in range(LAYERS)]
+
+
+def half(_: int) -> int:
+    return LENGTH // 2
+
+
+OBSERVED = dkv.CompressionPolicy("observed", ("full",), score="attention", group="mean", observe="all", keep=0.5, window=1)
+SCORED = {
+    "key norm": ("KnormPress", {}, dkv.key_norm(0.5, sinks=0, whole_layers=(), window=1), 2),
+    "KeyDiff": ("KeyDiffPress", {}, dkv.key_difference(0.5, sinks=0, window=1), 2),
+    "StreamingLLM": ("StreamingLLMPress", {}, dkv.streaming_llm(0.5, sinks=4, window=1), 2),
+    "SnapKV": ("SnapKVPress", {}, dkv.snapkv(0.5, sinks=0), 2),
+    "TOVA": ("TOVAPress", {}, dkv.tova(0.5, sinks=0), 1),  # over all heads there, a KV head here: one KV head
+    "observed attention": ("ObservedAttentionPress", {}, OBSERVED, 2),
+}
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_the_tokens_that_kvpress_keeps(name):
+    choice = pytest.importorskip("oracles.kvpress_choice")
+    press, options, policy, kv_heads = SCORED[name]
+    theirs, _, _ = models(kv_heads)
+    theirs.set_attn_implementation("eager" if name == "observed attention" else "sdpa")
+    scores = choice.scores(getattr(choice.presses(), press)(compression_ratio=0.5, **options), theirs, PROMPT)
+    expected = choice.kept_by_best(scores, half, policy.window)
+    found = kept(policy, kv_heads)
+    assert found == expected
+    reversed_scores = choice.kept_by_best([-s for s in scores], half, policy.window)
+    assert found != reversed_scores  # the comparison can fail
+
+
+def test_pyramidkv_keeps_what_kvpress_keeps():
+    choice = pytest.importorskip("oracles.kvpress_choice")
+    theirs, _, _ = models(2)
+    press = choice.presses().PyramidKVPress(compression_ratio=0.5, window_size=16, beta=20)
+    scores = choice.scores(press, theirs, PROMPT)
+    budgets = [press.get_layer_budget(layer.self_attn, LENGTH) for layer in theirs.model.layers]
+    found = kept(dkv.pyramidkv(0.5, sinks=0, window=16))
+    assert sorted(budgets, reverse=True) == budgets and budgets[0] > budgets[-1] + 50
+    for layer, budget in enumerate(budgets):
+        # theirs takes the window off the longest layer, ours stops at all tokens
+        count = len(found[layer][0])
+        assert abs(count - budget) <= 16
+        assert found[layer] == choice.kept_by_best(scores, lambda _, count=count: count, 16)[layer]
+
+
+def test_ada_kv_keeps_what_kvpress_keeps():
+    choice = pytest.importorskip("oracles.kvpress_choice")
+    theirs, _, _ = models(2)
+    theirs.set_attn_implementation("sdpa")
+    kvpress = choice.presses()
+    expected = choice.kept_by_mask(kvpress.AdaKVPress(kvpress.SnapKVPress(compression_ratio=0.5), alpha_safeguard=0.5), theirs, PROMPT)
+    found = kept(dkv.ada_kv(dkv.snapkv(0.5, sinks=0), floor=0.5))
+    assert found == expected
+    assert any(len(layer[0]) != len(layer[1]) for layer in found)  # heads differ
+
+
+@pytest.mark.parametrize("policy", [dkv.snapkv(0.5), dkv.h2o(0.3), dkv.key_norm(90), dkv.tova(0.5)], ids=lambda p: p.name)
+def test_chunks_of_a_prompt_choose_as_one(policy):
+    assert kept(policy, chunk=128) == kept(policy)
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "tova", "snapkv", "pyramidkv", "key_norm", "key_difference", "random_eviction"])
+def test_keeping_everything_changes_nothing(name):
+    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
+    outs = [
+        dkv.generate(model, params, PROMPT[None, :80], policy=policy, max_new_tokens=6, implementation="xla")
+        for policy in (dkv.CompressionPolicy.none(), getattr(dkv, name)(1.0, window=16, flush=4))
+    ]
+    np.testing.assert_array_equal(outs[0].tokens, outs[1].tokens)
+    for one, other in ((held_tokens(out.cache, 1, 0, 1) for out in outs),):
+        assert {at: k.tobytes() + v.tobytes() for at, (_, k, v, _) in one.items()} == {
+            at: k.tobytes() + v.tobytes() for at, (_, k, v, _) in other.items()
+        }
+
+
+def test_streaming_goes_on_in_decode():
+    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
+    policy = dkv.streaming_llm(48, sinks=4, window=16, flush=8)
+    out = dkv.generate(model, params, PROMPT[None, :100], policy=policy, max_new_tokens=41, implementation="xla")
+    assert int(out.cache.seq_len[0]) == 140
+    for head in range(2):  # the last event was at 140 tokens: 4 sinks and the 44 most recent
+        assert set(held_tokens(out.cache, 0, 0, head)) == {0, 1, 2, 3, *range(96, 140)}
+    check_pool(out.cache.spec.layout, out.cache.page_table, out.cache.tier_len, out.cache.ring)
+
+
+def test_h2o_drops_the_least_attended_in_decode():
+    """A head's scores are sums over all queries: those of the dropped tokens are at most those of the kept ones."""
+    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
+    before, after = (
+        dkv.generate(
+            model,
+            params,
+            PROMPT[None, :100],
+            policy=dkv.h2o(keep, sinks=0, window=16, flush=8),
+            max_new_tokens=new,
+            implementation="xla",
+        ).cache
+        for keep, new in ((100, 1), (60, 1))
+    )
+    for head in range(2):
+        everything, some = held_tokens(before, 0, 0, head), held_tokens(after, 0, 0, head)
+        assert len(everything) == 100 and len(some) == 60
+        dropped = [everything[at][3] for at in set(everything) - set(some)]
+        stored = [everything[at][3] for at in some if some[at][0] != "recent"]
+        assert max(dropped) <= min(stored) and max(dropped) > 0
+
+
+def test_memory_is_freed_with_two_tiers_and_native_kernels_agree():
+    policy = dkv.CompressionPolicy("l2 in tiers", ("K8V4", "K4V2"), score="key_norm", keep=0.5, keep_high=0.3, sinks=4, window=16)
+    from diffkv_jax.pallas_kernels import native
+
+    found = kept(policy)
+    assert all(len(head) == LENGTH // 2 for layer in found for head in layer)
+    if native.why_unavailable() is None:
+        assert kept(policy, kernels=Kernels("cpu")) == found
+    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
+    reports = [
+        dkv.memory_report(dkv.generate(model, params, PROMPT[None], policy=p, max_new_tokens=1, implementation="xla").cache)
+        for p in (dkv.CompressionPolicy("l2 in tiers", ("K8V4", "K4V2"), score="key_norm", keep=keep, keep_high=0.3) for keep in (1.0, 0.4))
+    ]
+    assert reports[1].allocated_bytes.sum() < 0.7 * reports[0].allocated_bytes.sum()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": 0.0}, "keep=0.0 must be a share above 0 and up to 1"),
+        ({"keep": 1.5}, "keep=1.5 must be a share"),
+        ({"keep": 0}, "keep=0 must be"),
+        ({"score": "loudness"}, "score='loudness' must be one of"),
+        ({"score": "window"}, "needs observe=64"),
+        ({"observe": 64}, "looks at no queries"),
+        ({"keep": None}, "needs keep="),
+        ({"alpha_low": 0.1, "alpha_high": 0.1}, "give budgets or thresholds"),
+        ({"tiers": ("K8V4", "K4V2")}, "keep_high=None must be given with two tiers"),
+        ({"keep_high": 0.1}, "only then"),
+        ({"keep_high": 0.9, "tiers": ("K8V4", "K4V2")}, "not exceed"),
+        ({"pooling": 5}, "needs score='window'"),
+        ({"sinks": -1}, "sinks=-1 must be an integer"),
+        ({"keep": 2, "sinks": 4}, "room for sinks=4"),
+        ({"pooled": 2.0}, "from 0 to 1"),
+        ({"layers": "cube"}, "'uniform' or 'pyramid'"),
+        ({"group": "sum"}, "'max' or 'mean'"),
+    ],
+)
+def test_choices_that_cannot_work(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dkv.CompressionPolicy(**{"name": "x", "tiers": ("full",), "score": "key_norm", "keep": 0.5} | changes)
+
+
+def test_methods_are_data():
+    for name in ("snapkv", "key_norm", "pyramidkv"):
+        policy = dkv.load_policy(name)
+        assert dkv.CompressionPolicy.from_json(policy.to_json()) == policy
+    with pytest.raises(ValueError, match="no layer 7 of 2"):
+        dkv.key_norm(0.5, whole_layers=(7,)).limits(range(2), 1, 1)
+    with pytest.raises(ValueError, match="adaptive already"):
+        dkv.ada_kv(dkv.diffkv())
