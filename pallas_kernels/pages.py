@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ def least_waste(sizes: Iterable[int], waste: Callable[[int], Sequence[float]]) -
 class PageLayout:
     """Static geometry of a pool whose pages serve every tier of `formats` (tier 0 first, the highest precision).
 
+    `scored`: whether tokens have a significance; `group`: how the scores that the query heads of a KV head's group give become one.
     `meta_dtype` is "float16", or "int16" where the same 16 bits are kept as integers: TPU kernels know no float16.
 
     `rows` uint8 payload rows and `meta_rows` float16 rows of `tokens` lanes; `blocks[tier]` blocks of `tokens` tokens fit one page.
@@ -35,6 +37,7 @@ class PageLayout:
     position_dtype: str
     scored: bool
     meta_dtype: str = "float16"
+    group: Literal["max", "mean"] = "max"
 
     @staticmethod
     def solve(
@@ -45,6 +48,7 @@ class PageLayout:
         max_len: int = 65536,
         scored: bool = True,
         meta_dtype: str = "float16",
+        group: Literal["max", "mean"] = "max",
     ) -> "PageLayout":
         """Choose `rows` between one and four of the largest blocks so that the worst waste of any tier is least.
 
@@ -58,7 +62,7 @@ class PageLayout:
             meta_rows = _tile_rows(max(n * (f.key.meta_rows + f.value.meta_rows) for n, f in zip(blocks, formats, strict=True)), tokens)
             narrow = max_len <= 65536 and (tokens, max(blocks)) != (128, 1)  # a TPU kernel would copy uint16 [pages, 1, 128]
             position_dtype = "uint16" if narrow else "int32"
-            return PageLayout(tuple(formats), head_dim, tokens, rows, blocks, meta_rows, position_dtype, scored, meta_dtype)
+            return PageLayout(tuple(formats), head_dim, tokens, rows, blocks, meta_rows, position_dtype, scored, meta_dtype, group)
 
         if any(low > high for high, low in zip(block_rows, block_rows[1:], strict=False)):
             names = [f.name for f in formats]

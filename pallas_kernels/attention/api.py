@@ -37,8 +37,8 @@ def decode_attention(
 
     Returns:
         The output float32 `[B, G, d]`, zeros where a head holds nothing; the pool's significance float32 `[num_pages, blocks, T]` with
-        this step's probabilities added (maximum over the G query heads after normalisation over all tokens); the recent tokens'
-        probabilities float32 `[B, window + flush]` likewise (zeros when the layout is not scored).
+        this step's probabilities added (normalised over all tokens, then maximum or mean over the G query heads: `layout.group`); the
+        recent tokens' probabilities float32 `[B, window + flush]` likewise (zeros when the layout is not scored).
     """
     attend = kernels.function(__name__, "decode_attention", reference.decode_attention)
     return attend(q, pages, layout, heads, max_len=max_len, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, sliding=sliding)

@@ -41,12 +41,10 @@ void sum_outputs(const Problem& p, const Split* last) {
   }
 }
 
-// Adds every token's largest share to its significance, of the tokens of a split.
+// Adds to the significance of every token of a split its share, the maximum or the mean over the query heads.
 void score(const Problem& p, const Split& split) {
   const auto shares = [&](int64_t slot) {
-    Floats most = {};
-    for (int h = 0; h < p.group; ++h) most = max(most, load<Floats>(split.p + h * split.slots + slot) * split.state[h]);
-    return most;
+    return over_group(p.group, p.mean, [&](int h) { return load<Floats>(split.p + h * split.slots + slot) * split.state[h]; });
   };
   for (int i = 0; i < split.count; ++i) {
     const Strip strip = p.strip(split.head, split.first + i);
@@ -93,7 +91,7 @@ ffi::Error decode_attention(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::Buff
                             ffi::Buffer<ffi::S32> recent_lengths, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> query_position,
                             ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> significance_out,
                             ffi::ResultBuffer<ffi::F32> recent_scores, ffi::Span<const int64_t> formats, float sm_scale, float cap,
-                            int64_t sliding) {
+                            int64_t sliding, bool mean) {
   (void)significance;  // the result lies in its memory
   Problem p{};
   auto error = Heads::read(p.heads, formats, payload, meta, position.dimensions()[1], table, lengths, recent_k, recent_v, recent_lengths,
@@ -106,7 +104,7 @@ ffi::Error decode_attention(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::Buff
   p.group = int(q.dimensions()[1]), p.queries = queries, p.pairs = numbers.type == Exact::bfloat16;
   p.sm_scale = sm_scale, p.cap = cap, p.sliding = int(sliding), p.query_position = query_position.typed_data();
   p.sides = {significance_out->typed_data(), position.untyped_data(), position.element_type() == ffi::DataType::S32};
-  p.scored = significance_out->dimensions()[1] > 0, p.significance = significance_out->typed_data();
+  p.scored = significance_out->dimensions()[1] > 0, p.mean = mean, p.significance = significance_out->typed_data();
   p.out = out->typed_data(), p.recent_scores = recent_scores->typed_data();
   plan(p);
   parallel_for(threads, p.splits.size(), [&](int64_t i) { attend(p, p.splits[i]); });
@@ -142,4 +140,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(decode_attention_cpu, decode_attention,
                                   .Attr<ffi::Span<const int64_t>>("formats")
                                   .Attr<float>("sm_scale")
                                   .Attr<float>("cap")
-                                  .Attr<int64_t>("sliding"));
+                                  .Attr<int64_t>("sliding")
+                                  .Attr<bool>("mean"));

@@ -57,5 +57,6 @@ def decode_attention(
         sm_scale=np.float32(sm_scale),
         cap=np.float32(logits_soft_cap or 0),
         sliding=np.int64(0 if sliding is None else sliding.size),
+        mean=np.bool_(layout.group == "mean"),
     )
     return out, significance, recent

@@ -25,6 +25,7 @@ struct Problem {
   Heads heads;
   int group;            // query heads a KV head
   bool pairs, scored;   // multiply in bfloat16; add to the significance
+  bool mean;            // over the group, else the maximum
   float sm_scale, cap;  // cap 0 = none
   int sliding;          // 0 = none
   const int32_t* query_position;

@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..codecs.tiles import Tile, half_to_float
 from .mosaic_tpu_stream import Plan, Refs, Stream
-from .stream import soft_cap
+from .stream import group_score, soft_cap
 
 
 class Softmax(NamedTuple):
@@ -55,15 +55,10 @@ def attend_head(*refs, names: tuple[str, ...], plan: Plan) -> None:
         state = lax.fori_loop(0, stream.chunks(head, tier), _chunk_step(r, plan, stream, head, tier), state)
     r.output[...], lse = state.normalised()
     if plan.layout.scored:
-        r.recent_scores[...] = _score(recent_logits, lse)
+        r.recent_scores[...] = group_score(recent_logits, lse, plan.layout, keepdims=True)
         _score_pages(r, plan, stream, head, lse)
     else:
         r.recent_scores[...] = jnp.zeros(r.recent_scores.shape)
-
-
-def _score(logits: Array, lse: Array) -> Array:
-    """Probability of each key, maximum over the query heads: `[G, n]`, `[G, 1]` to `[1, n]`."""
-    return jnp.exp((logits - lse).max(axis=0, keepdims=True))
 
 
 def _matmul(a: Array, b: Array, contract: tuple[int, int]) -> Array:
@@ -247,7 +242,8 @@ def _score_pages(r: Refs, plan: Plan, stream: Stream, head, lse: Array) -> None:
             first_page = stream.first_page(head, tier) + chunk * plan.pages[tier]
             for i, (page, block, tokens) in enumerate(_blocks(plan, tier)):
                 at = (first_page + page, pl.ds(block, 1))
-                near[at] = jnp.where(live[:, tokens], near[at] + _score(r.logits[first_block + i], lse), near[at])
+                scores = group_score(r.logits[first_block + i], lse, plan.layout, keepdims=True)
+                near[at] = jnp.where(live[:, tokens], near[at] + scores, near[at])
             stream.each_page(
                 head,
                 tier,

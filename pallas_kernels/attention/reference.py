@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..pages import PageLayout, Pages
-from .stream import Partial, add_significance, chunk_logits, chunk_mix, num_chunks, over_chunks, read_chunk, soft_cap
+from .stream import Partial, add_significance, chunk_logits, chunk_mix, group_score, num_chunks, over_chunks, read_chunk, soft_cap
 
 
 class Heads(NamedTuple):
@@ -65,12 +65,7 @@ def decode_attention(
     significance = pages.significance
     for tier in range(layout.tiers):
         significance = _score_tier(significance, logits[tier], lse, pages, layout, tier, heads)
-    return output, significance, group_score(recent_logits, lse)
-
-
-def group_score(logits: Array, lse: Array) -> Array:
-    """Probability of each key, maximum over the query heads of the group: `[B, G, n]`, `[B, G]` to `[B, n]`."""
-    return jnp.exp((logits - lse[..., None]).max(axis=1))
+    return output, significance, group_score(recent_logits, lse[..., None], layout)
 
 
 def _recent_seen(heads: Heads, sliding: Sliding | None) -> Array:
@@ -104,6 +99,6 @@ def _attend_tier(q, partial, pages, layout, tier, heads, max_len, sm_scale, cap,
 def _score_tier(significance, logits, lse, pages, layout, tier, heads) -> Array:
     def body(i, significance):
         chunk = read_chunk(pages, layout, tier, heads.page_table, heads.tier_len, i)
-        return add_significance(significance, chunk, layout, tier, group_score(logits[i], lse))
+        return add_significance(significance, chunk, layout, tier, group_score(logits[i], lse[..., None], layout))
 
     return over_chunks(layout, tier, heads.tier_len, body, significance)

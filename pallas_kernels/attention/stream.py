@@ -52,6 +52,17 @@ def soft_cap(logits: Array, cap: float | None) -> Array:
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
+def group_score(logits: Array, lse: Array, layout: PageLayout, keepdims: bool = False) -> Array:
+    """Probability of each key, maximum or mean over the query heads of the group.
+
+    `logits [..., G, n]`, `lse [..., G, 1]` to `[..., n]`, with `keepdims` `[..., 1, n]`.
+    """
+    relative = logits - lse
+    if layout.group == "max":
+        return jnp.exp(relative.max(axis=-2, keepdims=keepdims))
+    return jnp.exp(relative).mean(axis=-2, keepdims=keepdims)
+
+
 class PageChunk(NamedTuple):
     """Some pages of a tier of each head as one long block of `lanes` tokens."""
 

@@ -279,7 +279,7 @@ def _store_partials(state: State, out: Partials, task: Task, head, split) -> Non
 def _score_kernel(
     page_table, tier_len, recent_len, lse, logits, base, recent_logits, payload, significance_in, recent, significance, *, task: Task
 ):
-    """Program (head, split): the probabilities of its share of the tokens, maximum over the group, added to their significance in place.
+    """Program (head, split): the probabilities of its share of the tokens, reduced over the group, added to their significance in place.
 
     Reads the base-2 log-sum-exp float32 `[B, G]` and the kept logits (2 or 4 bytes a token and query head); reads and writes the
     significance of live tokens (8 bytes a token). The first split also writes the recent tokens' probabilities.
@@ -287,8 +287,9 @@ def _score_kernel(
     del significance_in
     blocks, layout, group, slots = task.blocks, task.layout, logits.shape[2], recent.shape[1]
     head, split = pl.program_id(0), pl.program_id(1)
-    member = jnp.minimum(jnp.arange(blocks.rows, dtype=jnp.int32), group - 1)  # the last one again fills up the group
-    shift = plgpu.load(gathered(lse, head, member))
+    number = jnp.arange(blocks.rows, dtype=jnp.int32)
+    member = jnp.minimum(number, group - 1)
+    shift = plgpu.load(gathered(lse, head, member), mask=number < group, other=jnp.inf)  # what fills up the group has probability 0
     inputs = Inputs(*(None,) * len(Inputs._fields))._replace(page_table=page_table, payload=payload)
 
     def score(step, _, tier: int):
@@ -297,7 +298,7 @@ def _score_kernel(
         place = _place(tier, step, blocks)
         kept = plgpu.load(gathered(logits, head, place, member[:, None], column)).astype(jnp.float32)
         largest = plgpu.load(gathered(base, head, place, member))
-        scores = jnp.exp2(kept + (largest - shift)[:, None]).max(axis=0).reshape(stored.valid.shape)
+        scores = _over_group(jnp.exp2(kept + (largest - shift)[:, None]), layout, group).reshape(stored.valid.shape)
         page = jnp.where(stored.live, stored.page, significance.shape[0])  # blocks past the end name no page
         lanes = jnp.arange(layout.tokens, dtype=jnp.int32)[None, :]
         at = gathered(significance, page[:, None], stored.block[:, None], lanes)
@@ -312,4 +313,9 @@ def _score_kernel(
         live = slot < jnp.minimum(recent_len[head], slots)
         mask = jnp.broadcast_to(live[None, :], (blocks.rows, live.size))
         kept = plgpu.load(gathered(recent_logits, head, member[:, None], jnp.minimum(slot, slots - 1)[None, :]), mask=mask, other=-jnp.inf)
-        plgpu.store(gathered(recent, head, slot), jnp.exp2(kept - shift[:, None]).max(axis=0), mask=slot < slots)
+        plgpu.store(gathered(recent, head, slot), _over_group(jnp.exp2(kept - shift[:, None]), layout, group), mask=slot < slots)
+
+
+def _over_group(probabilities: Array, layout: PageLayout, group: int) -> Array:
+    """One score of each key from `[rows, n]`, of which `group` rows are query heads and the others zeros: `[n]`."""
+    return probabilities.max(axis=0) if layout.group == "max" else probabilities.sum(axis=0) / group

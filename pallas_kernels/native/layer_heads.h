@@ -53,4 +53,16 @@ struct Heads {
   }
 };
 
+// One score of the query heads of a group: the mean or the largest of score(h), none of which is negative.
+template <typename Score>
+inline Floats over_group(int group, bool mean, const Score& score) {
+  Floats result = {};
+  if (mean) {
+    for (int h = 0; h < group; ++h) result += score(h);
+    return result / float(group);
+  }
+  for (int h = 0; h < group; ++h) result = max(result, score(h));
+  return result;
+}
+
 }  // namespace diffkv

@@ -42,10 +42,11 @@ def column_sums(
     *,
     kernels: Kernels = XLA,
 ) -> ColumnSums:
-    """Score every key by the last `observe` rows of the chunk: probabilities summed over those rows, then the maximum over the group.
+    """Score every key by the last `observe` rows of the chunk: probabilities summed over those rows, then one score of the group.
 
-    DiffKV, arXiv 2412.03131 sec. 4. Arguments as in `prefill_attention`; `observe` is static, at most C, padded rows do not count;
-    `lse [B, G, C]` is the log-sum-exp that `prefill_attention` returned.
+    That is the maximum over the query heads (DiffKV, arXiv 2412.03131 sec. 4) or their mean: `layout.group`. Arguments as in
+    `prefill_attention`; `observe` is static, at most C, padded rows do not count; `lse [B, G, C]` is the log-sum-exp that
+    `prefill_attention` returned.
 
     Returns:
         `ColumnSums`: the pool's significance with the sums of stored tokens added, and the sums of recent and of chunk tokens (zeros

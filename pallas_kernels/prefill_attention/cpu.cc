@@ -60,18 +60,18 @@ ffi::Error prefill_attention(ffi::ThreadPool threads, ffi::Span<const int64_t> f
 }
 
 ffi::Error column_sums(ffi::ThreadPool threads, ffi::Span<const int64_t> formats, float sm_scale, float cap, int64_t side_rows,
-                       int64_t observe, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::Buffer<ffi::S32> length, ffi::Buffer<ffi::U8> payload,
-                       ffi::AnyBuffer meta, ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> lengths, ffi::AnyBuffer recent_k,
-                       ffi::Buffer<ffi::S32> recent_lengths, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::F32> lse,
-                       ffi::Buffer<ffi::F32> significance, ffi::ResultBuffer<ffi::F32> significance_out, ffi::ResultBuffer<ffi::F32> recent,
-                       ffi::ResultBuffer<ffi::F32> chunk) {
+                       int64_t observe, bool mean, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::Buffer<ffi::S32> length,
+                       ffi::Buffer<ffi::U8> payload, ffi::AnyBuffer meta, ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> lengths,
+                       ffi::AnyBuffer recent_k, ffi::Buffer<ffi::S32> recent_lengths, ffi::Buffer<ffi::S32> layer,
+                       ffi::Buffer<ffi::F32> lse, ffi::Buffer<ffi::F32> significance, ffi::ResultBuffer<ffi::F32> significance_out,
+                       ffi::ResultBuffer<ffi::F32> recent, ffi::ResultBuffer<ffi::F32> chunk) {
   (void)significance;  // the result lies in its memory
   Problem p{};
   p.sm_scale = sm_scale, p.cap = cap;
   auto error = read_operands(p, q, k, k, length, payload, meta, side_rows, table, lengths, recent_k, recent_k, recent_lengths, layer,
                              formats);
   if (error.failure()) return error;
-  const Scored to{significance_out->typed_data(), recent->typed_data(), chunk->typed_data()};
+  const Scored to{significance_out->typed_data(), recent->typed_data(), chunk->typed_data(), mean};
   std::fill_n(to.recent, recent->element_count(), 0.0f);
   std::fill_n(to.chunk, chunk->element_count(), 0.0f);
   struct Unit {
@@ -124,6 +124,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(column_sums_cpu, column_sums,
                                   .Attr<float>("cap")
                                   .Attr<int64_t>("side_rows")
                                   .Attr<int64_t>("observe")
+                                  .Attr<bool>("mean")
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()

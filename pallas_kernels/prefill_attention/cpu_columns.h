@@ -5,9 +5,10 @@
 
 namespace diffkv {
 
-// Where the sums go: the pool's significance, to which they are added, [B, slots] and [B, C].
+// Where the sums go: the pool's significance, to which they are added, [B, slots] and [B, C]; `mean` over the group, else the maximum.
 struct Scored {
   float *significance, *recent, *chunk;
+  bool mean;
 };
 
 // sums[g, key] += probabilities of kRows queries from query i on.
@@ -26,18 +27,17 @@ inline void add_columns(const Problem& p, int64_t head, const Queries& q, int i,
   }
 }
 
-// Gives the keys of a span what they got: the maximum over the group.
+// Gives the keys of a span what they got: one score of the group.
 inline void deliver(const Problem& p, int64_t head, const Span& span, const float* sums, const Scored& to) {
   for (int at = 0; at < span.count; at += kLanes) {
-    Floats most = {};
-    for (int g = 0; g < p.chunk.group; ++g) most = max(most, load<Floats>(sums + g * kKeys + at));
+    const Floats scores = over_group(p.chunk.group, to.mean, [&](int g) { return load<Floats>(sums + g * kKeys + at); });
     const int live = std::min(kLanes, span.count - at);
     if (span.stored()) {
       float* side = to.significance + p.heads.strip(head, span.tier(), (span.first + at) / kStrip).side + at % kStrip;
-      for (int i = 0; i < live; ++i) side[i] += most[i];
+      for (int i = 0; i < live; ++i) side[i] += scores[i];
     } else {
       float* row = span.source == Source::recent ? to.recent + head * p.heads.slots : to.chunk + head * p.chunk.rows;
-      std::memcpy(row + span.first + at, &most, live * sizeof(float));
+      std::memcpy(row + span.first + at, &scores, live * sizeof(float));
     }
   }
 }

@@ -42,6 +42,7 @@ def column_sums(chunk: Chunk, lse: Array, observe: int, pages: Pages, layout: Pa
         lse,
         pages.significance,
         observe=np.int64(observe),
+        mean=np.bool_(layout.group == "mean"),
         **attributes(layout, scale),
     )
     return ColumnSums(*sums)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -207,7 +207,7 @@ def _sums(
     seen: Callable[[Array], Array],
     first_seen_by=0,
 ) -> Array:
-    """`exp(logit - lse)` summed over the observing rows of a query head, then the maximum over the group: `[1, n]`.
+    """`exp(logit - lse)` summed over the observing rows of a query head, then maximum or mean over the group: `[1, n]`.
 
     `dots(q_of)` gives scaled dot products `[G * rows, n]`; `seen(row)` which keys `[.., n]` rows `[G * rows, 1]` of the chunk see; no
     row before `first_counted` counts, none before `first_seen_by` sees any of the keys.
@@ -225,10 +225,7 @@ def _sums(
 
     start = lax.div(jnp.maximum(jnp.maximum(first_counted, first_seen_by) - before, 0), rows)
     totals = lax.fori_loop(start, observed // rows, add, (jnp.zeros((1, n), jnp.float32),) * g)
-    best = totals[0]
-    for total in totals[1:]:
-        best = jnp.maximum(best, total)
-    return best
+    return reduce(jnp.maximum, totals) if layout.group == "max" else reduce(jnp.add, totals) / g
 
 
 def _score_tier(tier: Tier, k_rows: int, scratch: Scratch, significance, sums: Callable[..., Array], scale: Scale, dtype) -> None:

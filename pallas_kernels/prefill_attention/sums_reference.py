@@ -15,7 +15,7 @@ BLOCK_ROWS = 64  # observing rows that one step holds
 
 
 class ColumnSums(NamedTuple):
-    """Sum over the observing rows, then maximum over the query heads of the group."""
+    """Sum over the observing rows, then maximum or mean over the query heads of the group."""
 
     pages: Array  # the pool's significance [num_pages, blocks, T] with the sums added
     recent: Array  # float32 [B, window + flush]
@@ -31,7 +31,7 @@ def column_sums(chunk: Chunk, lse: Array, observe: int, pages: Pages, layout: Pa
     recent = recent_keys(heads)
 
     def summed(keys: int, logits_of: Callable) -> Array:
-        """`sum_rows exp(logit - lse)` block of rows by block, then the maximum over the group: `[B, keys]`."""
+        """`sum_rows exp(logit - lse)` block of rows by block, then maximum or mean over the group: `[B, keys]`."""
 
         def body(i, total):
             first = jnp.maximum(c - (i + 1) * rows, 0)  # blocks from the end; the first may overlap the second: masked
@@ -41,7 +41,8 @@ def column_sums(chunk: Chunk, lse: Array, observe: int, pages: Pages, layout: Pa
             p = jnp.exp(logits_of(q, first).reshape(b, g, rows, keys) - lax.dynamic_slice_in_dim(lse, first, rows, axis=2)[..., None])
             return total + jnp.where(counted[:, None, :, None], p, 0).sum(axis=2)
 
-        return lax.fori_loop(0, blocks, body, jnp.zeros((b, g, keys), jnp.float32)).max(axis=1)
+        sums = lax.fori_loop(0, blocks, body, jnp.zeros((b, g, keys), jnp.float32))
+        return sums.max(axis=1) if layout.group == "max" else sums.mean(axis=1)
 
     significance = pages.significance
     for tier in range(layout.tiers):

@@ -141,7 +141,7 @@ def _sums(
     head,
     causal: Array | None = None,
 ) -> Array:
-    """`exp(logit - lse)` summed over the observing rows of a query head, then the maximum over the group: `[n]`.
+    """`exp(logit - lse)` summed over the observing rows of a query head, then maximum or mean over the group: `[n]`.
 
     `causal [n]`: number of each key in the chunk, seen by its own row and later ones; None for keys that all rows see.
     """
@@ -149,7 +149,7 @@ def _sums(
     count = jnp.minimum(inputs.length[head], observe)
     skipped = 0 if causal is None else lax.div(jnp.maximum(causal.min() - (c - count), 0), blocks.rows)
 
-    def of_member(member, best: Array) -> Array:
+    def of_member(member, score: Array) -> Array:
         def add_rows(i, total: Array) -> Array:
             row = c - count + i * blocks.rows + jnp.arange(blocks.rows, dtype=jnp.int32)
             real, at = row < c, (head, member, jnp.minimum(row, c - 1))
@@ -160,6 +160,7 @@ def _sums(
             shift = plgpu.load(gathered(lse, *at), mask=real, other=jnp.inf) * LOG2_E
             return total + jnp.exp2(logits - shift[:, None]).sum(axis=0)
 
-        return jnp.maximum(best, lax.fori_loop(skipped, pl.cdiv(count, blocks.rows), add_rows, jnp.zeros(bias.shape, jnp.float32)))
+        total = lax.fori_loop(skipped, pl.cdiv(count, blocks.rows), add_rows, jnp.zeros(bias.shape, jnp.float32))
+        return jnp.maximum(score, total) if layout.group == "max" else score + total / g
 
     return lax.fori_loop(0, g, of_member, jnp.zeros(bias.shape, jnp.float32))

@@ -26,9 +26,9 @@ def int32(*shape: int) -> Shape:
     return Shape(shape, jnp.int32)
 
 
-def layout(kernels: Kernels, formats=("K8V4", "K4V2"), head_dim: int = HEAD_DIM) -> PageLayout:
+def layout(kernels: Kernels, formats=("K8V4", "K4V2"), head_dim: int = HEAD_DIM, over="max") -> PageLayout:
     """The pages of the cache as the kernels want them."""
-    options = dict(tokens=kernels.tokens_per_block, max_len=CONTEXT, meta_dtype=kernels.meta_dtype)
+    options = dict(tokens=kernels.tokens_per_block, max_len=CONTEXT, meta_dtype=kernels.meta_dtype, group=over)
     return PageLayout.solve(tuple(map(KVFormat.parse, formats)), head_dim, **options)
 
 

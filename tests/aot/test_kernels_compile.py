@@ -37,8 +37,8 @@ class Program(NamedTuple):
     temporary: int
 
 
-def attention(kernels: Kernels, formats=("K8V4", "K4V2"), head_dim=llama8b.HEAD_DIM, group=GROUP) -> Program:
-    layout = llama8b.layout(kernels, formats, head_dim)
+def attention(kernels: Kernels, formats=("K8V4", "K4V2"), head_dim=llama8b.HEAD_DIM, group=GROUP, over="max") -> Program:
+    layout = llama8b.layout(kernels, formats, head_dim, over)
     q = Shape((HEADS, group, head_dim), jnp.bfloat16)
 
     def run(q, pages, heads):
@@ -114,8 +114,8 @@ def prefill(kernels: Kernels) -> Program:
     return Program(run, (_chunk(), llama8b.pool(layout), llama8b.heads(layout)), (), 64 << 20)
 
 
-def sums(kernels: Kernels) -> Program:
-    layout = llama8b.layout(kernels)
+def sums(kernels: Kernels, over="max") -> Program:
+    layout = llama8b.layout(kernels, over=over)
 
     def run(chunk, lse, pages, heads):
         sums = column_sums(chunk, lse, 64, pages, layout, heads, Scale(0.1, None), kernels=kernels)
@@ -131,6 +131,7 @@ PROGRAMS = {
     "decode attention, d=64, G=3": partial(attention, head_dim=64, group=3),
     "decode attention, d=256, G=8": partial(attention, head_dim=256, group=8),
     "decode attention, bf16 pages": partial(attention, formats=("full",)),
+    "decode attention, mean of G=3": partial(attention, group=3, over="mean"),
     "append": new_tokens,
     "shift": shift,
     "encode": quantise,
@@ -139,6 +140,7 @@ PROGRAMS = {
     "event": event,
     "prefill": prefill,
     "column sums": sums,
+    "column sums, mean": partial(sums, over="mean"),
 }
 
 

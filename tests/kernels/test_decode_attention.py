@@ -1,7 +1,7 @@
 """Decode attention over pages full of rubbish outside the live tokens, against a dense softmax in float64."""
 
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class Shape(NamedTuple):
     tokens: int = 32  # lanes of a page
     window: int | None = None  # of a sliding window
     dtype: str = "bfloat16"  # of tokens kept exactly
+    over: Literal["max", "mean"] = "max"  # one score of a group
 
 
 CASES = {
@@ -46,6 +47,7 @@ CASES = {
     "full float32, T=128": Shape(("full",), 64, 2, dtype="float32", tokens=128),
     "full float16+K4V2, sliding": Shape(("full", "K4V2"), 64, 4, dtype="float16", window=90),
     "sliding, capped, T=128": Shape(("K8V4", "K4V2"), 128, 3, cap=3.0, window=40, tokens=128),
+    "K4V4, mean of G=3": Shape(("K4V4",), 64, 3, over="mean"),
 }
 CHECKED = ("K8V4+K4V2, G=4, d=128, T=128", "full float32, T=128", "sliding, capped, T=128")  # cases for the slow interpreter
 
@@ -64,8 +66,15 @@ class Case:
     def __init__(self, shape: Shape, kernels: Kernels):
         formats = tuple(KVFormat.parse(name, shape.dtype) for name in shape.tiers)
         self.layout = PageLayout.solve(
-            formats, shape.head_dim, tokens=shape.tokens, max_len=MAX_LEN, scored=shape.scored, meta_dtype=kernels.meta_dtype
+            formats,
+            shape.head_dim,
+            tokens=shape.tokens,
+            max_len=MAX_LEN,
+            scored=shape.scored,
+            meta_dtype=kernels.meta_dtype,
+            group=shape.over,
         )
+        self.over = shape.over
         self.scale, self.cap, self.window = 1.5 * shape.head_dim**-0.5, shape.cap, shape.window
         lengths = [sizes[: self.layout.tiers] for sizes in LENGTHS]
         self.pool = random_pool(self.layout, lengths, RECENT, max_len=MAX_LEN, slots=SLOTS, seed=shape.group)
@@ -80,8 +89,8 @@ class Case:
         pages, heads = on_device(pool, Pages, Heads)
         return Attended(*jax.device_get(self._kernel(self.q if q is None else q, pages=pages, heads=heads)))
 
-    def dense(self, pool: Pool, swap: bool = False) -> Attended:
-        """The same by a softmax over all live tokens; `swap` takes keys for values."""
+    def dense(self, pool: Pool, swap: bool = False, over: str | None = None) -> Attended:
+        """The same by a softmax over all live tokens; `swap` takes keys for values, `over` another score of a group."""
         significance = pool.pages["significance"].copy()
         output, recent = np.zeros(self.q.shape), np.zeros((len(LENGTHS), SLOTS))
         for head, sizes in enumerate(pool.tier_len):
@@ -98,7 +107,8 @@ class Case:
                 continue
             p = softmax(np.asarray(self.q[head], np.float64) @ k.T * self.scale, self.cap, seen)
             output[head] = p @ v
-            scores = np.split(p.max(axis=0), np.cumsum([live, *sizes])[:-1])
+            of_group = p.max(axis=0) if (over or self.over) == "max" else p.sum(axis=0) / len(self.q[head])
+            scores = np.split(of_group, np.cumsum([live, *sizes])[:-1])
             recent[head, :live] = scores[0]
             for tier, (n, score) in enumerate(zip(sizes, scores[1:], strict=True)):
                 if self.layout.scored:
@@ -229,6 +239,15 @@ def test_the_comparison_sees_swapped_keys_and_values(name: str):
     this = case(name)
     with pytest.raises(AssertionError):
         same(this.run(this.pool), this.dense(this.pool, swap=True), this.pool.pages["significance"])
+
+
+@pytest.mark.parametrize("kernels", [*IMPLEMENTATIONS[:3], *NATIVE])
+def test_the_comparison_sees_a_maximum_where_the_mean_is_asked(kernels: Kernels):
+    this = case("K8V4+K4V2, G=3, d=128", kernels)
+    got, asked, old = this.run(this.pool), this.dense(this.pool, over="mean"), this.pool.pages["significance"]
+    for scores in ("recent", "significance"):  # either alone
+        with pytest.raises(AssertionError):
+            same(asked._replace(**{scores: getattr(got, scores)}), asked, old)
 
 
 @pytest.mark.parametrize("kernels", [*IMPLEMENTATIONS[1:3], *NATIVE])

@@ -1,7 +1,7 @@
 """Attention of a prompt chunk and its column sums, over pages full of rubbish outside the live tokens, against float64 NumPy."""
 
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class Setting(NamedTuple):
     cap: float | None = None
     tokens: int = 32  # of a block
     dtype: str = "float32"
+    over: Literal["max", "mean"] = "max"  # one score of a group
 
 
 PAIR, GROUPED = ("K8V4", "K4V2"), ("K8V4:1,2", "K4V2:2,4")
@@ -44,6 +45,7 @@ CASES = {
     "one full tier, chunk of 64": Setting(("full",), 64, 1, 64, 64),
     "chunk of 1024": Setting(("K4V4",), 64, 1, 1024, 64, tokens=128),  # several blocks of queries and of keys
     "bfloat16": Setting(PAIR, 64, 1, 32, 20, tokens=128, dtype="bfloat16"),
+    "mean of G=3": Setting(("K4V4",), 64, 3, 16, 16, tokens=128, over="mean"),
 }
 CHECKED = Setting(PAIR, 64, 2, 16, 16)
 NATIVE_CASES = {
@@ -62,9 +64,9 @@ class Case:
     """Random stored tokens and a random chunk, and the compiled kernels."""
 
     def __init__(self, setting: Setting, kernels: Kernels):
-        tiers, head_dim, group, chunk_len, self.observe, cap, tokens, self.dtype = setting
+        tiers, head_dim, group, chunk_len, self.observe, cap, tokens, self.dtype, self.over = setting
         formats = tuple(KVFormat.parse(tier) for tier in tiers)
-        self.layout = PageLayout.solve(formats, head_dim, tokens=tokens, max_len=MAX_LEN, meta_dtype=kernels.meta_dtype)
+        self.layout = PageLayout.solve(formats, head_dim, tokens=tokens, max_len=MAX_LEN, meta_dtype=kernels.meta_dtype, group=self.over)
         self.scale = Scale(1.3 * head_dim**-0.5, cap)
         stored = [sizes[: self.layout.tiers] for sizes in STORED]
         pool = random_pool(self.layout, stored, RECENT, max_len=MAX_LEN, slots=SLOTS, seed=chunk_len)
@@ -88,7 +90,7 @@ class Case:
         q, k, v = (jnp.asarray(x, self.dtype) for x in (chunk.q, chunk.k, chunk.v))
         return jax.device_get(self._kernel(Chunk(q, k, v, chunk.length), pages, heads=heads))
 
-    def dense(self, head: int, swap: bool = False):
+    def dense(self, head: int, swap: bool = False, over: str | None = None):
         """Output [G, n, d] and log-sum-exp [G, n] of the chunk's n tokens, and the column sums of stored, recent and chunk keys."""
         pool, n = self.pool, int(self.chunk.length[head])
         live, sizes = int(pool.recent_len[head]), pool.tier_len[head]
@@ -104,16 +106,17 @@ class Case:
         logits[:, np.arange(len(k)) > before + np.arange(n)[:, None]] = -np.inf
         lse = np.log(np.exp(logits).sum(axis=-1))
         p = np.exp(logits - lse[..., None])
-        sums = p[:, max(n - self.observe, 0) :].sum(axis=1).max(axis=0)
+        sums = p[:, max(n - self.observe, 0) :].sum(axis=1)
+        sums = sums.max(axis=0) if (over or self.over) == "max" else sums.sum(axis=0) / len(sums)
         return p @ v, lse, np.split(sums, np.cumsum([*sizes, live]))
 
-    def check(self, chunk: Chunk, pool: Pool, swap: bool = False) -> None:
+    def check(self, chunk: Chunk, pool: Pool, swap: bool = False, over: str | None = None) -> None:
         """The kernels on `chunk` and `pool` give what this case must give."""
         out, lse, sums = self.run(chunk, pool)
         wanted = self.pool.pages["significance"].copy()
         for head, n in enumerate(self.chunk.length):
             own = slice(self.chunk.k.shape[1] - n, None)
-            output, total, (*tiers, recent, mine) = self.dense(head, swap)
+            output, total, (*tiers, recent, mine) = self.dense(head, swap, over)
             loose = dict(rtol=1e-5, atol=3e-5) if self.dtype == "float32" else dict(rtol=4e-3, atol=2e-2)  # weights are rounded, logits not
             np.testing.assert_allclose(out[head, :, own], output, **loose)
             np.testing.assert_allclose(lse[head, :, own], total, rtol=1e-5, atol=1e-5)
@@ -285,6 +288,12 @@ def test_the_comparison_sees_swapped_keys_and_values(kernels: Kernels):
     this = case("one full tier, chunk of 64", kernels)
     with pytest.raises(AssertionError):
         this.check(this.chunk, this.pool, swap=True)
+
+
+def test_the_comparison_sees_a_maximum_where_the_mean_is_asked(kernels: Kernels):
+    this = case("chunk of 32, all observe", kernels)
+    with pytest.raises(AssertionError):
+        this.check(this.chunk, this.pool, over="mean")
 
 
 @pytest.mark.parametrize(
