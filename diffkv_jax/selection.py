@@ -1,4 +1,4 @@
-"""How a policy ranks tokens: `Selection`, the static choices, and the score that a token enters the tiers with (docs/design.md 10)."""
+"""How a policy ranks tokens: `Selection`, the static choices, and the score that a token enters the tiers with (docs/design.md 9)."""
 
 from dataclasses import dataclass
 from typing import Literal

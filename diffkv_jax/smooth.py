@@ -26,11 +26,13 @@ def forget(cache: KVCache, decides: Array) -> KVCache:
 def smooth(spec: CacheSpec, stored: Stored, tokens: Tokens, leaving: Array) -> tuple[Stored, Tokens]:
     """The scores of the stored tokens and of those that are `leaving` (bool [B, n]) averaged over `pooling` neighbours in position.
 
-    SnapKV's pooling (arXiv:2404.14469): what is in the recent window, or was dropped, counts as 0, as does what lies beyond the ends.
+    SnapKV's pooling (arXiv:2404.14469): tokens in the recent window, protected and dropped ones count as 0, as does what lies
+    beyond the ends.
     """
     layout, pages, rows = spec.layout, stored.pages, jnp.arange(leaving.shape[0])[:, None]
     by_position = jnp.zeros((leaving.shape[0], spec.max_len), jnp.float32)
-    by_position = by_position.at[rows, jnp.where(leaving, tokens.position, spec.max_len)].set(tokens.significance, mode="drop")
+    counted = leaving & (tokens.position >= spec.selection.sinks)
+    by_position = by_position.at[rows, jnp.where(counted, tokens.position, spec.max_len)].set(tokens.significance, mode="drop")
     places = []
     for tier in range(layout.tiers):
         capacity = layout.pages_for(tier, spec.max_len) * layout.tokens_per_page(tier)

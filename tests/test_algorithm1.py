@@ -142,7 +142,7 @@ class Run:
         )
         policy = diffkv(2.0, 0.1, observe=OBSERVE, window=WINDOW, flush=flush)
         cache = make_cache(MODEL, policy, [MAX_LEN] * REQUESTS, cache_dtype=cache_dtype)
-        self.cache = dataclasses.replace(cache, alpha=jnp.asarray(self.alpha))
+        self.cache = dataclasses.replace(cache, limits=jnp.asarray(self.alpha))
         self.heads = {
             at: Watched(*self.alpha[at], window=WINDOW, flush=flush, observe=OBSERVE) for at in np.ndindex(LAYERS, REQUESTS, KV_HEADS)
         }

@@ -1,16 +1,17 @@
 """Budgets into thresholds: hand-worked numbers, and NumPy's sort."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffkv_jax.allocate import budget_thresholds, kth_largest
 from diffkv_jax.selection import PROTECTED, Selection
 from diffkv_jax.smooth import moving_average
 
-NUMBERS = st.floats(-1e30, 1e30, width=32) | st.sampled_from([0.0, -0.0, 1e-30, -1e-30])
+NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from([0.0, -0.0, 1e-30, -1e-30])
 
 
+@settings(deadline=None)
 @given(st.lists(NUMBERS, min_size=5, max_size=5), st.integers(1, 5))
 def test_kth_largest_is_that_of_a_sort(row, k):
     found = kth_largest(np.array([row, row[::-1]], np.float32), np.array([k, k]))
@@ -28,7 +29,7 @@ def threshold(budget, exact, **choices):
 
 def test_budgets_by_hand():
     np.testing.assert_array_equal(threshold(4, 2), [4, 7])  # two beside the two exact ones
-    np.testing.assert_array_equal(threshold(3.999, 2), [5, 8])
+    np.testing.assert_array_equal(threshold(3.9, 2), [5, 8])
     assert np.all(threshold(5, 2) < -1e29)  # all fit
     cut = threshold(2, 2)
     assert np.all(cut > 1e20) and np.all(cut < PROTECTED)  # none but protected tokens
@@ -37,7 +38,7 @@ def test_budgets_by_hand():
 def test_heads_share_a_budget():
     np.testing.assert_array_equal(threshold(4, 2, pooled=0.0), [6 - 1, 6 - 1])  # 8, 7, 6 and 5 of both rows
     np.testing.assert_array_equal(threshold(4, 2, pooled=1.0), [4, 7])  # each its own
-    np.testing.assert_array_equal(threshold(3, 1, pooled=0.7), [5, 7])  # the best of each, then 7 and 6
+    np.testing.assert_array_equal(threshold(3, 1, pooled=0.7), [5, 6])  # the best of each, then 7 and 6
 
 
 def test_moving_average_is_a_convolution():

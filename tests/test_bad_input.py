@@ -213,7 +213,7 @@ def test_policy_as_json(policy, tmp_path):
     assert policy.name in repr(policy) and {policy: 1}[again] == 1
     (tmp_path / "policy.json").write_text(policy.to_json())
     assert dkv.load_policy(tmp_path / "policy.json") == policy
-    np.testing.assert_array_equal(again.thresholds(2, 1, 2), policy.thresholds(2, 1, 2))
+    np.testing.assert_array_equal(again.limits(range(2), 1, 2), policy.limits(range(2), 1, 2))
 
 
 def test_policies_differ():
@@ -249,7 +249,7 @@ def test_json_with_tiers_of_a_wrong_type():
 
 
 def test_load_policy_of_a_missing_file(tmp_path):
-    with pytest.raises(ValueError, match=r"must be one of \['balanced', 'quality', 'small'\] or a JSON file; no such file"):
+    with pytest.raises(ValueError, match=r"must be one of \['balanced', .*'small'.*\] or a JSON file; no such file"):
         dkv.load_policy(tmp_path / "none.json")
     with pytest.raises(ValueError, match="no such file"):
         dkv.load_policy("tiny")

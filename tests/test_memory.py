@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffkv_jax import CacheSpec, CompressionPolicy, diffkv, make_cache, memory_report
+from diffkv_jax import CacheSpec, CompressionPolicy, diffkv, h2o, make_cache, memory_report, snapkv
 from diffkv_jax.budget import tree_bytes
 from diffkv_jax.cache import KVCache, empty_cache
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
@@ -19,7 +19,14 @@ from tiny import tiny_model
 
 MIB = 2**20
 KERNELS = [XLA] if why_unavailable() else [XLA, Kernels("cpu")]
-POLICIES = {"diffkv": diffkv(1.0, 0.02), "flush 1": diffkv(1.0, 0.02, flush=1), "none": CompressionPolicy.none()}
+POLICIES = {
+    "diffkv": diffkv(1.0, 0.02),
+    "flush 1": diffkv(1.0, 0.02, flush=1),
+    "none": CompressionPolicy.none(),
+    "h2o": h2o(0.5),
+    "snapkv": snapkv(0.5),
+}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("diffkv", "flush 1", "windows", "h2o", "snapkv")]
 
 
 def array(shape, dtype) -> jax.ShapeDtypeStruct:
@@ -53,7 +60,7 @@ def copies_of_pool(text: str, num_pages: int) -> list[str]:
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.implementation)
 @pytest.mark.parametrize("step", ["decode", pytest.param("prefill", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("diffkv", "flush 1", "windows"))])
+@pytest.mark.parametrize("name", ["none", *SLOW])
 def test_pool_is_updated_in_place(name, step, kernels):
     """Donation is honoured: the pool of 256 MiB is an alias of the input, never copied, and little else is needed.
 

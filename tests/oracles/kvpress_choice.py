@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import transformers
 
 NOT_NEEDED = ("datasets", "cachetools", "requests", "fire", "pandas")  # imported by presses that no test uses
 
@@ -69,7 +70,6 @@ def kept_by_mask(press, model, tokens: np.ndarray) -> list[list[set[int]]]:
 
 
 def _prefill(press, model, tokens: np.ndarray) -> None:
-    import transformers
-
+    positions = torch.arange(len(tokens))  # kvpress 0.5.5 expects what transformers passed to every layer before 5.3
     with torch.no_grad(), press(model):
-        model(torch.as_tensor(tokens)[None], past_key_values=transformers.DynamicCache(), use_cache=True)
+        model(torch.as_tensor(tokens)[None], past_key_values=transformers.DynamicCache(), use_cache=True, cache_position=positions)

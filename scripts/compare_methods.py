@@ -1,0 +1,160 @@
+"""Every method at about 50, 25 and 12 % of a bf16 cache's bytes: quality against the full cache, and passkey recall.
+
+`python scripts/compare_methods.py --out folder` runs SmolLM2 and writes methods.csv, methods.md and, with matplotlib, methods.svg.
+Exact evictors keep a share of the tokens; those with quantised tiers keep as many more as their tokens are smaller. DiffKV's thresholds
+have no target: its rows stand where they come out.
+"""
+
+import csv
+import importlib.util
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import typer
+
+import diffkv_jax as dkv
+import needle
+import quality
+from diffkv_jax.pallas_kernels.codecs import KVFormat
+
+SHARES = (0.5, 0.25, 0.12)
+HEAD_DIM, SIDE_BYTES = 64, 6
+EXACT = {
+    "random": dkv.random_eviction,
+    "StreamingLLM": dkv.streaming_llm,
+    "L2 norm": dkv.key_norm,
+    "KeyDiff": dkv.key_difference,
+    "H2O": dkv.h2o,
+    "TOVA": dkv.tova,
+    "SnapKV": dkv.snapkv,
+    "PyramidKV": dkv.pyramidkv,
+    "Ada-KV(SnapKV)": lambda keep, **options: dkv.ada_kv(dkv.snapkv(keep, **options)),
+}
+QUANTISED = (("SnapKV", "K4V4"), ("L2 norm", "K8V4"), ("Ada-KV(SnapKV)", "K4V4"))
+THRESHOLDS = {
+    "DiffKV (0.5, 0)": dkv.diffkv(0.5, 0.0),
+    "DiffKV (1, 0)": dkv.diffkv(1.0, 0.0),
+    "DiffKV (1, 0.02)": dkv.diffkv(1.0, 0.02),
+    "DiffKV (1, 0.1)": dkv.diffkv(1.0, 0.1),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one size: bytes as a share of bf16, quality as in `scripts/quality.py`, passkeys found of those asked."""
+
+    method: str
+    target: float | None
+    of_bf16: float
+    dropped: float
+    perplexity: float
+    perplexity_full: float
+    mean_kl: float
+    top1: float
+    passkeys: int | None = None
+    asked: int | None = None
+
+
+def size_of(codec: str) -> float:
+    """Bytes of a token, its position and score included, as a share of bf16."""
+    return (KVFormat.parse(codec, "bfloat16").token_bytes(HEAD_DIM) + SIDE_BYTES) / (4 * HEAD_DIM)
+
+
+def policies(shares: tuple[float, ...] = SHARES) -> dict[tuple[str, float | None], dkv.CompressionPolicy]:
+    """What is compared, by method and target."""
+    compared: dict[tuple[str, float | None], dkv.CompressionPolicy] = {}
+    for share in shares:
+        for name, method in EXACT.items():
+            compared[name, share] = method(share)
+        for name, codec in QUANTISED:
+            if (keep := share / size_of(codec)) <= 1:
+                compared[f"{name} + {codec}", share] = EXACT[name](keep, tiers=(codec,))
+    return compared | {(name, None): policy for name, policy in THRESHOLDS.items()}
+
+
+def measure(context: int, steps: int, text: str, recall_context: int, depths: int, chosen: list[str]) -> list[Row]:
+    """One row a policy; progress on stderr."""
+    compared = {f"{name} @ {share}": (name, share, policy) for (name, share), policy in policies().items() if not chosen or name in chosen}
+    by_label = {label: policy for label, (_, _, policy) in compared.items()}
+    lines = quality.measure(context, steps, (text,), by_label, chunk=1024)
+    found = needle.recall(recall_context, depths, by_label) if depths else {}
+    rows = []
+    for line in lines:
+        name, share, _ = compared[line.policy]
+        passkeys = sum(found[line.policy]) if depths else None
+        rows.append(
+            Row(
+                name,
+                share,
+                line.of_bf16,
+                line.dropped,
+                line.perplexity,
+                line.perplexity_full,
+                line.mean_kl,
+                line.top1,
+                passkeys,
+                depths or None,
+            )
+        )
+    return sorted(rows, key=lambda row: (-(row.target or row.of_bf16), row.mean_kl))
+
+
+def markdown(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| method | target | bytes of bf16 | dropped | perplexity (full) | mean KL | top-1 | passkey |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for x in rows:
+        passkey = "" if x.passkeys is None else f"{x.passkeys} of {x.asked}"
+        lines.append(
+            f"| {x.method} | {x.target or ''} | {x.of_bf16:.3f} | {x.dropped:.2f} | {x.perplexity:.3f} ({x.perplexity_full:.3f}) | "
+            f"{x.mean_kl:.4f} | {x.top1:.3f} | {passkey} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """KL against bytes, a line a method."""
+    matplotlib = importlib.import_module("matplotlib")
+    matplotlib.use("svg")
+    plt = importlib.import_module("matplotlib.pyplot")
+    figure, panel = plt.subplots(figsize=(8, 5))
+    for name in dict.fromkeys(row.method.partition(" (")[0] for row in rows):
+        points = sorted((row.of_bf16, row.mean_kl) for row in rows if row.method.partition(" (")[0] == name)
+        panel.plot(*zip(*points, strict=True), "o-", label=name)
+    panel.set(xlabel="allocated bytes of a bf16 cache", ylabel="mean KL to the full cache", yscale="log")
+    panel.legend(fontsize=7)
+    figure.savefig(path, bbox_inches="tight")
+
+
+def main(
+    context: int = 4096,
+    steps: int = 128,
+    text: str = "king_james",
+    recall_context: int = 2048,
+    depths: int = typer.Option(10, help="passkeys asked for; 0 leaves the recall out"),
+    methods: str = typer.Option("", help="names with commas; all when empty"),
+    out: Path | None = typer.Option(None, help="folder for methods.csv, methods.md and methods.svg"),  # noqa: B008
+) -> None:
+    """Print the table."""
+    chosen = [name.strip() for name in methods.split(",") if name.strip()]
+    names = {name for name, _ in policies()}
+    if unknown := sorted(set(chosen) - names):
+        raise typer.BadParameter(f"--methods {','.join(unknown)}: the methods are {', '.join(sorted(names))}")
+    rows = measure(context, steps, text, recall_context, depths, chosen)
+    print(markdown(rows))
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "methods.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(asdict(rows[0])))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    (out / "methods.md").write_text(markdown(rows) + "\n", encoding="utf-8")
+    if importlib.util.find_spec("matplotlib"):
+        plot(rows, out / "methods.svg")
+
+
+if __name__ == "__main__":
+    typer.run(main)
