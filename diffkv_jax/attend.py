@@ -10,6 +10,7 @@ from diffkv_jax.cache import CacheSpec, KVCache
 from diffkv_jax.decode_layer import decode_layer
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.prefill_layer import prefill_layer
+from diffkv_jax.rotation import rotated
 from diffkv_jax.steps import DecodeStep, PrefillStep
 from diffkv_jax.window_layer import window_layer
 
@@ -52,9 +53,14 @@ def kernels_of(cache: Any) -> Kernels:
 
 def _paged(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: DecodeStep | PrefillStep) -> tuple[Array, KVCache]:
     """One step of a layer with global attention."""
+    rotate = cache.spec.rotate
+    if rotate:
+        q, k, v = rotated(q), rotated(k), rotated(v)
     if isinstance(step, DecodeStep):
-        return decode_layer(cache, layer, q, k, v, step)
-    return prefill_layer(cache, layer, q, k, v, step)
+        out, cache = decode_layer(cache, layer, q, k, v, step)
+    else:
+        out, cache = prefill_layer(cache, layer, q, k, v, step)
+    return rotated(out, back=True) if rotate else out, cache
 
 
 def _slots(spec: CacheSpec) -> np.ndarray:

@@ -32,6 +32,7 @@ class CacheSpec:
     selection: Selection
     dtype: str
     kernels: Kernels = XLA
+    rotate: bool = False
 
     @staticmethod
     def build(
@@ -63,7 +64,7 @@ class CacheSpec:
             meta_dtype=kernels.meta_dtype,
         )
         schedule = (policy.window, policy.flush, policy.selection)
-        return CacheSpec(attention, layout, num_requests, max_len, num_pages, *schedule, dtype, kernels)
+        return CacheSpec(attention, layout, num_requests, max_len, num_pages, *schedule, dtype, kernels, policy.rotate)
 
     @cached_property
     def paged_layers(self) -> tuple[int, ...]:

@@ -17,14 +17,15 @@ def diffkv(
     observe: int | Literal["all"] = 64,
     window: int = 64,
     flush: int = 32,
+    rotate: bool = False,
 ) -> CompressionPolicy:
     """DiffKV (arXiv 2412.03131): significant tokens at K8V4, less significant ones at K4V2, the rest dropped, per head and request."""
-    return CompressionPolicy("diffkv", tiers, alpha_high, alpha_low, observe, window, flush)
+    return CompressionPolicy("diffkv", tiers, alpha_high, alpha_low, observe, window, flush, rotate=rotate)
 
 
-def quantized(fmt: str, *, window: int = 64, flush: int = 32) -> CompressionPolicy:
+def quantized(fmt: str, *, window: int = 64, flush: int = 32, rotate: bool = False) -> CompressionPolicy:
     """Every token outside the recent window at one format, such as "K8V4"; nothing is dropped."""
-    return CompressionPolicy(fmt, (fmt,), window=window, flush=flush)
+    return CompressionPolicy(fmt, (fmt,), window=window, flush=flush, rotate=rotate)
 
 
 class Options(TypedDict, total=False):
@@ -34,6 +35,7 @@ class Options(TypedDict, total=False):
     window: int
     flush: int
     sinks: int
+    rotate: bool
 
 
 def streaming_llm(keep: Budget = 0.5, **options: Unpack[Options]) -> CompressionPolicy:

@@ -40,6 +40,7 @@ class CompressionPolicy:
         whole_layers: layers (counted as `keep` counts them) that keep everything.
         pooled: the KV heads of a layer share their budgets; each keeps at least this share of its own (Ada-KV, arXiv:2407.11550).
         sinks: first tokens that always stay.
+        rotate: keys and values are kept turned by an orthogonal matrix, which helps codecs of few bits (`diffkv_jax.rotation`).
         pooling: width of the moving average over positions, of "window" scores (SnapKV).
 
     Raises:
@@ -62,6 +63,7 @@ class CompressionPolicy:
     pooled: float | None = None
     sinks: int = 0
     pooling: int = 1
+    rotate: bool = False
 
     def __post_init__(self):
         if isinstance(self.tiers, str) or not isinstance(self.tiers, Sequence):

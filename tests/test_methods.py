@@ -1,5 +1,6 @@
 """Published eviction methods: the tokens that they keep against kvpress on torch, and what holds for all of them."""
 
+import re
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -214,3 +215,10 @@ def test_methods_are_data():
         dkv.key_norm(0.5, whole_layers=(7,)).limits(range(2), 1, 1)
     with pytest.raises(ValueError, match="adaptive already"):
         dkv.ada_kv(dkv.diffkv())
+
+
+def test_the_compositions_of_the_docs_can_be_built():
+    text = (Path(__file__).parent.parent / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    built = [eval(line, {"dkv": dkv}) for line in code.strip().splitlines()]
+    assert len(built) == 6 and all(isinstance(policy, dkv.CompressionPolicy) for policy in built)
