@@ -7,7 +7,7 @@ from jax import Array, lax
 
 from diffkv_jax.cache import KVCache
 from diffkv_jax.event import Plan, admit, apply_plan, plan_event
-from diffkv_jax.layer_state import all_heads, layer_clock, per_head, stored_layer, take_layer, when, with_stored
+from diffkv_jax.layer_state import all_heads, head_numbers, layer_clock, per_head, stored_layer, take_layer, when, with_stored
 from diffkv_jax.observed import count_observed
 from diffkv_jax.pallas_kernels.append import shift_recent
 from diffkv_jax.pallas_kernels.compact import Tokens
@@ -102,7 +102,7 @@ def _oldest(cache: KVCache, layer: Array | None) -> Tokens:
     position = per_head(cache, cache.seq_len - cache.recent_len, k.shape[0] // cache.spec.num_heads)[:, None] + jnp.arange(k.shape[1])
     valid = jnp.arange(k.shape[1]) < per_head(cache, cache.recent_len, k.shape[0] // cache.spec.num_heads)[:, None]
     tokens = Tokens(k, v, significance, position)
-    return ranked_tokens(cache.spec.selection, tokens, valid, cache.spec.attention.num_kv_heads)
+    return ranked_tokens(cache.spec.selection, tokens, valid, head_numbers(cache, layer))
 
 
 def _carry_out(cache: KVCache, layer: Array | None, plan: Plan, going: Array) -> KVCache:

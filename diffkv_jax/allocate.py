@@ -17,7 +17,7 @@ def uniform_thresholds(alpha: Array, seq_len: Array) -> Array:
 
 
 def budget_thresholds(selection: Selection, budget: Array, exact: Array, scores: Array, live: Array, kv_heads: int) -> Array:
-    """The scores that as many tokens of each head reach as its budget has room for; of equal scores all do.
+    """The scores that as many tokens of each head reach as its budget has room for; of equal scores at the line none does.
 
     Args:
         budget: float32 [B], tokens of a head; those that stay exact in the recent window count.
@@ -56,9 +56,13 @@ def stored_scores(layout: PageLayout, stored: Stored, observed: Array, max_len: 
 
 
 def _reached_by(scores: Array, live: Array, room: Array) -> Array:
-    """The `room`-th largest live score of each row: [B, n], [B, n], [B] to [B]."""
-    threshold = kth_largest(jnp.where(live, scores, -jnp.inf), jnp.maximum(room, 1))
-    return jnp.where(room >= live.sum(axis=1), ALL, jnp.where(room > 0, threshold, PROTECTED_ONLY))
+    """The score that at most `room` live ones of each row reach, and protected ones always: [B, n], [B, n], [B] to [B]."""
+    scores = jnp.where(live, scores, -jnp.inf)
+    threshold = kth_largest(scores, jnp.maximum(room, 1))
+    above = jnp.nextafter(threshold, jnp.inf)
+    above = jnp.where(threshold == 0, jnp.finfo(jnp.float32).tiny, above)  # the next one may count as 0
+    threshold = jnp.where((scores >= threshold[:, None]).sum(axis=1) > room, above, threshold)
+    return jnp.where(room >= live.sum(axis=1), ALL, jnp.minimum(jnp.where(room > 0, threshold, PROTECTED_ONLY), PROTECTED_ONLY))
 
 
 def kth_largest(x: Array, k: Array) -> Array:

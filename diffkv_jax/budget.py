@@ -56,7 +56,8 @@ def with_pool(
         ValueError: even with every token in the cheapest form the policy allows, the tokens do not fit; names the smallest budget
             with which they can, and the one that always suffices.
     """
-    least, most = _least_pages(spec, totals, policy.drops), _most_pages(spec, room)
+    limits = policy.limits(len(spec.paged_layers), spec.num_requests, spec.attention.num_kv_heads)
+    least, most = _least_pages(spec, totals, limits), _most_pages(spec, room)
     if budget is None:
         return _addressable(dataclasses.replace(spec, num_pages=most))
     amount = parse_bytes(budget)
@@ -96,7 +97,7 @@ def check_pool(cache: KVCache, totals: Sequence[int]) -> None:
     Raises:
         ValueError: names the pool and the pages that the tokens need at least.
     """
-    least = _least_pages(cache.spec, totals, drops=cache.spec.selection.budgeted or bool(np.asarray(cache.limits[..., 1] > 0).any()))
+    least = _least_pages(cache.spec, totals, np.asarray(cache.limits))
     if least > cache.spec.num_pages:
         raise ValueError(
             f"the pool of {cache.spec.num_pages} pages cannot hold {list(totals)} tokens, which need at least {least}; "
@@ -104,12 +105,20 @@ def check_pool(cache: KVCache, totals: Sequence[int]) -> None:
         )
 
 
-def _least_pages(spec: CacheSpec, totals: Sequence[int], drops: bool) -> int:
-    """Pages without which the tokens cannot fit: all in the cheapest tier, or one page a head where they may be dropped."""
-    layout = spec.layout
-    stored = [max(total - spec.window, 0) for total in totals]
-    pages = [min(layout.pages_for(tier, n) for tier in range(layout.tiers)) for n in stored]
-    return _all_heads(spec, (min(n, 1) if drops else n for n in pages))
+def _least_pages(spec: CacheSpec, totals: Sequence[int], limits: np.ndarray) -> int:
+    """Pages without which the tokens cannot fit: all in the cheapest tier; one page a head where thresholds may drop them; what budgets
+    keep. `limits` as in `KVCache`."""
+    layout, seen = spec.layout, np.asarray(totals)[:, None]
+    stored = np.maximum(seen - spec.window, 0)
+    if spec.selection.budgeted:
+        kept = limits[..., 1] if spec.selection.in_tokens else limits[..., 1] * seen
+        stored = np.minimum(stored, np.maximum(np.floor(kept).astype(np.int64) - spec.window, 0))
+        if spec.selection.pooled is not None:  # heads share: one of them may have them all
+            stored = stored // layout.tokens_per_page(layout.tiers - 1) * layout.tokens_per_page(layout.tiers - 1)
+    elif np.any(limits[..., 1] > 0):
+        stored = np.minimum(stored, 1)
+    pages = np.min([layout.pages_for(tier, stored) for tier in range(layout.tiers)], axis=0)
+    return max(int(np.broadcast_to(pages, limits.shape[:3]).sum()), 1)
 
 
 def _most_pages(spec: CacheSpec, room: Sequence[int]) -> int:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -65,13 +66,20 @@ def _thresholds(spec: CacheSpec, stored: Stored, clock: Clock, mean: Array, leav
     if not selection.budgeted:
         return jnp.where(clock.decides, uniform_thresholds(clock.limits, clock.seq_len), 0.0)
 
-    def decide(_: int, tau: Array) -> Array:
-        scores, live = stored_scores(spec.layout, stored, clock.observed, spec.max_len)
-        scores, live = jnp.concatenate([scores, mean], axis=1), jnp.concatenate([live, leaving], axis=1)
-        budgets = clock.limits if selection.in_tokens else clock.limits * clock.seq_len[:, None]
+    def layer_thresholds(heads: tuple[Array, ...]) -> Array:
+        page_table, tier_len, observed, budgets, exact, entering, enters = heads
+        held = stored._replace(page_table=page_table, tier_len=tier_len)
+        scores, live = stored_scores(spec.layout, held, observed, spec.max_len)
+        scores, live = jnp.concatenate([scores, entering], axis=1), jnp.concatenate([live, enters], axis=1)
         kv_heads = spec.attention.num_kv_heads
-        columns = [budget_thresholds(selection, budget, clock.exact, scores, live, kv_heads) for budget in budgets.T[-spec.layout.tiers :]]
+        columns = [budget_thresholds(selection, budget, exact, scores, live, kv_heads) for budget in budgets.T[-spec.layout.tiers :]]
         return jnp.stack([columns[0], columns[-1]], axis=-1)
+
+    def decide(_: int, tau: Array) -> Array:
+        budgets = clock.limits if selection.in_tokens else clock.limits * clock.seq_len[:, None]
+        heads = (stored.page_table, stored.tier_len, clock.observed, budgets, clock.exact, mean, leaving)
+        by_layer = jax.tree.map(lambda x: x.reshape(-1, spec.num_heads, *x.shape[1:]), heads)
+        return lax.map(layer_thresholds, by_layer).reshape(tau.shape)  # one layer's scores at a time
 
     return lax.fori_loop(0, clock.decides.astype(jnp.int32), decide, jnp.full(clock.limits.shape, ALL))
 

@@ -146,7 +146,7 @@ def make_cache(
         kernels=kernels or Kernels.resolve(),
     )
     spec = with_pool(spec, policy, totals, room, memory_budget)
-    return _empty(spec, policy.limits(spec.paged_layers, spec.num_requests, attention.num_kv_heads))
+    return _empty(spec, policy.limits(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads))
 
 
 _empty = jax.jit(empty_cache, static_argnames="spec")

@@ -51,6 +51,14 @@ def per_head(cache: KVCache, per_request: Array, layers: int = 1) -> Array:
     return heads if layers == 1 else jnp.tile(heads, (layers, *(1,) * (heads.ndim - 1)))
 
 
+def head_numbers(cache: KVCache, layer: Array | None) -> Array:
+    """int32 [B] of a layer ([layers x B] when None): a number for each layer and KV head, the same for all requests."""
+    spec = cache.spec
+    row = jnp.arange(spec.num_heads * (len(spec.paged_layers) if layer is None else 1))
+    at = row // spec.num_heads if layer is None else layer
+    return at * spec.attention.num_kv_heads + row % spec.attention.num_kv_heads
+
+
 def all_heads(array: Array) -> Array:
     """`[L, R, K, ...]` as `[L, B, ...]`, B = R x K."""
     layers, requests, heads = array.shape[:3]

@@ -73,6 +73,8 @@ class CompressionPolicy:
             object.__setattr__(self, field, _frozen(getattr(self, field)))
         for field in ("keep", "keep_high"):
             object.__setattr__(self, field, _tuples(np.asarray(getattr(self, field)).tolist()))
+        if not isinstance(self.whole_layers, Sequence):
+            raise ValueError(f"whole_layers={self.whole_layers!r} must be a list of layers such as [0, 1]")
         object.__setattr__(self, "whole_layers", tuple(self.whole_layers))
         if self.score is None and self.observe is not None:
             object.__setattr__(self, "score", "attention")
@@ -104,15 +106,15 @@ class CompressionPolicy:
         """The codecs of the stored tiers; "full" keeps `cache_dtype`."""
         return tuple(KVFormat.parse(name, cache_dtype) for name in self.tiers)
 
-    def limits(self, paged_layers: Sequence[int], requests: int, kv_heads: int) -> np.ndarray:
+    def limits(self, layers: int, requests: int, kv_heads: int) -> np.ndarray:
         """Thresholds (alpha_high, alpha_low) or budgets (keep_high, keep) as float32 [layers, requests, kv_heads, 2].
 
-        `paged_layers` are those without a sliding window.
+        `layers` counts those without a sliding window.
 
         Raises:
             ValueError: one of them does not broadcast to the model's layers and heads, or a whole layer is not there.
         """
-        shape = (len(paged_layers), requests, kv_heads)
+        shape = (layers, requests, kv_heads)
         budgets = (self.keep if self.keep_high is None else self.keep_high, self.keep)
         pair = (self.alpha_high, self.alpha_low) if self.keep is None else budgets
         try:
@@ -121,8 +123,8 @@ class CompressionPolicy:
             raise ValueError(
                 f"thresholds or budgets of policy {self.name!r} must broadcast to [layers, requests, kv_heads] = {shape}: {error}"
             ) from None
-        if self.layers == "pyramid":
-            both = both * pyramid(len(paged_layers), both[..., 1].max() if not self.selection.in_tokens else None)[:, None, None, None]
+        if self.layers == "pyramid" and layers:
+            both = both * pyramid(layers, both[..., 1].max() if not self.selection.in_tokens else None)[:, None, None, None]
         if beyond := [layer for layer in self.whole_layers if not 0 <= layer < shape[0]]:
             raise ValueError(f"whole_layers={self.whole_layers} of policy {self.name!r}: there is no layer {beyond[0]} of {shape[0]}")
         both[list(self.whole_layers)] = 2**30 if self.selection.in_tokens else 1.0

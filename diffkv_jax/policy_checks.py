@@ -32,6 +32,9 @@ def check_schedule(policy: "CompressionPolicy") -> None:
 
 def check_thresholds(policy: "CompressionPolicy") -> None:
     """Thresholds have an order and something to compare with."""
+    for field, without in (("keep_high", None), ("pooled", None), ("whole_layers", ()), ("layers", "uniform")):
+        if getattr(policy, field) != without:
+            raise ValueError(f"{field}={getattr(policy, field)!r} belongs to budgets: give keep= too, or leave it out")
     high, low = np.asarray(policy.alpha_high), np.asarray(policy.alpha_low)
     for field, value in (("alpha_high", high), ("alpha_low", low)):
         if not np.all(np.isfinite(value)) or value.min() < 0:
@@ -84,10 +87,10 @@ def check_budgets(policy: "CompressionPolicy") -> None:
             raise ValueError(f"keep_high={policy.keep_high} must be of the kind of keep={policy.keep} and not exceed it")
     if policy.layers not in ("uniform", "pyramid"):
         raise ValueError(f"layers={policy.layers!r} must be 'uniform' or 'pyramid'")
-    if policy.pooled is not None and not 0 <= policy.pooled <= 1:
+    if policy.pooled is not None and not (isinstance(policy.pooled, int | float) and 0 <= policy.pooled <= 1):
         raise ValueError(f"pooled={policy.pooled} is the share of its budget that each head keeps: from 0 to 1")
-    if policy.sinks and keep.dtype.kind == "i" and np.any(keep < policy.sinks):
-        raise ValueError(f"keep={policy.keep} must have room for sinks={policy.sinks}")
+    if keep.dtype.kind == "i" and np.any(keep < policy.window + policy.sinks):
+        raise ValueError(f"keep={policy.keep} must have room for window={policy.window} and sinks={policy.sinks}, which always stay")
 
 
 def _counts(field: str, value: Any) -> np.ndarray:

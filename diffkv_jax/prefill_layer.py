@@ -8,7 +8,7 @@ from jax import Array
 
 from diffkv_jax.cache import CacheSpec, KVCache
 from diffkv_jax.event import apply_plan, plan_event
-from diffkv_jax.layer_state import layer_clock, layer_heads, per_head, put_layer, stored_layer, take_layer, when, with_stored
+from diffkv_jax.layer_state import head_numbers, layer_clock, layer_heads, per_head, put_layer, stored_layer, take_layer, when, with_stored
 from diffkv_jax.observed import count_observed
 from diffkv_jax.overflow import make_room
 from diffkv_jax.pallas_kernels.attention import Heads
@@ -117,9 +117,12 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep)
     leaving = valid & (tokens.position < clock.seq_len[:, None] - spec.window)
     leaving = leaving & per_head(cache, (step.length > 0) & ~cache.overflow)[:, None]
     if spec.selection.pooling > 1:
-        stored, tokens = smooth(spec, stored_layer(cache, layer), tokens, leaving)
-        cache = with_stored(cache, layer, stored)
-    tokens = ranked_tokens(spec.selection, tokens, valid, spec.attention.num_kv_heads)
+        scores = (cache.pages.significance, tokens.significance)
+        held, position = stored_layer(cache, layer), tokens.position
+        scores = when(spec.kernels, step.compress, lambda scores: smooth(spec, held, *scores, position, leaving), scores)
+        cache = dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, significance=scores[0]))
+        tokens = tokens._replace(significance=scores[1])
+    tokens = ranked_tokens(spec.selection, tokens, valid, head_numbers(cache, layer))
     plan = plan_event(spec, stored_layer(cache, layer), clock, tokens.significance, tokens.position, leaving, one_victim=False)
     cache = make_room(cache, plan.pages.reshape(spec.num_requests, -1).sum(axis=1))
     admitted = per_head(cache, ~cache.overflow)

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from diffkv_jax.pallas_kernels.compact import Tokens
 
 Score = Literal["attention", "attention_sum", "window", "last_query", "key_norm", "key_difference", "recency", "random"]
 BY_ATTENTION = ("attention", "attention_sum", "window", "last_query")
 BY_KEY = ("key_norm", "key_difference", "recency", "random")
-DECIDES_IN_DECODE = ("attention", "attention_sum", "last_query", *BY_KEY)
 PROTECTED = 1e30  # the score of a sink: finite, so that kernels may divide it
 
 
@@ -49,7 +48,7 @@ class Selection:
     @property
     def accumulates(self) -> bool:
         """Whether every decode step adds to the scores."""
-        return self.score in ("attention", "attention_sum", "last_query")
+        return self.by_attention and self.score != "window"
 
     @property
     def averaged(self) -> bool:
@@ -64,30 +63,39 @@ class Selection:
     @property
     def in_decode(self) -> bool:
         """Whether tokens leave their tier after the prompt too."""
-        return self.score in DECIDES_IN_DECODE
+        return self.score not in (None, "window")
 
 
-def ranked_tokens(selection: Selection, tokens: Tokens, valid: Array, kv_heads: int) -> Tokens:
+def ranked_tokens(selection: Selection, tokens: Tokens, valid: Array, head: Array) -> Tokens:
     """`tokens` with the significance that they enter the tiers with.
 
     Args:
         tokens: of `B` heads `[B, n, ...]`, the significance is what attention gave them.
         valid: bool `[B, n]`, where there is a token.
-        kv_heads: KV heads of a layer, the fastest axis of `B`.
+        head: int32 `[B]`, a number for each layer and KV head, the same for all requests.
     """
     score = tokens.significance
     if selection.score == "key_norm":  # arXiv:2406.11430
-        score = -jnp.linalg.norm(tokens.k.astype(jnp.float32), axis=-1)
+        score = -_told_apart(jnp.linalg.norm(tokens.k.astype(jnp.float32), axis=-1), tokens.position)
     elif selection.score == "key_difference":
         score = -_likeness(tokens.k.astype(jnp.float32), valid)
     elif selection.score == "recency":
         score = tokens.position.astype(jnp.float32)
     elif selection.score == "random":
-        head = jnp.arange(score.shape[0])[:, None] % kv_heads
-        score = _hashed(tokens.position.astype(jnp.uint32) * kv_heads + head.astype(jnp.uint32))
+        score = _hashed(tokens.position.astype(jnp.uint32) + (head.astype(jnp.uint32) << 20)[:, None])
     if selection.sinks:
         score = jnp.where(tokens.position < selection.sinks, PROTECTED, score)
     return tokens._replace(significance=score)
+
+
+def _told_apart(norm: Array, position: Array) -> Array:
+    """Norms rounded to 15 bits, and below them the position, the later token with the smaller number.
+
+    In the first layer keys of equal tokens have equal norms but for rounding, which differs from batch to batch.
+    """
+    bits = lax.bitcast_convert_type(norm, jnp.uint32)
+    bits = ((bits + jnp.uint32(0x80)) & jnp.uint32(0xFFFFFF00)) | (~position.astype(jnp.uint32) & jnp.uint32(0xFF))
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _likeness(k: Array, valid: Array) -> Array:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from diffkv_jax.cache import CacheSpec, KVCache
-from diffkv_jax.pallas_kernels.compact import Stored, Tokens
+from diffkv_jax.pallas_kernels.compact import Stored
 from diffkv_jax.pallas_kernels.pages import read_side, write_side
 from diffkv_jax.selection import PROTECTED
 
@@ -23,32 +23,30 @@ def forget(cache: KVCache, decides: Array) -> KVCache:
     return dataclasses.replace(cache, pages=pages, recent_significance=anew(cache.recent_significance))
 
 
-def smooth(spec: CacheSpec, stored: Stored, tokens: Tokens, leaving: Array) -> tuple[Stored, Tokens]:
-    """The scores of the stored tokens and of those that are `leaving` (bool [B, n]) averaged over `pooling` neighbours in position.
+def smooth(spec: CacheSpec, stored: Stored, significance: Array, entering: Array, position: Array, leaving: Array) -> tuple[Array, Array]:
+    """The scores of stored tokens and of those that are `leaving` (bool [B, n]) averaged over `pooling` neighbours in position.
 
-    SnapKV's pooling (arXiv:2404.14469): tokens in the recent window, protected and dropped ones count as 0, as does what lies
-    beyond the ends.
+    SnapKV's pooling (arXiv:2404.14469): tokens in the recent window, protected and dropped ones count as 0, as does what lies beyond
+    the ends. `significance` is the pool's, `entering` float32 and `position` int32 [B, n] are those of the tokens outside of it.
     """
-    layout, pages, rows = spec.layout, stored.pages, jnp.arange(leaving.shape[0])[:, None]
+    layout, rows = spec.layout, jnp.arange(leaving.shape[0])[:, None]
+    counted = leaving & (position >= spec.selection.sinks)
     by_position = jnp.zeros((leaving.shape[0], spec.max_len), jnp.float32)
-    counted = leaving & (tokens.position >= spec.selection.sinks)
-    by_position = by_position.at[rows, jnp.where(counted, tokens.position, spec.max_len)].set(tokens.significance, mode="drop")
+    by_position = by_position.at[rows, jnp.where(counted, position, spec.max_len)].set(entering, mode="drop")
     places = []
     for tier in range(layout.tiers):
         capacity = layout.pages_for(tier, spec.max_len) * layout.tokens_per_page(tier)
-        scores, position = (read_side(x, layout, stored.page_table, tier, capacity) for x in (pages.significance, pages.position))
+        arrays = (significance, stored.pages.position)
+        scores, stored_position = (read_side(x, layout, stored.page_table, tier, capacity) for x in arrays)
         live = jnp.arange(capacity) < stored.tier_len[:, tier, None]
-        places.append((scores, jnp.where(live, position.astype(jnp.int32), spec.max_len)))
+        places.append((scores, jnp.where(live, stored_position.astype(jnp.int32), spec.max_len)))
         by_position = by_position.at[rows, places[-1][1]].set(jnp.where(_protected(scores), 0.0, scores), mode="drop")
     averaged = moving_average(by_position, spec.selection.pooling)
-    significance = pages.significance
-    for tier, (scores, position) in enumerate(places):
-        new = jnp.take_along_axis(averaged, jnp.minimum(position, spec.max_len - 1), axis=1)
+    for tier, (scores, stored_position) in enumerate(places):
+        new = jnp.take_along_axis(averaged, jnp.minimum(stored_position, spec.max_len - 1), axis=1)
         values = jnp.where(_protected(scores), scores, new)
         significance = write_side(significance, layout, stored.page_table, tier, stored.tier_len[:, tier], values)
-    entering = jnp.take_along_axis(averaged, jnp.clip(tokens.position, 0, spec.max_len - 1), axis=1)
-    stored = stored._replace(pages=dataclasses.replace(pages, significance=significance))
-    return stored, tokens._replace(significance=entering)
+    return significance, jnp.take_along_axis(averaged, jnp.clip(position, 0, spec.max_len - 1), axis=1)
 
 
 def moving_average(x: Array, width: int) -> Array:

@@ -1,12 +1,13 @@
 """Every method at about 50, 25 and 12 % of a bf16 cache's bytes: quality against the full cache, and passkey recall.
 
 `python scripts/compare_methods.py --out folder` runs SmolLM2 and writes methods.csv, methods.md and, with matplotlib, methods.svg.
-Exact evictors keep a share of the tokens; those with quantised tiers keep as many more as their tokens are smaller. DiffKV's thresholds
-have no target: its rows stand where they come out.
+Exact evictors keep a share of the tokens; those with quantised tiers keep as many more as their tokens are smaller. Codecs alone and
+DiffKV's thresholds have no target: their rows stand where they come out.
 """
 
 import csv
 import importlib.util
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,9 +32,11 @@ EXACT = {
     "Ada-KV(SnapKV)": lambda keep, **options: dkv.ada_kv(dkv.snapkv(keep, **options)),
 }
 QUANTISED = (("SnapKV", "K4V4"), ("L2 norm", "K8V4"), ("Ada-KV(SnapKV)", "K4V4"))
-THRESHOLDS = {
+AS_THEY_COME = {
+    **{f"{codec}{' rotated' * turn}": dkv.quantized(codec, rotate=turn) for codec in ("K8V4", "K4V4", "K4V2") for turn in (False, True)},
     "DiffKV (0.5, 0)": dkv.diffkv(0.5, 0.0),
     "DiffKV (1, 0)": dkv.diffkv(1.0, 0.0),
+    "DiffKV (1, 0) rotated": dkv.diffkv(1.0, 0.0, rotate=True),
     "DiffKV (1, 0.02)": dkv.diffkv(1.0, 0.02),
     "DiffKV (1, 0.1)": dkv.diffkv(1.0, 0.1),
 }
@@ -69,12 +72,12 @@ def policies(shares: tuple[float, ...] = SHARES) -> dict[tuple[str, float | None
         for name, codec in QUANTISED:
             if (keep := share / size_of(codec)) <= 1:
                 compared[f"{name} + {codec}", share] = EXACT[name](keep, tiers=(codec,))
-    return compared | {(name, None): policy for name, policy in THRESHOLDS.items()}
+    return compared | {(name, None): policy for name, policy in AS_THEY_COME.items()}
 
 
-def measure(context: int, steps: int, text: str, recall_context: int, depths: int, chosen: list[str]) -> list[Row]:
+def measure(context: int, steps: int, text: str, recall_context: int, depths: int, pattern: str) -> list[Row]:
     """One row a policy; progress on stderr."""
-    compared = {f"{name} @ {share}": (name, share, policy) for (name, share), policy in policies().items() if not chosen or name in chosen}
+    compared = {f"{name} @ {share}": (name, share, policy) for (name, share), policy in policies().items() if re.search(pattern, name)}
     by_label = {label: policy for label, (_, _, policy) in compared.items()}
     lines = quality.measure(context, steps, (text,), by_label, chunk=1024)
     found = needle.recall(recall_context, depths, by_label) if depths else {}
@@ -134,15 +137,14 @@ def main(
     text: str = "king_james",
     recall_context: int = 2048,
     depths: int = typer.Option(10, help="passkeys asked for; 0 leaves the recall out"),
-    methods: str = typer.Option("", help="names with commas; all when empty"),
+    methods: str = typer.Option("", help="a regular expression that the names match"),
     out: Path | None = typer.Option(None, help="folder for methods.csv, methods.md and methods.svg"),  # noqa: B008
 ) -> None:
     """Print the table."""
-    chosen = [name.strip() for name in methods.split(",") if name.strip()]
-    names = {name for name, _ in policies()}
-    if unknown := sorted(set(chosen) - names):
-        raise typer.BadParameter(f"--methods {','.join(unknown)}: the methods are {', '.join(sorted(names))}")
-    rows = measure(context, steps, text, recall_context, depths, chosen)
+    names = sorted({name for name, _ in policies()})
+    if not any(re.search(methods, name) for name in names):
+        raise typer.BadParameter(f"--methods {methods} matches none of {', '.join(names)}")
+    rows = measure(context, steps, text, recall_context, depths, methods)
     print(markdown(rows))
     if out is None:
         return

@@ -41,6 +41,13 @@ def test_heads_share_a_budget():
     np.testing.assert_array_equal(threshold(3, 1, pooled=0.7), [5, 6])  # the best of each, then 7 and 6
 
 
+def test_equal_scores_and_protected_ones():
+    chosen = Selection(score="key_norm", budgeted=True)
+    scores = np.array([[0, 0, 0, 2], [PROTECTED, PROTECTED / 9, 3, 1], [-4, -4, -4, -4]], np.float32)
+    found = np.asarray(budget_thresholds(chosen, np.array([2, 1, 2], np.float32), np.zeros(3, int), scores, np.ones((3, 4), bool), 1))
+    np.testing.assert_array_equal((scores >= found[:, None]).sum(axis=1), [1, 2, 0])  # never more than the budget but for protected ones
+
+
 def test_moving_average_is_a_convolution():
     x = np.random.default_rng(0).normal(size=(2, 9)).astype(np.float32)
     for width in (3, 5):

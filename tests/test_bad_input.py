@@ -213,7 +213,7 @@ def test_policy_as_json(policy, tmp_path):
     assert policy.name in repr(policy) and {policy: 1}[again] == 1
     (tmp_path / "policy.json").write_text(policy.to_json())
     assert dkv.load_policy(tmp_path / "policy.json") == policy
-    np.testing.assert_array_equal(again.limits(range(2), 1, 2), policy.limits(range(2), 1, 2))
+    np.testing.assert_array_equal(again.limits(2, 1, 2), policy.limits(2, 1, 2))
 
 
 def test_policies_differ():

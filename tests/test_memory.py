@@ -26,7 +26,9 @@ POLICIES = {
     "h2o": h2o(0.5),
     "snapkv": snapkv(0.5),
 }
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("diffkv", "flush 1", "windows", "h2o", "snapkv")]
+SLOW = [("none", "prefill"), ("h2o", "decode"), ("snapkv", "prefill")]
+SLOW += [(name, step) for name in ("diffkv", "flush 1", "windows") for step in ("decode", "prefill")]
+STEPS = [("none", "decode"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 def array(shape, dtype) -> jax.ShapeDtypeStruct:
@@ -39,7 +41,7 @@ def cache_shapes(
     """A cache of shapes only, with `num_pages` pages or as many as fit `pool` bytes."""
     spec = CacheSpec.build(model.attention, policy, num_requests=requests, max_len=max_len, num_pages=0, dtype="float32", kernels=kernels)
     spec = dataclasses.replace(spec, num_pages=pool // spec.layout.page_bytes if num_pages is None else num_pages)
-    return jax.eval_shape(partial(empty_cache, spec), policy.limits(spec.paged_layers, requests, model.attention.num_kv_heads))
+    return jax.eval_shape(partial(empty_cache, spec), policy.limits(len(spec.paged_layers), requests, model.attention.num_kv_heads))
 
 
 def lower_decode(model, params, cache: KVCache):
@@ -59,8 +61,7 @@ def copies_of_pool(text: str, num_pages: int) -> list[str]:
 
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.implementation)
-@pytest.mark.parametrize("step", ["decode", pytest.param("prefill", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["none", *SLOW])
+@pytest.mark.parametrize(("name", "step"), STEPS)
 def test_pool_is_updated_in_place(name, step, kernels):
     """Donation is honoured: the pool of 256 MiB is an alias of the input, never copied, and little else is needed.
 
