@@ -1,8 +1,8 @@
 """Every method at about 50, 25 and 12 % of a bf16 cache's bytes: quality against the full cache, and passkey recall.
 
 `python scripts/compare_methods.py --out folder` runs SmolLM2 and writes methods.csv, methods.md and, with matplotlib, methods.svg.
-Exact evictors keep a share of the tokens; those with quantised tiers keep as many more as their tokens are smaller. Codecs alone and
-DiffKV's thresholds have no target: their rows stand where they come out.
+Exact evictors keep a share of the tokens (L2 norm also layers 0 and 1 whole); those with quantised tiers keep as many more as their
+tokens are smaller. Codecs alone and DiffKV's thresholds have no target: their rows stand where they come out.
 """
 
 import csv
