@@ -82,7 +82,7 @@ def generate(
         max_len: most tokens that a request may ever come to in this cache; what this call needs when None.
         cache_dtype: dtype of exact tokens ("full" tier, recent window); the model's when None.
         prefill_chunk: prompts go in chunks of this many tokens, a power of two; a prompt that fits one is attended exactly.
-        implementation: kernels of the cache: "xla", "triton" (GPU) or "mosaic_tpu" (TPU); None takes those of the platform at hand.
+        implementation: kernels: "xla", "cpu" (native), "triton" (GPU) or "mosaic_tpu" (TPU); None takes those of the platform at hand.
         interpret: run Pallas kernels in their interpreter, on any platform: slow, for tests.
 
     Raises:

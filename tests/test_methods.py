@@ -119,7 +119,7 @@ def test_chunks_of_a_prompt_choose_as_one(policy):
 def test_keeping_everything_changes_nothing(name):
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     outs = [
-        dkv.generate(model, params, PROMPT[None, :80], policy=policy, max_new_tokens=6, implementation="xla")
+        dkv.generate(model, params, PROMPT[None, :80], policy=policy, max_new_tokens=6)
         for policy in (dkv.CompressionPolicy.none(window=16, flush=4), getattr(dkv, name)(1.0, window=16, flush=4))
     ]
     np.testing.assert_array_equal(outs[0].tokens, outs[1].tokens)
@@ -130,7 +130,7 @@ def test_keeping_everything_changes_nothing(name):
 def test_streaming_goes_on_in_decode():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     policy = dkv.streaming_llm(48, sinks=4, window=16, flush=8)
-    out = dkv.generate(model, params, PROMPT[None, :100], policy=policy, max_new_tokens=41, implementation="xla")
+    out = dkv.generate(model, params, PROMPT[None, :100], policy=policy, max_new_tokens=41)
     assert int(out.cache.seq_len[0]) == 140
     for head in range(2):  # the last event was at 140 tokens: 4 sinks and the 44 most recent
         assert set(held_tokens(out.cache, 0, 0, head)) == {0, 1, 2, 3, *range(96, 140)}
@@ -140,7 +140,7 @@ def test_streaming_goes_on_in_decode():
 def scores_of(policy: dkv.CompressionPolicy, new: int) -> np.ndarray:
     """Sums of the scores of all that each head holds, one layer after the other."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
-    cache = dkv.generate(model, params, PROMPT[None, :100], policy=policy, max_new_tokens=new, implementation="xla").cache
+    cache = dkv.generate(model, params, PROMPT[None, :100], policy=policy, max_new_tokens=new).cache
     return np.array([sum(score for *_, score in held_tokens(cache, layer, 0, head).values()) for layer in range(2) for head in range(2)])
 
 
@@ -161,7 +161,6 @@ def test_h2o_drops_the_least_attended():
             PROMPT[None, :100],
             policy=dkv.h2o(keep, sinks=0, window=16, flush=8),
             max_new_tokens=1,
-            implementation="xla",
         ).cache
         for keep in (100, 60)
     )
@@ -223,8 +222,7 @@ def test_evicting_changes_nothing_of_the_tokens_that_stay():
     """Separable codecs: a kept token's four-bit K and V are those of the cache that keeps everything."""
     _, model, params = models(2)
     everything, some = (
-        dkv.generate(model, params, PROMPT[None], policy=dkv.snapkv(keep, tiers=("K4V4",)), max_new_tokens=1, implementation="xla").cache
-        for keep in (1.0, 0.4)
+        dkv.generate(model, params, PROMPT[None], policy=dkv.snapkv(keep, tiers=("K4V4",)), max_new_tokens=1).cache for keep in (1.0, 0.4)
     )
     for layer in range(LAYERS):
         whole, part = held_tokens(everything, layer, 0, 1), held_tokens(some, layer, 0, 1)
@@ -239,9 +237,7 @@ def test_memory_is_freed():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     long = np.tile(PROMPT, 4)[None]
     reports = [
-        dkv.memory_report(
-            dkv.generate(model, params, long, policy=dkv.key_norm(keep, whole_layers=()), max_new_tokens=1, implementation="xla").cache
-        )
+        dkv.memory_report(dkv.generate(model, params, long, policy=dkv.key_norm(keep, whole_layers=()), max_new_tokens=1).cache)
         for keep in (1.0, 0.25)
     ]
     pages = [report.pages.sum() for report in reports]
