@@ -99,9 +99,9 @@ def _oldest(cache: KVCache, layer: Array | None) -> Tokens:
         significance = take_layer(cache.recent_significance, layer)
     else:
         significance = jnp.zeros(k.shape[:2], jnp.float32)
-    position = per_head(cache, cache.seq_len - cache.recent_len, k.shape[0] // cache.spec.num_heads)[:, None] + jnp.arange(k.shape[1])
-    valid = jnp.arange(k.shape[1]) < per_head(cache, cache.recent_len, k.shape[0] // cache.spec.num_heads)[:, None]
-    tokens = Tokens(k, v, significance, position)
+    slot, layers = jnp.arange(k.shape[1]), k.shape[0] // cache.spec.num_heads
+    first, count = (per_head(cache, x, layers)[:, None] for x in (cache.seq_len - cache.recent_len, cache.recent_len))
+    tokens, valid = Tokens(k, v, significance, first + slot), slot < count
     return ranked_tokens(cache.spec.selection, tokens, valid, head_numbers(cache, layer))
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from diffkv_jax.pallas_kernels.compact import Stored
-from diffkv_jax.pallas_kernels.pages import PageLayout, read_side
+from diffkv_jax.pallas_kernels.pages import PageLayout, read_sides
 from diffkv_jax.pallas_kernels.prune import mean_significance
 from diffkv_jax.selection import PROTECTED, Selection
 
@@ -46,12 +46,9 @@ def stored_scores(layout: PageLayout, stored: Stored, observed: Array, max_len: 
     """Mean significance float32 [B, n] of the stored tokens of every tier, and where there is one, bool [B, n]; `observed` as in `Rule`."""
     scores, live = [], []
     for tier in range(layout.tiers):
-        capacity = layout.pages_for(tier, max_len) * layout.tokens_per_page(tier)
-        total, position = (
-            read_side(x, layout, stored.page_table, tier, capacity) for x in (stored.pages.significance, stored.pages.position)
-        )
+        total, position, there = read_sides(stored.pages, layout, stored.page_table, stored.tier_len, tier, max_len)
         scores.append(mean_significance(total, position, observed))
-        live.append(jnp.arange(capacity) < stored.tier_len[:, tier, None])
+        live.append(there)
     return jnp.concatenate(scores, axis=1), jnp.concatenate(live, axis=1)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import humanize
@@ -114,7 +114,7 @@ def _least_pages(spec: CacheSpec, totals: Sequence[int], limits: np.ndarray) -> 
         kept = limits[..., 1] if spec.selection.in_tokens else limits[..., 1] * seen
         stored = np.minimum(stored, np.maximum(np.floor(kept).astype(np.int64) - spec.window, 0))
         if spec.selection.pooled is not None:  # heads share: one of them may have them all
-            stored = stored // layout.tokens_per_page(layout.tiers - 1) * layout.tokens_per_page(layout.tiers - 1)
+            stored -= stored % layout.tokens_per_page(layout.tiers - 1)
     elif np.any(limits[..., 1] > 0):
         stored = np.minimum(stored, 1)
     pages = np.min([layout.pages_for(tier, stored) for tier in range(layout.tiers)], axis=0)
@@ -124,9 +124,5 @@ def _least_pages(spec: CacheSpec, totals: Sequence[int], limits: np.ndarray) -> 
 def _most_pages(spec: CacheSpec, room: Sequence[int]) -> int:
     """Pages that always suffice: every token in the highest tier, and a part-filled page of the other one."""
     stored = [max(total - spec.window, 0) for total in room]
-    return _all_heads(spec, (spec.layout.pages_for(0, n) + spec.layout.tiers - 1 if n else 0 for n in stored))
-
-
-def _all_heads(spec: CacheSpec, pages: Iterable[int]) -> int:
-    """Pages of one head of each request, summed over requests, layers and heads; at least one, for an array must not be empty."""
-    return max(len(spec.paged_layers) * spec.attention.num_kv_heads * sum(pages), 1)
+    pages = sum(spec.layout.pages_for(0, n) + spec.layout.tiers - 1 if n else 0 for n in stored)
+    return max(len(spec.paged_layers) * spec.attention.num_kv_heads * pages, 1)  # an array must not be empty

@@ -54,16 +54,17 @@ class CacheSpec:
             ValueError: `dtype` is not one that exact tokens can be kept in, or the tiers do not fit one page shape.
         """
         Full(dtype)  # checks it, also where no tier keeps exact tokens: the recent window does
+        selection = policy.selection
         layout = PageLayout.solve(
             policy.formats(dtype),
             attention.head_dim,
             tokens=tokens or kernels.tokens_per_block,
             max_len=max_len,
-            scored=policy.selection.score is not None,
-            group=policy.selection.group,
+            scored=selection.score is not None,
+            group=selection.group,
             meta_dtype=kernels.meta_dtype,
         )
-        schedule = (policy.window, policy.flush, policy.selection)
+        schedule = (policy.window, policy.flush, selection)
         return CacheSpec(attention, layout, num_requests, max_len, num_pages, *schedule, dtype, kernels, policy.rotate)
 
     @cached_property

@@ -116,8 +116,5 @@ def load_policy(source: str | Path) -> CompressionPolicy:
 
 
 PRESETS = {"quality": partial(quantized, "K8V4"), "balanced": partial(diffkv, 1.0, 0.0), "small": partial(diffkv, 1.0, 0.02)}
-METHODS = {
-    function.__name__: function
-    for function in (diffkv, streaming_llm, h2o, tova, snapkv, pyramidkv, key_norm, key_difference, random_eviction)
-}
-NAMED = {**PRESETS, **METHODS}
+METHODS = (diffkv, streaming_llm, h2o, tova, snapkv, pyramidkv, key_norm, key_difference, random_eviction)
+NAMED = PRESETS | {method.__name__: method for method in METHODS}

@@ -115,6 +115,7 @@ class CompressionPolicy:
             ValueError: one of them does not broadcast to the model's layers and heads, or a whole layer is not there.
         """
         shape = (layers, requests, kv_heads)
+        in_tokens = self.selection.in_tokens
         budgets = (self.keep if self.keep_high is None else self.keep_high, self.keep)
         pair = (self.alpha_high, self.alpha_low) if self.keep is None else budgets
         try:
@@ -124,10 +125,10 @@ class CompressionPolicy:
                 f"thresholds or budgets of policy {self.name!r} must broadcast to [layers, requests, kv_heads] = {shape}: {error}"
             ) from None
         if self.layers == "pyramid" and layers:
-            both = both * pyramid(layers, both[..., 1].max() if not self.selection.in_tokens else None)[:, None, None, None]
+            both = both * pyramid(layers, None if in_tokens else both[..., 1].max())[:, None, None, None]
         if beyond := [layer for layer in self.whole_layers if not 0 <= layer < shape[0]]:
             raise ValueError(f"whole_layers={self.whole_layers} of policy {self.name!r}: there is no layer {beyond[0]} of {shape[0]}")
-        both[list(self.whole_layers)] = 2**30 if self.selection.in_tokens else 1.0
+        both[list(self.whole_layers)] = 2**30 if in_tokens else 1.0
         return both
 
     def to_json(self) -> str:

@@ -78,7 +78,7 @@ def check_budgets(policy: "CompressionPolicy") -> None:
         raise ValueError(f"keep={policy.keep} needs a score to rank tokens by, such as score='key_norm'")
     if np.any(np.asarray(policy.alpha_high)) or np.any(np.asarray(policy.alpha_low)):
         raise ValueError(f"keep={policy.keep} and alpha_high={policy.alpha_high}, alpha_low={policy.alpha_low}: give budgets or thresholds")
-    keep, high = _counts("keep", policy.keep), None
+    keep = _counts("keep", policy.keep)
     if (policy.keep_high is None) == (len(policy.tiers) == 2):
         raise ValueError(f"keep_high={policy.keep_high} must be given with two tiers, and only then; tiers={policy.tiers}")
     if policy.keep_high is not None:

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from diffkv_jax.cache import CacheSpec, KVCache
+from diffkv_jax.layer_state import when
 from diffkv_jax.pallas_kernels.compact import Stored
-from diffkv_jax.pallas_kernels.pages import read_side, write_side
+from diffkv_jax.pallas_kernels.pages import read_sides, write_side
 from diffkv_jax.selection import PROTECTED
 
 
@@ -16,11 +17,12 @@ def forget(cache: KVCache, decides: Array) -> KVCache:
     if not cache.spec.selection.starts_anew:
         return cache
 
-    def anew(scores: Array) -> Array:
-        return jnp.where(decides & ~_protected(scores), 0.0, scores)
+    def anew(scores: tuple[Array, Array]) -> tuple[Array, Array]:
+        stored, recent = (jnp.where(_protected(x), x, 0.0) for x in scores)
+        return stored, recent
 
-    pages = dataclasses.replace(cache.pages, significance=anew(cache.pages.significance))
-    return dataclasses.replace(cache, pages=pages, recent_significance=anew(cache.recent_significance))
+    stored, recent = when(cache.spec.kernels, decides, anew, (cache.pages.significance, cache.recent_significance))
+    return dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, significance=stored), recent_significance=recent)
 
 
 def smooth(spec: CacheSpec, stored: Stored, significance: Array, entering: Array, position: Array, leaving: Array) -> tuple[Array, Array]:
@@ -30,15 +32,13 @@ def smooth(spec: CacheSpec, stored: Stored, significance: Array, entering: Array
     the ends. `significance` is the pool's, `entering` float32 and `position` int32 [B, n] are those of the tokens outside of it.
     """
     layout, rows = spec.layout, jnp.arange(leaving.shape[0])[:, None]
+    pages = dataclasses.replace(stored.pages, significance=significance)
     counted = leaving & (position >= spec.selection.sinks)
     by_position = jnp.zeros((leaving.shape[0], spec.max_len), jnp.float32)
     by_position = by_position.at[rows, jnp.where(counted, position, spec.max_len)].set(entering, mode="drop")
     places = []
     for tier in range(layout.tiers):
-        capacity = layout.pages_for(tier, spec.max_len) * layout.tokens_per_page(tier)
-        arrays = (significance, stored.pages.position)
-        scores, stored_position = (read_side(x, layout, stored.page_table, tier, capacity) for x in arrays)
-        live = jnp.arange(capacity) < stored.tier_len[:, tier, None]
+        scores, stored_position, live = read_sides(pages, layout, stored.page_table, stored.tier_len, tier, spec.max_len)
         places.append((scores, jnp.where(live, stored_position.astype(jnp.int32), spec.max_len)))
         by_position = by_position.at[rows, places[-1][1]].set(jnp.where(_protected(scores), 0.0, scores), mode="drop")
     averaged = moving_average(by_position, spec.selection.pooling)

@@ -197,6 +197,15 @@ def read_side(array: Array, layout: PageLayout, page_table: Array, tier: int, ca
     return rows.reshape(page_table.shape[0], -1)
 
 
+def read_sides(
+    pages: "Pages", layout: PageLayout, page_table: Array, tier_len: Array, tier: int, max_len: int
+) -> tuple[Array, Array, Array]:
+    """Significance and position of a tier of each head, and where there is a token: `[B, capacity]` each, in slot order."""
+    capacity = layout.pages_for(tier, max_len) * layout.tokens_per_page(tier)
+    significance, position = (read_side(x, layout, page_table, tier, capacity) for x in (pages.significance, pages.position))
+    return significance, position, jnp.arange(capacity) < tier_len[:, tier, None]
+
+
 def write_side(array: Array, layout: PageLayout, page_table: Array, tier: int, length: Array, values: Array) -> Array:
     """Inverse of `read_side`: `array` with a tier's tokens of each head set to `values [B, capacity]`; pages beyond `length [B]` stay."""
     pages = values.shape[1] // layout.tokens_per_page(tier)

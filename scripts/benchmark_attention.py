@@ -26,7 +26,8 @@ EFFORT = Effort(sample_seconds=0.2, repeats=1)
 def measure(results: Results, run: str, batch: int, context: int, rounds: int, threads: int) -> None:
     """One row each for dense caches (the best formulation of each dtype) and for tiers with each implementation of the kernels, in turns.
 
-    One call goes over several layers, together larger than the processor's caches.
+    One call goes over several layers, together larger than the processor's caches; "one layer" goes over one again and again, which may
+    stay in a cache: what arithmetic alone takes.
     """
     setting = Setting(Kernels.resolve(), kv_heads=3, group=3, head_dim=64, recent=80)
     heads, max_len = batch * setting.kv_heads, -(-context // 128) * 128 + 2 * setting.slots
@@ -43,10 +44,11 @@ def measure(results: Results, run: str, batch: int, context: int, rounds: int, t
         facts[name] = {"formulation": formulation}
     layout = setting.layout(COMPRESSED, max_len)
     mixes = {name: tuple(int(context * share) for share in shares) for name, shares in SHARES.items()}
-    for kernels in dict.fromkeys((setting.kernels, XLA)):
-        made = attention_runner(replace(setting, kernels=kernels), kernels, layout, list(mixes.values()), heads, layers, max_len, EFFORT)
+    variants = dict.fromkeys(((setting.kernels, layers), (XLA, layers), (setting.kernels, 1)))
+    for kernels, count in variants:
+        made = attention_runner(replace(setting, kernels=kernels), kernels, layout, list(mixes.values()), heads, count, max_len, EFFORT)
         for (mix, lengths), runner in zip(mixes.items(), made, strict=True):
-            name = f"K8V4/K4V2 {mix} {kernels.implementation}"
+            name = f"K8V4/K4V2 {mix} {kernels.implementation}{', one layer' if count != layers else ''}"
             runners[name], moved[name] = runner, attended_bytes(setting, layout, lengths, heads)
             facts[name] = {"high": lengths[0], "low": lengths[1]}
     for name, samples in in_turns(runners, rounds).items():

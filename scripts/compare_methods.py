@@ -8,8 +8,9 @@ tokens are smaller. Codecs alone and DiffKV's thresholds have no target: their r
 import csv
 import importlib.util
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import typer
 
@@ -42,20 +43,13 @@ AS_THEY_COME = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One method at one size: bytes as a share of bf16, quality as in `scripts/quality.py`, passkeys found of those asked."""
+class Row(NamedTuple):
+    """One method at one size: its quality, and passkeys found, None when none was asked for."""
 
     method: str
     target: float | None
-    of_bf16: float
-    dropped: float
-    perplexity: float
-    perplexity_full: float
-    mean_kl: float
-    top1: float
-    passkeys: int | None = None
-    asked: int | None = None
+    line: quality.Line
+    passkeys: int | None
 
 
 def size_of(codec: str) -> float:
@@ -63,55 +57,38 @@ def size_of(codec: str) -> float:
     return (KVFormat.parse(codec, "bfloat16").token_bytes(HEAD_DIM) + SIDE_BYTES) / (4 * HEAD_DIM)
 
 
-def policies(shares: tuple[float, ...] = SHARES) -> dict[tuple[str, float | None], dkv.CompressionPolicy]:
+def policies() -> dict[tuple[str, float | None], dkv.CompressionPolicy]:
     """What is compared, by method and target."""
-    compared: dict[tuple[str, float | None], dkv.CompressionPolicy] = {}
-    for share in shares:
+    compared: dict[tuple[str, float | None], dkv.CompressionPolicy] = {(name, None): policy for name, policy in AS_THEY_COME.items()}
+    for share in SHARES:
         for name, method in EXACT.items():
             compared[name, share] = method(share)
         for name, codec in QUANTISED:
             if (keep := share / size_of(codec)) <= 1:
                 compared[f"{name} + {codec}", share] = EXACT[name](keep, tiers=(codec,))
-    return compared | {(name, None): policy for name, policy in AS_THEY_COME.items()}
+    return compared
 
 
 def measure(context: int, steps: int, text: str, recall_context: int, depths: int, pattern: str) -> list[Row]:
     """One row a policy; progress on stderr."""
-    compared = {f"{name} @ {share}": (name, share, policy) for (name, share), policy in policies().items() if re.search(pattern, name)}
-    by_label = {label: policy for label, (_, _, policy) in compared.items()}
+    compared = {f"{name} @ {share}" if share else name: (name, share) for name, share in policies() if re.search(pattern, name)}
+    by_label = {label: policies()[key] for label, key in compared.items()}
     lines = quality.measure(context, steps, (text,), by_label, chunk=1024)
     found = needle.recall(recall_context, depths, by_label) if depths else {}
-    rows = []
-    for line in lines:
-        name, share, _ = compared[line.policy]
-        passkeys = sum(found[line.policy]) if depths else None
-        rows.append(
-            Row(
-                name,
-                share,
-                line.of_bf16,
-                line.dropped,
-                line.perplexity,
-                line.perplexity_full,
-                line.mean_kl,
-                line.top1,
-                passkeys,
-                depths or None,
-            )
-        )
-    return sorted(rows, key=lambda row: (-(row.target or row.of_bf16), row.mean_kl))
+    rows = [Row(*compared[line.policy], line, sum(found[line.policy]) if found else None) for line in lines]
+    return sorted(rows, key=lambda row: (-(row.target or row.line.of_bf16), row.line.mean_kl))
 
 
-def markdown(rows: list[Row]) -> str:
-    """The rows as a Markdown table."""
+def markdown(rows: list[Row], depths: int) -> str:
+    """The rows as a Markdown table; passkeys of those asked at `depths`."""
     lines = [
         "| method | target | bytes of bf16 | dropped | perplexity (full) | mean KL | top-1 | passkey |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for x in rows:
-        passkey = "" if x.passkeys is None else f"{x.passkeys} of {x.asked}"
+    for name, target, x, passkeys in rows:
+        passkey = "" if passkeys is None else f"{passkeys} of {depths}"
         lines.append(
-            f"| {x.method} | {x.target or ''} | {x.of_bf16:.3f} | {x.dropped:.2f} | {x.perplexity:.3f} ({x.perplexity_full:.3f}) | "
+            f"| {name} | {target or ''} | {x.of_bf16:.3f} | {x.dropped:.2f} | {x.perplexity:.3f} ({x.perplexity_full:.3f}) | "
             f"{x.mean_kl:.4f} | {x.top1:.3f} | {passkey} |"
         )
     return "\n".join(lines)
@@ -124,7 +101,7 @@ def plot(rows: list[Row], path: Path) -> None:
     plt = importlib.import_module("matplotlib.pyplot")
     figure, panel = plt.subplots(figsize=(8, 5))
     for name in dict.fromkeys(row.method.partition(" (")[0] for row in rows):
-        points = sorted((row.of_bf16, row.mean_kl) for row in rows if row.method.partition(" (")[0] == name)
+        points = sorted((row.line.of_bf16, row.line.mean_kl) for row in rows if row.method.partition(" (")[0] == name)
         panel.plot(*zip(*points, strict=True), "o-", label=name)
     panel.set(xlabel="allocated bytes of a bf16 cache", ylabel="mean KL to the full cache", yscale="log")
     panel.legend(fontsize=7)
@@ -145,15 +122,17 @@ def main(
     if not any(re.search(methods, name) for name in names):
         raise typer.BadParameter(f"--methods {methods} matches none of {', '.join(names)}")
     rows = measure(context, steps, text, recall_context, depths, methods)
-    print(markdown(rows))
+    table = markdown(rows, depths)
+    print(table)
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)
+    numbers = [{"method": row.method, "target": row.target, "passkeys": row.passkeys} | asdict(row.line) for row in rows]
     with (out / "methods.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])))
+        writer = csv.DictWriter(file, list(numbers[0]))
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    (out / "methods.md").write_text(markdown(rows) + "\n", encoding="utf-8")
+        writer.writerows(numbers)
+    (out / "methods.md").write_text(table + "\n", encoding="utf-8")
     if importlib.util.find_spec("matplotlib"):
         plot(rows, out / "methods.svg")
 

@@ -1,6 +1,7 @@
 // New tokens into the recent window and old ones out of it, on the CPU: pallas_kernels/append/api.py says what they compute.
 #include <cstring>
 
+#include "elements.h"
 #include "parallel.h"
 
 namespace ffi = xla::ffi;
@@ -32,11 +33,6 @@ struct Window {
     std::memset(at(head, slots - by), 0, by * slot_bytes);
   }
 };
-
-ffi::Error check_layer(const ffi::AnyBuffer& windows, int32_t layer) {
-  if (layer >= 0 && layer < windows.dimensions()[0]) return ffi::Error::Success();
-  return ffi::Error::InvalidArgument("layer outside the recent windows");
-}
 
 // The old windows are not named: the results lie in their memory.
 ffi::Error append_recent(ffi::AnyBuffer, ffi::AnyBuffer, ffi::Buffer<ffi::S32> layer, ffi::AnyBuffer k, ffi::AnyBuffer v,

@@ -12,6 +12,12 @@ inline Exact exact_type(xla::ffi::DataType type) {
   return type == DataType::F32 ? Exact::float32 : type == DataType::F16 ? Exact::float16 : Exact::bfloat16;
 }
 
+// Whether a layer of the recent windows `[L, ...]` is there.
+inline xla::ffi::Error check_layer(const xla::ffi::AnyBuffer& windows, int64_t layer) {
+  if (layer >= 0 && layer < windows.dimensions()[0]) return xla::ffi::Error::Success();
+  return xla::ffi::Error::InvalidArgument("layer outside the recent windows");
+}
+
 inline float element(const void* data, Exact type, int64_t i) {
   if (type == Exact::float32) return static_cast<const float*>(data)[i];
   const Shorts bits = Shorts{} + static_cast<const uint16_t*>(data)[i];

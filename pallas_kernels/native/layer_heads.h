@@ -20,7 +20,7 @@ struct Heads {
                               const xla::ffi::Buffer<xla::ffi::S32>& layer) {
     const auto window = recent_k.dimensions(), pages = payload.dimensions();
     const int64_t at = layer.typed_data()[0], count = window[1], slots = window[2], d = window[3];
-    if (at < 0 || at >= window[0]) return xla::ffi::Error::InvalidArgument("layer outside the recent windows");
+    if (auto error = check_layer(recent_k, at); error.failure()) return error;
     const Layout layout = Layout::make(formats, d, pages[2], pages[1], meta.dimensions()[1], side_rows);
     const int64_t offset = at * count * slots * d;
     heads = {{payload.typed_data(), static_cast<const uint16_t*>(meta.untyped_data()), layout},

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from ..pages import PageLayout, Pages, read_side
+from ..pages import PageLayout, Pages, read_sides
 
 DROPPED, HIGH, LOW = 0, 1, 2  # tier codes: 0 is dropped, code t is stored tier t - 1
 
@@ -56,13 +56,9 @@ def stored_victims(
     pages: Pages, layout: PageLayout, page_table: Array, tier_len: Array, rule: Rule, tier: int, *, one_victim: bool, max_len: int
 ) -> tuple[Array, Array]:
     """Masks `[B, capacity]` (slot order) of a tier's tokens that leave it, and of those among them that fall to the low tier."""
-    capacity = layout.pages_for(tier, max_len) * layout.tokens_per_page(tier)
+    total, position, live = read_sides(pages, layout, page_table, tier_len, tier, max_len)
     if not layout.scored:
-        none = jnp.zeros((page_table.shape[0], capacity), bool)
-        return none, none
-    live = jnp.arange(capacity) < tier_len[:, tier, None]
-    total = read_side(pages.significance, layout, page_table, tier, capacity)
-    position = read_side(pages.position, layout, page_table, tier, capacity)
+        return jnp.zeros_like(live), jnp.zeros_like(live)
     mean = mean_significance(total, position, rule.observed)
     codes = classify(mean, rule.tau, layout.tiers)
     stays = HIGH if tier == 0 else LOW
