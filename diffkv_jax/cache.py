@@ -1,5 +1,6 @@
 """`KVCache`: the whole compressed cache as one immutable pytree, and `CacheSpec`, its static description."""
 
+import logging
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 
@@ -10,7 +11,7 @@ from jax import Array
 
 from diffkv_jax.model_protocol import AttentionSpec
 from diffkv_jax.observed import nothing_observed
-from diffkv_jax.pallas_kernels.codecs import Full
+from diffkv_jax.pallas_kernels.codecs import Full, KVFormat
 from diffkv_jax.pallas_kernels.compact import FreeRing
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
@@ -51,7 +52,8 @@ class CacheSpec:
         `kernels` run its operations; `tokens` are the lanes of a page, what the kernels want when None.
 
         Raises:
-            ValueError: `dtype` is not one that exact tokens can be kept in, or the tiers do not fit one page shape.
+            ValueError: `dtype` is not one that exact tokens can be kept in, the tiers do not fit one page shape, the kernels do not know
+                them, or the model does not tell its rotary embedding and the policy removes it.
         """
         Full(dtype)  # checks it, also where no tier keeps exact tokens: the recent window does
         selection = policy.selection
@@ -63,7 +65,10 @@ class CacheSpec:
             scored=selection.score is not None,
             group=selection.group,
             meta_dtype=kernels.meta_dtype,
+            rope=_rope_of(attention, policy),
         )
+        if kernels.implementation != "xla" and not _known_to_kernels(policy):
+            raise ValueError(f"policy {policy.name!r} runs in plain XLA only, not on {kernels.implementation!r} kernels: leave it to 'xla'")
         schedule = (policy.window, policy.flush, selection)
         return CacheSpec(attention, layout, num_requests, max_len, num_pages, *schedule, dtype, kernels, policy.rotate)
 
@@ -96,6 +101,35 @@ class CacheSpec:
     def num_heads(self) -> int:
         """Heads of one layer that own pages: requests x KV heads."""
         return self.num_requests * self.attention.num_kv_heads
+
+
+def kernels_for(policy: CompressionPolicy, implementation: str | None = None, *, interpret: bool = False) -> Kernels:
+    """The kernels asked for, or those of the platform; plain XLA, said in the log, where only it can do what the policy asks for.
+
+    Raises:
+        ValueError: the kernels asked for cannot run here, or do not know what the policy asks for.
+    """
+    if _known_to_kernels(policy):
+        return Kernels.resolve(implementation, interpret=interpret)
+    if implementation not in (None, "xla"):
+        raise ValueError(f"policy {policy.name!r} runs in plain XLA only: leave implementation={implementation!r} out or take 'xla'")
+    logging.getLogger(__name__).info("policy %r runs in plain XLA: its codecs or transforms are not in the platform's kernels", policy.name)
+    return XLA
+
+
+def _known_to_kernels(policy: CompressionPolicy) -> bool:
+    return not policy.un_rope and all(KVFormat.parse(tier).in_kernels for tier in policy.tiers)
+
+
+def _rope_of(attention: AttentionSpec, policy: CompressionPolicy) -> tuple[float, ...] | None:
+    """What keys are freed of before they are stored: None = nothing."""
+    if not policy.un_rope:
+        return None
+    if policy.rotate:
+        raise ValueError(f"policy {policy.name!r}: rotate=True mixes the channels that un_rope=True needs apart; choose one")
+    if attention.rope is None:
+        raise ValueError(f"policy {policy.name!r} has un_rope=True, and the model does not tell its rotary embedding (AttentionSpec.rope)")
+    return attention.rope
 
 
 @dataclass(frozen=True)

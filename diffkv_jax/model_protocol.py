@@ -1,7 +1,7 @@
 """What the cache and `generate` ask of a model: its attention geometry and one pure call."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -22,6 +22,8 @@ class AttentionSpec:
         vocab_size: width of the logits.
         max_position_embeddings: longest context, in tokens, that the model was made for.
         dtype: the name of the dtype that q, k, v and activations are computed in, such as "float32".
+        rope: radians a token of each channel pair (head_dim / 2) in layers without a sliding window, in the half-rotation layout
+            (`diffkv_jax.pallas_kernels.rope`); None = not told, and what needs keys without their rotary embedding is refused.
     """
 
     num_layers: int
@@ -34,6 +36,7 @@ class AttentionSpec:
     vocab_size: int
     max_position_embeddings: int
     dtype: str
+    rope: tuple[float, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.sliding_windows) != self.num_layers:

@@ -41,6 +41,7 @@ class CompressionPolicy:
         pooled: the KV heads of a layer share their budgets; each keeps at least this share of its own (Ada-KV, arXiv:2407.11550).
         sinks: first tokens that always stay.
         rotate: keys and values are kept turned by an orthogonal matrix, which helps codecs of few bits (`diffkv_jax.rotation`).
+        un_rope: keys are kept without their rotary embedding and get it back where attention reads them: plain XLA only.
         pooling: width of the moving average over positions, of "window" scores (SnapKV).
 
     Raises:
@@ -64,6 +65,7 @@ class CompressionPolicy:
     sinks: int = 0
     pooling: int = 1
     rotate: bool = False
+    un_rope: bool = False
 
     def __post_init__(self):
         if isinstance(self.tiers, str) or not isinstance(self.tiers, Sequence):

@@ -87,6 +87,7 @@ class Decoder(nn.Module):
             vocab_size=config.vocab_size,
             max_position_embeddings=config.max_position_embeddings,
             dtype=self.dtype,
+            rope=tuple(inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling).tolist()),
         )
 
     def __call__(

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from diffkv_jax.pallas_kernels.rope import turn_pairs
+
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -79,7 +81,4 @@ def apply_rope(
     x: Float[Array, "B T heads head_dim"], cos: Float[Array, "B T pairs"], sin: Float[Array, "B T pairs"]
 ) -> Float[Array, "B T heads head_dim"]:
     """Rotate x [B, T, heads, head_dim] by angles [B, T, head_dim / 2]; computed in float32, returned in x's dtype."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return turn_pairs(x, cos[:, :, None, :], sin[:, :, None, :])

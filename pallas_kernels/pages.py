@@ -22,6 +22,7 @@ class PageLayout:
     """Static geometry of a pool whose pages serve every tier of `formats` (tier 0 first, the highest precision).
 
     `scored`: whether tokens have a significance; `group`: how the scores that the query heads of a KV head's group give become one.
+    `rope`: keys are stored without their rotary embedding of these frequencies (`rope.at_positions`), and get it back where they are read.
     `meta_dtype` is "float16", or "int16" where the same 16 bits are kept as integers: TPU kernels know no float16.
 
     `rows` uint8 payload rows and `meta_rows` float16 rows of `tokens` lanes; `blocks[tier]` blocks of `tokens` tokens fit one page.
@@ -38,6 +39,7 @@ class PageLayout:
     scored: bool
     meta_dtype: str = "float16"
     group: Literal["max", "mean"] = "max"
+    rope: tuple[float, ...] | None = None
 
     @staticmethod
     def solve(
@@ -49,6 +51,7 @@ class PageLayout:
         scored: bool = True,
         meta_dtype: str = "float16",
         group: Literal["max", "mean"] = "max",
+        rope: tuple[float, ...] | None = None,
     ) -> "PageLayout":
         """Choose `rows` between one and four of the largest blocks so that the worst waste of any tier is least.
 
@@ -62,7 +65,7 @@ class PageLayout:
             meta_rows = _tile_rows(max(n * (f.key.meta_rows + f.value.meta_rows) for n, f in zip(blocks, formats, strict=True)), tokens)
             narrow = max_len <= 65536 and (tokens, max(blocks)) != (128, 1)  # a TPU kernel would copy uint16 [pages, 1, 128]
             position_dtype = "uint16" if narrow else "int32"
-            return PageLayout(tuple(formats), head_dim, tokens, rows, blocks, meta_rows, position_dtype, scored, meta_dtype, group)
+            return PageLayout(tuple(formats), head_dim, tokens, rows, blocks, meta_rows, position_dtype, scored, meta_dtype, group, rope)
 
         if any(low > high for high, low in zip(block_rows, block_rows[1:], strict=False)):
             names = [f.name for f in formats]

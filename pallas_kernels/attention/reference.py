@@ -86,8 +86,7 @@ def _attend_tier(q, partial, pages, layout, tier, heads, max_len, sm_scale, cap,
         chunk = read_chunk(pages, layout, tier, heads.page_table, heads.tier_len, i)
         logits = chunk_logits(q, chunk, layout, tier, sm_scale, cap)
         if sliding is not None:
-            position = pages.position.at[chunk.ids].get(mode="clip")[:, :, : layout.blocks[tier]].astype(jnp.int32)
-            seen = position.reshape(chunk.valid.shape) > (sliding.position - sliding.size)[:, None]
+            seen = chunk.position > (sliding.position - sliding.size)[:, None]
             logits = jnp.where(seen[:, None], logits, -jnp.inf)
         if layout.scored:
             kept = lax.dynamic_update_index_in_dim(kept, logits, i, 0)

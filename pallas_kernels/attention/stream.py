@@ -8,6 +8,7 @@ from jax import Array, lax
 
 from ..codecs import Block
 from ..pages import PageLayout, Pages, tier_page_ids
+from ..rope import at_positions
 
 CHUNK_TOKENS = 512  # tokens of one head that one step of the loop reads: about a cache's worth of decoded keys
 
@@ -69,6 +70,7 @@ class PageChunk(NamedTuple):
     ids: Array  # int32 [B, pages]
     block: Block  # [B, rows, lanes]
     valid: Array  # bool [B, lanes]
+    position: Array  # int32 [B, lanes]
 
 
 def chunk_pages(layout: PageLayout, tier: int) -> int:
@@ -88,18 +90,24 @@ def read_chunk(pages: Pages, layout: PageLayout, tier: int, page_table: Array, t
     ids = tier_page_ids(page_table, tier, jnp.full(page_table.shape[:1], chunk * n, jnp.int32), n)
     block = layout.split(tier, pages.payload.at[ids].get(mode="clip"), pages.meta.at[ids].get(mode="clip"))
     rows_first = (jnp.moveaxis(part, 3, 1).reshape(part.shape[0], part.shape[3], lanes) for part in block)
-    return PageChunk(ids, Block(*rows_first), chunk * lanes + jnp.arange(lanes) < tier_len[:, tier, None])
+    position = pages.position.at[ids].get(mode="clip")[:, :, : layout.blocks[tier]].astype(jnp.int32).reshape(-1, lanes)
+    return PageChunk(ids, Block(*rows_first), chunk * lanes + jnp.arange(lanes) < tier_len[:, tier, None], position)
 
 
 def chunk_logits(q: Array, chunk: PageChunk, layout: PageLayout, tier: int, sm_scale: float, cap: float | None) -> Array:
     """Logits `[B, G, lanes]` of `q [B, G, d]` against a chunk, -inf where not valid."""
-    logits = layout.formats[tier].key.key_logits(q, chunk.block.k_payload, chunk.block.k_meta) * sm_scale
-    return jnp.where(chunk.valid[:, None], soft_cap(logits, cap), -jnp.inf)
+    fmt = layout.formats[tier]
+    if layout.rope is None:
+        logits = fmt.key_logits(q, chunk.block)
+    else:
+        k = jnp.swapaxes(fmt.key.decode(chunk.block.k_payload, chunk.block.k_meta), -1, -2)
+        logits = jnp.einsum("bgd,btd->bgt", q, at_positions(k, chunk.position, layout.rope))
+    return jnp.where(chunk.valid[:, None], soft_cap(logits * sm_scale, cap), -jnp.inf)
 
 
 def chunk_mix(weights: Array, chunk: PageChunk, layout: PageLayout, tier: int) -> Array:
     """`weights [B, G, lanes]` times the values of a chunk, `[B, G, d]`."""
-    return layout.formats[tier].value.value_mix(weights, chunk.block.v_payload, chunk.block.v_meta, chunk.valid)
+    return layout.formats[tier].value_mix(weights, chunk.block, chunk.valid)
 
 
 def add_significance(significance: Array, chunk: PageChunk, layout: PageLayout, tier: int, scores: Array) -> Array:

@@ -65,6 +65,19 @@ class KVFormat:
         """The float32 K and V `[..., head_dim, T]` that attention reads."""
         return self.key.decode(block.k_payload, block.k_meta), self.value.decode(block.v_payload, block.v_meta)
 
+    def key_logits(self, q: Array, block: Block) -> Array:
+        """`q [..., G, d]` times the keys of a block, `[..., G, T]`."""
+        return self.key.key_logits(q, block.k_payload, block.k_meta)
+
+    def value_mix(self, p: Array, block: Block, valid: Array) -> Array:
+        """Weights `p [..., G, T]` times the values of a block, `[..., G, d]`; tokens not `valid [..., T]` are never read."""
+        return self.value.value_mix(p, block.v_payload, block.v_meta, valid)
+
+    @property
+    def in_kernels(self) -> bool:
+        """Whether the native, Triton and TPU kernels know both codecs."""
+        return self.key.in_kernels and self.value.in_kernels
+
     def demote(self, target: "KVFormat", block: Block) -> Block:
         """Requantise a block of this format to `target`: on the integer codes where the groups match, else through float32."""
         k_payload, k_meta = _demote(self.key, target.key, block.k_payload, block.k_meta)

@@ -16,6 +16,8 @@ class Full:
 
     dtype: str
 
+    in_kernels = True  # and not in plain XLA only
+
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={self.dtype!r} must be float32, bfloat16 or float16")

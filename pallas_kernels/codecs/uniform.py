@@ -24,6 +24,8 @@ class Uniform:
     bits: int
     groups: int = 1
 
+    in_kernels = True  # and not in plain XLA only
+
     def __post_init__(self):
         if self.bits not in BITS:
             raise ValueError(f"bits={self.bits} must be one of {BITS}")

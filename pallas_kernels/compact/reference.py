@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from ..codecs import Block
 from ..pages import PageLayout, Pages, tier_page_ids
+from ..rope import at_positions
 from .columns import locate, ranked, read_tokens, write_tokens
 from .ring import FreeRing, grow, shrink
 
@@ -33,6 +34,8 @@ class Tokens(NamedTuple):
 
 def append_tokens(stored: Stored, layout: PageLayout, tier: int, tokens: Tokens, keep: Array) -> Stored:
     """Encode the tokens where `keep [B, n]` and put them at the tail of a tier, in order. The caller has made sure of the pages."""
+    if layout.rope is not None:
+        tokens = tokens._replace(k=at_positions(tokens.k, tokens.position, layout.rope, back=True))
     cumulative = jnp.cumsum(keep, axis=-1)
     last = keep.shape[-1] - 1
 

@@ -66,7 +66,9 @@ def test_parameters_have_hugging_face_names_stacked_and_transposed(family):
 def test_the_model_is_a_causal_lm_and_states_its_attention():
     model = build_model(_config(query_pre_attn_scalar=4.0), dtype=jnp.bfloat16)
     assert isinstance(model, CausalLM)
-    assert model.attention == AttentionSpec(3, 4, 2, 8, (4, None, 4), 0.5, 3.0, 50, 64, "bfloat16")
+    rope = model.attention.rope
+    assert model.attention == AttentionSpec(3, 4, 2, 8, (4, None, 4), 0.5, 3.0, 50, 64, "bfloat16", rope)
+    np.testing.assert_allclose(rope, 10000.0 ** -np.array([0, 0.25, 0.5, 0.75]), rtol=1e-6)
     assert hash(model.attention) == hash(model.clone().attention)
     assert hash(model) == hash(build_model(_config(query_pre_attn_scalar=4.0), dtype="bfloat16"))
 

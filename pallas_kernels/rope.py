@@ -1,0 +1,16 @@
+"""Rotary position embedding in Hugging Face's half-rotation layout: channel c is paired with channel c + d/2 (arXiv:2104.09864)."""
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def turn_pairs(x: Array, cos: Array, sin: Array) -> Array:
+    """`x [..., d]` with every pair of channels turned by the angles of `cos`, `sin [..., d / 2]`; float32 sums, x's dtype."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def at_positions(x: Array, position: Array, frequencies: tuple[float, ...], *, back: bool = False) -> Array:
+    """`x [..., n, d]` embedded at `position` int `[..., n]`, or freed of the embedding; `frequencies` are d / 2 radians a token."""
+    angle = position.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
+    return turn_pairs(x, jnp.cos(angle), jnp.sin(angle) * (-1 if back else 1))
