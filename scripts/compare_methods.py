@@ -1,22 +1,22 @@
-"""Every method at about 50, 25 and 12 % of a bf16 cache's bytes: quality against the full cache, and passkey recall.
+"""Every method at about 50, 25 and 12 % of a bf16 cache's bytes: quality against the full cache, passkey recall and decode speed.
 
-`python scripts/compare_methods.py --out folder` runs SmolLM2 and writes methods.csv, methods.md and, with matplotlib, methods.svg.
+`python scripts/compare_methods.py --out folder` runs SmolLM2 and writes methods.csv, methods.md and, with matplotlib, methods.svg;
+a run that is cut off goes on where it stopped.
 Exact evictors keep a share of the tokens (L2 norm also layers 0 and 1 whole); those with quantised tiers keep as many more as their
 tokens are smaller. Codecs alone and DiffKV's thresholds have no target: their rows stand where they come out.
 """
 
-import csv
+import dataclasses
 import importlib.util
 import re
-from dataclasses import asdict
+from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
 
 import typer
+from tqdm.auto import tqdm
 
 import diffkv_jax as dkv
-import needle
-import quality
+from compare_measure import Row, Yardstick, in_order, markdown, read, write
 from diffkv_jax.pallas_kernels.codecs import KVFormat
 
 SHARES = (0.5, 0.25, 0.12)
@@ -34,6 +34,7 @@ EXACT = {
 }
 QUANTISED = (("SnapKV", "K4V4"), ("L2 norm", "K8V4"), ("Ada-KV(SnapKV)", "K4V4"))
 AS_THEY_COME = {
+    "full cache": dkv.CompressionPolicy.none(),
     **{f"{codec}{' rotated' * turn}": dkv.quantized(codec, rotate=turn) for codec in ("K8V4", "K4V4", "K4V2") for turn in (False, True)},
     "DiffKV (0.5, 0)": dkv.diffkv(0.5, 0.0),
     "DiffKV (1, 0)": dkv.diffkv(1.0, 0.0),
@@ -41,15 +42,6 @@ AS_THEY_COME = {
     "DiffKV (1, 0.02)": dkv.diffkv(1.0, 0.02),
     "DiffKV (1, 0.1)": dkv.diffkv(1.0, 0.1),
 }
-
-
-class Row(NamedTuple):
-    """One method at one size: its quality, and passkeys found, None when none was asked for."""
-
-    method: str
-    target: float | None
-    line: quality.Line
-    passkeys: int | None
 
 
 def size_of(codec: str) -> float:
@@ -69,42 +61,20 @@ def policies() -> dict[tuple[str, float | None], dkv.CompressionPolicy]:
     return compared
 
 
-def measure(context: int, steps: int, text: str, recall_context: int, depths: int, pattern: str) -> list[Row]:
-    """One row a policy; progress on stderr."""
-    compared = {f"{name} @ {share}" if share else name: (name, share) for name, share in policies() if re.search(pattern, name)}
-    by_label = {label: policies()[key] for label, key in compared.items()}
-    lines = quality.measure(context, steps, (text,), by_label, chunk=1024)
-    found = needle.recall(recall_context, depths, by_label) if depths else {}
-    rows = [Row(*compared[line.policy], line, sum(found[line.policy]) if found else None) for line in lines]
-    return sorted(rows, key=lambda row: (-(row.target or row.line.of_bf16), row.line.mean_kl))
-
-
-def markdown(rows: list[Row], depths: int) -> str:
-    """The rows as a Markdown table; passkeys of those asked at `depths`."""
-    lines = [
-        "| method | target | bytes of bf16 | dropped | perplexity (full) | mean KL | top-1 | passkey |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, target, x, passkeys in rows:
-        passkey = "" if passkeys is None else f"{passkeys} of {depths}"
-        lines.append(
-            f"| {name} | {target or ''} | {x.of_bf16:.3f} | {x.dropped:.2f} | {x.perplexity:.3f} ({x.perplexity_full:.3f}) | "
-            f"{x.mean_kl:.4f} | {x.top1:.3f} | {passkey} |"
-        )
-    return "\n".join(lines)
-
-
 def plot(rows: list[Row], path: Path) -> None:
     """KL against bytes, a line a method."""
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("svg")
     plt = importlib.import_module("matplotlib.pyplot")
     figure, panel = plt.subplots(figsize=(8, 5))
-    for name in dict.fromkeys(row.method.partition(" (")[0] for row in rows):
-        points = sorted((row.line.of_bf16, row.line.mean_kl) for row in rows if row.method.partition(" (")[0] == name)
-        panel.plot(*zip(*points, strict=True), "o-", label=name)
-    panel.set(xlabel="allocated bytes of a bf16 cache", ylabel="mean KL to the full cache", yscale="log")
-    panel.legend(fontsize=7)
+    families = defaultdict(list)
+    for row in rows:
+        if row.of_bf16 and row.mean_kl:
+            families[row.method.partition(" (")[0]].append((row.of_bf16, row.mean_kl))
+    for i, (name, points) in enumerate(families.items()):
+        panel.plot(*zip(*sorted(points), strict=True), "osd^v"[i // 10 % 5] + "-", label=name, markersize=4, linewidth=0.8)
+    panel.set(xlabel="allocated bytes, share of a bf16 cache", ylabel="mean KL to the full cache", yscale="log")
+    panel.legend(fontsize=6, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, bbox_inches="tight")
 
 
@@ -112,29 +82,34 @@ def main(
     context: int = 4096,
     steps: int = 128,
     text: str = "king_james",
-    recall_context: int = 2048,
+    recall_context: int = 4096,
     depths: int = typer.Option(10, help="passkeys asked for; 0 leaves the recall out"),
+    speed: bool = typer.Option(True, help="time decoding too: stop other work"),
+    quality: bool = typer.Option(True, help="KL, top-1 and perplexity"),
     methods: str = typer.Option("", help="a regular expression that the names match"),
-    out: Path | None = typer.Option(None, help="folder for methods.csv, methods.md and methods.svg"),  # noqa: B008
+    out: Path = typer.Option(Path("comparison"), help="folder for methods.csv, methods.md and methods.svg"),  # noqa: B008
 ) -> None:
-    """Print the table."""
-    names = sorted({name for name, _ in policies()})
-    if not any(re.search(methods, name) for name in names):
-        raise typer.BadParameter(f"--methods {methods} matches none of {', '.join(names)}")
-    rows = measure(context, steps, text, recall_context, depths, methods)
-    table = markdown(rows, depths)
+    """Measure, and print the table. What methods.csv holds already is not measured again."""
+    compared = {key: policy for key, policy in policies().items() if re.search(methods, key[0])}
+    if not compared:
+        names = ", ".join(sorted({name for name, _ in policies()}))
+        raise typer.BadParameter(f"--methods {methods} matches none of {names}")
+    rows, yardstick = read(out / "methods.csv"), Yardstick(context, steps, text)
+    for key, policy in tqdm(compared.items(), unit=" policies"):
+        row, policy = rows.get(key) or Row(*key), dataclasses.replace(policy, name=key[0])
+        if quality and row.mean_kl is None:
+            row = yardstick.quality(row, policy)
+        if depths and row.passkeys is None:
+            row = yardstick.recall(row, policy, recall_context, depths)
+        if speed and row.tokens_per_second is None:
+            row = yardstick.speed(row, policy)
+        rows[key] = row
+        write(out / "methods.csv", in_order(rows))
+    table = markdown(in_order(rows), depths)
     print(table)
-    if out is None:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    numbers = [{"method": row.method, "target": row.target, "passkeys": row.passkeys} | asdict(row.line) for row in rows]
-    with (out / "methods.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(numbers[0]))
-        writer.writeheader()
-        writer.writerows(numbers)
     (out / "methods.md").write_text(table + "\n", encoding="utf-8")
     if importlib.util.find_spec("matplotlib"):
-        plot(rows, out / "methods.svg")
+        plot(in_order(rows), out / "methods.svg")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Passkey recall: a number hidden at ten depths of a long text, asked for at its end, with the full and with compressed caches."""
 
+import dataclasses
+
 import numpy as np
 import typer
 
@@ -22,18 +24,22 @@ def prompts(tokenizer, context: int, depths: int, text: str = "king_james") -> n
     return np.array([hay[:at] + needle + hay[at:] + question for at in places], np.int32)
 
 
+def found(model, params, tokenizer, tokens: np.ndarray, policy: dkv.CompressionPolicy, chunk: int) -> list[bool]:
+    """Whether the greedy answer to each prompt holds the passkey; prints the answers."""
+    out = dkv.generate(model, params, tokens, policy=policy, max_new_tokens=8, cache_dtype="bfloat16", prefill_chunk=chunk)
+    answers = [tokenizer.decode(row) for row in out.tokens]
+    right = [str(PASSKEY) in answer for answer in answers]
+    print(f"{policy.name:16s} {sum(right):2d} of {len(right)}  {''.join('x' if f else '.' for f in right)}  {answers}", flush=True)
+    return right
+
+
 def recall(context: int = 4096, depths: int = 10, policies=None, chunk: int = 1024) -> dict[str, list[bool]]:
     """For each policy, whether the greedy answer holds the passkey, by depth."""
     model, params, tokenizer = load_pretrained(smollm2_gguf())
     assert tokenizer is not None  # a GGUF file carries one
     tokens = prompts(tokenizer, context, depths)
-    found = {}
-    for name, policy in (policies or POLICIES).items():
-        out = dkv.generate(model, params, tokens, policy=policy, max_new_tokens=8, cache_dtype="bfloat16", prefill_chunk=chunk)
-        answers = [tokenizer.decode(row) for row in out.tokens]
-        found[name] = [str(PASSKEY) in answer for answer in answers]
-        print(f"{name:16s} {sum(found[name]):2d} of {depths}  {''.join('x' if f else '.' for f in found[name])}  {answers}", flush=True)
-    return found
+    named = {name: dataclasses.replace(policy, name=name) for name, policy in (policies or POLICIES).items()}
+    return {name: found(model, params, tokenizer, tokens, policy, chunk) for name, policy in named.items()}
 
 
 def main(context: int = 4096, depths: int = 10, chunk: int = 1024) -> None:

@@ -22,7 +22,7 @@ def key() -> jax.Array:
 
 @pytest.fixture(autouse=True)
 def _few_mapped_programs():
-    """Drops compiled programs before a process has as many memory maps as Linux allows (65,530): XLA for CPU maps each, and aborts there."""
+    """Drops compiled programs before a process has as many memory maps as Linux allows (65,530): XLA maps each, and aborts there."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
