@@ -1,7 +1,7 @@
 """Bytes to pages: how large a pool a memory budget buys, and what cannot fit."""
 
+import bisect
 import dataclasses
-import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -9,26 +9,9 @@ import humanize
 import jax
 import numpy as np
 
+from diffkv_jax.amounts import parse_bytes
 from diffkv_jax.cache import CacheSpec, KVCache, empty_cache
 from diffkv_jax.policy import CompressionPolicy
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def parse_bytes(budget: int | str) -> int:
-    """Bytes from an integer or text such as "512MiB" or "1.5 GB".
-
-    Raises:
-        ValueError: not a positive amount, or an unknown unit.
-    """
-    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", str(budget))
-    unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None:
-        raise ValueError(f"memory_budget={budget!r} must be a number of bytes or text such as '512MiB' or '2GB'")
-    amount = int(float(match[1]) * unit)
-    if amount <= 0:
-        raise ValueError(f"memory_budget={budget!r} must be more than zero bytes")
-    return amount
 
 
 def tree_bytes(tree) -> int:
@@ -57,12 +40,11 @@ def with_pool(
             with which they can, and the one that always suffices.
     """
     limits = policy.limits(len(spec.paged_layers), spec.num_requests, spec.attention.num_kv_heads)
-    least, most = _least_pages(spec, totals, limits), _most_pages(spec, room)
+    least, most = _least_pages(spec, totals, limits), most_pages(spec, room)
     if budget is None:
         return _addressable(dataclasses.replace(spec, num_pages=most))
     amount = parse_bytes(budget)
-    fixed = cache_bytes(dataclasses.replace(spec, num_pages=0))
-    per_page = cache_bytes(dataclasses.replace(spec, num_pages=1)) - fixed
+    fixed, per_page = _fixed_and_page_bytes(spec)
     pages = (amount - fixed) // per_page
     if pages < least:
         needs, suffices = (humanize.naturalsize(fixed + n * per_page, binary=True, format="%.3f") for n in (least, most))
@@ -72,6 +54,34 @@ def with_pool(
             "raise the budget, ask for fewer tokens or choose a smaller policy"
         )
     return _addressable(dataclasses.replace(spec, num_pages=min(pages, most)))
+
+
+def kept_within(spec: CacheSpec, policy: CompressionPolicy, totals: Sequence[int]) -> CompressionPolicy:
+    """`policy`, whose `keep` is memory for the whole cache, with the most tokens a head that fit it. `totals` as in `with_pool`.
+
+    A prompt for which that is too little room is compressed chunk by chunk.
+
+    Raises:
+        ValueError: not even the recent window, the sinks and a page a head fit; names the smallest amount.
+    """
+
+    def pages(tokens: int) -> int:
+        limits = dataclasses.replace(policy, keep=tokens).limits(len(spec.paged_layers), spec.num_requests, spec.attention.num_kv_heads)
+        return _least_pages(spec, totals, limits)
+
+    fixed, per_page = _fixed_and_page_bytes(spec)
+    least = policy.window + policy.sinks + 1
+    room = (parse_bytes(str(policy.keep)) - fixed) // per_page
+    if pages(least) > room:
+        needs = fixed + pages(least) * per_page
+        raise ValueError(f"keep={policy.keep!r} is too little: the smallest cache of policy {policy.name!r} takes {needs} bytes; raise it")
+    return dataclasses.replace(policy, keep=bisect.bisect_right(range(max(*totals, least) + 1), room, lo=least, key=pages) - 1)
+
+
+def _fixed_and_page_bytes(spec: CacheSpec) -> tuple[int, int]:
+    """Bytes of a cache without pages, and those that each page adds."""
+    fixed = cache_bytes(dataclasses.replace(spec, num_pages=0))
+    return fixed, cache_bytes(dataclasses.replace(spec, num_pages=1)) - fixed
 
 
 def _addressable(spec: CacheSpec) -> CacheSpec:
@@ -112,7 +122,7 @@ def _least_pages(spec: CacheSpec, totals: Sequence[int], limits: np.ndarray) -> 
     stored = np.maximum(seen - spec.window, 0)
     if spec.selection.budgeted:
         kept = limits[..., 1] if spec.selection.in_tokens else limits[..., 1] * seen
-        stored = np.minimum(stored, np.maximum(np.floor(kept).astype(np.int64) - spec.window, 0))
+        stored = np.minimum(stored, np.maximum(np.floor(kept).astype(np.int64) - spec.window, spec.selection.sinks))
         if spec.selection.pooled is not None:  # heads share: one of them may have them all
             stored -= stored % layout.tokens_per_page(layout.tiers - 1)
     elif np.any(limits[..., 1] > 0):
@@ -121,7 +131,7 @@ def _least_pages(spec: CacheSpec, totals: Sequence[int], limits: np.ndarray) -> 
     return max(int(np.broadcast_to(pages, limits.shape[:3]).sum()), 1)
 
 
-def _most_pages(spec: CacheSpec, room: Sequence[int]) -> int:
+def most_pages(spec: CacheSpec, room: Sequence[int]) -> int:
     """Pages that always suffice: every token in the highest tier, and a part-filled page of the other one."""
     stored = [max(total - spec.window, 0) for total in room]
     pages = sum(spec.layout.pages_for(0, n) + spec.layout.tiers - 1 if n else 0 for n in stored)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from diffkv_jax.budget import check_pool, with_pool
+from diffkv_jax.budget import check_pool, kept_within, with_pool
 from diffkv_jax.cache import CacheSpec, KVCache, empty_cache, kernels_for
 from diffkv_jax.model_protocol import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.kernels import Kernels
@@ -145,8 +145,16 @@ def make_cache(
         dtype=cache_dtype or attention.dtype,
         kernels=kernels or kernels_for(policy),
     )
+    if isinstance(policy.keep, str):
+        _check_one_budget(policy, memory_budget)
+        policy, memory_budget = kept_within(spec, policy, totals), policy.keep
     spec = with_pool(spec, policy, totals, room, memory_budget)
     return _empty(spec, policy.limits(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads))
+
+
+def _check_one_budget(policy: CompressionPolicy, memory_budget: int | str | None) -> None:
+    if memory_budget is not None:
+        raise ValueError(f"keep={policy.keep!r} is a memory budget already: leave memory_budget={memory_budget!r} out")
 
 
 _empty = jax.jit(empty_cache, static_argnames="spec")

@@ -13,7 +13,7 @@ from diffkv_jax.policy_checks import check_budgets, check_ranking, check_schedul
 from diffkv_jax.selection import Score, Selection
 
 Threshold = float | tuple[Any, ...]
-Budget = float | int | tuple[Any, ...]
+Budget = float | int | str | tuple[Any, ...]
 PYRAMID_STEEPNESS = 20.0
 
 
@@ -33,7 +33,8 @@ class CompressionPolicy:
         score: what tokens are ranked by, see `diffkv_jax.selection.Selection`; "attention" when None and there is `observe`.
         group: "max" or "mean": how the query heads of a KV head are reduced to one score.
         keep: instead of thresholds, how many tokens of a head stay, those in the window and the sinks included: a share of the tokens seen
-            (float up to 1) or a number (int), or nested tuples of one kind that broadcast like the thresholds. None: thresholds decide.
+            (float up to 1), a number (int), memory for the whole cache such as "64MiB", out of which a number is made, or nested tuples of
+            shares or numbers that broadcast like the thresholds. None: thresholds decide.
         keep_high: with two tiers, how many stay in the high one, likewise.
         layers: how `keep` is spread over the layers: "uniform", or "pyramid", linearly from nearly twice as much in the first to
             1 / `PYRAMID_STEEPNESS` of it in the last (PyramidKV, arXiv:2406.02069).
@@ -101,7 +102,7 @@ class CompressionPolicy:
     @property
     def selection(self) -> Selection:
         """What the compiler must know of the ranking and the budgets."""
-        in_tokens = self.keep is not None and np.issubdtype(np.asarray(self.keep).dtype, np.integer)
+        in_tokens = isinstance(self.keep, str) or (self.keep is not None and np.issubdtype(np.asarray(self.keep).dtype, np.integer))
         return Selection(self.score, self.group, self.observe, self.sinks, self.pooling, self.keep is not None, in_tokens, self.pooled)
 
     def formats(self, cache_dtype: str) -> tuple[KVFormat, ...]:

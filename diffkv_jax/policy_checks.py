@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffkv_jax.amounts import parse_bytes
 from diffkv_jax.pallas_kernels.codecs import KVFormat
 from diffkv_jax.selection import BY_ATTENTION, BY_KEY
 
@@ -78,7 +79,9 @@ def check_budgets(policy: "CompressionPolicy") -> None:
         raise ValueError(f"keep={policy.keep} needs a score to rank tokens by, such as score='key_norm'")
     if np.any(np.asarray(policy.alpha_high)) or np.any(np.asarray(policy.alpha_low)):
         raise ValueError(f"keep={policy.keep} and alpha_high={policy.alpha_high}, alpha_low={policy.alpha_low}: give budgets or thresholds")
-    keep = _counts("keep", policy.keep)
+    if isinstance(policy.keep, str):
+        _check_bytes(policy)
+    keep = _counts("keep", policy.window + policy.sinks if isinstance(policy.keep, str) else policy.keep)
     if (policy.keep_high is None) == (len(policy.tiers) == 2):
         raise ValueError(f"keep_high={policy.keep_high} must be given with two tiers, and only then; tiers={policy.tiers}")
     if policy.keep_high is not None:
@@ -93,10 +96,26 @@ def check_budgets(policy: "CompressionPolicy") -> None:
         raise ValueError(f"keep={policy.keep} must have room for window={policy.window} and sinks={policy.sinks}, which always stay")
 
 
+def _check_bytes(policy: "CompressionPolicy") -> None:
+    """Memory makes a number of tokens a head, which must then be all that the head ever holds."""
+    parse_bytes(str(policy.keep))
+    reason = None
+    if len(policy.tiers) == 2:
+        reason = f"tiers={policy.tiers} are two, and how many tokens each should get is not said"
+    elif not policy.selection.in_decode:
+        reason = f"score={policy.score!r} decides once a prompt, and the tokens generated later all stay"
+    elif policy.pooled is not None:
+        reason = f"pooled={policy.pooled} lets heads trade pages, for which there must be free ones"
+    if reason:
+        raise ValueError(f"keep={policy.keep!r} is an amount of memory; {reason}: give a share or a number of tokens")
+
+
 def _counts(field: str, value: Any) -> np.ndarray:
     """Numbers of tokens (integers of at least 1) or shares (above 0, up to 1)."""
     array = np.asarray(value)
     kind = array.dtype.kind
     if kind not in "if" or not np.all(np.isfinite(array)) or np.any(array <= 0) or (kind == "f" and np.any(array > 1)):
-        raise ValueError(f"{field}={value} must be a share above 0 and up to 1 (float), or a number of tokens (int)")
+        raise ValueError(
+            f"{field}={value} must be a share above 0 and up to 1 (float), a number of tokens (int) or, for keep, memory such as '64MiB'"
+        )
     return array

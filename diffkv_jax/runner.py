@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from diffkv_jax.advance import after_decode, after_prefill
+from diffkv_jax.budget import most_pages
 from diffkv_jax.cache import KVCache
 from diffkv_jax.model_protocol import CausalLM
 from diffkv_jax.smooth import forget
@@ -39,7 +40,13 @@ def prefill_chunk(model: CausalLM, params, cache: KVCache, tokens: Array, length
 
 
 def _runs_low(cache: KVCache, length: Array) -> Array:
-    """Whether the free pages may not take the chunk in the high tier: then the policy runs before the end of the prompt."""
+    """Whether the free pages may not take the chunk in the high tier: then the policy runs before the end of the prompt.
+
+    Where a small pool has layers with unequal budgets it always does: a layer could not take its pages from later ones that hold more.
+    """
     spec = cache.spec
     pages = jnp.where(length > 0, spec.layout.pages_for(0, length) + 1, 0).sum()
-    return cache.ring.count < pages * len(spec.paged_layers) * spec.attention.num_kv_heads
+    low = cache.ring.count < pages * len(spec.paged_layers) * spec.attention.num_kv_heads
+    if not spec.selection.budgeted or spec.num_pages >= most_pages(spec, [spec.max_len] * spec.num_requests):
+        return low
+    return low | jnp.any(cache.limits[..., 1] != cache.limits[:1, ..., 1])

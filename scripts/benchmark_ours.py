@@ -16,7 +16,8 @@ from jax import Array, lax
 
 import diffkv_jax as dkv
 from benchmark_systems import Decoded, Place
-from diffkv_jax.budget import cache_bytes, parse_bytes, tree_bytes
+from diffkv_jax.amounts import parse_bytes
+from diffkv_jax.budget import cache_bytes, tree_bytes
 from diffkv_jax.cache import empty_cache
 from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.generate import prefill
