@@ -7,6 +7,7 @@ from diffkv_jax.generate import generate as generate
 from diffkv_jax.generate import make_cache as make_cache
 from diffkv_jax.methods import ada_kv as ada_kv
 from diffkv_jax.methods import diffkv as diffkv
+from diffkv_jax.methods import expected_attention as expected_attention
 from diffkv_jax.methods import h2o as h2o
 from diffkv_jax.methods import key_difference as key_difference
 from diffkv_jax.methods import key_norm as key_norm

@@ -16,6 +16,7 @@ from diffkv_jax.pallas_kernels.compact import FreeRing
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from diffkv_jax.policy import CompressionPolicy
+from diffkv_jax.query_statistics import QueryStatistics, no_queries
 from diffkv_jax.selection import Selection
 
 
@@ -53,7 +54,7 @@ class CacheSpec:
 
         Raises:
             ValueError: `dtype` is not one that exact tokens can be kept in, the tiers do not fit one page shape, the kernels do not know
-                them, or the model does not tell its rotary embedding and the policy removes it.
+                them, or the model does not tell its rotary embedding and the policy removes it, from keys or from queries.
         """
         Full(dtype)  # checks it, also where no tier keeps exact tokens: the recent window does
         selection = policy.selection
@@ -69,6 +70,11 @@ class CacheSpec:
         )
         if kernels.implementation != "xla" and not _known_to_kernels(policy):
             raise ValueError(f"policy {policy.name!r} runs in plain XLA only, not on {kernels.implementation!r} kernels: leave it to 'xla'")
+        if selection.score == "expected" and attention.rope is None:
+            raise ValueError(
+                f"policy {policy.name!r} ranks by queries without their rotary embedding, "
+                "and the model does not tell it (AttentionSpec.rope)"
+            )
         schedule = (policy.window, policy.flush, selection)
         return CacheSpec(attention, layout, num_requests, max_len, num_pages, *schedule, dtype, kernels, policy.rotate)
 
@@ -156,6 +162,7 @@ class KVCache:
     overflow: Array  # bool [R] the pool could not give this request a page
     steps: Array  # int32 [] decode steps since the last prompt
     pending: Array  # int32 [R] token sampled last and not yet seen by the model, -1 = none
+    queries: QueryStatistics | None  # of the prompts' queries, where the policy ranks by them
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -190,4 +197,5 @@ def empty_cache(spec: CacheSpec, limits: np.ndarray | Array) -> KVCache:
         overflow=jnp.zeros(spec.num_requests, bool),
         steps=jnp.int32(0),
         pending=counter - 1,
+        queries=no_queries(spec.attention, paged, spec.num_requests) if spec.selection.score == "expected" else None,
     )

@@ -79,6 +79,13 @@ def key_difference(keep: Budget = 0.5, **options: Unpack[Options]) -> Compressio
     return _evicting("key_difference", "key_difference", keep, options)
 
 
+def expected_attention(keep: Budget = 0.5, *, future: int = 512, epsilon: float = 0.0, **options: Unpack[Options]) -> CompressionPolicy:
+    """ExpectedAttention (arXiv:2510.00636): what queries like the prompt's, at the next `future` positions, can be expected to attend to;
+    decides once a prompt.
+    """
+    return _evicting("expected_attention", "expected", keep, options, future=future, epsilon=epsilon)
+
+
 def random_eviction(keep: Budget = 0.5, **options: Unpack[Options]) -> CompressionPolicy:
     """Tokens picked by a hash of position and head: the baseline that every table needs."""
     return _evicting("random_eviction", "random", keep, options)
@@ -116,5 +123,5 @@ def load_policy(source: str | Path) -> CompressionPolicy:
 
 
 PRESETS = {"quality": partial(quantized, "K8V4"), "balanced": partial(diffkv, 1.0, 0.0), "small": partial(diffkv, 1.0, 0.02)}
-METHODS = (diffkv, streaming_llm, h2o, tova, snapkv, pyramidkv, key_norm, key_difference, random_eviction)
+METHODS = (diffkv, streaming_llm, h2o, tova, snapkv, pyramidkv, key_norm, key_difference, expected_attention, random_eviction)
 NAMED = PRESETS | {method.__name__: method for method in METHODS}

@@ -44,6 +44,8 @@ class CompressionPolicy:
         rotate: keys and values are kept turned by an orthogonal matrix, which helps codecs of few bits (`diffkv_jax.rotation`).
         un_rope: keys are kept without their rotary embedding and get it back where attention reads them: plain XLA only.
         pooling: width of the moving average over positions, of "window" scores (SnapKV).
+        future: of "expected" scores: how many positions after the prompt the queries to come may have (ExpectedAttention).
+        epsilon: of "expected" scores: what is added to attention before it is multiplied with the value's norm.
 
     Raises:
         ValueError: the choices cannot work together; the message says why.
@@ -67,6 +69,8 @@ class CompressionPolicy:
     pooling: int = 1
     rotate: bool = False
     un_rope: bool = False
+    future: int = 512
+    epsilon: float = 0.0
 
     def __post_init__(self):
         if isinstance(self.tiers, str) or not isinstance(self.tiers, Sequence):
@@ -103,7 +107,9 @@ class CompressionPolicy:
     def selection(self) -> Selection:
         """What the compiler must know of the ranking and the budgets."""
         in_tokens = isinstance(self.keep, str) or (self.keep is not None and np.issubdtype(np.asarray(self.keep).dtype, np.integer))
-        return Selection(self.score, self.group, self.observe, self.sinks, self.pooling, self.keep is not None, in_tokens, self.pooled)
+        found = {"budgeted": self.keep is not None, "in_tokens": in_tokens}
+        same = {name: getattr(self, name) for name in (field.name for field in dataclasses.fields(Selection)) if name not in found}
+        return Selection(**same, **found)
 
     def formats(self, cache_dtype: str) -> tuple[KVFormat, ...]:
         """The codecs of the stored tiers; "full" keeps `cache_dtype`."""

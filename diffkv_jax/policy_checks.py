@@ -6,7 +6,7 @@ import numpy as np
 
 from diffkv_jax.amounts import parse_bytes
 from diffkv_jax.pallas_kernels.codecs import KVFormat
-from diffkv_jax.selection import BY_ATTENTION, BY_KEY
+from diffkv_jax.selection import BY_ATTENTION, BY_FORECAST, BY_KEY
 
 if TYPE_CHECKING:
     from diffkv_jax.policy import CompressionPolicy
@@ -55,20 +55,24 @@ def check_thresholds(policy: "CompressionPolicy") -> None:
 
 def check_ranking(policy: "CompressionPolicy") -> None:
     """The score is known and has what it needs; what only some scores have is given to those alone."""
-    if policy.score not in (None, *BY_ATTENTION, *BY_KEY):
-        raise ValueError(f"score={policy.score!r} must be one of {', '.join((*BY_ATTENTION, *BY_KEY))}, or None")
+    if policy.score not in (None, *BY_ATTENTION, *BY_KEY, *BY_FORECAST):
+        raise ValueError(f"score={policy.score!r} must be one of {', '.join((*BY_ATTENTION, *BY_KEY, *BY_FORECAST))}, or None")
     if policy.score in BY_ATTENTION and policy.observe is None:
         raise ValueError(f"score={policy.score!r} ranks by attention and needs observe=64 or another number of queries, or 'all'")
-    if policy.score in BY_KEY and policy.observe is not None:
-        raise ValueError(f"score={policy.score!r} looks at no queries: leave observe={policy.observe!r} out")
+    if policy.score in (*BY_KEY, *BY_FORECAST) and policy.observe is not None:
+        raise ValueError(f"score={policy.score!r} looks at no queries' attention: leave observe={policy.observe!r} out")
     if policy.group not in ("max", "mean"):
         raise ValueError(f"group={policy.group!r} must be 'max' or 'mean'")
-    for field, least in (("sinks", 0), ("pooling", 1)):
+    for field, least in (("sinks", 0), ("pooling", 1), ("future", 1)):
         value = getattr(policy, field)
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{field}={value!r} must be an integer of at least {least}")
     if policy.pooling > 1 and policy.score != "window":
         raise ValueError(f"pooling={policy.pooling} averages scores of the prompt's last queries: it needs score='window'")
+    if not (np.isfinite(policy.epsilon) and policy.epsilon >= 0):
+        raise ValueError(f"epsilon={policy.epsilon} must be finite and not negative")
+    if (policy.future, policy.epsilon) != (512, 0.0) and policy.score != "expected":
+        raise ValueError(f"future={policy.future} and epsilon={policy.epsilon} belong to score='expected': leave them out")
     if policy.score not in (None, "attention") and policy.keep is None:
         raise ValueError(f"score={policy.score!r} needs keep=: thresholds in units of uniform attention belong to score='attention'")
 

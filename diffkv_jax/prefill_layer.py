@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from diffkv_jax.cache import CacheSpec, KVCache
-from diffkv_jax.event import apply_plan, plan_event
+from diffkv_jax.event import Clock, apply_plan, plan_event
+from diffkv_jax.expected_attention import count_queries, expected_attention, layer_queries
 from diffkv_jax.layer_state import head_numbers, layer_clock, layer_heads, per_head, put_layer, stored_layer, take_layer, when, with_stored
 from diffkv_jax.observed import count_observed
 from diffkv_jax.overflow import make_room
@@ -33,7 +34,7 @@ def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, st
     out, lse = prefill_attention(chunk, cache.pages, spec.layout, heads, scale, kernels=spec.kernels)
     sums = _scores(cache, chunk, lse, heads, scale, step)
     pages = dataclasses.replace(cache.pages, significance=sums.pages)
-    cache = dataclasses.replace(cache, pages=pages)
+    cache = count_queries(dataclasses.replace(cache, pages=pages), layer, chunk)
     gathered = _gather(cache, layer, chunk, heads, sums)
     attended = lse[0, 0, 0] > -jnp.inf  # always so, but the compiler cannot know: the event waits for attention's reads of the pool
     cache = when(spec.kernels, attended, lambda cache: _store(cache, layer, gathered, step), cache)
@@ -116,18 +117,30 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep)
     clock = layer_clock(cache, layer, seq_len, observed, recent_after(cache, step), step.compress)
     leaving = valid & (tokens.position < clock.seq_len[:, None] - spec.window)
     leaving = leaving & per_head(cache, (step.length > 0) & ~cache.overflow)[:, None]
-    if spec.selection.pooling > 1:
-        scores = (cache.pages.significance, tokens.significance)
-        held, position = stored_layer(cache, layer), tokens.position
-        scores = when(spec.kernels, step.compress, lambda scores: smooth(spec, held, *scores, position, leaving), scores)
-        cache = dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, significance=scores[0]))
-        tokens = tokens._replace(significance=scores[1])
+    cache, tokens = _rescored(cache, layer, gathered, leaving, clock)
     tokens = ranked_tokens(spec.selection, tokens, valid, head_numbers(cache, layer))
     plan = plan_event(spec, stored_layer(cache, layer), clock, tokens.significance, tokens.position, leaving, one_victim=False)
     cache = make_room(cache, plan.pages.reshape(spec.num_requests, -1).sum(axis=1))
     admitted = per_head(cache, ~cache.overflow)
     stored = apply_plan(spec, stored_layer(cache, layer), plan, tokens, admitted, one_victim=False, pages_a_round=PAGES_A_ROUND)
     return with_stored(cache, layer, stored)
+
+
+def _rescored(cache: KVCache, layer: Array, gathered: _Gathered, leaving: Array, clock: Clock) -> tuple[KVCache, Tokens]:
+    """Scores that need all tokens of a head at once, stored ones in the cache and those that are `leaving`, when the policy decides."""
+    spec, held = cache.spec, stored_layer(cache, layer)
+    tokens, valid = gathered
+
+    def rescore(scores: tuple[Array, Array]) -> tuple[Array, Array]:
+        if spec.selection.score == "expected":
+            return expected_attention(spec, held, layer_queries(cache, layer), clock.seq_len, scores[0], tokens, valid)
+        return smooth(spec, held, *scores, tokens.position, leaving)
+
+    if spec.selection.score != "expected" and spec.selection.pooling == 1:
+        return cache, tokens
+    stored, outside = when(spec.kernels, clock.decides, rescore, (cache.pages.significance, tokens.significance))
+    cache = dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, significance=stored))
+    return cache, tokens._replace(significance=outside)
 
 
 def observed_after(cache: KVCache, step: PrefillStep, chunk_len: int) -> Array:

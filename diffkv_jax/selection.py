@@ -8,9 +8,10 @@ from jax import Array, lax
 
 from diffkv_jax.pallas_kernels.compact import Tokens
 
-Score = Literal["attention", "attention_sum", "window", "last_query", "key_norm", "key_difference", "recency", "random"]
+Score = Literal["attention", "attention_sum", "window", "last_query", "key_norm", "key_difference", "recency", "random", "expected"]
 BY_ATTENTION = ("attention", "attention_sum", "window", "last_query")
 BY_KEY = ("key_norm", "key_difference", "recency", "random")
+BY_FORECAST = ("expected",)
 PROTECTED = 1e30  # the score of a sink: finite, so that kernels may divide it
 
 
@@ -21,7 +22,8 @@ class Selection:
     Attributes:
         score: what a token's stored significance is. Attention that it got from scoring queries: "attention" their mean (DiffKV),
             "attention_sum" (H2O), "window" that of the prompt's last queries alone (SnapKV), "last_query" (TOVA). Without queries:
-            "key_norm" (the smaller the better), "key_difference" (unlike the mean key), "recency", "random". None: no ranking.
+            "key_norm" (the smaller the better), "key_difference" (unlike the mean key), "recency", "random". "expected":
+            by the attention that queries to come can be expected to give, once a prompt (ExpectedAttention). None: no ranking.
         group: how the query heads of a KV head are reduced to one score.
         observe: how many of the last prompt queries score, "all", or None.
         sinks: first tokens of a request that always stay.
@@ -29,6 +31,8 @@ class Selection:
         budgeted: budgets decide how many tokens stay, else thresholds on the mean attention.
         in_tokens: budgets are numbers of tokens, else shares of the tokens seen.
         pooled: the heads of a layer share a budget, each has at least this share of its own part (Ada-KV); None: a budget a head.
+        future: how many positions after the prompt "expected" queries may have.
+        epsilon: what "expected" adds to attention before it is multiplied with the value's norm.
     """
 
     score: Score | None = None
@@ -39,6 +43,8 @@ class Selection:
     budgeted: bool = False
     in_tokens: bool = False
     pooled: float | None = None
+    future: int = 512
+    epsilon: float = 0.0
 
     @property
     def by_attention(self) -> bool:
@@ -63,7 +69,7 @@ class Selection:
     @property
     def in_decode(self) -> bool:
         """Whether tokens leave their tier after the prompt too."""
-        return self.score not in (None, "window")
+        return self.score not in (None, "window", *BY_FORECAST)
 
 
 def ranked_tokens(selection: Selection, tokens: Tokens, valid: Array, head: Array) -> Tokens:

@@ -31,8 +31,10 @@ EXACT = {
     "SnapKV": dkv.snapkv,
     "PyramidKV": dkv.pyramidkv,
     "Ada-KV(SnapKV)": lambda keep, **options: dkv.ada_kv(dkv.snapkv(keep, **options)),
+    "ExpectedAttention": dkv.expected_attention,
+    "Ada-KV(ExpectedAttention)": lambda keep, **options: dkv.ada_kv(dkv.expected_attention(keep, **options)),
 }
-QUANTISED = (("SnapKV", "K4V4"), ("L2 norm", "K8V4"), ("Ada-KV(SnapKV)", "K4V4"))
+QUANTISED = (("SnapKV", "K4V4"), ("L2 norm", "K8V4"), ("Ada-KV(SnapKV)", "K4V4"), ("Ada-KV(ExpectedAttention)", "K4V4"))
 AS_THEY_COME = {
     "full cache": dkv.CompressionPolicy.none(),
     **{f"{codec}{' rotated' * turn}": dkv.quantized(codec, rotate=turn) for codec in ("K8V4", "K4V4", "K4V2") for turn in (False, True)},

@@ -96,13 +96,19 @@ def read_chunk(pages: Pages, layout: PageLayout, tier: int, page_table: Array, t
 
 def chunk_logits(q: Array, chunk: PageChunk, layout: PageLayout, tier: int, sm_scale: float, cap: float | None) -> Array:
     """Logits `[B, G, lanes]` of `q [B, G, d]` against a chunk, -inf where not valid."""
-    fmt = layout.formats[tier]
     if layout.rope is None:
-        logits = fmt.key_logits(q, chunk.block)
+        logits = layout.formats[tier].key_logits(q, chunk.block)
     else:
-        k = jnp.swapaxes(fmt.key.decode(chunk.block.k_payload, chunk.block.k_meta), -1, -2)
-        logits = jnp.einsum("bgd,btd->bgt", q, at_positions(k, chunk.position, layout.rope))
+        logits = jnp.einsum("bgd,btd->bgt", q, chunk_tokens(chunk, layout, tier)[0])
     return jnp.where(chunk.valid[:, None], soft_cap(logits * sm_scale, cap), -jnp.inf)
+
+
+def chunk_tokens(chunk: PageChunk, layout: PageLayout, tier: int) -> tuple[Array, Array]:
+    """K and V of a chunk as attention reads them, float32 `[B, lanes, d]`; what is not valid is meaningless."""
+    k_payload, v_payload, *meta = chunk.block
+    block = Block(k_payload, v_payload, *(lax.bitcast_convert_type(x, jnp.float16) if x.dtype == jnp.int16 else x for x in meta))
+    k, v = (jnp.swapaxes(x, -1, -2) for x in layout.formats[tier].decode(block))
+    return k if layout.rope is None else at_positions(k, chunk.position, layout.rope), v
 
 
 def chunk_mix(weights: Array, chunk: PageChunk, layout: PageLayout, tier: int) -> Array:
