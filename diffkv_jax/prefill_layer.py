@@ -8,6 +8,7 @@ from jax import Array
 
 from diffkv_jax.cache import CacheSpec, KVCache
 from diffkv_jax.event import apply_plan, plan_event
+from diffkv_jax.head_profile import choose_and_mark
 from diffkv_jax.layer_state import head_numbers, layer_clock, layer_heads, per_head, put_layer, stored_layer, take_layer, when, with_stored
 from diffkv_jax.observed import count_observed
 from diffkv_jax.overflow import make_room
@@ -17,6 +18,7 @@ from diffkv_jax.pallas_kernels.prefill_attention import Chunk, ColumnSums, Scale
 from diffkv_jax.selection import ranked_tokens
 from diffkv_jax.smooth import smooth
 from diffkv_jax.steps import PrefillStep
+from diffkv_jax.token_classes import protected_tokens
 
 PAGES_A_ROUND = 8  # after a prompt most tokens change tier
 
@@ -116,13 +118,22 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep)
     clock = layer_clock(cache, layer, seq_len, observed, recent_after(cache, step), step.compress)
     leaving = valid & (tokens.position < clock.seq_len[:, None] - spec.window)
     leaving = leaving & per_head(cache, (step.length > 0) & ~cache.overflow)[:, None]
+    protected = protected_tokens(cache, tokens.position)
     if spec.selection.pooling > 1:
         scores = (cache.pages.significance, tokens.significance)
         held, position = stored_layer(cache, layer), tokens.position
-        scores = when(spec.kernels, step.compress, lambda scores: smooth(spec, held, *scores, position, leaving), scores)
+        counted = leaving if protected is None else leaving & ~protected
+        scores = when(spec.kernels, step.compress, lambda scores: smooth(spec, held, *scores, position, counted), scores)
         cache = dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, significance=scores[0]))
         tokens = tokens._replace(significance=scores[1])
-    tokens = ranked_tokens(spec.selection, tokens, valid, head_numbers(cache, layer))
+    if spec.selection.profiled:
+
+        def choose(state: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
+            return choose_and_mark(state[0], layer, state[1], tokens.position, valid, leaving, step.length)
+
+        cache, scores = when(spec.kernels, step.compress, choose, (cache, tokens.significance))
+        tokens = tokens._replace(significance=scores)
+    tokens = ranked_tokens(spec.selection, tokens, valid, head_numbers(cache, layer), protected)
     plan = plan_event(spec, stored_layer(cache, layer), clock, tokens.significance, tokens.position, leaving, one_victim=False)
     cache = make_room(cache, plan.pages.reshape(spec.num_requests, -1).sum(axis=1))
     admitted = per_head(cache, ~cache.overflow)
