@@ -8,6 +8,7 @@ from diffkv_jax.generate import make_cache as make_cache
 from diffkv_jax.methods import ada_kv as ada_kv
 from diffkv_jax.methods import diffkv as diffkv
 from diffkv_jax.methods import expected_attention as expected_attention
+from diffkv_jax.methods import fastgen as fastgen
 from diffkv_jax.methods import h2o as h2o
 from diffkv_jax.methods import key_difference as key_difference
 from diffkv_jax.methods import key_norm as key_norm
@@ -25,3 +26,5 @@ from diffkv_jax.report import MemoryReport as MemoryReport
 from diffkv_jax.report import memory_report as memory_report
 from diffkv_jax.sampling import Greedy as Greedy
 from diffkv_jax.sampling import Sample as Sample
+from diffkv_jax.token_classes import TokenClasses as TokenClasses
+from diffkv_jax.token_classes import token_classes as token_classes

@@ -7,6 +7,7 @@ from jax import Array, lax
 
 from diffkv_jax.cache import KVCache
 from diffkv_jax.event import Plan, admit, apply_plan, plan_event
+from diffkv_jax.head_profile import mark_all, unmark
 from diffkv_jax.layer_state import all_heads, head_numbers, layer_clock, per_head, stored_layer, take_layer, when, with_stored
 from diffkv_jax.observed import count_observed
 from diffkv_jax.pallas_kernels.append import shift_recent
@@ -14,6 +15,7 @@ from diffkv_jax.pallas_kernels.compact import Tokens
 from diffkv_jax.prefill_layer import observed_after, recent_after
 from diffkv_jax.selection import ranked_tokens
 from diffkv_jax.steps import DecodeStep, PrefillStep
+from diffkv_jax.token_classes import protected_tokens
 
 
 def after_decode(cache: KVCache, step: DecodeStep) -> KVCache:
@@ -53,6 +55,12 @@ def compress(cache: KVCache, due: Array) -> KVCache:
     intermediate arrays are those of one layer.
     """
     leaving = jnp.where(due, jnp.maximum(cache.recent_len - cache.spec.window, 0), 0)  # always the oldest
+    if cache.spec.selection.profiled:
+        return unmark(_compress(mark_all(cache, leaving), leaving))
+    return _compress(cache, leaving)
+
+
+def _compress(cache: KVCache, leaving: Array) -> KVCache:
     if cache.spec.kernels.implementation == "xla":
         return _compress_by_layer(cache, leaving)
     plan = _plan(cache, None, leaving)
@@ -102,7 +110,7 @@ def _oldest(cache: KVCache, layer: Array | None) -> Tokens:
     slot, layers = jnp.arange(k.shape[1]), k.shape[0] // cache.spec.num_heads
     first, count = (per_head(cache, x, layers)[:, None] for x in (cache.seq_len - cache.recent_len, cache.recent_len))
     tokens, valid = Tokens(k, v, significance, first + slot), slot < count
-    return ranked_tokens(cache.spec.selection, tokens, valid, head_numbers(cache, layer))
+    return ranked_tokens(cache.spec.selection, tokens, valid, head_numbers(cache, layer), protected_tokens(cache, tokens.position))
 
 
 def _carry_out(cache: KVCache, layer: Array | None, plan: Plan, going: Array) -> KVCache:

@@ -33,12 +33,12 @@ def budget_thresholds(selection: Selection, budget: Array, exact: Array, scores:
         return jnp.maximum(jnp.floor(tokens + 1e-3).astype(jnp.int32) - exact, 0)
 
     if selection.pooled is None:
-        return _reached_by(scores, live, room(budget))
+        return reached_by(scores, live, room(budget))
     # Ada-KV (arXiv:2407.11550): every head keeps a share of its own budget, the rest goes to the best of all heads of the layer.
-    floor = _reached_by(scores, live, room(budget * selection.pooled))
+    floor = reached_by(scores, live, room(budget * selection.pooled))
     boosted = jnp.where(scores >= floor[:, None], PROTECTED, scores)
     scores, live = (x.reshape(-1, kv_heads * x.shape[1]) for x in (boosted, live))
-    shared = _reached_by(scores, live, room(budget).reshape(-1, kv_heads).sum(axis=1))
+    shared = reached_by(scores, live, room(budget).reshape(-1, kv_heads).sum(axis=1))
     return jnp.minimum(jnp.repeat(shared, kv_heads), floor)
 
 
@@ -52,7 +52,7 @@ def stored_scores(layout: PageLayout, stored: Stored, observed: Array, max_len: 
     return jnp.concatenate(scores, axis=1), jnp.concatenate(live, axis=1)
 
 
-def _reached_by(scores: Array, live: Array, room: Array) -> Array:
+def reached_by(scores: Array, live: Array, room: Array) -> Array:
     """The score that at most `room` live ones of each row reach, and protected ones always: [B, n], [B, n], [B] to [B]."""
     scores = jnp.where(live, scores, -jnp.inf)
     threshold = kth_largest(scores, jnp.maximum(room, 1))

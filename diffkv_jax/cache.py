@@ -101,7 +101,7 @@ class CacheSpec:
     @property
     def one_victim(self) -> bool:
         """Whether an event in decode re-examines one token at most (Algorithm 1 of the DiffKV paper)."""
-        return self.flush == 1 and not self.selection.budgeted
+        return self.flush == 1 and not self.selection.budgeted and not self.selection.profiled
 
     @property
     def num_heads(self) -> int:
@@ -150,12 +150,14 @@ class KVCache:
     ring: FreeRing  # ids of the pages that nobody owns
     page_table: Array  # int32 [L, R, K, max_pages]; tier 0 grows from the left, tier 1 from the right; num_pages = none
     tier_len: Array  # int32 [L, R, K, tiers] tokens
-    limits: Array  # float32 [L, R, K, 2] (high, low): thresholds in units of 1 / seq_len, or budgets (high, any), see `Selection`
+    choice: Array  # int32 [L, R, K] the policy of each head, one of `HEAD_POLICIES`; [L, R, 0] unless heads choose
+    limits: Array  # float32 [L, R, K, 2] (high, low): thresholds in units of 1 / seq_len, budgets (high, any), or shares to recover
     recent_k: Array  # [L, R, K, N, head_dim] cache dtype, oldest first
     recent_v: Array  # [L, R, K, N, head_dim]
     recent_significance: Array  # float32 [L, R, K, N]
     ring_k: Array  # [S, R, K, ring_len, head_dim]; position p lies in slot p % ring_len
     ring_v: Array  # [S, R, K, ring_len, head_dim]
+    classes: Array  # uint8 [R, max_len] class of the token at each position; [R, 0] unless the policy names token ids
     seq_len: Array  # int32 [R] tokens seen
     recent_len: Array  # int32 [R] tokens in the recent slots
     observed: Array  # int32 [R, spans, 2] (end, length) of the spans of positions whose queries have scored
@@ -185,12 +187,14 @@ def empty_cache(spec: CacheSpec, limits: np.ndarray | Array) -> KVCache:
         ring=FreeRing.full(spec.num_pages),
         page_table=jnp.full((paged, *heads, spec.max_pages), spec.num_pages, jnp.int32),
         tier_len=jnp.zeros((paged, *heads, spec.layout.tiers), jnp.int32),
+        choice=jnp.zeros((paged, heads[0], heads[1] if spec.selection.profiled else 0), jnp.int32),
         limits=jnp.asarray(limits, jnp.float32),
         recent_k=zeros((paged, *heads, slots, head_dim)),
         recent_v=zeros((paged, *heads, slots, head_dim)),
         recent_significance=jnp.zeros((paged, *heads, slots if spec.layout.scored else 0), jnp.float32),
         ring_k=zeros((windowed, *heads, spec.ring_len, head_dim)),
         ring_v=zeros((windowed, *heads, spec.ring_len, head_dim)),
+        classes=jnp.zeros((spec.num_requests, spec.max_len if spec.selection.classed else 0), jnp.uint8),
         seq_len=counter,
         recent_len=counter,
         observed=nothing_observed(spec.num_requests),

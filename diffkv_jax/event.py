@@ -63,6 +63,8 @@ def plan_event(
 def _thresholds(spec: CacheSpec, stored: Stored, clock: Clock, mean: Array, leaving: Array) -> Array:
     """Mean scores float32 [B, 2] below which a token is not high, and is dropped."""
     selection = spec.selection
+    if selection.profiled:  # those that leave are marked by negative scores
+        return jnp.zeros_like(clock.limits)
     if not selection.budgeted:
         return jnp.where(clock.decides, uniform_thresholds(clock.limits, clock.seq_len), 0.0)
 

@@ -35,6 +35,7 @@ class Options(TypedDict, total=False):
     window: int
     flush: int
     sinks: int
+    protect: tuple[int, ...]
     rotate: bool
 
 
@@ -86,6 +87,23 @@ def expected_attention(keep: Budget = 0.5, *, future: int = 512, epsilon: float 
     return _evicting("expected_attention", "expected", keep, options, future=future, epsilon=epsilon)
 
 
+def fastgen(
+    recover: Threshold = 0.95,
+    *,
+    punctuation: tuple[int, ...] = (),
+    frequent: float = 0.3,
+    local: float = 0.3,
+    observe: int = 64,
+    **options: Unpack[Options],
+) -> CompressionPolicy:
+    """FastGen (arXiv:2310.01801): each head picks the cheapest of five unions of token classes that holds `recover` of its attention.
+
+    Give the ids of `diffkv_jax.token_classes.token_classes(tokenizer)` as `protect` and `punctuation`; sinks count as protected.
+    """
+    chosen: dict[str, Any] = {"recover": recover, "punctuation": punctuation, "frequent": frequent, "local": local, "group": "mean"}
+    return _evicting("fastgen", "attention_sum", None, options, observe=observe, **chosen)
+
+
 def random_eviction(keep: Budget = 0.5, **options: Unpack[Options]) -> CompressionPolicy:
     """Tokens picked by a hash of position and head: the baseline that every table needs."""
     return _evicting("random_eviction", "random", keep, options)
@@ -102,7 +120,7 @@ def ada_kv(policy: CompressionPolicy, floor: float = 0.2) -> CompressionPolicy:
     return dataclasses.replace(policy, name=f"ada_kv({policy.name})", pooled=floor)
 
 
-def _evicting(name: str, score: Score, keep: Budget, options: Options, **choices: Any) -> CompressionPolicy:
+def _evicting(name: str, score: Score, keep: Budget | None, options: Options, **choices: Any) -> CompressionPolicy:
     """Exact tiers and four protected sinks unless the options say otherwise."""
     given: dict[str, Any] = {"tiers": ("full",), "sinks": 4} | choices | options
     return CompressionPolicy(name, score=score, keep=keep, **given)
@@ -123,5 +141,17 @@ def load_policy(source: str | Path) -> CompressionPolicy:
 
 
 PRESETS = {"quality": partial(quantized, "K8V4"), "balanced": partial(diffkv, 1.0, 0.0), "small": partial(diffkv, 1.0, 0.02)}
-METHODS = (diffkv, streaming_llm, h2o, tova, snapkv, pyramidkv, key_norm, key_difference, expected_attention, random_eviction)
+METHODS = (
+    diffkv,
+    streaming_llm,
+    h2o,
+    tova,
+    snapkv,
+    pyramidkv,
+    key_norm,
+    key_difference,
+    expected_attention,
+    fastgen,
+    random_eviction,
+)
 NAMED = PRESETS | {method.__name__: method for method in METHODS}

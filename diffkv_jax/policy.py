@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from diffkv_jax.pallas_kernels.codecs import KVFormat
-from diffkv_jax.policy_checks import check_budgets, check_ranking, check_schedule, check_thresholds, check_tiers
+from diffkv_jax.policy_checks import check_budgets, check_classes, check_ranking, check_schedule, check_thresholds, check_tiers
 from diffkv_jax.selection import Score, Selection
 
 Threshold = float | tuple[Any, ...]
@@ -41,6 +41,12 @@ class CompressionPolicy:
         whole_layers: layers (counted as `keep` counts them) that keep everything.
         pooled: the KV heads of a layer share their budgets; each keeps at least this share of its own (Ada-KV, arXiv:2407.11550).
         sinks: first tokens that always stay.
+        protect: token ids that always stay, such as the special ones of `diffkv_jax.token_classes`.
+        recover: in place of thresholds and budgets, the share of its attention (up to 1) that a head must hold: after each prompt it
+            picks the cheapest of the classes protected; and `punctuation`; and frequent; and local; all (FastGen, arXiv:2310.01801).
+            A number, or nested tuples that broadcast like the thresholds.
+        punctuation: token ids of that class.
+        frequent, local: how many tokens those classes hold, as shares of the tokens seen: the most attended, the most recent.
         rotate: keys and values are kept turned by an orthogonal matrix, which helps codecs of few bits (`diffkv_jax.rotation`).
         un_rope: keys are kept without their rotary embedding and get it back where attention reads them: plain XLA only.
         pooling: width of the moving average over positions, of "window" scores (SnapKV).
@@ -71,6 +77,11 @@ class CompressionPolicy:
     un_rope: bool = False
     future: int = 512
     epsilon: float = 0.0
+    protect: tuple[int, ...] = ()
+    recover: Threshold | None = None
+    punctuation: tuple[int, ...] = ()
+    frequent: float = 0.3
+    local: float = 0.3
 
     def __post_init__(self):
         if isinstance(self.tiers, str) or not isinstance(self.tiers, Sequence):
@@ -80,14 +91,18 @@ class CompressionPolicy:
             object.__setattr__(self, field, _frozen(getattr(self, field)))
         for field in ("keep", "keep_high"):
             object.__setattr__(self, field, _tuples(np.asarray(getattr(self, field)).tolist()))
-        if not isinstance(self.whole_layers, Sequence):
-            raise ValueError(f"whole_layers={self.whole_layers!r} must be a list of layers such as [0, 1]")
-        object.__setattr__(self, "whole_layers", tuple(self.whole_layers))
+        if self.recover is not None:
+            object.__setattr__(self, "recover", _frozen(self.recover))
+        for field, of in (("whole_layers", "layers"), ("protect", "token ids"), ("punctuation", "token ids")):
+            if not isinstance(getattr(self, field), Sequence):
+                raise ValueError(f"{field}={getattr(self, field)!r} must be a list of {of} such as [0, 1]")
+            object.__setattr__(self, field, tuple(getattr(self, field)))
         if self.score is None and self.observe is not None:
             object.__setattr__(self, "score", "attention")
         check_tiers(self.tiers)
         check_schedule(self)
         check_ranking(self)
+        check_classes(self)
         if self.keep is None:
             check_thresholds(self)
         else:
@@ -101,13 +116,13 @@ class CompressionPolicy:
     @property
     def drops(self) -> bool:
         """Whether any token can ever be dropped."""
-        return self.keep is not None or bool(np.max(np.asarray(self.alpha_low)) > 0)
+        return self.keep is not None or self.recover is not None or bool(np.max(np.asarray(self.alpha_low)) > 0)
 
     @property
     def selection(self) -> Selection:
         """What the compiler must know of the ranking and the budgets."""
         in_tokens = isinstance(self.keep, str) or (self.keep is not None and np.issubdtype(np.asarray(self.keep).dtype, np.integer))
-        found = {"budgeted": self.keep is not None, "in_tokens": in_tokens}
+        found = {"budgeted": self.keep is not None, "in_tokens": in_tokens, "profiled": self.recover is not None}
         same = {name: getattr(self, name) for name in (field.name for field in dataclasses.fields(Selection)) if name not in found}
         return Selection(**same, **found)
 
@@ -116,7 +131,7 @@ class CompressionPolicy:
         return tuple(KVFormat.parse(name, cache_dtype) for name in self.tiers)
 
     def limits(self, layers: int, requests: int, kv_heads: int) -> np.ndarray:
-        """Thresholds (alpha_high, alpha_low) or budgets (keep_high, keep) as float32 [layers, requests, kv_heads, 2].
+        """Thresholds (alpha_high, alpha_low), budgets (keep_high, keep) or `recover` twice: float32 [layers, requests, kv_heads, 2].
 
         `layers` counts those without a sliding window.
 
@@ -127,11 +142,12 @@ class CompressionPolicy:
         in_tokens = self.selection.in_tokens
         budgets = (self.keep if self.keep_high is None else self.keep_high, self.keep)
         pair = (self.alpha_high, self.alpha_low) if self.keep is None else budgets
+        pair = pair if self.recover is None else (self.recover, self.recover)
         try:
             both = np.stack([np.broadcast_to(np.asarray(a, np.float32), shape) for a in pair], axis=-1)
         except ValueError as error:
             raise ValueError(
-                f"thresholds or budgets of policy {self.name!r} must broadcast to [layers, requests, kv_heads] = {shape}: {error}"
+                f"thresholds, budgets or recover of policy {self.name!r} must broadcast to [layers, requests, kv_heads] = {shape}: {error}"
             ) from None
         if self.layers == "pyramid" and layers:
             both = both * pyramid(layers, None if in_tokens else both[..., 1].max())[:, None, None, None]

@@ -73,8 +73,38 @@ def check_ranking(policy: "CompressionPolicy") -> None:
         raise ValueError(f"epsilon={policy.epsilon} must be finite and not negative")
     if (policy.future, policy.epsilon) != (512, 0.0) and policy.score != "expected":
         raise ValueError(f"future={policy.future} and epsilon={policy.epsilon} belong to score='expected': leave them out")
-    if policy.score not in (None, "attention") and policy.keep is None:
+    if policy.score not in (None, "attention") and policy.keep is None and policy.recover is None:
         raise ValueError(f"score={policy.score!r} needs keep=: thresholds in units of uniform attention belong to score='attention'")
+
+
+def check_classes(policy: "CompressionPolicy") -> None:
+    """Token ids are ids, each of one class; heads that choose classes have what that takes, and nothing else decides."""
+    for field in ("protect", "punctuation"):
+        if not all(isinstance(i, int) and i >= 0 for i in getattr(policy, field)):
+            raise ValueError(f"{field}={getattr(policy, field)} must be token ids: integers of at least 0")
+    if both := set(policy.protect) & set(policy.punctuation):
+        raise ValueError(f"protect and punctuation both name token ids {sorted(both)}: give each one class")
+    for field in ("frequent", "local"):
+        share = getattr(policy, field)
+        if not (isinstance(share, int | float) and 0 <= share <= 1):
+            raise ValueError(f"{field}={share!r} is a share of the tokens seen: from 0 to 1")
+    if policy.recover is None:
+        for field, without in (("punctuation", ()), ("frequent", 0.3), ("local", 0.3)):
+            if getattr(policy, field) != without:
+                raise ValueError(f"{field}={getattr(policy, field)!r} is for heads that choose: give recover= too, or leave it out")
+        return
+    recover = np.asarray(policy.recover)
+    if not np.all((recover > 0) & (recover <= 1)):
+        raise ValueError(f"recover={policy.recover} is the share of its attention that a head must hold: above 0 and up to 1")
+    if policy.score != "attention_sum" or policy.group != "mean" or not isinstance(policy.observe, int):
+        raise ValueError(
+            f"recover={policy.recover} measures attention by score='attention_sum', group='mean' and observe= a number of queries, "
+            f"given score={policy.score!r}, group={policy.group!r}, observe={policy.observe!r}"
+        )
+    if policy.keep is not None or np.any(np.asarray(policy.alpha_high)) or np.any(np.asarray(policy.alpha_low)):
+        raise ValueError(f"recover={policy.recover} decides what stays: leave keep, alpha_high and alpha_low out")
+    if len(policy.tiers) != 1:
+        raise ValueError(f"recover={policy.recover} keeps or drops: tiers={policy.tiers} must be one format")
 
 
 def check_budgets(policy: "CompressionPolicy") -> None:

@@ -9,6 +9,7 @@ from jax import Array
 from diffkv_jax.cache import CacheSpec, KVCache
 from diffkv_jax.event import Clock, apply_plan, plan_event
 from diffkv_jax.expected_attention import count_queries, expected_attention, layer_queries
+from diffkv_jax.head_profile import choose_and_mark
 from diffkv_jax.layer_state import head_numbers, layer_clock, layer_heads, per_head, put_layer, stored_layer, take_layer, when, with_stored
 from diffkv_jax.observed import count_observed
 from diffkv_jax.overflow import make_room
@@ -18,6 +19,7 @@ from diffkv_jax.pallas_kernels.prefill_attention import Chunk, ColumnSums, Scale
 from diffkv_jax.selection import ranked_tokens
 from diffkv_jax.smooth import smooth
 from diffkv_jax.steps import PrefillStep
+from diffkv_jax.token_classes import protected_tokens
 
 PAGES_A_ROUND = 8  # after a prompt most tokens change tier
 
@@ -117,8 +119,16 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep)
     clock = layer_clock(cache, layer, seq_len, observed, recent_after(cache, step), step.compress)
     leaving = valid & (tokens.position < clock.seq_len[:, None] - spec.window)
     leaving = leaving & per_head(cache, (step.length > 0) & ~cache.overflow)[:, None]
-    cache, tokens = _rescored(cache, layer, gathered, leaving, clock)
-    tokens = ranked_tokens(spec.selection, tokens, valid, head_numbers(cache, layer))
+    protected = protected_tokens(cache, tokens.position)
+    cache, tokens = _rescored(cache, layer, gathered, leaving, protected, clock)
+    if spec.selection.profiled:
+
+        def choose(state: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
+            return choose_and_mark(state[0], layer, state[1], tokens.position, valid, leaving, step.length)
+
+        cache, scores = when(spec.kernels, step.compress, choose, (cache, tokens.significance))
+        tokens = tokens._replace(significance=scores)
+    tokens = ranked_tokens(spec.selection, tokens, valid, head_numbers(cache, layer), protected)
     plan = plan_event(spec, stored_layer(cache, layer), clock, tokens.significance, tokens.position, leaving, one_victim=False)
     cache = make_room(cache, plan.pages.reshape(spec.num_requests, -1).sum(axis=1))
     admitted = per_head(cache, ~cache.overflow)
@@ -126,7 +136,9 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep)
     return with_stored(cache, layer, stored)
 
 
-def _rescored(cache: KVCache, layer: Array, gathered: _Gathered, leaving: Array, clock: Clock) -> tuple[KVCache, Tokens]:
+def _rescored(
+    cache: KVCache, layer: Array, gathered: _Gathered, leaving: Array, protected: Array | None, clock: Clock
+) -> tuple[KVCache, Tokens]:
     """Scores that need all tokens of a head at once, stored ones in the cache and those that are `leaving`, when the policy decides."""
     spec, held = cache.spec, stored_layer(cache, layer)
     tokens, valid = gathered
@@ -134,7 +146,7 @@ def _rescored(cache: KVCache, layer: Array, gathered: _Gathered, leaving: Array,
     def rescore(scores: tuple[Array, Array]) -> tuple[Array, Array]:
         if spec.selection.score == "expected":
             return expected_attention(spec, held, layer_queries(cache, layer), clock.seq_len, scores[0], tokens, valid)
-        return smooth(spec, held, *scores, tokens.position, leaving)
+        return smooth(spec, held, *scores, tokens.position, leaving if protected is None else leaving & ~protected)
 
     if spec.selection.score != "expected" and spec.selection.pooling == 1:
         return cache, tokens

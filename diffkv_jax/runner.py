@@ -12,12 +12,14 @@ from diffkv_jax.cache import KVCache
 from diffkv_jax.model_protocol import CausalLM
 from diffkv_jax.smooth import forget
 from diffkv_jax.steps import DecodeStep, PrefillStep
+from diffkv_jax.token_classes import note_classes
 
 
 def decode_step(model: CausalLM, params, cache: KVCache, token: Array, active: Array) -> tuple[Array, KVCache]:
     """Feed `token` int32 [R] of the `active` requests (bool [R]): logits float32 [R, vocab] and the cache. Pure; call it under jit."""
     step = DecodeStep(active)
     positions = jnp.where(active, cache.seq_len, -1)[:, None]
+    cache = note_classes(cache, token[:, None], positions)
     if cache.spec.selection.in_decode:
         cache = forget(cache, (cache.steps + 1) % cache.spec.flush == 0)
     logits, cache = model.apply({"params": params}, token[:, None], positions, cache, step)
@@ -34,7 +36,7 @@ def prefill_chunk(model: CausalLM, params, cache: KVCache, tokens: Array, length
     step = PrefillStep(length, last | _runs_low(cache, length))
     index = jnp.arange(chunk_len) - (chunk_len - length[:, None])
     positions = jnp.where(index >= 0, cache.seq_len[:, None] + index, -1)
-    cache = forget(cache, step.compress)
+    cache = forget(note_classes(cache, tokens, positions), step.compress)
     logits, cache = model.apply({"params": params}, tokens, positions, cache, step, last_only=True)
     return logits[:, -1], after_prefill(cache, step, chunk_len)
 

@@ -12,7 +12,7 @@ Score = Literal["attention", "attention_sum", "window", "last_query", "key_norm"
 BY_ATTENTION = ("attention", "attention_sum", "window", "last_query")
 BY_KEY = ("key_norm", "key_difference", "recency", "random")
 BY_FORECAST = ("expected",)
-PROTECTED = 1e30  # the score of a sink: finite, so that kernels may divide it
+PROTECTED = 1e30  # the score of tokens that always stay: finite, so that kernels may divide it
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Selection:
         pooled: the heads of a layer share a budget, each has at least this share of its own part (Ada-KV); None: a budget a head.
         future: how many positions after the prompt "expected" queries may have.
         epsilon: what "expected" adds to attention before it is multiplied with the value's norm.
+        protect, punctuation: token ids of the classes that always stay and that heads may choose to keep.
+        profiled: each head chooses classes of tokens to keep (FastGen, `diffkv_jax.head_profile`), `frequent` and `local` shares of them.
     """
 
     score: Score | None = None
@@ -45,6 +47,16 @@ class Selection:
     pooled: float | None = None
     future: int = 512
     epsilon: float = 0.0
+    protect: tuple[int, ...] = ()
+    punctuation: tuple[int, ...] = ()
+    profiled: bool = False
+    frequent: float = 0.3
+    local: float = 0.3
+
+    @property
+    def classed(self) -> bool:
+        """Whether the classes of tokens must be known."""
+        return bool(self.protect or self.punctuation)
 
     @property
     def by_attention(self) -> bool:
@@ -72,13 +84,14 @@ class Selection:
         return self.score not in (None, "window", *BY_FORECAST)
 
 
-def ranked_tokens(selection: Selection, tokens: Tokens, valid: Array, head: Array) -> Tokens:
+def ranked_tokens(selection: Selection, tokens: Tokens, valid: Array, head: Array, protected: Array | None) -> Tokens:
     """`tokens` with the significance that they enter the tiers with.
 
     Args:
         tokens: of `B` heads `[B, n, ...]`, the significance is what attention gave them.
         valid: bool `[B, n]`, where there is a token.
         head: int32 `[B]`, a number for each layer and KV head, the same for all requests.
+        protected: bool `[B, n]`, tokens that always stay; None: none do.
     """
     score = tokens.significance
     if selection.score == "key_norm":  # arXiv:2406.11430
@@ -89,8 +102,8 @@ def ranked_tokens(selection: Selection, tokens: Tokens, valid: Array, head: Arra
         score = tokens.position.astype(jnp.float32)
     elif selection.score == "random":
         score = _hashed(tokens.position.astype(jnp.uint32) + (head.astype(jnp.uint32) << 20)[:, None])
-    if selection.sinks:
-        score = jnp.where(tokens.position < selection.sinks, PROTECTED, score)
+    if protected is not None:
+        score = jnp.where(protected, PROTECTED, score)
     return tokens._replace(significance=score)
 
 

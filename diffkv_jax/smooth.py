@@ -25,16 +25,15 @@ def forget(cache: KVCache, decides: Array) -> KVCache:
     return dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, significance=stored), recent_significance=recent)
 
 
-def smooth(spec: CacheSpec, stored: Stored, significance: Array, entering: Array, position: Array, leaving: Array) -> tuple[Array, Array]:
-    """The scores of stored tokens and of those that are `leaving` (bool [B, n]) averaged over `pooling` neighbours in position.
+def smooth(spec: CacheSpec, stored: Stored, significance: Array, entering: Array, position: Array, counted: Array) -> tuple[Array, Array]:
+    """The scores of stored tokens and of those `counted` (bool [B, n]: leaving, not protected) averaged over `pooling` neighbours.
 
     SnapKV's pooling (arXiv:2404.14469): tokens in the recent window, protected and dropped ones count as 0, as does what lies beyond
     the ends. `significance` is the pool's, `entering` float32 and `position` int32 [B, n] are those of the tokens outside of it.
     """
-    layout, rows = spec.layout, jnp.arange(leaving.shape[0])[:, None]
+    layout, rows = spec.layout, jnp.arange(counted.shape[0])[:, None]
     pages = dataclasses.replace(stored.pages, significance=significance)
-    counted = leaving & (position >= spec.selection.sinks)
-    by_position = jnp.zeros((leaving.shape[0], spec.max_len), jnp.float32)
+    by_position = jnp.zeros((counted.shape[0], spec.max_len), jnp.float32)
     by_position = by_position.at[rows, jnp.where(counted, position, spec.max_len)].set(entering, mode="drop")
     places = []
     for tier in range(layout.tiers):

@@ -3,13 +3,14 @@
 `python scripts/compare_methods.py --out folder` runs SmolLM2 and writes methods.csv, methods.md and, with matplotlib, methods.svg;
 a run that is cut off goes on where it stopped.
 Exact evictors keep a share of the tokens (L2 norm also layers 0 and 1 whole); those with quantised tiers keep as many more as their
-tokens are smaller. Codecs alone and DiffKV's thresholds have no target: their rows stand where they come out.
+tokens are smaller. Codecs alone, DiffKV's thresholds and FastGen have no target: their rows stand where they come out.
 """
 
 import dataclasses
 import importlib.util
 import re
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
 
 import typer
@@ -17,9 +18,12 @@ from tqdm.auto import tqdm
 
 import diffkv_jax as dkv
 from compare_measure import Row, Yardstick, in_order, markdown, read, write
+from diffkv_jax.models.gguf_source import GGUFSource
 from diffkv_jax.pallas_kernels.codecs import KVFormat
+from smollm2 import smollm2_gguf
 
 SHARES = (0.5, 0.25, 0.12)
+RECOVERED = (0.95, 0.8, 0.6)  # of each head's attention, by FastGen
 HEAD_DIM, SIDE_BYTES = 64, 6
 EXACT = {
     "random": dkv.random_eviction,
@@ -51,9 +55,18 @@ def size_of(codec: str) -> float:
     return (KVFormat.parse(codec, "bfloat16").token_bytes(HEAD_DIM) + SIDE_BYTES) / (4 * HEAD_DIM)
 
 
+@lru_cache
+def smollm2_classes() -> dkv.TokenClasses:
+    """The token ids that FastGen's heads may keep."""
+    return dkv.token_classes(GGUFSource(smollm2_gguf()).tokenizer())
+
+
 def policies() -> dict[tuple[str, float | None], dkv.CompressionPolicy]:
     """What is compared, by method and target."""
     compared: dict[tuple[str, float | None], dkv.CompressionPolicy] = {(name, None): policy for name, policy in AS_THEY_COME.items()}
+    special, punctuation = smollm2_classes()
+    for recover in RECOVERED:
+        compared[f"FastGen ({recover})", None] = dkv.fastgen(recover, protect=special, punctuation=punctuation)
     for share in SHARES:
         for name, method in EXACT.items():
             compared[name, share] = method(share)
