@@ -16,7 +16,9 @@ def check_tiers(tiers: tuple[str, ...]) -> None:
     formats = [KVFormat.parse(name) for name in tiers]
     if not 1 <= len(formats) <= 2:
         raise ValueError(f"tiers={tiers} must name one or two formats: a page table has two ends")
-    if len(formats) == 2 and formats[1].token_bytes(128) >= formats[0].token_bytes(128):
+    if shared := [tier for tier, fmt in zip(tiers, formats, strict=True) if not fmt.separable]:
+        raise ValueError(f"tiers={tiers}: {shared[0]} is not separable, its tokens share numbers over a block: no policy stores it yet")
+    if len(formats) == 2 and formats[1].for_block(128, 32).token_bytes(128) >= formats[0].for_block(128, 32).token_bytes(128):
         raise ValueError(f"tiers={tiers} must go from more to fewer bytes: {tiers[1]} is not smaller than {tiers[0]}")
 
 
