@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from diffkv_jax.pallas_kernels.codecs import KVFormat
-from diffkv_jax.policy_checks import check_budgets, check_ranking, check_schedule, check_thresholds, check_tiers
+from diffkv_jax.policy_checks import check_blocks, check_budgets, check_ranking, check_schedule, check_thresholds, check_tiers
 from diffkv_jax.selection import Score, Selection
 
 Threshold = float | tuple[Any, ...]
@@ -42,6 +42,7 @@ class CompressionPolicy:
         sinks: first tokens that always stay.
         rotate: keys and values are kept turned by an orthogonal matrix, which helps codecs of few bits (`diffkv_jax.rotation`).
         un_rope: keys are kept without their rotary embedding and get it back where attention reads them: plain XLA only.
+        block: tokens of a block, where a codec shares numbers over the tokens of one ("K2cV2"): a multiple of 32 up to 256, 32 when None.
         pooling: width of the moving average over positions, of "window" scores (SnapKV).
 
     Raises:
@@ -66,6 +67,7 @@ class CompressionPolicy:
     pooling: int = 1
     rotate: bool = False
     un_rope: bool = False
+    block: int | None = None
 
     def __post_init__(self):
         if isinstance(self.tiers, str) or not isinstance(self.tiers, Sequence):
@@ -83,6 +85,9 @@ class CompressionPolicy:
         check_tiers(self.tiers)
         check_schedule(self)
         check_ranking(self)
+        if self.block is None and not all(fmt.separable for fmt in self.formats("float32")):
+            object.__setattr__(self, "block", 32)
+        check_blocks(self)
         if self.keep is None:
             check_thresholds(self)
         else:

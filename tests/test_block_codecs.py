@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-import diffkv_jax as dkv
 from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, Outliers, PerChannel, Uniform
 from oracles.blocks import kivi_keys, with_outliers
 from oracles.quantiser import fake_quantise
@@ -94,11 +93,6 @@ def test_names():
 def test_bad_names(name, message):
     with pytest.raises(ValueError, match=message):
         KVFormat.parse(name)
-
-
-def test_no_policy_stores_shared_numbers_yet():
-    with pytest.raises(ValueError, match="not separable"):
-        dkv.quantized("K4cV4")
 
 
 def test_blocks_that_do_not_fit():

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from oracles.quantiser import unpack
+
 
 def kivi_keys(x, bits):
     """KIVI (arXiv:2402.02750), eq. of sec. 3.1 per channel: z = min, s = (max - min) / (2^b - 1) over the tokens, both kept in float16."""
@@ -19,3 +21,9 @@ def with_outliers(x, inner, count, axis, fill):
     kept = (order < count // 2) | (order >= x.shape[axis] - count // 2)
     middle = (np.mean if fill == "mean" else np.median)(x, axis=axis, keepdims=True)
     return np.where(kept, x.astype(np.float16).astype(np.float32), inner(np.where(kept, middle, x))), kept
+
+
+def read_block(codec, payload, meta):
+    """The bytes of one block per channel, payload `[rows, T]` and metadata `[meta_rows, T]`, as float32 `[T, channels]`."""
+    scale, zero = meta.reshape(-1)[: 2 * codec.head_dim].reshape(2, -1).astype(np.float32)
+    return scale * unpack(payload, codec.bits).T + zero
