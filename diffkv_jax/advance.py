@@ -54,7 +54,7 @@ def compress(cache: KVCache, due: Array) -> KVCache:
     `overflow` set. The kernels take all layers at once, in a constant number of launches; plain XLA goes layer by layer, so that its
     intermediate arrays are those of one layer.
     """
-    leaving = jnp.where(due, jnp.maximum(cache.recent_len - cache.spec.window, 0), 0)  # always the oldest
+    leaving = jnp.where(due, cache.recent_len - cache.spec.staying(cache.recent_len), 0)  # always the oldest
     if cache.spec.selection.profiled:
         return unmark(_compress(mark_all(cache, leaving), leaving))
     return _compress(cache, leaving)

@@ -42,6 +42,16 @@ def budget_thresholds(selection: Selection, budget: Array, exact: Array, scores:
     return jnp.minimum(jnp.repeat(shared, kv_heads), floor)
 
 
+def in_whole_blocks(kept: Array, leaving: Array, scores: Array, together: int) -> Array:
+    """The tokens `kept` (bool [B, n]) and the best of the others that are `leaving`, of equal ones the older, up to whole blocks.
+
+    As many leave as fill blocks of `together` tokens, so there are always enough: no block is ever part-filled (docs/design.md 2).
+    """
+    wanted = -(-kept.sum(axis=1) // together) * together
+    order = jnp.argsort(jnp.where(leaving, jnp.where(kept, -jnp.inf, -scores), jnp.inf), axis=1)
+    return jnp.argsort(order, axis=1) < wanted[:, None]
+
+
 def stored_scores(layout: PageLayout, stored: Stored, observed: Array, max_len: int) -> tuple[Array, Array]:
     """Mean significance float32 [B, n] of the stored tokens of every tier, and where there is one, bool [B, n]; `observed` as in `Rule`."""
     scores, live = [], []

@@ -119,10 +119,11 @@ def _least_pages(spec: CacheSpec, totals: Sequence[int], limits: np.ndarray) -> 
     """Pages without which the tokens cannot fit: all in the cheapest tier; one page a head where thresholds may drop them; what budgets
     keep. `limits` as in `KVCache`."""
     layout, seen = spec.layout, np.asarray(totals)[:, None]
-    stored = np.maximum(seen - spec.window, 0)
+    exact = spec.staying(seen)
+    stored = seen - exact
     if spec.selection.budgeted:
         kept = limits[..., 1] if spec.selection.in_tokens else limits[..., 1] * seen
-        stored = np.minimum(stored, np.maximum(np.floor(kept).astype(np.int64) - spec.window, spec.selection.sinks))
+        stored = np.minimum(stored, np.maximum(np.floor(kept).astype(np.int64) - exact, spec.selection.sinks))
         if spec.selection.pooled is not None:  # heads share: one of them may have them all
             stored -= stored % layout.tokens_per_page(layout.tiers - 1)
     elif np.any(limits[..., 1] > 0):

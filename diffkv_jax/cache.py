@@ -61,7 +61,7 @@ class CacheSpec:
         layout = PageLayout.solve(
             policy.formats(dtype),
             attention.head_dim,
-            tokens=tokens or kernels.tokens_per_block,
+            tokens=policy.block or tokens or kernels.tokens_per_block,
             max_len=max_len,
             scored=selection.score is not None,
             group=selection.group,
@@ -98,6 +98,11 @@ class CacheSpec:
         """Width of a head's page table: every token in the high tier and one part-filled page of each other tier."""
         return self.layout.pages_for(0, self.max_len) + self.layout.tiers
 
+    def staying(self, count):
+        """Tokens of `count` (ints or arrays), those in the recent window and new ones, that stay exact: the window and no whole block."""
+        beyond = count - self.window
+        return count - beyond * (beyond > 0) // self.layout.together * self.layout.together
+
     @property
     def one_victim(self) -> bool:
         """Whether an event in decode re-examines one token at most (Algorithm 1 of the DiffKV paper)."""
@@ -124,7 +129,7 @@ def kernels_for(policy: CompressionPolicy, implementation: str | None = None, *,
 
 
 def _known_to_kernels(policy: CompressionPolicy) -> bool:
-    return not policy.un_rope and all(KVFormat.parse(tier).in_kernels for tier in policy.tiers)
+    return not policy.un_rope and policy.block is None and all(KVFormat.parse(tier).in_kernels for tier in policy.tiers)
 
 
 def _rope_of(attention: AttentionSpec, policy: CompressionPolicy) -> tuple[float, ...] | None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from diffkv_jax.allocate import ALL, budget_thresholds, stored_scores, uniform_thresholds
+from diffkv_jax.allocate import ALL, budget_thresholds, in_whole_blocks, stored_scores, uniform_thresholds
 from diffkv_jax.cache import CacheSpec
 from diffkv_jax.pallas_kernels.compact import Stored, Tokens, apply_event
 from diffkv_jax.pallas_kernels.pages import PageLayout
@@ -45,6 +45,8 @@ def plan_event(
     tau = _thresholds(spec, stored, clock, mean, leaving)
     codes = classify(mean, tau, layout.tiers)
     entering = jnp.where(leaving, codes, DROPPED)
+    if layout.together > 1 and spec.selection.budgeted:
+        entering = in_whole_blocks(entering != DROPPED, leaving, mean, layout.together).astype(entering.dtype)  # tier code 1
     joined = jnp.stack([(entering == tier + 1).any(axis=-1) for tier in range(layout.tiers)], axis=-1)
     rule = Rule(tau, clock.observed, leaving.any(axis=-1), joined)
     moves = count_moves(

@@ -16,7 +16,7 @@ from diffkv_jax.cache import CacheSpec, KVCache, empty_cache, kernels_for
 from diffkv_jax.model_protocol import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.policy import CompressionPolicy
-from diffkv_jax.prompt import as_batch, check_context, chunk_size, chunks
+from diffkv_jax.prompt import as_batch, check_context, check_evicts_once, chunk_size, chunks
 from diffkv_jax.runner import decode_step, prefill_chunk
 from diffkv_jax.sampling import Greedy, Sample, next_token
 
@@ -161,7 +161,12 @@ _empty = jax.jit(empty_cache, static_argnames="spec")
 
 
 def prefill(model: CausalLM, params, cache: KVCache, tokens: np.ndarray, lengths: np.ndarray, size: int) -> tuple[Array, KVCache]:
-    """Feed prompts `[R, N]` in chunks of `size`; logits [R, vocab] of each prompt's last token and the cache (donated)."""
+    """Feed prompts `[R, N]` in chunks of `size`; logits [R, vocab] of each prompt's last token and the cache (donated).
+
+    Raises:
+        ValueError: the policy drops tokens before they are encoded, and the prompt takes more than one chunk or is not the first.
+    """
+    check_evicts_once(cache.spec, np.asarray(cache.seq_len), lengths, size)
     logits = None
     cache = dataclasses.replace(cache, overflow=jnp.zeros_like(cache.overflow))
     for part, real, last in chunks(tokens, lengths, size):

@@ -28,6 +28,17 @@ def quantized(fmt: str, *, window: int = 64, flush: int = 32, rotate: bool = Fal
     return CompressionPolicy(fmt, (fmt,), window=window, flush=flush, rotate=rotate)
 
 
+def kivi(bits: int = 2, *, group: int = 32, residual: int = 128, rotate: bool = False) -> CompressionPolicy:
+    """KIVI (arXiv:2402.02750): keys per channel in groups of `group` tokens, values per token in groups of `group` channels.
+
+    At most `residual` recent tokens are exact; they leave `group` at a time.
+    """
+    tiers, window = (f"K{bits}cV{bits}g{group}",), residual - group
+    if window < 1:
+        raise ValueError(f"residual={residual} must be larger than group={group}: the tokens of a group leave together, one at least stays")
+    return CompressionPolicy(f"kivi-{bits}", tiers, window=window, flush=group, block=group, rotate=rotate)
+
+
 class Options(TypedDict, total=False):
     """What every method with a budget takes beside it, as in `CompressionPolicy`."""
 
@@ -143,6 +154,7 @@ def load_policy(source: str | Path) -> CompressionPolicy:
 PRESETS = {"quality": partial(quantized, "K8V4"), "balanced": partial(diffkv, 1.0, 0.0), "small": partial(diffkv, 1.0, 0.02)}
 METHODS = (
     diffkv,
+    kivi,
     streaming_llm,
     h2o,
     tova,

@@ -9,7 +9,15 @@ from typing import Any, Literal
 import numpy as np
 
 from diffkv_jax.pallas_kernels.codecs import KVFormat
-from diffkv_jax.policy_checks import check_budgets, check_classes, check_ranking, check_schedule, check_thresholds, check_tiers
+from diffkv_jax.policy_checks import (
+    check_blocks,
+    check_budgets,
+    check_classes,
+    check_ranking,
+    check_schedule,
+    check_thresholds,
+    check_tiers,
+)
 from diffkv_jax.selection import Score, Selection
 
 Threshold = float | tuple[Any, ...]
@@ -49,6 +57,7 @@ class CompressionPolicy:
         frequent, local: how many tokens those classes hold, as shares of the tokens seen: the most attended, the most recent.
         rotate: keys and values are kept turned by an orthogonal matrix, which helps codecs of few bits (`diffkv_jax.rotation`).
         un_rope: keys are kept without their rotary embedding and get it back where attention reads them: plain XLA only.
+        block: tokens of a block, where a codec shares numbers over the tokens of one ("K2cV2"): a multiple of 32 up to 256, 32 when None.
         pooling: width of the moving average over positions, of "window" scores (SnapKV).
         future: of "expected" scores: how many positions after the prompt the queries to come may have (ExpectedAttention).
         epsilon: of "expected" scores: what is added to attention before it is multiplied with the value's norm.
@@ -82,6 +91,7 @@ class CompressionPolicy:
     punctuation: tuple[int, ...] = ()
     frequent: float = 0.3
     local: float = 0.3
+    block: int | None = None
 
     def __post_init__(self):
         if isinstance(self.tiers, str) or not isinstance(self.tiers, Sequence):
@@ -103,6 +113,9 @@ class CompressionPolicy:
         check_schedule(self)
         check_ranking(self)
         check_classes(self)
+        if self.block is None and not all(fmt.separable for fmt in self.formats("float32")):
+            object.__setattr__(self, "block", 32)
+        check_blocks(self)
         if self.keep is None:
             check_thresholds(self)
         else:
@@ -122,7 +135,7 @@ class CompressionPolicy:
     def selection(self) -> Selection:
         """What the compiler must know of the ranking and the budgets."""
         in_tokens = isinstance(self.keep, str) or (self.keep is not None and np.issubdtype(np.asarray(self.keep).dtype, np.integer))
-        found = {"budgeted": self.keep is not None, "in_tokens": in_tokens, "profiled": self.recover is not None}
+        found: dict[str, Any] = {"budgeted": self.keep is not None, "in_tokens": in_tokens, "profiled": self.recover is not None}
         same = {name: getattr(self, name) for name in (field.name for field in dataclasses.fields(Selection)) if name not in found}
         return Selection(**same, **found)
 

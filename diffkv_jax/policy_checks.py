@@ -17,7 +17,7 @@ def check_tiers(tiers: tuple[str, ...]) -> None:
     formats = [KVFormat.parse(name) for name in tiers]
     if not 1 <= len(formats) <= 2:
         raise ValueError(f"tiers={tiers} must name one or two formats: a page table has two ends")
-    if len(formats) == 2 and formats[1].token_bytes(128) >= formats[0].token_bytes(128):
+    if len(formats) == 2 and formats[1].for_block(128, 32).token_bytes(128) >= formats[0].for_block(128, 32).token_bytes(128):
         raise ValueError(f"tiers={tiers} must go from more to fewer bytes: {tiers[1]} is not smaller than {tiers[0]}")
 
 
@@ -29,6 +29,26 @@ def check_schedule(policy: "CompressionPolicy") -> None:
             raise ValueError(f"{field}={value!r} must be an integer of at least 1")
     if policy.observe not in ("all", None) and not (isinstance(policy.observe, int) and policy.observe >= 1):
         raise ValueError(f"observe={policy.observe!r} must be a number of queries of at least 1, 'all' or None")
+
+
+def check_blocks(policy: "CompressionPolicy") -> None:
+    """Tokens that share numbers are encoded together, from exact values, and never moved apart."""
+    if policy.block is None:
+        return
+    if not isinstance(policy.block, int) or policy.block % 32 or not 32 <= policy.block <= 256:
+        raise ValueError(f"block={policy.block!r} must be a multiple of 32 up to 256")
+    shared = [tier for tier in policy.tiers if not KVFormat.parse(tier).separable]
+    if not shared:
+        return
+    if len(policy.tiers) == 2:
+        raise ValueError(f"tiers={policy.tiers}: {shared[0]} is not separable, a token cannot move between tiers; give it alone")
+    if policy.score not in (None, "window"):
+        raise ValueError(
+            f"score={policy.score!r} drops stored tokens one at a time, and {shared[0]} is not separable: its tokens share numbers. "
+            "Rank by score='window', which decides before they are encoded, or take a codec for each token such as 'K4V4'"
+        )
+    if policy.flush < policy.block:
+        raise ValueError(f"flush={policy.flush} must be at least block={policy.block}: {shared[0]} is encoded in whole blocks")
 
 
 def check_thresholds(policy: "CompressionPolicy") -> None:

@@ -111,13 +111,13 @@ def _gather(cache: KVCache, layer: Array, chunk: Chunk, heads: Heads, sums: Colu
 
 
 def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep) -> KVCache:
-    """Let everything but the last `window` tokens into the tiers; a request without tokens in this chunk stays as it is."""
+    """Let everything but the last tokens (`CacheSpec.staying`) into the tiers; a request without tokens in this chunk stays as it is."""
     spec = cache.spec
     tokens, valid = gathered
     seq_len = cache.seq_len + step.length
     observed = observed_after(cache, step, tokens.k.shape[1] - spec.window - spec.flush)
     clock = layer_clock(cache, layer, seq_len, observed, recent_after(cache, step), step.compress)
-    leaving = valid & (tokens.position < clock.seq_len[:, None] - spec.window)
+    leaving = valid & (tokens.position < (clock.seq_len - clock.exact)[:, None])
     leaving = leaving & per_head(cache, (step.length > 0) & ~cache.overflow)[:, None]
     protected = protected_tokens(cache, tokens.position)
     cache, tokens = _rescored(cache, layer, gathered, leaving, protected, clock)
@@ -165,7 +165,7 @@ def observed_after(cache: KVCache, step: PrefillStep, chunk_len: int) -> Array:
 
 def recent_after(cache: KVCache, step: PrefillStep) -> Array:
     """`recent_len` int32 [R] after this chunk."""
-    return jnp.where(step.length > 0, jnp.minimum(cache.recent_len + step.length, cache.spec.window), cache.recent_len)
+    return jnp.where(step.length > 0, cache.spec.staying(cache.recent_len + step.length), cache.recent_len)
 
 
 def _keep_window(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep) -> KVCache:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from diffkv_jax.cache import CacheSpec
 from diffkv_jax.model_protocol import AttentionSpec
 
 MIN_CHUNK = 16
@@ -68,6 +69,21 @@ def check_context(attention: AttentionSpec, totals: np.ndarray, max_len: int) ->
             f"request {worst} may come to {totals[worst]} tokens, more than the cache's max_len={max_len}; "
             "make the first call with a larger max_len or lower max_new_tokens"
         )
+
+
+def check_evicts_once(spec: CacheSpec, seen: np.ndarray, lengths: np.ndarray, size: int) -> None:
+    """Refuse prompts that would have stored tokens dropped which share numbers. `seen`, `lengths` int [R], `size` is that of a chunk.
+
+    Raises:
+        ValueError: a prompt of several chunks, or one after another.
+    """
+    if spec.layout.together == 1 or spec.selection.score is None:
+        return
+    rule = f"{spec.layout.formats[0].name} shares numbers between tokens, so the policy drops tokens before they are encoded"
+    if lengths.max() > size:
+        raise ValueError(f"{rule}: a prompt of {lengths.max()} tokens must fit one chunk of {size}; raise prefill_chunk")
+    if seen.any():
+        raise ValueError(f"{rule}, and this cache holds a prompt already; begin a new cache, or take a codec for each token such as 'K4V4'")
 
 
 def chunk_size(longest: int, prefill_chunk: int, observe: int) -> int:

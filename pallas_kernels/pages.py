@@ -58,6 +58,7 @@ class PageLayout:
         Raises:
             ValueError: a format cannot pack `head_dim`, or a lower tier needs more payload than a higher one.
         """
+        formats = [f.for_block(head_dim, tokens) for f in formats]
         block_rows = [f.key.rows(head_dim) + f.value.rows(head_dim) for f in formats]
 
         def layout(rows: int) -> PageLayout:
@@ -77,6 +78,11 @@ class PageLayout:
     def tiers(self) -> int:
         """Number of stored tiers."""
         return len(self.formats)
+
+    @property
+    def together(self) -> int:
+        """Tokens that enter a tier together, encoded once as a block: T where a codec shares numbers over a block, else 1."""
+        return 1 if all(fmt.separable for fmt in self.formats) else self.tokens
 
     @property
     def side_rows(self) -> int:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from oracles.blocks import read_block
 from oracles.quantiser import dequantise, unpack
 
 TIERS = ("high", "low")
@@ -21,13 +22,19 @@ def payload_rows(codec, head_dim: int) -> int:
 
 
 def meta_rows(codec) -> int:
-    """float16 numbers that a token's K or V takes: a scale and a zero point a group."""
+    """float16 rows of a token's K or V: a scale and a zero point a group, or those of all channels over the lanes of a block."""
+    if hasattr(codec, "tokens"):
+        return -(-2 * codec.head_dim // codec.tokens)
     return 2 * codec.groups if hasattr(codec, "bits") else 0
 
 
 def decode_tensor(codec, payload: np.ndarray, meta: np.ndarray) -> np.ndarray:
     """Payload uint8 `[rows, T]` and metadata float16 `[meta_rows, T]` as float32 `[T, head_dim]`."""
     meta = meta.view(np.float16)  # TPU caches keep the bits as int16
+    if hasattr(codec, "tokens"):
+        blocks = range(0, payload.shape[1], codec.tokens)
+        parts = [read_block(codec, payload[:, at : at + codec.tokens], meta[:, at : at + codec.tokens]) for at in blocks]
+        return np.concatenate([np.zeros((0, codec.head_dim), np.float32), *parts])
     if hasattr(codec, "bits"):
         return dequantise(unpack(payload, codec.bits).T, meta[: codec.groups].T, meta[codec.groups :].T)
     dtype = np.dtype(jnp.dtype(codec.dtype))

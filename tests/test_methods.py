@@ -288,4 +288,4 @@ def test_the_compositions_of_the_docs_can_be_built():
     text = (Path(__file__).parent.parent / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     built = [eval(line, {"dkv": dkv}) for line in code.strip().splitlines()]
-    assert len(built) == 6 and all(isinstance(policy, dkv.CompressionPolicy) for policy in built)
+    assert len(built) == 7 and all(isinstance(policy, dkv.CompressionPolicy) for policy in built)

@@ -6,4 +6,6 @@ from .formats import Block as Block
 from .formats import Codec as Codec
 from .formats import KVFormat as KVFormat
 from .full import Full as Full
+from .outliers import Outliers as Outliers
+from .per_channel import PerChannel as PerChannel
 from .uniform import Uniform as Uniform

@@ -1,15 +1,41 @@
-"""`KVFormat`: how a token's K and V are stored in one tier, and the named formats."""
+"""`KVFormat`: how a token's K and V are stored in one tier, and the grammar of the named formats."""
 
 import re
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 from jax import Array
 
 from .full import Full
-from .uniform import Uniform
+from .outliers import Outliers
+from .per_channel import PerChannel
+from .uniform import Grouped, Uniform
 
-Codec = Uniform | Full
+Codec = Uniform | Full  # and in formats that kernels never meet (`KVFormat.in_kernels`) `PlainXLA`, typed as Any
+
+
+class Kind(NamedTuple):
+    """What a letter behind the bits stands for.
+
+    Attributes:
+        make: the codec from its bits and, where it `takes` one, the number of groups a token or the number behind the letter.
+        outliers, fill: along which vectors `+o` keeps outliers apart, and what replaces them.
+    """
+
+    make: Callable[..., Any]
+    takes: Literal["groups", "number"] | None = None
+    outliers: Literal["token", "channel"] = "token"
+    fill: Literal["mean", "median"] = "mean"
+
+
+KINDS = {
+    "": Kind(Uniform, takes="groups"),
+    "g": Kind(Grouped, takes="number"),  # groups of so many channels, whatever head_dim is
+    "c": Kind(PerChannel, outliers="channel"),
+}
+_TENSOR = r"(\d+)([a-z]?)(\d*)"
+_NAME = re.compile(rf"K{_TENSOR}V{_TENSOR}(?::(\d+),(\d+))?(?:\+o(\d+\.?\d*))?")
 
 
 class Block(NamedTuple):
@@ -27,29 +53,51 @@ class KVFormat:
 
     key: Codec
     value: Codec
+    label: str | None = field(default=None, compare=False)  # what it was parsed from
 
     @staticmethod
     def parse(name: str, dtype: str = "bfloat16") -> "KVFormat":
-        """`K<bits>V<bits>`, optionally with groups as `K4V2:2,4`, or `full` (kept in `dtype`).
+        """`K<bits>V<bits>` or `full` (kept in `dtype`).
+
+        A letter behind the bits names another codec (`KINDS`): `K2cV2g32` is two bits, the keys per channel over a block, the values in
+        groups of 32 channels. Groups a token follow a colon as in `K4V2:2,4`, and `+o2` keeps two percent of outliers apart.
 
         Raises:
             ValueError: the name has another form or other bit widths.
         """
         if name == "full":
             return KVFormat(Full(dtype), Full(dtype))
-        match = re.fullmatch(r"K(\d)V(\d)(?::(\d+),(\d+))?", name)
-        if match is None:
-            raise ValueError(f"format {name!r} must be 'full' or K<bits>V<bits> such as 'K8V4', groups after a colon as in 'K4V2:2,4'")
-        k_bits, v_bits, k_groups, v_groups = (int(part or 1) for part in match.groups())
-        return KVFormat(Uniform(k_bits, k_groups), Uniform(v_bits, v_groups))
+        match = _NAME.fullmatch(name)
+        if match is None or match[2] not in KINDS or match[5] not in KINDS:
+            raise ValueError(
+                f"format {name!r} must be 'full' or K<bits>V<bits> such as 'K8V4', with a letter behind the bits one of "
+                f"{[kind for kind in KINDS if kind]}, groups after a colon as in 'K4V2:2,4', outliers in percent as in '+o2'"
+            )
+        k, v, share = (match[1], match[2], match[3], match[7]), (match[4], match[5], match[6], match[8]), match[9]
+        return KVFormat(_tensor(name, *k, share), _tensor(name, *v, share), label=name)
 
     @property
     def name(self) -> str:
         """The name that `parse` reads."""
-        if isinstance(self.key, Full) or isinstance(self.value, Full):
+        if self.label is not None:
+            return self.label
+        if not (isinstance(self.key, Uniform) and isinstance(self.value, Uniform)):
             return "full"
         groups = "" if self.key.groups == self.value.groups == 1 else f":{self.key.groups},{self.value.groups}"
         return f"K{self.key.bits}V{self.value.bits}{groups}"
+
+    def for_block(self, head_dim: int, tokens: int) -> "KVFormat":
+        """The format of blocks `[head_dim, tokens]`: some codecs' rows depend on both.
+
+        Raises:
+            ValueError: they cannot hold such blocks.
+        """
+        return replace(self, key=self.key.for_block(head_dim, tokens), value=self.value.for_block(head_dim, tokens))
+
+    @property
+    def separable(self) -> bool:
+        """Whether a token's lane can be moved, dropped or overwritten without touching others; if not, only whole blocks are encoded."""
+        return self.key.separable and self.value.separable
 
     def token_bytes(self, head_dim: int) -> int:
         """Payload and metadata bytes of one token of one head."""
@@ -83,6 +131,18 @@ class KVFormat:
         k_payload, k_meta = _demote(self.key, target.key, block.k_payload, block.k_meta)
         v_payload, v_meta = _demote(self.value, target.value, block.v_payload, block.v_meta)
         return Block(k_payload, v_payload, k_meta, v_meta)
+
+
+def _tensor(name: str, bits: str, letter: str, number: str, groups: str | None, share: str | None) -> Any:
+    """The codec of one tensor of the format `name`; `share` of outliers in percent."""
+    kind = KINDS[letter]
+    if bool(number) != (kind.takes == "number"):
+        raise ValueError(f"format {name!r}: the letter {letter!r} {'takes no' if number else 'needs a'} number behind it, as in 'K4g32V4c'")
+    if kind.takes != "groups" and groups not in (None, "1"):
+        raise ValueError(f"format {name!r}: {bits}{letter} has no groups a token, give 1 for it after the colon")
+    extra = {"groups": int(groups or 1), "number": int(number or 0), None: None}[kind.takes]
+    codec = kind.make(int(bits)) if kind.takes is None else kind.make(int(bits), extra)
+    return codec if share is None else Outliers(codec, float(share) / 100, kind.outliers, kind.fill)
 
 
 def _demote(source: Codec, target: Codec, payload: Array, meta: Array) -> tuple[Array, Array]:

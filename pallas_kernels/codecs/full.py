@@ -17,6 +17,7 @@ class Full:
     dtype: str
 
     in_kernels = True  # and not in plain XLA only
+    separable = True  # a token's lane stands for itself
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -25,6 +26,11 @@ class Full:
     @property
     def _bytes(self) -> int:
         return jnp.dtype(self.dtype).itemsize
+
+    def for_block(self, head_dim: int, tokens: int) -> "Full":
+        """Itself: rows depend on `head_dim` alone."""
+        del head_dim, tokens
+        return self
 
     def rows(self, head_dim: int) -> int:
         """Payload rows (bytes a token) of one block."""

@@ -25,12 +25,18 @@ class Uniform:
     groups: int = 1
 
     in_kernels = True  # and not in plain XLA only
+    separable = True  # a token's lane stands for itself
 
     def __post_init__(self):
         if self.bits not in BITS:
             raise ValueError(f"bits={self.bits} must be one of {BITS}")
         if self.groups < 1:
             raise ValueError(f"groups={self.groups} must be at least 1")
+
+    def for_block(self, head_dim: int, tokens: int) -> "Uniform":
+        """Itself: rows depend on `head_dim` alone."""
+        del head_dim, tokens
+        return self
 
     def rows(self, head_dim: int) -> int:
         """Payload rows (bytes a token) of one block."""
@@ -158,6 +164,24 @@ class Uniform:
     def _scale_zero(self, meta: Array) -> tuple[Array, Array]:
         meta = meta.astype(jnp.float32)
         return meta[..., : self.groups, :], meta[..., self.groups :, :]
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """`Uniform` with groups of `channels` contiguous channels: what `for_block` gives once head_dim is known."""
+
+    bits: int
+    channels: int
+
+    in_kernels = True
+    separable = True
+
+    def for_block(self, head_dim: int, tokens: int) -> Uniform:
+        """The codec of blocks with `head_dim` channels."""
+        del tokens
+        if self.channels < 1 or head_dim % self.channels:
+            raise ValueError(f"head_dim={head_dim} must be a multiple of the groups' channels={self.channels}, as in 'K4g32V4g32'")
+        return Uniform(self.bits, head_dim // self.channels)
 
 
 def _plane(planes: Sequence[Array], shift: int, bits: int) -> Array:

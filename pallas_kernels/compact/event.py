@@ -36,7 +36,7 @@ def apply_event(
             falls = low & gate
 
     def change(stored: Stored) -> Stored:
-        if layout.scored:
+        if layout.scored and layout.together == 1:  # whole blocks stay as they are
             for tier in reversed(range(layout.tiers)):
                 demoted = falls if tier == 0 else None
                 stored = remove_tokens(stored, layout, tier, victims[tier], demoted, pages_a_round=pages_a_round)

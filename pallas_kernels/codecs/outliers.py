@@ -1,0 +1,105 @@
+"""The largest and smallest values of every vector kept beside a codec, which then sees a narrower range.
+
+GEAR (arXiv:2403.05527, sec. 3) and KVQuant (arXiv:2401.18079, sec. 3.4): per-vector outliers.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .lanes import apart, as_rows, from_rows, rows_for, side_by_side
+from .plain import PlainXLA
+from .uniform import Uniform
+
+
+@dataclass(frozen=True)
+class Outliers(PlainXLA):
+    """`codec` with the outliers of each vector stored apart, value (float16) and index (a byte).
+
+    A vector is one token's channels (`axis="token"`) or one channel over the tokens of a block (`axis="channel"`). Its largest and its
+    smallest values, `share` of it in all and at least one of each, are replaced by the vector's mean or median before the codec
+    encodes it. Plain XLA runs it.
+
+    Rows: those of the codec first, then the outliers': with "token" `count` rows of indices and of values, lane t for token t; with
+    "channel" the numbers of one channel after the other, `lanes.as_rows`.
+    """
+
+    codec: "PlainXLA | Uniform"
+    share: float
+    axis: Literal["token", "channel"] = "token"
+    fill: Literal["mean", "median"] = "mean"
+    head_dim: int = 0  # given by `for_block`
+    tokens: int = 0
+
+    def __post_init__(self):
+        if not 0 < self.share < 1:
+            raise ValueError(f"share={self.share} of outliers must lie between 0 and 1")
+        if self._length > 256:
+            raise ValueError(f"outliers are counted by a byte: a vector of {self._length} values is longer than 256")
+
+    def for_block(self, head_dim: int, tokens: int) -> "Outliers":
+        """The codec of blocks `[head_dim, tokens]`."""
+        return dataclasses.replace(self, codec=self.codec.for_block(head_dim, tokens), head_dim=head_dim, tokens=tokens)
+
+    @property
+    def separable(self) -> bool:
+        """Whether a token's lane stands for itself."""
+        return self.axis == "token" and self.codec.separable
+
+    @property
+    def count(self) -> int:
+        """Outliers of a vector, as many large ones as small ones."""
+        return 2 * max(1, round(self.share * self._length / 2))
+
+    @property
+    def _length(self) -> int:
+        return self.head_dim if self.axis == "token" else self.tokens
+
+    @property
+    def _outlier_rows(self) -> int:
+        return self.count if self.axis == "token" else rows_for(self.head_dim * self.count, self.tokens)
+
+    def rows(self, head_dim: int) -> int:
+        """Payload rows (bytes a token) of one block."""
+        return self.codec.rows(head_dim) + self._outlier_rows
+
+    @property
+    def meta_rows(self) -> int:
+        """float16 metadata rows of one block."""
+        return self.codec.meta_rows + self._outlier_rows
+
+    def encode(self, x: Array) -> tuple[Array, Array]:
+        """`[..., d, T]` to payload uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows, T]`."""
+        vectors = self._as_vectors(x.astype(jnp.float32))
+        index = jnp.concatenate([lax.top_k(sign * vectors, self.count // 2)[1] for sign in (1, -1)], axis=-1)  # [..., vectors, count]
+        values = jnp.take_along_axis(vectors, index, axis=-1)
+        middle = {"mean": jnp.mean, "median": jnp.median}[self.fill](vectors, axis=-1, keepdims=True)
+        taken = (jnp.arange(self._length) == index[..., None]).any(axis=-2)
+        payload, meta = self.codec.encode(self._as_vectors(jnp.where(taken, middle, vectors)))
+        payload = jnp.concatenate([payload, self._packed(index.astype(jnp.uint8))], axis=-2)
+        return payload, jnp.concatenate([meta, self._packed(values.astype(jnp.float16))], axis=-2)
+
+    def decode(self, payload: Array, meta: Array) -> Array:
+        """Back to float32 `[..., d, n * T]`, of one block or n that lie side by side."""
+        payload, meta = apart(payload, self.tokens), apart(meta, self.tokens)
+        rows, meta_rows = payload.shape[-2] - self._outlier_rows, self.codec.meta_rows
+        vectors = self._as_vectors(self.codec.decode(payload[..., :rows, :], meta[..., :meta_rows, :]))
+        index, values = self._unpacked(payload[..., rows:, :]), self._unpacked(meta[..., meta_rows:, :])
+        for i in range(self.count):
+            here = jnp.arange(self._length) == index[..., i, None]
+            vectors = jnp.where(here, values[..., i, None].astype(jnp.float32), vectors)
+        return side_by_side(self._as_vectors(vectors))
+
+    def _as_vectors(self, x: Array) -> Array:
+        """`[..., d, T]` with the axis of a vector last, or back."""
+        return jnp.swapaxes(x, -1, -2) if self.axis == "token" else x
+
+    def _packed(self, numbers: Array) -> Array:
+        """`[..., vectors, count]` as rows of T lanes."""
+        return jnp.swapaxes(numbers, -1, -2) if self.axis == "token" else as_rows(numbers, self.tokens)
+
+    def _unpacked(self, rows: Array) -> Array:
+        return jnp.swapaxes(rows, -1, -2) if self.axis == "token" else from_rows(rows, self.head_dim, self.count)
