@@ -28,6 +28,15 @@ def quantized(fmt: str, *, window: int = 64, flush: int = 32, rotate: bool = Fal
     return CompressionPolicy(fmt, (fmt,), window=window, flush=flush, rotate=rotate)
 
 
+def coupled_quantization(channels: int = 4, bits: int = 8, *, window: int = 64, flush: int = 32) -> CompressionPolicy:
+    """Coupled Quantization (arXiv:2405.03917): `channels` neighbouring channels share a code of `bits` bits; keys without RoPE.
+
+    Its codebooks are learned: `generate(..., calibration=calibrate(model, params, tokens, policy))`.
+    """
+    part = f"{bits}v{channels}"
+    return CompressionPolicy(f"cq_{channels}c{bits}b", (f"K{part}V{part}",), window=window, flush=flush, un_rope=True)
+
+
 class Options(TypedDict, total=False):
     """What every method with a budget takes beside it, as in `CompressionPolicy`."""
 
@@ -116,5 +125,5 @@ def load_policy(source: str | Path) -> CompressionPolicy:
 
 
 PRESETS = {"quality": partial(quantized, "K8V4"), "balanced": partial(diffkv, 1.0, 0.0), "small": partial(diffkv, 1.0, 0.02)}
-METHODS = (diffkv, streaming_llm, h2o, tova, snapkv, pyramidkv, key_norm, key_difference, random_eviction)
+METHODS = (diffkv, streaming_llm, h2o, tova, snapkv, pyramidkv, key_norm, key_difference, random_eviction, coupled_quantization)
 NAMED = PRESETS | {method.__name__: method for method in METHODS}
