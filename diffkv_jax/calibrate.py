@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from diffkv_jax.cache import CacheSpec, table_shapes
 from diffkv_jax.calibration import Calibration, fingerprint
-from diffkv_jax.kmeans import weighted_kmeans
+from diffkv_jax.learn import Learning, learn_table
 from diffkv_jax.model_protocol import CausalLM
-from diffkv_jax.pallas_kernels.codecs import Coupled
+from diffkv_jax.pallas_kernels.codecs import learned_part
 from diffkv_jax.pallas_kernels.rope import at_positions
 from diffkv_jax.policy import CompressionPolicy
 from diffkv_jax.probe import Activations, activations
@@ -37,6 +37,7 @@ def calibrate(
     fisher: bool = True,
     samples: int = 8192,
     iterations: int = 50,
+    q_norm: bool | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Calibration:
@@ -49,6 +50,7 @@ def calibrate(
         fisher: weigh errors by the squared gradient of the loss (one backward pass a sequence), as the papers do; else all alike.
         samples: tokens that are learned from, evenly spaced over all; each takes 4 float32 numbers a channel, layer and KV head.
         iterations: of k-means.
+        q_norm: whether learned levels keep the mean and deviation of what they code (KVQuant's Q-Norm); None: at two bits or fewer.
         seed: of its random seeds.
         progress: show a progress bar.
 
@@ -66,11 +68,12 @@ def calibrate(
         key = jax.random.key(seed)
 
         def learned(codec: Any, given: Samples) -> np.ndarray | None:
-            if not isinstance(codec, Coupled):
+            if learned_part(codec) is None:
                 return None
             layers = []
             for x, weight in zip(given.x, given.fisher, strict=True):
-                layers.append(np.asarray(_codebooks(codec, x, weight, jax.random.fold_in(key, bar.n), iterations)))
+                block, cost = (jnp.moveaxis(jnp.asarray(part), 0, 2) for part in (x, weight))  # [K, d, n]
+                layers.append(np.asarray(learn_table(codec, block, cost, jax.random.fold_in(key, bar.n), Learning(iterations, q_norm))))
                 bar.update()
             return np.stack(layers)
 
@@ -110,15 +113,3 @@ def _stored(spec: CacheSpec, seen: Activations, at: np.ndarray, fisher: bool) ->
     if spec.rotate:
         k, v, k_gradient, v_gradient = (rotated(x) for x in (k, v, k_gradient, v_gradient))
     return tuple(Samples(x, jnp.square(g) if fisher else jnp.ones_like(x)) for x, g in ((k, k_gradient), (v, v_gradient)))  # pyright: ignore
-
-
-def _codebooks(codec: Coupled, x: Array, fisher: Array, key: Array, iterations: int) -> Array:
-    """float16 `[K, *codec.table_shape]` from `x`, `fisher [n, K, d]` of one layer.
-
-    Coupled Quantization (arXiv:2405.03917): the weight of a vector of channels is the squared norm of its gradient.
-    """
-    n, heads, d = x.shape
-    by_group = (jnp.moveaxis(part.reshape(n, heads, -1, codec.channels), 0, 2) for part in (x, fisher))  # [K, groups, n, channels]
-    vectors, weight = (part.reshape(-1, n, codec.channels) for part in by_group)
-    centroids = weighted_kmeans(vectors, weight.sum(axis=-1), key, 2**codec.bits, iterations)
-    return centroids.reshape(heads, *codec.table_shape(d)).astype(jnp.float16)

@@ -37,6 +37,15 @@ def coupled_quantization(channels: int = 4, bits: int = 8, *, window: int = 64, 
     return CompressionPolicy(f"cq_{channels}c{bits}b", (f"K{part}V{part}",), window=window, flush=flush, un_rope=True)
 
 
+def kvquant(bits: int = 4, outliers: float = 0.01, *, window: int = 64, flush: int = 32) -> CompressionPolicy:
+    """KVQuant (arXiv:2401.18079): learned levels, of each channel's range for keys (without RoPE) and of each token's for values.
+
+    The share `outliers` of each token (0: none) is kept apart. Its tables are learned, as those of `coupled_quantization`.
+    """
+    apart = f"+o{100 * outliers:g}" if outliers else ""
+    return CompressionPolicy(f"kvquant_{bits}b{apart}", (f"K{bits}sV{bits}t{apart}",), window=window, flush=flush, un_rope=True)
+
+
 class Options(TypedDict, total=False):
     """What every method with a budget takes beside it, as in `CompressionPolicy`."""
 
@@ -125,5 +134,5 @@ def load_policy(source: str | Path) -> CompressionPolicy:
 
 
 PRESETS = {"quality": partial(quantized, "K8V4"), "balanced": partial(diffkv, 1.0, 0.0), "small": partial(diffkv, 1.0, 0.02)}
-METHODS = (diffkv, streaming_llm, h2o, tova, snapkv, pyramidkv, key_norm, key_difference, random_eviction, coupled_quantization)
+METHODS = (diffkv, streaming_llm, h2o, tova, snapkv, pyramidkv, key_norm, key_difference, random_eviction, coupled_quantization, kvquant)
 NAMED = PRESETS | {method.__name__: method for method in METHODS}

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .packing import pack_planes, packed_rows, unpack_planes
+from .packing import fills_bytes, pack_planes, packed_rows, unpack_planes
 from .plain import PlainXLA
 
-BITS = (1, 2, 4, 8)
+BITS = (1, 2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Coupled(PlainXLA):
 
     def rows(self, head_dim: int) -> int:
         """Payload rows (bytes a token) of one block."""
-        if head_dim % self.channels or (head_dim // self.channels * self.bits) % 8:
+        if head_dim % self.channels or not fills_bytes(self.bits, head_dim // self.channels):
             raise ValueError(
                 f"head_dim={head_dim} must be a multiple of channels={self.channels}, and its codes of {self.bits} bits must fill bytes; "
                 "choose another number of channels"

@@ -1,4 +1,4 @@
-"""Codecs with learned arrays: what shape one head's array has, and the codec bound to the arrays of a layer's heads."""
+"""Codecs that learn: what shape one head's array has, and the codec bound to the arrays of a layer's heads."""
 
 import dataclasses
 from typing import Any
@@ -6,13 +6,14 @@ from typing import Any
 from jax import Array
 
 from .coupled import Coupled
+from .levels import Levels
 from .outliers import Outliers
 
 
-def learned_part(codec: Any) -> Coupled | None:
+def learned_part(codec: Any) -> Coupled | Levels | None:
     """The codec that learns, also beneath outliers kept apart; None where nothing is learned."""
     inner = codec.codec if isinstance(codec, Outliers) else codec
-    return inner if isinstance(inner, Coupled) else None
+    return inner if isinstance(inner, Coupled | Levels) else None
 
 
 def table_shape(codec: Any, head_dim: int) -> tuple[int, ...] | None:
