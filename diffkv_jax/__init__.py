@@ -2,10 +2,13 @@
 
 from diffkv_jax.cache import CacheSpec as CacheSpec
 from diffkv_jax.cache import KVCache as KVCache
+from diffkv_jax.calibrate import calibrate as calibrate
+from diffkv_jax.calibration import Calibration as Calibration
 from diffkv_jax.generate import GenerateOutput as GenerateOutput
 from diffkv_jax.generate import generate as generate
 from diffkv_jax.generate import make_cache as make_cache
 from diffkv_jax.methods import ada_kv as ada_kv
+from diffkv_jax.methods import coupled_quantization as coupled_quantization
 from diffkv_jax.methods import diffkv as diffkv
 from diffkv_jax.methods import expected_attention as expected_attention
 from diffkv_jax.methods import fastgen as fastgen
@@ -13,6 +16,7 @@ from diffkv_jax.methods import h2o as h2o
 from diffkv_jax.methods import key_difference as key_difference
 from diffkv_jax.methods import key_norm as key_norm
 from diffkv_jax.methods import kivi as kivi
+from diffkv_jax.methods import kvquant as kvquant
 from diffkv_jax.methods import load_policy as load_policy
 from diffkv_jax.methods import pyramidkv as pyramidkv
 from diffkv_jax.methods import quantized as quantized

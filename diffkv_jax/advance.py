@@ -8,7 +8,17 @@ from jax import Array, lax
 from diffkv_jax.cache import KVCache
 from diffkv_jax.event import Plan, admit, apply_plan, plan_event
 from diffkv_jax.head_profile import mark_all, unmark
-from diffkv_jax.layer_state import all_heads, head_numbers, layer_clock, per_head, stored_layer, take_layer, when, with_stored
+from diffkv_jax.layer_state import (
+    all_heads,
+    head_numbers,
+    layer_clock,
+    layer_layout,
+    per_head,
+    stored_layer,
+    take_layer,
+    when,
+    with_stored,
+)
 from diffkv_jax.observed import count_observed
 from diffkv_jax.pallas_kernels.append import shift_recent
 from diffkv_jax.pallas_kernels.compact import Tokens
@@ -117,7 +127,7 @@ def _carry_out(cache: KVCache, layer: Array | None, plan: Plan, going: Array) ->
     """Let the oldest `going [R]` recent tokens of each request into the tiers of a layer (of all when None) as planned."""
     spec, tokens = cache.spec, _oldest(cache, layer)
     going_on = per_head(cache, going > 0, tokens.k.shape[0] // spec.num_heads)
-    stored = apply_plan(spec, stored_layer(cache, layer), plan, tokens, going_on, one_victim=spec.one_victim)
+    stored = apply_plan(spec, layer_layout(cache, layer), stored_layer(cache, layer), plan, tokens, going_on, one_victim=spec.one_victim)
     cache = with_stored(cache, layer, stored)
     entered = stored.ring.count >= 0  # always so, but the compiler cannot know: the windows change when the event has read them
     recent_k, recent_v, significance = _without_oldest(cache, layer, jnp.where(entered, going, 0))

@@ -10,18 +10,19 @@ from diffkv_jax.cache import CacheSpec, KVCache
 from diffkv_jax.decode_layer import decode_layer
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.prefill_layer import prefill_layer
+from diffkv_jax.probe import Probe
 from diffkv_jax.rotation import rotated
 from diffkv_jax.steps import DecodeStep, PrefillStep
 from diffkv_jax.window_layer import window_layer
 
 
 def attend(
-    cache: KVCache, layer: Array, q: Array, k: Array, v: Array, positions: Array, step: DecodeStep | PrefillStep
-) -> tuple[Array, KVCache]:
+    cache: KVCache | Probe, layer: Array, q: Array, k: Array, v: Array, positions: Array, step: DecodeStep | PrefillStep
+) -> tuple[Array, KVCache | Probe]:
     """Attention of one layer of one step over the cache, which takes the new tokens in.
 
     Args:
-        cache: as it is before this layer.
+        cache: as it is before this layer; a `Probe` attends plainly and keeps what it sees.
         layer: int32 [], index of the layer in the model; may be traced.
         q: [R, T, num_q_heads, head_dim] after RoPE.
         k, v: [R, T, num_kv_heads, head_dim], K after RoPE.
@@ -33,6 +34,8 @@ def attend(
         (`diffkv_jax.advance`).
     """
     del positions
+    if isinstance(cache, Probe):
+        return cache.attend(layer, q, k, v)
     spec = cache.spec
     slot = jnp.asarray(_slots(spec))[layer]
     if not spec.window_layers:

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,16 @@ from jax import Array
 
 from diffkv_jax.model_protocol import AttentionSpec
 from diffkv_jax.observed import nothing_observed
-from diffkv_jax.pallas_kernels.codecs import Full, KVFormat
+from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, table_shape
 from diffkv_jax.pallas_kernels.compact import FreeRing
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from diffkv_jax.policy import CompressionPolicy
 from diffkv_jax.query_statistics import QueryStatistics, no_queries
 from diffkv_jax.selection import Selection
+
+Table = Array | np.ndarray | None
+Tables = tuple[tuple[Table, Table], ...]  # of K and V in each tier, None where the codec learns nothing
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,7 @@ class KVCache:
     steps: Array  # int32 [] decode steps since the last prompt
     pending: Array  # int32 [R] token sampled last and not yet seen by the model, -1 = none
     queries: QueryStatistics | None  # of the prompts' queries, where the policy ranks by them
+    tables: Tables  # float16 [L, K, ...] what learned codecs have learned
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -179,8 +184,25 @@ class KVCache:
 jax.tree_util.register_dataclass(KVCache, data_fields=[f.name for f in fields(KVCache) if f.name != "spec"], meta_fields=["spec"])
 
 
-def empty_cache(spec: CacheSpec, limits: np.ndarray | Array) -> KVCache:
-    """A cache without tokens. `limits` float32 [paged layers, requests, kv_heads, 2]; every page is zeroed and free."""
+def table_shapes(spec: CacheSpec) -> tuple[tuple[tuple[int, ...] | None, ...], ...]:
+    """Shapes of `KVCache.tables`."""
+    attention = spec.attention
+    heads = (len(spec.paged_layers), attention.num_kv_heads)
+
+    def of(codec: Any) -> tuple[int, ...] | None:
+        shape = table_shape(codec, attention.head_dim)
+        return shape and (*heads, *shape)
+
+    return tuple((of(fmt.key), of(fmt.value)) for fmt in spec.layout.formats)
+
+
+def empty_cache(spec: CacheSpec, limits: np.ndarray | Array, tables: Tables | None = None) -> KVCache:
+    """A cache without tokens; every page is zeroed and free.
+
+    `limits` float32 [paged layers, requests, kv_heads, 2]; `tables` of the shapes `table_shapes(spec)`, zeros when None: good to count.
+    """
+    if tables is None:
+        tables = tuple((_zeros(key), _zeros(value)) for key, value in table_shapes(spec))
     paged, windowed = len(spec.paged_layers), len(spec.window_layers)
     heads = (spec.num_requests, spec.attention.num_kv_heads)
     head_dim, slots = spec.attention.head_dim, spec.window + spec.flush
@@ -207,4 +229,9 @@ def empty_cache(spec: CacheSpec, limits: np.ndarray | Array) -> KVCache:
         steps=jnp.int32(0),
         pending=counter - 1,
         queries=no_queries(spec.attention, paged, spec.num_requests) if spec.selection.score == "expected" else None,
+        tables=tables,
     )
+
+
+def _zeros(shape: tuple[int, ...] | None) -> Array | None:
+    return None if shape is None else jnp.zeros(shape, jnp.float16)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from diffkv_jax.cache import KVCache
-from diffkv_jax.layer_state import all_heads, layer_heads, per_head, put_layer, take_layer
+from diffkv_jax.layer_state import all_heads, layer_heads, layer_layout, per_head, put_layer, take_layer
 from diffkv_jax.pallas_kernels.append import append_recent
 from diffkv_jax.pallas_kernels.attention import decode_attention
 from diffkv_jax.steps import DecodeStep
@@ -17,12 +17,13 @@ def decode_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, ste
     spec = cache.spec
     cache = _append(cache, layer, k, v, step)
     heads = layer_heads(cache, layer, cache.recent_len + step.active)
+    layout = layer_layout(cache, layer)
     live, scores_too = per_head(cache, step.active), spec.selection.accumulates
     heads = heads._replace(tier_len=jnp.where(live[:, None], heads.tier_len, 0), recent_len=jnp.where(live, heads.recent_len, 0))
     out, significance, recent_scores = decode_attention(
         q.reshape(spec.num_heads, -1, spec.attention.head_dim),
         cache.pages if scores_too else dataclasses.replace(cache.pages, significance=cache.pages.significance[:, :0]),
-        spec.layout if scores_too else dataclasses.replace(spec.layout, scored=False),
+        layout if scores_too else dataclasses.replace(layout, scored=False),
         heads,
         max_len=spec.max_len,
         sm_scale=spec.attention.sm_scale,

@@ -11,6 +11,7 @@ from jax import Array, lax
 from tqdm import tqdm
 
 from diffkv_jax.cache import KVCache
+from diffkv_jax.calibration import Calibration
 from diffkv_jax.generate import make_cache, prefill
 from diffkv_jax.model_protocol import CausalLM
 from diffkv_jax.policy import CompressionPolicy
@@ -58,6 +59,7 @@ def teacher_forced(
     cache_dtype: str | None = None,
     prefill_chunk: int = 1024,
     progress: str | None = None,
+    calibration: Calibration | None = None,
 ) -> tuple[np.ndarray, KVCache]:
     """Prefill `tokens[:, :context]` int [R, N], then feed the others one at a time while the cache goes on compressing.
 
@@ -72,7 +74,9 @@ def teacher_forced(
     if not 1 <= context < batch.shape[1]:
         raise ValueError(f"context={context} must be at least 1 and leave something of the {batch.shape[1]} tokens to feed")
     check_context(model.attention, sizes, batch.shape[1] if max_len is None else max_len)
-    cache = make_cache(model, policy, sizes, max_len=max_len, memory_budget=memory_budget, cache_dtype=cache_dtype)
+    if calibration is not None:
+        calibration.check(model, params, policy)
+    cache = make_cache(model, policy, sizes, max_len=max_len, memory_budget=memory_budget, cache_dtype=cache_dtype, calibration=calibration)
     observe = policy.observe if isinstance(policy.observe, int) else 0
     size = chunk_size(context, prefill_chunk, observe)
     _, cache = prefill(model, params, cache, batch, np.full_like(sizes, context), size)

@@ -109,12 +109,20 @@ def admit(needed: Array, free: Array) -> Array:
 
 
 def apply_plan(
-    spec: CacheSpec, stored: Stored, plan: Plan, tokens: Tokens, admitted: Array, *, one_victim: bool, pages_a_round: int = 1
+    spec: CacheSpec,
+    layout: PageLayout,
+    stored: Stored,
+    plan: Plan,
+    tokens: Tokens,
+    admitted: Array,
+    *,
+    one_victim: bool,
+    pages_a_round: int = 1,
 ) -> Stored:
-    """Carry out a plan for the heads `admitted [B]`; `tokens` begin with those that `plan.entering` classifies."""
+    """Carry out a plan for the heads `admitted [B]` in the layer of `layout`; `tokens` begin with those that `plan.entering` classifies."""
     return apply_event(
         stored,
-        spec.layout,
+        layout,
         plan.rule,
         plan.moves,
         tokens,

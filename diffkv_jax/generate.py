@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from diffkv_jax.budget import check_pool, kept_within, with_pool
 from diffkv_jax.cache import CacheSpec, KVCache, empty_cache, kernels_for
+from diffkv_jax.calibration import Calibration, tables_for
 from diffkv_jax.model_protocol import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.policy import CompressionPolicy
@@ -62,6 +63,7 @@ def generate(
     prefill_chunk: int = 1024,
     implementation: str | None = None,
     interpret: bool = False,
+    calibration: Calibration | None = None,
 ) -> GenerateOutput:
     """Continue prompts with a compressed KV cache.
 
@@ -84,6 +86,7 @@ def generate(
         prefill_chunk: prompts go in chunks of this many tokens, a power of two; a prompt that fits one is attended exactly.
         implementation: kernels: "xla", "cpu" (native), "triton" (GPU) or "mosaic_tpu" (TPU); None takes those of the platform at hand.
         interpret: run Pallas kernels in their interpreter, on any platform: slow, for tests.
+        calibration: what `calibrate` made for this model and policy; needed where codecs are learned.
 
     Raises:
         ValueError: bad input, named, before anything is computed.
@@ -94,7 +97,7 @@ def generate(
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if cache is not None:
         _check_unset(policy=policy, memory_budget=memory_budget, max_len=max_len, cache_dtype=cache_dtype)
-        _check_unset(implementation=implementation, interpret=interpret or None)
+        _check_unset(implementation=implementation, interpret=interpret or None, calibration=calibration)
         batch, sizes = _continued(cache, attention, batch, sizes)
     seen = np.zeros_like(sizes) if cache is None else np.asarray(cache.seq_len)
     totals = seen + sizes + max_new_tokens - 1
@@ -106,7 +109,18 @@ def generate(
     if cache is None:
         policy = policy or CompressionPolicy.none()
         kernels = kernels_for(policy, implementation, interpret=interpret)
-        cache = make_cache(model, policy, totals, max_len=max_len, memory_budget=memory_budget, cache_dtype=cache_dtype, kernels=kernels)
+        if calibration is not None:
+            calibration.check(model, params, policy)
+        cache = make_cache(
+            model,
+            policy,
+            totals,
+            max_len=max_len,
+            memory_budget=memory_budget,
+            cache_dtype=cache_dtype,
+            kernels=kernels,
+            calibration=calibration,
+        )
     observe = cache.spec.selection.observe if isinstance(cache.spec.selection.observe, int) else 0
     size = chunk_size(int(sizes.max()), prefill_chunk, observe)
     began = time.perf_counter()
@@ -127,6 +141,7 @@ def make_cache(
     memory_budget: int | str | None = None,
     cache_dtype: str | None = None,
     kernels: Kernels | None = None,
+    calibration: Calibration | None = None,
 ) -> KVCache:
     """An empty cache for requests that come to `totals` tokens each; `kernels` are those of the platform when None, the other arguments
     are those of `generate`.
@@ -145,11 +160,12 @@ def make_cache(
         dtype=cache_dtype or attention.dtype,
         kernels=kernels or kernels_for(policy),
     )
+    tables = tables_for(spec, policy, calibration)
     if isinstance(policy.keep, str):
         _check_one_budget(policy, memory_budget)
         policy, memory_budget = kept_within(spec, policy, totals), policy.keep
     spec = with_pool(spec, policy, totals, room, memory_budget)
-    return _empty(spec, policy.limits(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads))
+    return _empty(spec, policy.limits(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads), tables)
 
 
 def _check_one_budget(policy: CompressionPolicy, memory_budget: int | str | None) -> None:

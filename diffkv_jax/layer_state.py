@@ -6,14 +6,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from diffkv_jax.cache import KVCache
+from diffkv_jax.cache import KVCache, Table
 from diffkv_jax.event import Clock
 from diffkv_jax.pallas_kernels.attention import Heads
+from diffkv_jax.pallas_kernels.codecs import with_table
 from diffkv_jax.pallas_kernels.compact import Stored
 from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.pages import PageLayout
 
 State = TypeVar("State")
 _LAYERED = ("page_table", "tier_len")
@@ -92,6 +95,28 @@ def layer_heads(cache: KVCache, layer: Array, recent_len: Array) -> Heads:
         per_head(cache, recent_len),
         layer,
     )
+
+
+def layer_layout(cache: KVCache, layer: Array | None) -> PageLayout:
+    """The layout of the pages, its learned codecs holding the arrays of a paged layer's heads `[B, ...]`.
+
+    Codecs that learn are plain XLA's, which goes layer by layer; `layer` is None for kernels only.
+    """
+    layout = cache.spec.layout
+    if layer is None or not jax.tree.leaves(cache.tables):
+        return layout
+
+    def of_heads(table: Table) -> Array | None:
+        if table is None:
+            return None
+        one = lax.dynamic_index_in_dim(table, layer, keepdims=False)  # [K, ...]
+        return jnp.tile(one, (cache.spec.num_requests, *(1,) * (one.ndim - 1)))
+
+    formats = (
+        dataclasses.replace(fmt, key=with_table(fmt.key, of_heads(key)), value=with_table(fmt.value, of_heads(value)))
+        for fmt, (key, value) in zip(layout.formats, cache.tables, strict=True)
+    )
+    return dataclasses.replace(layout, formats=tuple(formats))
 
 
 def layer_clock(cache: KVCache, layer: Array | None, seq_len: Array, observed: Array, exact: Array, decides: Array) -> Clock:

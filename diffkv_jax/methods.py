@@ -39,6 +39,24 @@ def kivi(bits: int = 2, *, group: int = 32, residual: int = 128, rotate: bool = 
     return CompressionPolicy(f"kivi-{bits}", tiers, window=window, flush=group, block=group, rotate=rotate)
 
 
+def coupled_quantization(channels: int = 4, bits: int = 8, *, window: int = 64, flush: int = 32) -> CompressionPolicy:
+    """Coupled Quantization (arXiv:2405.03917): `channels` neighbouring channels share a code of `bits` bits; keys without RoPE.
+
+    Its codebooks are learned: `generate(..., calibration=calibrate(model, params, tokens, policy))`.
+    """
+    part = f"{bits}v{channels}"
+    return CompressionPolicy(f"cq_{channels}c{bits}b", (f"K{part}V{part}",), window=window, flush=flush, un_rope=True)
+
+
+def kvquant(bits: int = 4, outliers: float = 0.01, *, window: int = 64, flush: int = 32) -> CompressionPolicy:
+    """KVQuant (arXiv:2401.18079): learned levels, of each channel's range for keys (without RoPE) and of each token's for values.
+
+    The share `outliers` of each token (0: none) is kept apart. Its tables are learned, as those of `coupled_quantization`.
+    """
+    apart = f"+o{100 * outliers:g}" if outliers else ""
+    return CompressionPolicy(f"kvquant_{bits}b{apart}", (f"K{bits}sV{bits}t{apart}",), window=window, flush=flush, un_rope=True)
+
+
 class Options(TypedDict, total=False):
     """What every method with a budget takes beside it, as in `CompressionPolicy`."""
 
@@ -155,6 +173,8 @@ PRESETS = {"quality": partial(quantized, "K8V4"), "balanced": partial(diffkv, 1.
 METHODS = (
     diffkv,
     kivi,
+    coupled_quantization,
+    kvquant,
     streaming_llm,
     h2o,
     tova,

@@ -10,11 +10,23 @@ from diffkv_jax.cache import CacheSpec, KVCache
 from diffkv_jax.event import Clock, apply_plan, plan_event
 from diffkv_jax.expected_attention import count_queries, expected_attention, layer_queries
 from diffkv_jax.head_profile import choose_and_mark
-from diffkv_jax.layer_state import head_numbers, layer_clock, layer_heads, per_head, put_layer, stored_layer, take_layer, when, with_stored
+from diffkv_jax.layer_state import (
+    head_numbers,
+    layer_clock,
+    layer_heads,
+    layer_layout,
+    per_head,
+    put_layer,
+    stored_layer,
+    take_layer,
+    when,
+    with_stored,
+)
 from diffkv_jax.observed import count_observed
 from diffkv_jax.overflow import make_room
 from diffkv_jax.pallas_kernels.attention import Heads
 from diffkv_jax.pallas_kernels.compact import Tokens, ranked
+from diffkv_jax.pallas_kernels.pages import PageLayout
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk, ColumnSums, Scale, column_sums, prefill_attention
 from diffkv_jax.selection import ranked_tokens
 from diffkv_jax.smooth import smooth
@@ -33,8 +45,9 @@ def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, st
     heads = layer_heads(cache, layer, cache.recent_len)
     chunk = _by_head(cache, q, k, v, step.length)
     scale = Scale(spec.attention.sm_scale, spec.attention.logits_soft_cap)
-    out, lse = prefill_attention(chunk, cache.pages, spec.layout, heads, scale, kernels=spec.kernels)
-    sums = _scores(cache, chunk, lse, heads, scale, step)
+    layout = layer_layout(cache, layer)
+    out, lse = prefill_attention(chunk, cache.pages, layout, heads, scale, kernels=spec.kernels)
+    sums = _scores(cache, layout, chunk, lse, heads, scale, step)
     pages = dataclasses.replace(cache.pages, significance=sums.pages)
     cache = count_queries(dataclasses.replace(cache, pages=pages), layer, chunk)
     gathered = _gather(cache, layer, chunk, heads, sums)
@@ -74,7 +87,7 @@ def _by_head(cache: KVCache, q: Array, k: Array, v: Array, length: Array) -> Chu
     return Chunk(q, k, v, per_head(cache, length))
 
 
-def _scores(cache: KVCache, chunk: Chunk, lse: Array, heads: Heads, scale: Scale, step: PrefillStep) -> ColumnSums:
+def _scores(cache: KVCache, layout: PageLayout, chunk: Chunk, lse: Array, heads: Heads, scale: Scale, step: PrefillStep) -> ColumnSums:
     """Column sums of the observing rows when `step.compress`, with "all" also of every earlier chunk; else unchanged and zeros."""
     spec = cache.spec
     silent = ColumnSums(
@@ -86,7 +99,7 @@ def _scores(cache: KVCache, chunk: Chunk, lse: Array, heads: Heads, scale: Scale
 
     def score(sums: ColumnSums) -> ColumnSums:
         pages = dataclasses.replace(cache.pages, significance=sums.pages)
-        return column_sums(chunk, lse, rows, pages, spec.layout, heads, scale, kernels=spec.kernels)
+        return column_sums(chunk, lse, rows, pages, layout, heads, scale, kernels=spec.kernels)
 
     return when(spec.kernels, step.compress | (spec.selection.observe == "all"), score, silent)
 
@@ -132,7 +145,9 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep)
     plan = plan_event(spec, stored_layer(cache, layer), clock, tokens.significance, tokens.position, leaving, one_victim=False)
     cache = make_room(cache, plan.pages.reshape(spec.num_requests, -1).sum(axis=1))
     admitted = per_head(cache, ~cache.overflow)
-    stored = apply_plan(spec, stored_layer(cache, layer), plan, tokens, admitted, one_victim=False, pages_a_round=PAGES_A_ROUND)
+    stored = apply_plan(
+        spec, layer_layout(cache, layer), stored_layer(cache, layer), plan, tokens, admitted, one_victim=False, pages_a_round=PAGES_A_ROUND
+    )
     return with_stored(cache, layer, stored)
 
 

@@ -18,23 +18,28 @@ TIERS = ("high", "low")
 
 def payload_rows(codec, head_dim: int) -> int:
     """Bytes that a token's K or V takes."""
-    return head_dim * codec.bits // 8 if hasattr(codec, "bits") else head_dim * jnp.dtype(codec.dtype).itemsize
+    if hasattr(codec, "dtype"):
+        return head_dim * jnp.dtype(codec.dtype).itemsize
+    return head_dim // getattr(codec, "channels", 1) * codec.bits // 8
 
 
 def meta_rows(codec) -> int:
     """float16 rows of a token's K or V: a scale and a zero point a group, or those of all channels over the lanes of a block."""
     if hasattr(codec, "tokens"):
         return -(-2 * codec.head_dim // codec.tokens)
-    return 2 * codec.groups if hasattr(codec, "bits") else 0
+    return 2 * codec.groups if hasattr(codec, "groups") else 0
 
 
-def decode_tensor(codec, payload: np.ndarray, meta: np.ndarray) -> np.ndarray:
-    """Payload uint8 `[rows, T]` and metadata float16 `[meta_rows, T]` as float32 `[T, head_dim]`."""
+def decode_tensor(codec, payload: np.ndarray, meta: np.ndarray, table: np.ndarray | None = None) -> np.ndarray:
+    """Payload uint8 `[rows, T]` and metadata float16 `[meta_rows, T]` as float32 `[T, head_dim]`; `table` is a head's learned array."""
     meta = meta.view(np.float16)  # TPU caches keep the bits as int16
     if hasattr(codec, "tokens"):
         blocks = range(0, payload.shape[1], codec.tokens)
         parts = [read_block(codec, payload[:, at : at + codec.tokens], meta[:, at : at + codec.tokens]) for at in blocks]
         return np.concatenate([np.zeros((0, codec.head_dim), np.float32), *parts])
+    if table is not None:  # one codebook a group of channels
+        codes = unpack(payload, codec.bits)
+        return np.concatenate([book[code].astype(np.float32) for book, code in zip(table, codes, strict=True)], axis=1)
     if hasattr(codec, "bits"):
         return dequantise(unpack(payload, codec.bits).T, meta[: codec.groups].T, meta[codec.groups :].T)
     dtype = np.dtype(jnp.dtype(codec.dtype))
@@ -69,8 +74,11 @@ def tensor_rows(layout, tier: int) -> list[tuple[str, int, int]]:
     return [("payload", 0, k_rows), ("payload", blocks * k_rows, v_rows), ("meta", 0, k_meta), ("meta", blocks * k_meta, v_meta)]
 
 
-def read_tier(pages, layout, table_row, tier: int, length: int) -> TierTokens:
-    """Decode the first `length` slots of a tier; `table_row` int [max_pages], `pages` with arrays that NumPy can read."""
+def read_tier(pages, layout, table_row, tier: int, length: int, tables=(None, None)) -> TierTokens:
+    """Decode the first `length` slots of a tier; `table_row` int [max_pages], `pages` with arrays that NumPy can read.
+
+    `tables` are the head's learned arrays of K and V.
+    """
     page, block, lane = slot_addresses(layout, np.asarray(table_row), tier, int(length))
     columns = []
     for name, first, rows in tensor_rows(layout, tier):
@@ -81,7 +89,8 @@ def read_tier(pages, layout, table_row, tier: int, length: int) -> TierTokens:
     significance = np.asarray(pages.significance)
     scores = significance[page, block, lane] if significance.shape[1] else np.zeros(len(page), np.float32)
     position = np.asarray(pages.position)[page, block, lane].astype(int)
-    return TierTokens(position, scores, decode_tensor(fmt.key, k_payload, k_meta), decode_tensor(fmt.value, v_payload, v_meta))
+    decoded = decode_tensor(fmt.key, k_payload, k_meta, tables[0]), decode_tensor(fmt.value, v_payload, v_meta, tables[1])
+    return TierTokens(position, scores, *decoded)
 
 
 def held_tokens(cache, layer: int, request: int, head: int) -> dict[int, tuple[str, np.ndarray, np.ndarray, float]]:
@@ -90,7 +99,8 @@ def held_tokens(cache, layer: int, request: int, head: int) -> dict[int, tuple[s
     at = (layer, request, head)
     for tier, name in zip(range(spec.layout.tiers), TIERS, strict=False):
         length = int(np.asarray(cache.tier_len)[at][tier])
-        tokens = read_tier(cache.pages, spec.layout, np.asarray(cache.page_table)[at], tier, length)
+        tables = [table if table is None else np.asarray(table)[layer, head] for table in cache.tables[tier]]
+        tokens = read_tier(cache.pages, spec.layout, np.asarray(cache.page_table)[at], tier, length, tables)
         for position, score, k, v in zip(tokens.position, tokens.significance, tokens.k, tokens.v, strict=True):
             assert int(position) not in held, f"position {position} is held twice"
             held[int(position)] = (name, k, v, float(score))

@@ -2,10 +2,16 @@
 
 from .api import demote as demote
 from .api import encode as encode
+from .coupled import Coupled as Coupled
 from .formats import Block as Block
 from .formats import Codec as Codec
 from .formats import KVFormat as KVFormat
 from .full import Full as Full
+from .learned import learned_part as learned_part
+from .learned import table_shape as table_shape
+from .learned import with_table as with_table
+from .levels import Levels as Levels
+from .levels import StaticLevels as StaticLevels
 from .outliers import Outliers as Outliers
 from .per_channel import PerChannel as PerChannel
 from .uniform import Uniform as Uniform

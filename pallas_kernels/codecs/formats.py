@@ -7,7 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 from jax import Array
 
+from .coupled import Coupled
 from .full import Full
+from .levels import Levels, StaticLevels
 from .outliers import Outliers
 from .per_channel import PerChannel
 from .uniform import Grouped, Uniform
@@ -33,6 +35,9 @@ KINDS = {
     "": Kind(Uniform, takes="groups"),
     "g": Kind(Grouped, takes="number"),  # groups of so many channels, whatever head_dim is
     "c": Kind(PerChannel, outliers="channel"),
+    "v": Kind(Coupled, takes="number"),  # a code for so many channels
+    "t": Kind(Levels, fill="median"),
+    "s": Kind(StaticLevels, fill="median"),
 }
 _TENSOR = r"(\d+)([a-z]?)(\d*)"
 _NAME = re.compile(rf"K{_TENSOR}V{_TENSOR}(?::(\d+),(\d+))?(?:\+o(\d+\.?\d*))?")
@@ -60,7 +65,8 @@ class KVFormat:
         """`K<bits>V<bits>` or `full` (kept in `dtype`).
 
         A letter behind the bits names another codec (`KINDS`): `K2cV2g32` is two bits, the keys per channel over a block, the values in
-        groups of 32 channels. Groups a token follow a colon as in `K4V2:2,4`, and `+o2` keeps two percent of outliers apart.
+        groups of 32 channels; `K8v4V8v4` has a learned code of eight bits for four channels, `K4sV4t` learned levels of the
+        channel's and of the token's range. Groups a token follow a colon as in `K4V2:2,4`, and `+o2` keeps two percent of outliers apart.
 
         Raises:
             ValueError: the name has another form or other bit widths.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .lanes import apart, as_rows, from_rows, rows_for, side_by_side
+from .levels import StaticLevels
 from .plain import PlainXLA
 from .uniform import Uniform
 
@@ -74,13 +75,23 @@ class Outliers(PlainXLA):
     def encode(self, x: Array) -> tuple[Array, Array]:
         """`[..., d, T]` to payload uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows, T]`."""
         vectors = self._as_vectors(x.astype(jnp.float32))
-        index = jnp.concatenate([lax.top_k(sign * vectors, self.count // 2)[1] for sign in (1, -1)], axis=-1)  # [..., vectors, count]
+        index = self._largest(x)
         values = jnp.take_along_axis(vectors, index, axis=-1)
-        middle = {"mean": jnp.mean, "median": jnp.median}[self.fill](vectors, axis=-1, keepdims=True)
-        taken = (jnp.arange(self._length) == index[..., None]).any(axis=-2)
-        payload, meta = self.codec.encode(self._as_vectors(jnp.where(taken, middle, vectors)))
+        payload, meta = self.codec.encode(self.without_outliers(x)[0])
         payload = jnp.concatenate([payload, self._packed(index.astype(jnp.uint8))], axis=-2)
         return payload, jnp.concatenate([meta, self._packed(values.astype(jnp.float16))], axis=-2)
+
+    def without_outliers(self, x: Array) -> tuple[Array, Array]:
+        """`[..., d, T]` as the codec sees it, float32, and where the outliers are, bool."""
+        vectors = self._as_vectors(x.astype(jnp.float32))
+        middle = {"mean": jnp.mean, "median": jnp.median}[self.fill](vectors, axis=-1, keepdims=True)
+        taken = (jnp.arange(self._length) == self._largest(x)[..., None]).any(axis=-2)
+        return self._as_vectors(jnp.where(taken, middle, vectors)), self._as_vectors(taken)
+
+    def _largest(self, x: Array) -> Array:
+        """Index of the largest, then the smallest values `[..., vectors, count]`: on the codec's own scale where channels have theirs."""
+        vectors = self._as_vectors(self.codec.rank(x) if isinstance(self.codec, StaticLevels) else x.astype(jnp.float32))
+        return jnp.concatenate([lax.top_k(sign * vectors, self.count // 2)[1] for sign in (1, -1)], axis=-1)
 
     def decode(self, payload: Array, meta: Array) -> Array:
         """Back to float32 `[..., d, n * T]`, of one block or n that lie side by side."""

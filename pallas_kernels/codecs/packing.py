@@ -1,7 +1,8 @@
 """Plane packing of sub-byte codes along channels.
 
 A `b`-bit tensor of `d` channels has `n = 8 / b` planes. Byte row `r` holds channels `r, r + d/n, r + 2d/n, ...`, the lowest plane in the
-lowest bits. Unpacking is a shift and a mask of whole rows, and each plane is a plain matrix.
+lowest bits. Unpacking is a shift and a mask of whole rows, and each plane is a plain matrix. Three bits are the rows of the lower two, then
+those of the upper one.
 """
 
 import jax.numpy as jnp
@@ -13,8 +14,15 @@ def packed_rows(bits: int, head_dim: int) -> int:
     return head_dim * bits // 8
 
 
+def fills_bytes(bits: int, codes: int) -> bool:
+    """Whether so many codes of so many bits fill rows of bytes."""
+    return codes % (8 if bits == 3 else 8 // bits) == 0
+
+
 def pack_planes(codes: Array, bits: int) -> Array:
     """Pack codes `[..., d, T]` (integers below `2**bits`) into uint8 rows `[..., d * bits / 8, T]`."""
+    if bits == 3:
+        return jnp.concatenate([pack_planes(codes & 3, 2), pack_planes(codes >> 2, 1)], axis=-2)
     planes = jnp.split(codes.astype(jnp.uint8), 8 // bits, axis=-2)
     packed = planes[0]
     for i, plane in enumerate(planes[1:], start=1):
@@ -26,5 +34,8 @@ def unpack_planes(packed: Array, bits: int) -> Array:
     """Unpack uint8 rows `[..., d * bits / 8, T]` into uint8 codes `[..., d, T]`."""
     if bits == 8:
         return packed
+    if bits == 3:
+        low, high = jnp.split(packed, [packed.shape[-2] // 3 * 2], axis=-2)
+        return unpack_planes(low, 2) | (unpack_planes(high, 1) << 2)
     mask = jnp.uint8(2**bits - 1)
     return jnp.concatenate([(packed >> (i * bits)) & mask for i in range(8 // bits)], axis=-2)

@@ -1,0 +1,115 @@
+"""`calibrate`: learned codecs' tables from what a model makes of some text."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+from diffkv_jax.cache import CacheSpec, table_shapes
+from diffkv_jax.calibration import Calibration, fingerprint
+from diffkv_jax.learn import Learning, learn_table
+from diffkv_jax.model_protocol import CausalLM
+from diffkv_jax.pallas_kernels.codecs import learned_part
+from diffkv_jax.pallas_kernels.rope import at_positions
+from diffkv_jax.policy import CompressionPolicy
+from diffkv_jax.probe import Activations, activations
+from diffkv_jax.prompt import as_batch, check_context
+from diffkv_jax.rotation import rotated
+
+
+class Samples(NamedTuple):
+    """Keys or values of some tokens as the policy stores them, and the squared gradients of the loss by them (ones without Fisher)."""
+
+    x: Array | np.ndarray  # float32 [L, n, K, d]
+    fisher: Array | np.ndarray  # float32 [L, n, K, d]
+
+
+def calibrate(
+    model: CausalLM,
+    params: Mapping[str, Any],
+    tokens: Any,
+    policy: CompressionPolicy,
+    *,
+    fisher: bool = True,
+    samples: int = 8192,
+    iterations: int = 50,
+    q_norm: bool | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Calibration:
+    """Learn the tables of a policy's codecs.
+
+    Args:
+        model, params: as for `generate`; used in full precision, without a cache.
+        tokens: int [S, N], S sequences of calibration text, N at least 2. The papers take 16 of 2,048.
+        policy: whose codecs learn, from keys and values as it stores them (`un_rope`, `rotate`).
+        fisher: weigh errors by the squared gradient of the loss (one backward pass a sequence), as the papers do; else all alike.
+        samples: tokens that are learned from, evenly spaced over all; each takes 4 float32 numbers a channel, layer and KV head.
+        iterations: of k-means.
+        q_norm: whether learned levels keep the mean and deviation of what they code (KVQuant's Q-Norm); None: at two bits or fewer.
+        seed: of its random seeds.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: bad tokens, or a policy whose codecs learn nothing.
+    """
+    batch = _checked(model, tokens, samples)
+    spec = CacheSpec.build(model.attention, policy, num_requests=1, max_len=batch.shape[1], num_pages=0, dtype=model.attention.dtype)
+    shapes = table_shapes(spec)
+    total = len(spec.paged_layers) * sum(shape is not None for pair in shapes for shape in pair)
+    if not total:
+        raise ValueError(f"policy {policy.name!r} has no learned codec in tiers={policy.tiers}: there is nothing to calibrate")
+    both = _collect(model, params, batch, spec, samples, fisher, progress)
+    with tqdm(total=total, desc="learning tables", unit=" layers", disable=not progress) as bar:
+        key = jax.random.key(seed)
+
+        def learned(codec: Any, given: Samples) -> np.ndarray | None:
+            if learned_part(codec) is None:
+                return None
+            layers = []
+            for x, weight in zip(given.x, given.fisher, strict=True):
+                block, cost = (jnp.moveaxis(jnp.asarray(part), 0, 2) for part in (x, weight))  # [K, d, n]
+                layers.append(np.asarray(learn_table(codec, block, cost, jax.random.fold_in(key, bar.n), Learning(iterations, q_norm))))
+                bar.update()
+            return np.stack(layers)
+
+        tables = tuple((learned(fmt.key, both[0]), learned(fmt.value, both[1])) for fmt in spec.layout.formats)
+    return Calibration(tables, policy.tiers, policy.un_rope, policy.rotate, fingerprint(model, params))
+
+
+def _checked(model: CausalLM, tokens: Any, samples: int) -> np.ndarray:
+    batch, sizes = as_batch(tokens, None, model.attention.vocab_size)
+    if batch.shape[1] < 2 or (sizes != batch.shape[1]).any():
+        raise ValueError(f"calibration sequences must have one length of at least 2 tokens, given lengths {sorted(set(sizes.tolist()))}")
+    if samples < 1:
+        raise ValueError(f"samples={samples} must be at least 1: tables are learned from them")
+    check_context(model.attention, sizes, batch.shape[1])
+    return batch
+
+
+def _collect(
+    model: CausalLM, params: Mapping[str, Any], batch: np.ndarray, spec: CacheSpec, samples: int, fisher: bool, progress: bool
+) -> tuple[Samples, Samples]:
+    """Keys and values of about `samples` tokens of the paged layers; the last token of a sequence, which no loss looks at, is left out."""
+    per_sequence = min(batch.shape[1] - 1, -(-samples // len(batch)))
+    at = np.linspace(0, batch.shape[1] - 2, per_sequence).astype(np.int32)
+    seen = []
+    for row in tqdm(batch, desc="reading text", unit=" sequences", disable=not progress):
+        seen.append(jax.device_get(_stored(spec, activations(model, params, jnp.asarray(row), gradients=fisher), at, fisher)))
+    keys, values = (Samples(*(np.concatenate(part, axis=1) for part in zip(*side, strict=True))) for side in zip(*seen, strict=True))
+    return keys, values
+
+
+def _stored(spec: CacheSpec, seen: Activations, at: np.ndarray, fisher: bool) -> tuple[Samples, Samples]:
+    """The tokens `at` int [n] of one sequence, in the form that `spec` stores: its transforms are orthogonal, gradients turn alike."""
+    k, v, k_gradient, v_gradient = (x[np.asarray(spec.paged_layers)[:, None], at] for x in seen)
+    if spec.layout.rope is not None:
+        position, rope = jnp.asarray(at)[None, None], spec.layout.rope
+        k, k_gradient = (jnp.swapaxes(at_positions(jnp.swapaxes(x, 1, 2), position, rope, back=True), 1, 2) for x in (k, k_gradient))
+    if spec.rotate:
+        k, v, k_gradient, v_gradient = (rotated(x) for x in (k, v, k_gradient, v_gradient))
+    return tuple(Samples(x, jnp.square(g) if fisher else jnp.ones_like(x)) for x, g in ((k, k_gradient), (v, v_gradient)))  # pyright: ignore

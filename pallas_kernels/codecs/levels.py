@@ -1,0 +1,98 @@
+"""Learned non-uniform levels: of the range that a token has, or of the range that a channel has had (KVQuant, arXiv:2401.18079)."""
+
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .coupled import BITS, Coupled
+from .packing import fills_bytes, pack_planes, packed_rows, unpack_planes
+from .plain import PlainXLA
+
+
+@dataclass(frozen=True)
+class Levels(PlainXLA):
+    """Codec of one tensor (V): each channel takes the nearest of `2**bits` levels, ascending in -1 to 1, of the token's range.
+
+    A block is `[B, ..., head_dim, T]`; its payload is uint8 `[B, ..., rows, T]`, its metadata float16 `[B, ..., 2, T]`: half of the
+    range, and its middle. `table` float16 `[B, 2**bits]` holds the levels (`learned.with_table` sets it). Plain XLA runs it.
+    """
+
+    bits: int
+    table: Array | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        if self.bits not in BITS:
+            raise ValueError(f"bits={self.bits} of learned levels must be one of {BITS}")
+
+    def rows(self, head_dim: int) -> int:
+        """Payload rows (bytes a token) of one block."""
+        if not fills_bytes(self.bits, head_dim):
+            raise ValueError(f"head_dim={head_dim} at {self.bits} bits must fill bytes: choose other bits")
+        return packed_rows(self.bits, head_dim)
+
+    @property
+    def meta_rows(self) -> int:
+        """Half of the range, and its middle."""
+        return 2
+
+    def table_shape(self, head_dim: int) -> tuple[int, ...]:
+        """Shape of one head's table."""
+        del head_dim
+        return (2**self.bits,)
+
+    def encode(self, x: Array) -> tuple[Array, Array]:
+        """`[B, ..., d, T]` to (payload, metadata): of equally near levels the lower."""
+        half, middle = token_range(x.astype(jnp.float32))
+        levels = self._levels(x.ndim)
+        between = (levels[1:] + levels[:-1]) / 2
+        scaled = normalised(x.astype(jnp.float32), half, middle)
+
+        def count(i: int, codes: Array) -> Array:
+            return codes + (scaled > between[i])
+
+        codes = lax.fori_loop(0, len(between), count, jnp.zeros(x.shape, jnp.int32))
+        return pack_planes(codes, self.bits), jnp.concatenate([half, middle], axis=-2).astype(jnp.float16)
+
+    def decode(self, payload: Array, meta: Array) -> Array:
+        """Back to float32 `[B, ..., d, T]`: `half * level + middle`."""
+        codes = unpack_planes(payload, self.bits)
+        half, middle = jnp.split(meta.astype(jnp.float32), 2, axis=-2)
+        flat = codes.reshape(codes.shape[0], -1).astype(jnp.int32)
+        assert self.table is not None
+        return jnp.take_along_axis(self.table.astype(jnp.float32), flat, axis=1).reshape(codes.shape) * half + middle
+
+    def _levels(self, ndim: int) -> Array:
+        """`[2**bits, B, 1, ...]`, as many axes as a block and one before."""
+        assert self.table is not None, "a learned codec works once `with_table` has given it its layer's tables"
+        levels = self.table.astype(jnp.float32).T
+        return levels.reshape(*levels.shape, *(1,) * (ndim - 1))
+
+
+def token_range(x: Array) -> tuple[Array, Array]:
+    """Half of the range of each token's channels and its middle, as float16 keeps them: `[..., d, T]` to float32 `[..., 1, T]`."""
+    high, low = x.max(axis=-2, keepdims=True), x.min(axis=-2, keepdims=True)
+    half, middle = (y.astype(jnp.float16).astype(jnp.float32) for y in ((high - low) / 2, (high + low) / 2))
+    return half, middle
+
+
+def normalised(x: Array, half: Array, middle: Array) -> Array:
+    """`x` on the scale where its range is -1 to 1; 0 where it has none."""
+    return (x - middle) / jnp.where(half > 0, half, 1.0)
+
+
+@dataclass(frozen=True)
+class StaticLevels(Coupled):
+    """Codec of one tensor (K): learned levels of the range that each channel had in the calibration, no metadata.
+
+    The layer's levels, spread over each channel's range, are a codebook a channel: `table` float16 `[B, head_dim, 2**bits, 1]`, each
+    ascending. Plain XLA runs it.
+    """
+
+    channels: int = field(default=1, init=False)
+
+    def rank(self, x: Array) -> Array:
+        """What tells outliers `[B, ..., d, T]`: `x` on the scale of each channel's lowest and highest level."""
+        low, high = (self._codebooks()[:, :, level, 0] for level in (0, -1))
+        low, span = (y.reshape(y.shape[0], *(1,) * (x.ndim - 3), -1, 1) for y in (low, high - low))
+        return (x - low) / jnp.where(span > 0, span, 1.0)
