@@ -29,8 +29,8 @@ def attend(
         step: `DecodeStep` (T = 1) or `PrefillStep` (right-aligned chunk).
 
     Returns:
-        The output [R, T, num_q_heads, head_dim or latent] in q's dtype, and the cache. `seq_len` and its like change after the last layer only
-        (`diffkv_jax.advance`).
+        The output [R, T, num_q_heads, head_dim (or latent)] in q's dtype, and the cache. `seq_len` and its like change after the last
+        layer only (`diffkv_jax.advance`).
     """
     del positions
     spec = cache.spec

@@ -116,7 +116,8 @@ def kernels_for(
         return Kernels.resolve(implementation, interpret=interpret)
     if implementation not in (None, "xla"):
         raise ValueError(f"policy {policy.name!r} runs in plain XLA only: leave implementation={implementation!r} out or take 'xla'")
-    logging.getLogger(__name__).info("policy %r runs in plain XLA: its codecs or transforms, or the model's latent, are not in the platform's kernels", policy.name)
+    reason = "its codecs or transforms, or the model's latent, are not in the platform's kernels"
+    logging.getLogger(__name__).info("policy %r runs in plain XLA: %s", policy.name, reason)
     return XLA
 
 

@@ -54,8 +54,8 @@ class AttentionSpec:
             )
         if self.latent is not None and not (self.num_kv_heads == 1 and 0 < self.latent < self.head_dim and not any(self.sliding_windows)):
             raise ValueError(
-                f"latent={self.latent} must be between 0 and head_dim={self.head_dim}, with num_kv_heads=1 (given {self.num_kv_heads}) and no "
-                "sliding windows: all query heads share one key, whose first channels are its value."
+                f"latent={self.latent} must be between 0 and head_dim={self.head_dim}, with num_kv_heads=1 (given {self.num_kv_heads}) "
+                "and no sliding windows: all query heads share one key, whose first channels are its value."
             )
 
 

@@ -22,7 +22,7 @@ PAGES_A_ROUND = 8  # after a prompt most tokens change tier
 
 
 def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: PrefillStep) -> tuple[Array, KVCache]:
-    """`q [R, C, num_q_heads, d]`, `k`, `v [R, C, num_kv_heads, d]` to the output like `q`, of V's width, and the cache; `layer` counts paged layers.
+    """`q [R, C, num_q_heads, d]`, `k`, `v [R, C, num_kv_heads, d]` to the output and the cache; `layer` counts paged layers.
 
     K and V of the chunk exist exactly for this one layer only: they are in pages and window when it returns.
     """

@@ -46,8 +46,11 @@ class DecoderLayer(nn.Module):
         config, switches, types, layer = self.config, self.switches, (self.dtype, self.param_dtype), data.layer
         attention = SelfAttention if config.latent is None else LatentAttention
         self_attn = attention(config, switches, *types, name="self_attn")
-        block, inner = (GatedMLP, config.intermediate_size) if config.experts is None else (MixtureOfExperts, config.experts)
-        mlp = block(config.num_hidden_layers, inner, config.hidden_act, switches.mlp_bias, *types, name="mlp")
+        choices = (config.hidden_act, switches.mlp_bias, *types)
+        if config.experts is None:
+            mlp = GatedMLP(config.num_hidden_layers, config.intermediate_size, *choices, name="mlp")
+        else:
+            mlp = MixtureOfExperts(config.num_hidden_layers, config.experts, *choices, name="mlp")
         mlp = partial(mlp, layer=layer, kernels=kernels_of(cache))
         attended, cache = self_attn(self._norm("input_layernorm")(hidden, layer), cache, data, shared)
         if switches.sandwich_norms:  # here post_attention_layernorm stands after attention, else before the MLP

@@ -8,8 +8,8 @@ from .deepseek_config import ExpertSizes, LatentSizes
 from .family import REQUIRED, Family, all_full, sizes
 from .switches import Switches
 
-_V2_LATENT = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "q_lora_rank": 1536}
-_V2_EXPERTS = {
+_V2_LATENT: dict[str, Any] = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "q_lora_rank": 1536}
+_V2_EXPERTS: dict[str, Any] = {
     "n_routed_experts": 64,
     "n_shared_experts": 2,
     "num_experts_per_tok": None,
@@ -17,7 +17,7 @@ _V2_EXPERTS = {
     "first_k_dense_replace": 0,
     "routed_scaling_factor": 1.0,
 }
-_V3_EXPERTS = {
+_V3_EXPERTS: dict[str, Any] = {
     "n_routed_experts": 256,
     "n_shared_experts": 1,
     "num_experts_per_tok": 8,
@@ -28,15 +28,16 @@ _V3_EXPERTS = {
     "topk_group": 4,
     "norm_topk_prob": True,
 }
-_GROUPS = {"greedy": {}, "group_limited_greedy": {"n_group": None, "topk_group": None}}
+_GROUPS: dict[str, dict[str, Any]] = {"greedy": {}, "group_limited_greedy": {"n_group": None, "topk_group": None}}
 
 
 def _v2(raw: Mapping[str, Any]) -> dict[str, Any]:
     method = raw.get("topk_method", "greedy")
     if method not in _GROUPS:
         raise ValueError(f"topk_method={method!r} is not supported for model_type='deepseek_v2'; supported are {', '.join(_GROUPS)}.")
-    experts = {"n_group": None, "topk_group": None} | _read(raw, _V2_EXPERTS | _GROUPS[method])
-    return _parts(raw, True, ExpertSizes(**experts, scoring="softmax", norm_topk_prob=False))
+    experts = _read(raw, _V2_EXPERTS | _GROUPS[method])
+    groups = {name: experts.pop(name, None) for name in ("n_group", "topk_group")}
+    return _parts(raw, True, ExpertSizes(**experts, **groups, scoring="softmax", norm_topk_prob=False))
 
 
 def _v3(raw: Mapping[str, Any]) -> dict[str, Any]:

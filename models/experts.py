@@ -24,7 +24,7 @@ class MixtureOfExperts(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, layer: Array, kernels: Kernels) -> Array:
-        """x [B, T, hidden_size] through the picked experts, one after the other (those that no token goes to are skipped), and the shared."""
+        """x [B, T, hidden_size] through the picked experts, one after the other, and the shared; what no token goes to is skipped."""
         sizes, width, inner = self.sizes, x.shape[-1], self.sizes.moe_intermediate_size
         weights = Router(self.num_layers, sizes, self.param_dtype, name="gate")(x, layer)
         stacks = Experts(self.num_layers, sizes.n_routed_experts, width, inner, self.param_dtype, name="experts")()
@@ -40,9 +40,8 @@ class MixtureOfExperts(nn.Module):
             return lax.cond((weight > 0).any(), run, lambda total: total, total)
 
         routed = lax.fori_loop(0, sizes.n_routed_experts, one, jnp.zeros(x.shape, jnp.float32)).astype(self.dtype)
-        types = (self.dtype, self.param_dtype)
-        shared = GatedMLP(self.num_layers, sizes.n_shared_experts * inner, self.hidden_act, self.use_bias, *types, name="shared_experts")
-        return routed + shared(x, layer, kernels)
+        choices = (self.hidden_act, self.use_bias, self.dtype, self.param_dtype)
+        return routed + GatedMLP(self.num_layers, sizes.n_shared_experts * inner, *choices, name="shared_experts")(x, layer, kernels)
 
 
 class Experts(nn.Module):

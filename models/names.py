@@ -16,11 +16,11 @@ must exist is read off the model's own parameter shapes, so there is no table of
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
-import numpy as np
-
-_LEAF_TO_HF = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias", "e_score_correction_bias": "e_score_correction_bias"}
+_BIASES = ("bias", "e_score_correction_bias")
+_LEAF_TO_HF = {"kernel": "weight", "embedding": "weight", "weight": "weight", **{name: name for name in _BIASES}}
 _STACKS = ("dense_layers", "layers")
 _TEXT_PREFIXES = (
     ("model.language_model.", "model."),
@@ -42,7 +42,7 @@ class Slot:
     """
 
     path: tuple[str, ...]
-    layer: int | tuple[int, int] | None
+    layer: int | tuple[int, ...] | None
     transpose: bool
     shape: tuple[int, ...]
 
@@ -90,9 +90,9 @@ def slots(param_shapes: Mapping[str, Any]) -> dict[str, Slot]:
         axes = 0 if path[0] not in _STACKS else 2 if "experts" in path else 1
         shape = tuple(leaf.shape[axes:])
         shape = shape[::-1] if transpose else shape
-        for at in np.ndindex(*leaf.shape[:axes]):
+        for at in product(*map(range, leaf.shape[:axes])):
             number = [first + at[0], *at[1:]] if at else []
-            out[hf_name(path, *number)] = Slot(path, (at if len(at) > 1 else at[0]) if at else None, transpose, shape)
+            out[hf_name(path, *number)] = Slot(path, None if not at else at[0] if len(at) == 1 else at, transpose, shape)
     return out
 
 

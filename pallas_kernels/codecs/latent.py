@@ -18,8 +18,6 @@ class LatentFormat(KVFormat):
 
     rank: int
 
-    in_kernels = False
-
     @staticmethod
     def of(fmt: KVFormat, rank: int, dtype: str) -> "LatentFormat":
         """The latent at the codec of `fmt`, the rotary part in `dtype`.
@@ -29,10 +27,15 @@ class LatentFormat(KVFormat):
         """
         if fmt.key != fmt.value:
             raise ValueError(
-                f"format {fmt.name!r} keeps keys and values differently, and this model has one latent for both: take one codec for the two, "
-                "such as 'K8V8', 'K4V4' or 'full'"
+                f"format {fmt.name!r} keeps keys and values differently, and this model has one latent for both: "
+                "take one codec for the two, such as 'K8V8', 'K4V4' or 'full'"
             )
         return LatentFormat(fmt.key, Full(dtype), rank)
+
+    @property
+    def in_kernels(self) -> bool:
+        """No."""
+        return False
 
     @property
     def name(self) -> str:

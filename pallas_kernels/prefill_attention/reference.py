@@ -48,7 +48,7 @@ def prefill_attention(chunk: Chunk, pages: Pages, layout: PageLayout, heads: Hea
     b, g, c, d = chunk.q.shape
     rows = min(BLOCK_Q, c)
     recent, values = recent_keys(heads), layout.formats[0].values
-    chunk, recent = (x._replace(v=values(x.k, x.v)) for x in (chunk, recent))
+    chunk, recent = chunk._replace(v=values(chunk.k, chunk.v)), recent._replace(v=values(recent.k, recent.v))
 
     def block(i):
         q = lax.dynamic_slice_in_dim(chunk.q, i * rows, rows, axis=2).reshape(b, g * rows, d)
