@@ -108,7 +108,7 @@ def generate(
     keys, stops = _request_keys(sampling, key, len(sizes)), _padded(stop_token_ids)
     if cache is None:
         policy = policy or CompressionPolicy.none()
-        kernels = kernels_for(policy, implementation, interpret=interpret)
+        kernels = kernels_for(policy, attention, implementation, interpret=interpret)
         if calibration is not None:
             calibration.check(model, params, policy)
         cache = make_cache(
@@ -158,7 +158,7 @@ def make_cache(
         max_len=max(room),
         num_pages=0,
         dtype=cache_dtype or attention.dtype,
-        kernels=kernels or kernels_for(policy),
+        kernels=kernels or kernels_for(policy, attention),
     )
     tables = tables_for(spec, policy, calibration)
     if isinstance(policy.keep, str):

@@ -7,6 +7,7 @@ from .formats import Block as Block
 from .formats import Codec as Codec
 from .formats import KVFormat as KVFormat
 from .full import Full as Full
+from .latent import LatentFormat as LatentFormat
 from .learned import learned_part as learned_part
 from .learned import table_shape as table_shape
 from .learned import with_table as with_table
