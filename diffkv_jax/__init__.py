@@ -12,6 +12,7 @@ from diffkv_jax.methods import coupled_quantization as coupled_quantization
 from diffkv_jax.methods import diffkv as diffkv
 from diffkv_jax.methods import expected_attention as expected_attention
 from diffkv_jax.methods import fastgen as fastgen
+from diffkv_jax.methods import gear as gear
 from diffkv_jax.methods import h2o as h2o
 from diffkv_jax.methods import key_difference as key_difference
 from diffkv_jax.methods import key_norm as key_norm

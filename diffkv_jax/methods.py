@@ -39,6 +39,29 @@ def kivi(bits: int = 2, *, group: int = 32, residual: int = 128, rotate: bool = 
     return CompressionPolicy(f"kivi-{bits}", tiers, window=window, flush=group, block=group, rotate=rotate)
 
 
+def gear(
+    bits: int = 2,
+    *,
+    rank: int = 2,
+    outliers: float = 0.02,
+    group: int = 64,
+    buffer: int = 64,
+    backbone: Literal["kivi", "kcvt"] = "kivi",
+) -> CompressionPolicy:
+    """GEAR (arXiv:2403.05527): a backbone quantiser, its error in `rank` ranks a block of `group` tokens, and a share of outliers.
+
+    Backbone "kivi": as in `kivi`; "kcvt": keys per channel over the block, values per token. Without outliers (0) it is GEAR-L.
+    New tokens are exact until `buffer` of them have gathered; `group` of those are encoded together.
+    """
+    if backbone not in ("kivi", "kcvt"):
+        raise ValueError(f"backbone={backbone!r} must be 'kivi' or 'kcvt'")
+    if buffer < group:
+        raise ValueError(f"buffer={buffer} must be at least group={group}: the tokens of a group are encoded together")
+    fmt = f"K{bits}cV{bits}{f'g{group}' if backbone == 'kivi' else ''}"
+    fmt += (f"+o{100 * outliers:g}" if outliers else "") + (f"+r{rank}" if rank else "")
+    return CompressionPolicy(f"gear-{bits}", (fmt,), window=max(buffer - group, 1), flush=group, block=group)
+
+
 def coupled_quantization(channels: int = 4, bits: int = 8, *, window: int = 64, flush: int = 32) -> CompressionPolicy:
     """Coupled Quantization (arXiv:2405.03917): `channels` neighbouring channels share a code of `bits` bits; keys without RoPE.
 
@@ -173,6 +196,7 @@ PRESETS = {"quality": partial(quantized, "K8V4"), "balanced": partial(diffkv, 1.
 METHODS = (
     diffkv,
     kivi,
+    gear,
     coupled_quantization,
     kvquant,
     streaming_llm,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oracles.blocks import read_block
+from oracles.blocks import read_block, stored_rows
 from oracles.quantiser import dequantise, unpack
 
 TIERS = ("high", "low")
@@ -24,6 +24,8 @@ def widths(layout, tier: int) -> tuple[int, int]:
 
 def payload_rows(codec, head_dim: int) -> int:
     """Bytes that a token's K or V takes."""
+    if hasattr(codec, "tokens"):
+        return stored_rows(codec, head_dim)[0]
     if hasattr(codec, "dtype"):
         return head_dim * jnp.dtype(codec.dtype).itemsize
     return head_dim // getattr(codec, "channels", 1) * codec.bits // 8
@@ -32,7 +34,7 @@ def payload_rows(codec, head_dim: int) -> int:
 def meta_rows(codec) -> int:
     """float16 rows of a token's K or V: a scale and a zero point a group, or those of all channels over the lanes of a block."""
     if hasattr(codec, "tokens"):
-        return -(-2 * codec.head_dim // codec.tokens)
+        return stored_rows(codec, codec.head_dim)[1]
     return 2 * codec.groups if hasattr(codec, "groups") else 0
 
 

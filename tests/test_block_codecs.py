@@ -75,13 +75,14 @@ def test_names():
         assert KVFormat.parse(name).name == name
         assert KVFormat.parse(KVFormat.parse(name).for_block(64, 32).name) == KVFormat.parse(name)
     assert KVFormat.parse("K2cV2g16").for_block(48, 32).value == Uniform(2, 3)
+    assert KVFormat.parse("K2cV2g64").for_block(48, 32).value == Uniform(2, 1)
     assert KVFormat.parse("K4V4+o2").for_block(64, 32).token_bytes(64) == 2 * (32 + 2 + 2 * (2 + 2))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("K2xV2", "letter behind the bits one of"),
+        ("K2xV2", "letter behind the bits of"),
         ("K2c3V2", "takes no number"),
         ("K2gV2", "needs a number"),
         ("K2cV2:2,2", "no groups a token"),

@@ -54,10 +54,9 @@ def same_tokens(held, order, k, v):
         np.testing.assert_allclose(held[at][2], v[i], atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-def test_pages_hold_kivi(bits):
+def test_pages_hold_kivi():
     """A prompt of one chunk is attended exactly, so the exact keys and values are those of the plain cache in every layer."""
-    found, plain = after_prompt(dkv.kivi(bits, group=GROUP, residual=48)), after_prompt(EXACT)
+    found, plain = after_prompt(KIVI), after_prompt(EXACT)
     check_pool(found.spec.layout, found.page_table, found.tier_len, found.ring)
     assert found.tier_len[..., 0].tolist() == [[[128, 128]]] * 2 and found.recent_len.tolist() == [22]
     for layer in range(2):
@@ -65,9 +64,9 @@ def test_pages_hold_kivi(bits):
             k, v = exact(plain, layer, head)
             held = held_tokens(found, layer, 0, head)
             assert sorted(held) == list(range(LENGTH))
-            same_tokens(held, range(128), *kivi(k[:128], v[:128], bits))
+            same_tokens(held, range(128), *kivi(k[:128], v[:128]))
             same_tokens(held, range(128, LENGTH), k[128:], v[128:])
-            assert np.abs(held[3][1] - kivi(k[1:129], v[1:129], bits)[0][2]).max() > 1e-3  # groups begin where they begin
+            assert np.abs(held[3][1] - kivi(k[1:129], v[1:129])[0][2]).max() > 1e-3  # groups begin where they begin
 
 
 def test_groups_stay_the_same_in_chunks_and_in_decode():
@@ -117,6 +116,7 @@ def test_bits_are_those_of_the_formula(bits, group, head_dim):
     assert layout.together == group
 
 
+@pytest.mark.slow
 def test_a_row_is_the_request_alone():
     model, params = model_of()
     prompts = [TOKENS[0, :150], TOKENS[0, 30:70], TOKENS[0, 100:251]]

@@ -13,6 +13,7 @@ from .learned import table_shape as table_shape
 from .learned import with_table as with_table
 from .levels import Levels as Levels
 from .levels import StaticLevels as StaticLevels
+from .low_rank import LowRank as LowRank
 from .outliers import Outliers as Outliers
 from .per_channel import PerChannel as PerChannel
 from .uniform import Uniform as Uniform

@@ -10,6 +10,7 @@ from jax import Array
 from .coupled import Coupled
 from .full import Full
 from .levels import Levels, StaticLevels
+from .low_rank import LowRank
 from .outliers import Outliers
 from .per_channel import PerChannel
 from .uniform import Grouped, Uniform
@@ -40,7 +41,7 @@ KINDS = {
     "s": Kind(StaticLevels, fill="median"),
 }
 _TENSOR = r"(\d+)([a-z]?)(\d*)"
-_NAME = re.compile(rf"K{_TENSOR}V{_TENSOR}(?::(\d+),(\d+))?(?:\+o(\d+\.?\d*))?")
+_NAME = re.compile(rf"K{_TENSOR}V{_TENSOR}(?::(\d+),(\d+))?(?:\+o(\d+\.?\d*))?(?:\+r(\d+))?")
 
 
 class Block(NamedTuple):
@@ -66,7 +67,8 @@ class KVFormat:
 
         A letter behind the bits names another codec (`KINDS`): `K2cV2g32` is two bits, the keys per channel over a block, the values in
         groups of 32 channels; `K8v4V8v4` has a learned code of eight bits for four channels, `K4sV4t` learned levels of the
-        channel's and of the token's range. Groups a token follow a colon as in `K4V2:2,4`, and `+o2` keeps two percent of outliers apart.
+        channel's and of the token's range. Groups a token follow a colon as in `K4V2:2,4`; `+o2` keeps two percent of outliers
+        apart, `+r4` the error in four ranks.
 
         Raises:
             ValueError: the name has another form or other bit widths.
@@ -76,11 +78,12 @@ class KVFormat:
         match = _NAME.fullmatch(name)
         if match is None or match[2] not in KINDS or match[5] not in KINDS:
             raise ValueError(
-                f"format {name!r} must be 'full' or K<bits>V<bits> such as 'K8V4', with a letter behind the bits one of "
-                f"{[kind for kind in KINDS if kind]}, groups after a colon as in 'K4V2:2,4', outliers in percent as in '+o2'"
+                f"format {name!r} must be 'full' or K<bits>V<bits> such as 'K8V4', with a letter behind the bits of "
+                f"{[kind for kind in KINDS if kind]}, groups after a colon as in 'K4V2:2,4', outliers in percent "
+                "as in '+o2', ranks of the error as in '+r4'"
             )
-        k, v, share = (match[1], match[2], match[3], match[7]), (match[4], match[5], match[6], match[8]), match[9]
-        return KVFormat(_tensor(name, *k, share), _tensor(name, *v, share), label=name)
+        k, v, beside = (match[1], match[2], match[3], match[7]), (match[4], match[5], match[6], match[8]), (match[9], match[10])
+        return KVFormat(_tensor(name, *k, *beside), _tensor(name, *v, *beside), label=name)
 
     @property
     def name(self) -> str:
@@ -148,7 +151,7 @@ class KVFormat:
         return Block(k_payload, v_payload, k_meta, v_meta)
 
 
-def _tensor(name: str, bits: str, letter: str, number: str, groups: str | None, share: str | None) -> Any:
+def _tensor(name: str, bits: str, letter: str, number: str, groups: str | None, share: str | None, rank: str | None) -> Any:
     """The codec of one tensor of the format `name`; `share` of outliers in percent."""
     kind = KINDS[letter]
     if bool(number) != (kind.takes == "number"):
@@ -157,7 +160,8 @@ def _tensor(name: str, bits: str, letter: str, number: str, groups: str | None, 
         raise ValueError(f"format {name!r}: {bits}{letter} has no groups a token, give 1 for it after the colon")
     extra = {"groups": int(groups or 1), "number": int(number or 0), None: None}[kind.takes]
     codec = kind.make(int(bits)) if kind.takes is None else kind.make(int(bits), extra)
-    return codec if share is None else Outliers(codec, float(share) / 100, kind.outliers, kind.fill)
+    codec = codec if share is None else Outliers(codec, float(share) / 100, kind.outliers, kind.fill)
+    return codec if rank is None else LowRank(codec, int(rank))
 
 
 def _demote(source: Codec, target: Codec, payload: Array, meta: Array) -> tuple[Array, Array]:

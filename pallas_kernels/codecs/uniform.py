@@ -168,7 +168,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Grouped:
-    """`Uniform` with groups of `channels` contiguous channels: what `for_block` gives once head_dim is known."""
+    """`Uniform` with groups of `channels` contiguous channels, at most all: what `for_block` gives once head_dim is known."""
 
     bits: int
     channels: int
@@ -179,9 +179,10 @@ class Grouped:
     def for_block(self, head_dim: int, tokens: int) -> Uniform:
         """The codec of blocks with `head_dim` channels."""
         del tokens
-        if self.channels < 1 or head_dim % self.channels:
+        channels = min(self.channels, head_dim)
+        if channels < 1 or head_dim % channels:
             raise ValueError(f"head_dim={head_dim} must be a multiple of the groups' channels={self.channels}, as in 'K4g32V4g32'")
-        return Uniform(self.bits, head_dim // self.channels)
+        return Uniform(self.bits, head_dim // channels)
 
 
 def _plane(planes: Sequence[Array], shift: int, bits: int) -> Array:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from oracles.quantiser import unpack
+from oracles.quantiser import dequantise, unpack
 
 
 def kivi_keys(x, bits):
@@ -23,7 +23,57 @@ def with_outliers(x, inner, count, axis, fill):
     return np.where(kept, x.astype(np.float16).astype(np.float32), inner(np.where(kept, middle, x))), kept
 
 
+def gear_low_rank(error, rank, iterations=3):
+    """GEAR (arXiv:2403.05527), algorithm 2: L = Q P^T of `error [..., tokens, channels]`, from P of the generator of seed 0."""
+    p = np.broadcast_to(np.random.default_rng(0).uniform(size=(error.shape[-1], rank)), (*error.shape[:-2], error.shape[-1], rank))
+    for i in range(iterations):
+        if i == iterations - 1:
+            p = np.linalg.qr(p)[0]
+        q = error @ p
+        if i == iterations - 1:
+            q = np.linalg.qr(q)[0]
+        p = np.swapaxes(error, -1, -2) @ q
+    return q @ np.swapaxes(p, -1, -2)
+
+
+def gear(x, inner, count, axis, rank):
+    """GEAR of blocks `[..., channels, tokens]`: backbone `inner`, `count` outliers of each vector along `axis`, and the low rank."""
+    backbone = with_outliers(x, inner, count, axis, "mean")[0] if count else inner(x)
+    error = np.swapaxes(x - backbone, -1, -2).astype(np.float64)
+    return backbone + np.swapaxes(gear_low_rank(error, rank), -1, -2) if rank else backbone
+
+
+def stored_rows(codec, head_dim):
+    """(payload bytes, float16 numbers) of a token's lane, those of a block rounded up to whole rows of its lanes."""
+    if hasattr(codec, "rank"):
+        payload, meta = stored_rows(codec.codec, head_dim)
+        return payload, meta + codec.rank - (-head_dim * codec.rank // codec.tokens)
+    if hasattr(codec, "share"):
+        payload, meta = stored_rows(codec.codec, head_dim)
+        rows = codec.count if codec.axis == "token" else -(-head_dim * codec.count // codec.tokens)
+        return payload + rows, meta + rows
+    if hasattr(codec, "tokens"):
+        return head_dim * codec.bits // 8, -(-2 * head_dim // codec.tokens)
+    return head_dim * codec.bits // 8, 2 * codec.groups
+
+
 def read_block(codec, payload, meta):
-    """The bytes of one block per channel, payload `[rows, T]` and metadata `[meta_rows, T]`, as float32 `[T, channels]`."""
-    scale, zero = meta.reshape(-1)[: 2 * codec.head_dim].reshape(2, -1).astype(np.float32)
-    return scale * unpack(payload, codec.bits).T + zero
+    """The bytes of one block, payload `[rows, T]` and metadata float16 `[meta_rows, T]`, as float32 `[T, channels]`."""
+    if hasattr(codec, "rank"):
+        _, own = stored_rows(codec.codec, codec.head_dim)
+        q = meta[own : own + codec.rank].astype(np.float32)
+        p = meta[own + codec.rank :].reshape(-1)[: codec.head_dim * codec.rank].reshape(codec.head_dim, -1).astype(np.float32)
+        return read_block(codec.codec, payload, meta[:own]) + (p @ q).T
+    if hasattr(codec, "share"):
+        rows, own = stored_rows(codec.codec, codec.head_dim)
+        x, index, values = read_block(codec.codec, payload[:rows], meta[:own]), payload[rows:], meta[own:]
+        if codec.axis == "channel":
+            index, values = (part.reshape(-1)[: codec.head_dim * codec.count].reshape(codec.head_dim, -1) for part in (index, values))
+            x[index.T, np.arange(codec.head_dim)] = values.T
+        else:
+            x[np.arange(codec.tokens), index] = values
+        return x
+    if hasattr(codec, "tokens"):
+        scale, zero = meta.reshape(-1)[: 2 * codec.head_dim].reshape(2, -1).astype(np.float32)
+        return scale * unpack(payload, codec.bits).T + zero
+    return dequantise(unpack(payload, codec.bits).T, meta[: codec.groups].T, meta[codec.groups :].T)

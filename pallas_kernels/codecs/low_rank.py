@@ -1,0 +1,72 @@
+"""What a codec gets wrong of a block, kept as a product of two narrow matrices (GEAR, arXiv:2403.05527, sec. 3)."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .lanes import apart, as_rows, from_rows, rows_for, side_by_side
+from .plain import PlainXLA
+from .uniform import Uniform
+
+ITERATIONS = 3
+
+
+@dataclass(frozen=True)
+class LowRank(PlainXLA):
+    """`codec` and the error E = x - decode(encode(x)) of a block as Q P^T of `rank`, Q `[T, rank]` and P `[d, rank]` in float16.
+
+    Rows: the payload is the codec's; its metadata first, then Q, lane t for token t, then P (`lanes.as_rows`). Plain XLA runs it.
+    """
+
+    codec: "PlainXLA | Uniform"
+    rank: int
+    head_dim: int = 0  # given by `for_block`
+    tokens: int = 0
+
+    separable = False
+
+    def for_block(self, head_dim: int, tokens: int) -> "LowRank":
+        """The codec of blocks `[head_dim, tokens]`."""
+        if not 1 <= self.rank <= min(head_dim, tokens):
+            raise ValueError(f"rank={self.rank} must be at least 1 and at most that of a block of {head_dim} channels and {tokens} tokens")
+        return dataclasses.replace(self, codec=self.codec.for_block(head_dim, tokens), head_dim=head_dim, tokens=tokens)
+
+    def rows(self, head_dim: int) -> int:
+        """Payload rows (bytes a token) of one block."""
+        return self.codec.rows(head_dim)
+
+    @property
+    def meta_rows(self) -> int:
+        """float16 metadata rows of one block."""
+        return self.codec.meta_rows + self.rank + rows_for(self.head_dim * self.rank, self.tokens)
+
+    def encode(self, x: Array) -> tuple[Array, Array]:
+        """`[..., d, T]` to payload uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows, T]`."""
+        payload, meta = self.codec.encode(x)
+        by_token, by_channel = nearest(jnp.swapaxes(x.astype(jnp.float32) - self.codec.decode(payload, meta), -1, -2), self.rank)
+        numbers = [jnp.swapaxes(by_token, -1, -2), as_rows(by_channel, self.tokens)]
+        return payload, jnp.concatenate([meta, *(part.astype(jnp.float16) for part in numbers)], axis=-2)
+
+    def decode(self, payload: Array, meta: Array) -> Array:
+        """Back to float32 `[..., d, n * T]`, of one block or n that lie side by side."""
+        payload, meta = apart(payload, self.tokens), apart(meta, self.tokens)
+        inner, numbers = meta[..., : self.codec.meta_rows, :], meta[..., self.codec.meta_rows :, :].astype(jnp.float32)
+        by_channel = from_rows(numbers[..., self.rank :, :], self.head_dim, self.rank)
+        return side_by_side(self.codec.decode(payload, inner) + by_channel @ numbers[..., : self.rank, :])
+
+
+def nearest(error: Array, rank: int) -> tuple[Array, Array]:
+    """Q `[..., T, rank]` with orthonormal columns and P `[..., d, rank]` whose product Q P^T is near the best of that rank.
+
+    Three power iterations on `error [..., T, d]` from a fixed start, orthonormal in the last one (GEAR, algorithm 2).
+    """
+    p = jnp.asarray(np.random.default_rng(0).uniform(size=(error.shape[-1], rank)), jnp.float32)
+    p = jnp.broadcast_to(p, (*error.shape[:-2], *p.shape))
+    back = jnp.swapaxes(error, -1, -2)
+    for _ in range(ITERATIONS - 1):
+        p = back @ (error @ p)
+    q = jnp.linalg.qr(error @ jnp.linalg.qr(p)[0])[0]
+    return q, back @ q
