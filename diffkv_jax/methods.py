@@ -28,6 +28,11 @@ def quantized(fmt: str, *, window: int = 64, flush: int = 32, rotate: bool = Fal
     return CompressionPolicy(fmt, (fmt,), window=window, flush=flush, rotate=rotate)
 
 
+def turboquant(bits: int = 4, *, window: int = 64, flush: int = 32) -> CompressionPolicy:
+    """TurboQuant (arXiv:2504.19874) without QJL: rotated, then the best scalar levels for a normal variable, one scale a token."""
+    return dataclasses.replace(quantized(f"K{bits}nV{bits}n", window=window, flush=flush, rotate=True), name="turboquant")
+
+
 class Options(TypedDict, total=False):
     """What every method with a budget takes beside it, as in `CompressionPolicy`."""
 
@@ -134,5 +139,5 @@ def load_policy(source: str | Path) -> CompressionPolicy:
 
 
 PRESETS = {"quality": partial(quantized, "K8V4"), "balanced": partial(diffkv, 1.0, 0.0), "small": partial(diffkv, 1.0, 0.02)}
-METHODS = (diffkv, streaming_llm, h2o, tova, snapkv, pyramidkv, key_norm, key_difference, fastgen, random_eviction)
+METHODS = (diffkv, turboquant, streaming_llm, h2o, tova, snapkv, pyramidkv, key_norm, key_difference, fastgen, random_eviction)
 NAMED = PRESETS | {method.__name__: method for method in METHODS}

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from oracles.normal_levels import dequantise_normal
 from oracles.quantiser import dequantise, unpack
 
 TIERS = ("high", "low")
@@ -21,13 +22,15 @@ def payload_rows(codec, head_dim: int) -> int:
 
 
 def meta_rows(codec) -> int:
-    """float16 numbers that a token's K or V takes: a scale and a zero point a group."""
-    return 2 * codec.groups if hasattr(codec, "bits") else 0
+    """float16 numbers that a token's K or V takes: a scale and a zero point a group, or one scale."""
+    return 2 * codec.groups if hasattr(codec, "groups") else int(hasattr(codec, "bits"))
 
 
 def decode_tensor(codec, payload: np.ndarray, meta: np.ndarray) -> np.ndarray:
     """Payload uint8 `[rows, T]` and metadata float16 `[meta_rows, T]` as float32 `[T, head_dim]`."""
     meta = meta.view(np.float16)  # TPU caches keep the bits as int16
+    if hasattr(codec, "bits") and not hasattr(codec, "groups"):
+        return dequantise_normal(unpack(payload, codec.bits).T, meta.T, codec.bits)
     if hasattr(codec, "bits"):
         return dequantise(unpack(payload, codec.bits).T, meta[: codec.groups].T, meta[codec.groups :].T)
     dtype = np.dtype(jnp.dtype(codec.dtype))
@@ -173,8 +176,11 @@ def _draw_tokens(rng, pages: dict[str, Any], layout, table_row: np.ndarray, tier
     for codec, payload, meta in zip((fmt.key, fmt.value), tensor_rows(layout, tier)[:2], tensor_rows(layout, tier)[2:], strict=True):
         if hasattr(codec, "bits"):
             codes = rng.integers(0, 256, (length, payload[2]))
-            scale = rng.uniform(0.5, 1.0, (length, codec.groups)) * 4 / (2**codec.bits - 1)
-            numbers = np.concatenate([scale, rng.normal(size=scale.shape) - 2], axis=1)
+            scale = rng.uniform(0.5, 1.0, (length, getattr(codec, "groups", 1)))
+            if hasattr(codec, "groups"):
+                scale *= 4 / (2**codec.bits - 1)
+                scale = np.concatenate([scale, rng.normal(size=scale.shape) - 2], axis=1)
+            numbers = scale
         else:
             exact = rng.normal(size=(length, layout.head_dim)).astype(jnp.dtype(codec.dtype))
             codes = exact.view(np.uint8).reshape(length, layout.head_dim, exact.dtype.itemsize).swapaxes(1, 2).reshape(length, payload[2])

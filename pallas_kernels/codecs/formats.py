@@ -7,9 +7,10 @@ from typing import NamedTuple
 from jax import Array
 
 from .full import Full
+from .normal import Normal
 from .uniform import Uniform
 
-Codec = Uniform | Full
+Codec = Uniform | Normal | Full
 
 
 class Block(NamedTuple):
@@ -30,26 +31,31 @@ class KVFormat:
 
     @staticmethod
     def parse(name: str, dtype: str = "bfloat16") -> "KVFormat":
-        """`K<bits>V<bits>`, optionally with groups as `K4V2:2,4`, or `full` (kept in `dtype`).
+        """`K<bits>V<bits>`, optionally with groups as `K4V2:2,4` or `n` after bits for levels of N(0, 1) as `K4nV2n`; `full`: in `dtype`.
 
         Raises:
             ValueError: the name has another form or other bit widths.
         """
         if name == "full":
             return KVFormat(Full(dtype), Full(dtype))
-        match = re.fullmatch(r"K(\d)V(\d)(?::(\d+),(\d+))?", name)
+        match = re.fullmatch(r"K(\d)(n?)V(\d)(n?)(?::(\d+),(\d+))?", name)
         if match is None:
-            raise ValueError(f"format {name!r} must be 'full' or K<bits>V<bits> such as 'K8V4', groups after a colon as in 'K4V2:2,4'")
-        k_bits, v_bits, k_groups, v_groups = (int(part or 1) for part in match.groups())
-        return KVFormat(Uniform(k_bits, k_groups), Uniform(v_bits, v_groups))
+            raise ValueError(
+                f"format {name!r} must be 'full' or K<bits>V<bits> such as 'K8V4', groups after a colon as in 'K4V2:2,4', n after the bits "
+                "for levels of the normal distribution as in 'K4nV4n'"
+            )
+        k_bits, k_letter, v_bits, v_letter, k_groups, v_groups = match.groups()
+        return KVFormat(_codec(k_bits, k_letter, k_groups), _codec(v_bits, v_letter, v_groups))
 
     @property
     def name(self) -> str:
         """The name that `parse` reads."""
         if isinstance(self.key, Full) or isinstance(self.value, Full):
             return "full"
-        groups = "" if self.key.groups == self.value.groups == 1 else f":{self.key.groups},{self.value.groups}"
-        return f"K{self.key.bits}V{self.value.bits}{groups}"
+        k_groups, v_groups = self.key.scale_groups, self.value.scale_groups
+        k_letter, v_letter = ("n" * isinstance(codec, Normal) for codec in (self.key, self.value))
+        groups = "" if k_groups == v_groups == 1 else f":{k_groups},{v_groups}"
+        return f"K{self.key.bits}{k_letter}V{self.value.bits}{v_letter}{groups}"
 
     def token_bytes(self, head_dim: int) -> int:
         """Payload and metadata bytes of one token of one head."""
@@ -83,6 +89,12 @@ class KVFormat:
         k_payload, k_meta = _demote(self.key, target.key, block.k_payload, block.k_meta)
         v_payload, v_meta = _demote(self.value, target.value, block.v_payload, block.v_meta)
         return Block(k_payload, v_payload, k_meta, v_meta)
+
+
+def _codec(bits: str, letter: str, groups: str | None) -> Codec:
+    if letter == "n" and int(groups or 1) != 1:
+        raise ValueError(f"groups={groups} beside n: levels of the normal distribution have one scale a token; give 1 or leave n out")
+    return Normal(int(bits)) if letter == "n" else Uniform(int(bits), int(groups or 1))
 
 
 def _demote(source: Codec, target: Codec, payload: Array, meta: Array) -> tuple[Array, Array]:
