@@ -25,6 +25,7 @@ from diffkv_jax.methods import random_eviction as random_eviction
 from diffkv_jax.methods import snapkv as snapkv
 from diffkv_jax.methods import streaming_llm as streaming_llm
 from diffkv_jax.methods import tova as tova
+from diffkv_jax.methods import turboquant as turboquant
 from diffkv_jax.model_protocol import AttentionSpec as AttentionSpec
 from diffkv_jax.model_protocol import CausalLM as CausalLM
 from diffkv_jax.policy import CompressionPolicy as CompressionPolicy

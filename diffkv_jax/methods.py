@@ -80,6 +80,11 @@ def kvquant(bits: int = 4, outliers: float = 0.01, *, window: int = 64, flush: i
     return CompressionPolicy(f"kvquant_{bits}b{apart}", (f"K{bits}sV{bits}t{apart}",), window=window, flush=flush, un_rope=True)
 
 
+def turboquant(bits: int = 4, *, window: int = 64, flush: int = 32) -> CompressionPolicy:
+    """TurboQuant (arXiv:2504.19874) without QJL: rotated, then the best scalar levels for a normal variable, one scale a token."""
+    return dataclasses.replace(quantized(f"K{bits}nV{bits}n", window=window, flush=flush, rotate=True), name="turboquant")
+
+
 class Options(TypedDict, total=False):
     """What every method with a budget takes beside it, as in `CompressionPolicy`."""
 
@@ -195,6 +200,7 @@ def load_policy(source: str | Path) -> CompressionPolicy:
 PRESETS = {"quality": partial(quantized, "K8V4"), "balanced": partial(diffkv, 1.0, 0.0), "small": partial(diffkv, 1.0, 0.02)}
 METHODS = (
     diffkv,
+    turboquant,
     kivi,
     gear,
     coupled_quantization,

@@ -31,7 +31,8 @@ class CompressionPolicy:
 
     Attributes:
         name: shown in reports.
-        tiers: formats of the stored tiers, most precise first, one or two: "full", "K8V4", "K4V2:2,4" (groups after the colon) ...
+        tiers: formats of the stored tiers, most precise first, one or two: "full", "K8V4", "K4V2:2,4" (groups after the colon),
+            "K4nV2n" (levels of the normal distribution, for rotated tokens) ...
         alpha_high: threshold of the high tier in units of uniform attention 1/P: a number, or nested tuples that broadcast to
             [layers, requests, kv_heads]; layers counts those without a sliding window.
         alpha_low: threshold below which a token is dropped, likewise; 0 drops nothing.

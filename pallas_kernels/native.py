@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from .codecs import Full
+from .codecs import Full, Normal
 from .pages import PageLayout
 
 HEADERS = Path(__file__).parent / "native"
@@ -57,7 +57,9 @@ def format_codes(layout: PageLayout) -> np.ndarray:
     codes = {"bfloat16": 16, "float16": 17, "float32": 32}
 
     def codec(one) -> list[int]:
-        return [codes[one.dtype], 1] if isinstance(one, Full) else [one.bits, one.groups]
+        if isinstance(one, Full):
+            return [codes[one.dtype], 1]
+        return [64 + one.bits, 1] if isinstance(one, Normal) else [one.bits, one.groups]
 
     tiers = zip(layout.formats, layout.blocks, strict=True)
     return np.array([x for fmt, blocks in tiers for x in (*codec(fmt.key), *codec(fmt.value), blocks)], np.int64)

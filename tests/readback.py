@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffkv_jax.pallas_kernels.codecs import Normal
 from oracles.blocks import read_block, stored_rows
+from oracles.normal_levels import dequantise_normal
 from oracles.quantiser import dequantise, unpack
 
 TIERS = ("high", "low")
@@ -32,10 +34,10 @@ def payload_rows(codec, head_dim: int) -> int:
 
 
 def meta_rows(codec) -> int:
-    """float16 rows of a token's K or V: a scale and a zero point a group, or those of all channels over the lanes of a block."""
+    """float16 rows of a token's K or V: a scale and a zero point a group, one scale, or those of all channels over the lanes of a block."""
     if hasattr(codec, "tokens"):
         return stored_rows(codec, codec.head_dim)[1]
-    return 2 * codec.groups if hasattr(codec, "groups") else 0
+    return 2 * codec.groups if hasattr(codec, "groups") else int(isinstance(codec, Normal))
 
 
 def decode_tensor(codec, payload: np.ndarray, meta: np.ndarray, table: np.ndarray | None = None) -> np.ndarray:
@@ -48,6 +50,8 @@ def decode_tensor(codec, payload: np.ndarray, meta: np.ndarray, table: np.ndarra
     if table is not None:  # one codebook a group of channels
         codes = unpack(payload, codec.bits)
         return np.concatenate([book[code].astype(np.float32) for book, code in zip(table, codes, strict=True)], axis=1)
+    if isinstance(codec, Normal):
+        return dequantise_normal(unpack(payload, codec.bits).T, meta.T, codec.bits)
     if hasattr(codec, "bits"):
         return dequantise(unpack(payload, codec.bits).T, meta[: codec.groups].T, meta[codec.groups :].T)
     dtype = np.dtype(jnp.dtype(codec.dtype))
@@ -201,8 +205,11 @@ def _draw_tokens(rng, pages: dict[str, Any], layout, table_row: np.ndarray, tier
     for codec, payload, meta in zip((fmt.key, fmt.value), tensor_rows(layout, tier)[:2], tensor_rows(layout, tier)[2:], strict=True):
         if hasattr(codec, "bits"):
             codes = rng.integers(0, 256, (length, payload[2]))
-            scale = rng.uniform(0.5, 1.0, (length, codec.groups)) * 4 / (2**codec.bits - 1)
-            numbers = np.concatenate([scale, rng.normal(size=scale.shape) - 2], axis=1)
+            scale = rng.uniform(0.5, 1.0, (length, getattr(codec, "groups", 1)))
+            if hasattr(codec, "groups"):
+                scale *= 4 / (2**codec.bits - 1)
+                scale = np.concatenate([scale, rng.normal(size=scale.shape) - 2], axis=1)
+            numbers = scale
         else:
             exact = rng.normal(size=(length, layout.head_dim)).astype(jnp.dtype(codec.dtype))
             codes = exact.view(np.uint8).reshape(length, layout.head_dim, exact.dtype.itemsize).swapaxes(1, 2).reshape(length, payload[2])

@@ -133,11 +133,9 @@ inline PanelWeights weigh(const Problem& p, const Codec& codec, bool pairs, cons
     for (int s = 0; s < count; ++s) {
       for (int half = 0; half < 2; ++half) {
         Floats scale = splat(1), zero = {};
-        if (codec.exact == Exact::no) {
-          const Ints live = lanes() + half * kLanes < strips[s].live;
-          scale = select(live, metadata(strips[s].value, group, stride, half), Floats{});
-          zero = select(live, metadata(strips[s].value, groups + group, stride, half), Floats{});
-        }
+        const Ints live = lanes() + half * kLanes < strips[s].live;
+        if (codec.scaled()) scale = select(live, metadata(strips[s].value, group, stride, half), Floats{});
+        if (codec.zeroed()) zero = select(live, metadata(strips[s].value, groups + group, stride, half), Floats{});
         for (int h = 0; h < p.group; ++h) {
           const int64_t at = ((int64_t(group) * p.group + h) * kPanel + s) * kStrip + half * kLanes;
           const Floats w = load<Floats>(weights + h * pitch + s * kStrip + half * kLanes);
@@ -155,7 +153,7 @@ inline PanelWeights weigh(const Problem& p, const Codec& codec, bool pairs, cons
       }
     }
     for (int h = 0; h < p.group; ++h) {
-      const float part = sum(sums[2 * h]) - (pairs ? bias(codec.bits) * sum(sums[2 * h + 1]) : 0.0f);
+      const float part = sum(sums[2 * h]) - (pairs ? bias(codec.bits, codec.normal) * sum(sums[2 * h + 1]) : 0.0f);
       for (int c = 0; c < width; ++c) constant[h * d + group * width + c] += part;
     }
   }

@@ -51,7 +51,7 @@ inline void unrolled(const Body& body) {
 }
 
 // Biased codes of bfloat16 products: what the bias adds to a sum of codes, times the sum of the factors: eight bits are two codes of four, the upper one sixteenfold.
-constexpr float bias(int bits) { return bits == 16 ? 0.0f : bits == 8 ? 17 * 128.0f : 128.0f; }
+constexpr float bias(int bits, bool normal) { return bits == 16 || normal ? 0.0f : bits == 8 ? 17 * 128.0f : 128.0f; }
 
 #if DIFFKV_PAIRS
 
@@ -88,10 +88,25 @@ inline __m512i joined(__m512i rows) {
   return _mm512_shuffle_epi8(by_eights, interleave);
 }
 
-// Four bits (or fewer) of every half word from `Shift` on as the bfloat16 number 128 + code, which is exact.
-template <int Bits, int Shift>
+// Level `i % 2^Bits` in bfloat16, 32 of them.
+template <int Bits>
+struct LevelTable {
+  alignas(64) uint16_t level[32];
+
+  LevelTable() {
+    for (int i = 0; i < 32; ++i) level[i] = to_bfloat16(normal_level<Bits>(i));
+  }
+};
+template <int Bits>
+inline const LevelTable<Bits> kLevelTable;
+
+// Four bits (or fewer) of every half word from `Shift` on as the bfloat16 number 128 + code, which is exact; or as a level.
+template <typename Reader, int Shift>
 inline __m512i biased_codes(__m512i bytes) {
-  constexpr int mask = Bits >= 4 ? 15 : (1 << Bits) - 1;
+  if constexpr (Reader::scaled && !Reader::zeroed) {
+    return _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, Shift), _mm512_load_si512(kLevelTable<Reader::bits>.level));
+  }
+  constexpr int mask = Reader::bits >= 4 ? 15 : (1 << Reader::bits) - 1;
   return _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, Shift), _mm512_set1_epi16(mask), _mm512_set1_epi16(0x4300), 0xEA);  // (a & b) | c
 }
 
@@ -124,7 +139,7 @@ inline void accumulate(const Queries& q, int head, const Stored& at, int stride,
       unrolled<Reader::bits == 8 ? 2 : Planes>([&](auto i) {  // of eight bits, the lower and the upper half
         constexpr int shift = Reader::bits == 8 ? 4 * i : (First + i) * Reader::bits;
         const int channel = Reader::bits == 8 ? row : (First + i) * rows + row;
-        const __m512i codes[2] = {biased_codes<Reader::bits, shift>(bytes[0]), biased_codes<Reader::bits, shift>(bytes[1])};
+        const __m512i codes[2] = {biased_codes<Reader, shift>(bytes[0]), biased_codes<Reader, shift>(bytes[1])};
         const uint16_t* factors = Reader::bits == 8 && i == 1 ? q.sixteenfold : q.rounded;
         for (int h = 0; h < Heads; ++h) {
           const __m512i factor = pair(factors + (head + h) * q.head_dim + channel);
@@ -168,12 +183,13 @@ void key_products(const Queries& q, int head, const Codec& codec, const Stored& 
     }
     for (int half = 0; half < 2; ++half) {
       Floats scale = splat(1), zero = {};
-      if (Reader::scaled) scale = metadata(at, group, stride, half), zero = metadata(at, codec.groups + group, stride, half);
+      if (Reader::scaled) scale = metadata(at, group, stride, half);
+      if (Reader::zeroed) zero = metadata(at, codec.groups + group, stride, half);
       for (int h = 0; h < Heads; ++h) {
         const float channels = q.channel_sum(head + h, group * width, (group + 1) * width);
-        if (Pairs) part[h][half] -= bias(Reader::bits) * channels;
+        if (Pairs) part[h][half] -= bias(Reader::bits, !Reader::zeroed) * channels;
         total[h][half] += part[h][half] * scale;
-        if (Reader::scaled) total[h][half] += channels * zero;
+        if (Reader::zeroed) total[h][half] += channels * zero;
       }
     }
   }
@@ -214,13 +230,13 @@ void value_products(const Codec& codec, int head_dim, int heads, int head, const
       } else if constexpr (Pairs) {
         const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
         unrolled<planes>([&](auto i) {
-          const __m512i codes = biased_codes<Reader::bits, Reader::bits == 8 ? 0 : i * Reader::bits>(bytes);
+          const __m512i codes = biased_codes<Reader, Reader::bits == 8 ? 0 : i * Reader::bits>(bytes);
           for (int h = 0; h < Heads; ++h) {
             total[i][h] = dot_pairs(total[i][h], codes, _mm512_loadu_si512(weights.rounded + place(i * rows + row, h, s)));
           }
         });
         if constexpr (Reader::bits == 8) {
-          const __m512i upper = biased_codes<8, 4>(bytes);
+          const __m512i upper = biased_codes<Reader, 4>(bytes);
           for (int h = 0; h < Heads; ++h) {
             total[0][h] = dot_pairs(total[0][h], upper, _mm512_loadu_si512(weights.sixteenfold + place(row, h, s)));
           }

@@ -192,8 +192,10 @@ def _block_logits(block: _Block, runs: Sequence[_Run], queries: Sequence[Array],
     logits = []
     for run, q, q_sum in zip(runs, queries, sums, strict=True):
         product, tile = _matmul(q, block.codes(run, 0), (1, 0)), run.tiles[0]
-        if tile.scale_row is not None and tile.zero_row is not None:
-            product = product * block.meta(tile.scale_row, 0) + q_sum * block.meta(tile.zero_row, 0)
+        if tile.scale_row is not None:
+            product = product * block.meta(tile.scale_row, 0)
+        if tile.zero_row is not None:
+            product = product + q_sum * block.meta(tile.zero_row, 0)
         logits.append(product)
     return sum(logits[1:], start=logits[0])
 
@@ -203,11 +205,13 @@ def _block_mix(block: _Block, runs: Sequence[_Run], weights: Array, live: Array,
     parts = []
     for run in runs:
         codes, tile = block.codes(run, 1), run.tiles[0]
-        if tile.scale_row is None or tile.zero_row is None:
+        if tile.scale_row is None:
             parts.append(_matmul(weights.astype(dtype), jnp.where(live, codes, 0.0), (1, 1)))
             continue
-        scale, zero = (jnp.where(live, block.meta(row, 1), 0.0) for row in (tile.scale_row, tile.zero_row))
-        parts.append(_matmul((weights * scale).astype(dtype), codes, (1, 1)) + (weights * zero).sum(axis=1, keepdims=True))
+        part = _matmul((weights * jnp.where(live, block.meta(tile.scale_row, 1), 0.0)).astype(dtype), codes, (1, 1))
+        if tile.zero_row is not None:
+            part = part + (weights * jnp.where(live, block.meta(tile.zero_row, 1), 0.0)).sum(axis=1, keepdims=True)
+        parts.append(part)
     return parts
 
 

@@ -20,7 +20,7 @@ LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
 
 
 class KeyTile(NamedTuple):
-    """Codes of some channels of `n` keys; the keys are `scale * codes + zero`, with None the codes themselves."""
+    """Codes of some channels of `n` keys; the keys are `scale * codes + zero`, as far as there are any."""
 
     codes: Array  # float32 or bfloat16 [channels, n]
     group: int | None = None  # tiles of one group have the same scale and zero point
@@ -108,12 +108,10 @@ def logits_of(q: Sequence[Array], keys: Sequence[KeyTile], bias: Array, scale: S
         members = [(piece, tile) for piece, tile in zip(q, keys, strict=True) if tile.group == group]
         dots = reduce(add, (matmul(piece, tile.codes) for piece, tile in members))
         scale_row, zero_row = members[0][1].scale, members[0][1].zero
-        if scale_row is None or zero_row is None:
-            logits += dots * factor
-        else:
+        if zero_row is not None:
             sums = reduce(add, (piece.astype(jnp.float32).sum(axis=1) for piece, _ in members))
             logits += sums[:, None] * (zero_row * factor)[None, :]
-            logits += dots * (scale_row * factor)[None, :]
+        logits += dots * (factor if scale_row is None else (scale_row * factor)[None, :])
     if scale.soft_cap is None:
         return logits
     return scale.soft_cap * LOG2_E * jnp.tanh(logits) + bias[None, :]
@@ -175,10 +173,8 @@ class StoredBlocks(NamedTuple):
         for tile in tiles:
             if tile.scale_row not in scaled:
                 factor, zero = self._scale_zero(tile, first_meta)
-                if factor is None or zero is None:
-                    scaled[tile.scale_row] = weights.astype(dtype), None
-                else:
-                    scaled[tile.scale_row] = (weights * factor[None, :]).astype(dtype), (weights * zero[None, :]).sum(axis=1)
+                factors = weights if factor is None else weights * factor[None, :]
+                scaled[tile.scale_row] = factors.astype(dtype), None if zero is None else (weights * zero[None, :]).sum(axis=1)
         mixed = []
         for tile in tiles:
             factors, shift = scaled[tile.scale_row]
@@ -206,12 +202,12 @@ class StoredBlocks(NamedTuple):
 
     def _scale_zero(self, tile: Tile, first: Array) -> tuple[Array | None, Array | None]:
         """float32 `[n]` scale and zero point of a tile, zeros where there is no token; `first [blocks]` metadata row of the tensor."""
-        if tile.scale_row is None or tile.zero_row is None:
-            return None, None
-        return self._meta_row(first + tile.scale_row), self._meta_row(first + tile.zero_row)
+        return self._meta_row(first, tile.scale_row), self._meta_row(first, tile.zero_row)
 
-    def _meta_row(self, row: Array) -> Array:
-        at = gathered(self.inputs.meta, self.page[:, None], row[:, None], self._lanes())
+    def _meta_row(self, first: Array, row: int | None) -> Array | None:
+        if row is None:
+            return None
+        at = gathered(self.inputs.meta, self.page[:, None], (first + row)[:, None], self._lanes())
         return plgpu.load(at, mask=self.valid, other=0.0).astype(jnp.float32).reshape(-1)
 
 

@@ -16,4 +16,5 @@ from .levels import StaticLevels as StaticLevels
 from .low_rank import LowRank as LowRank
 from .outliers import Outliers as Outliers
 from .per_channel import PerChannel as PerChannel
+from .normal import Normal as Normal
 from .uniform import Uniform as Uniform

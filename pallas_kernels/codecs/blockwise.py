@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .formats import Codec, KVFormat
+from .full import Full
 from .tiles import Tile
 from .uniform import Uniform
 
@@ -16,7 +17,7 @@ Meta = dict[int, Array]  # {metadata row: float32 [T]}
 
 def head_dim_of(codec: Codec, rows: int) -> int:
     """The head_dim of a payload of `rows` rows."""
-    return rows * 8 // codec.bits if isinstance(codec, Uniform) else rows // jnp.dtype(codec.dtype).itemsize
+    return rows // jnp.dtype(codec.dtype).itemsize if isinstance(codec, Full) else rows * 8 // codec.bits
 
 
 class Parts(NamedTuple):
@@ -54,15 +55,9 @@ def demote_block(
     if isinstance(source, Uniform) and isinstance(target, Uniform) and source.can_demote_to(target):
         lower, rows = source.demote_tiles(target, [code.astype(jnp.int32) for code in codes], rows)
         return target.pack_tiles(target_tiles, lower), rows
-    return _packed(target, target_tiles, [_value(tile, code, rows) for tile, code in zip(tiles, codes, strict=True)])
+    return _packed(target, target_tiles, [tile.value(code, rows.__getitem__) for tile, code in zip(tiles, codes, strict=True)])
 
 
 def _packed(codec: Codec, tiles: Sequence[Tile], values: Sequence[Array]) -> tuple[Planes, Meta]:
     codes, meta = codec.encode_tiles(tiles, values)
     return codec.pack_tiles(tiles, codes), meta
-
-
-def _value(tile: Tile, code: Array, meta: Meta) -> Array:
-    if tile.scale_row is None or tile.zero_row is None:
-        return code
-    return meta[tile.scale_row][None, :] * code + meta[tile.zero_row][None, :]

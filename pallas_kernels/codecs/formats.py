@@ -11,11 +11,12 @@ from .coupled import Coupled
 from .full import Full
 from .levels import Levels, StaticLevels
 from .low_rank import LowRank
+from .normal import Normal
 from .outliers import Outliers
 from .per_channel import PerChannel
 from .uniform import Grouped, Uniform
 
-Codec = Uniform | Full  # and in formats that kernels never meet (`KVFormat.in_kernels`) `PlainXLA`, typed as Any
+Codec = Uniform | Normal | Full  # and in formats that kernels never meet (`KVFormat.in_kernels`) `PlainXLA`, typed as Any
 
 
 class Kind(NamedTuple):
@@ -35,6 +36,7 @@ class Kind(NamedTuple):
 KINDS = {
     "": Kind(Uniform, takes="groups"),
     "g": Kind(Grouped, takes="number"),  # groups of so many channels, whatever head_dim is
+    "n": Kind(Normal),
     "c": Kind(PerChannel, outliers="channel"),
     "v": Kind(Coupled, takes="number"),  # a code for so many channels
     "t": Kind(Levels, fill="median"),
@@ -65,10 +67,10 @@ class KVFormat:
     def parse(name: str, dtype: str = "bfloat16") -> "KVFormat":
         """`K<bits>V<bits>` or `full` (kept in `dtype`).
 
-        A letter behind the bits names another codec (`KINDS`): `K2cV2g32` is two bits, the keys per channel over a block, the values in
-        groups of 32 channels; `K8v4V8v4` has a learned code of eight bits for four channels, `K4sV4t` learned levels of the
-        channel's and of the token's range. Groups a token follow a colon as in `K4V2:2,4`; `+o2` keeps two percent of outliers
-        apart, `+r4` the error in four ranks.
+        A letter behind the bits names another codec (`KINDS`): `K4nV2n` has the levels of N(0, 1); `K2cV2g32` is two bits, the keys per
+        channel over a block, the values in groups of 32 channels; `K8v4V8v4` has a learned code of eight bits for four channels, `K4sV4t`
+        learned levels of the channel's and of the token's range. Groups a token follow a colon as in `K4V2:2,4`; `+o2` keeps two percent
+        of outliers apart, `+r4` the error in four ranks.
 
         Raises:
             ValueError: the name has another form or other bit widths.
@@ -90,10 +92,12 @@ class KVFormat:
         """The name that `parse` reads."""
         if self.label is not None:
             return self.label
-        if not (isinstance(self.key, Uniform) and isinstance(self.value, Uniform)):
+        if isinstance(self.key, Full) or isinstance(self.value, Full):
             return "full"
-        groups = "" if self.key.groups == self.value.groups == 1 else f":{self.key.groups},{self.value.groups}"
-        return f"K{self.key.bits}V{self.value.bits}{groups}"
+        k_groups, v_groups = self.key.scale_groups, self.value.scale_groups
+        k_letter, v_letter = ("n" * isinstance(codec, Normal) for codec in (self.key, self.value))
+        groups = "" if k_groups == v_groups == 1 else f":{k_groups},{v_groups}"
+        return f"K{self.key.bits}{k_letter}V{self.value.bits}{v_letter}{groups}"
 
     def for_block(self, head_dim: int, tokens: int) -> "KVFormat":
         """The format of blocks `[head_dim, tokens]`: some codecs' rows depend on both.

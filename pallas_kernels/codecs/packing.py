@@ -5,8 +5,12 @@ lowest bits. Unpacking is a shift and a mask of whole rows, and each plane is a 
 those of the upper one.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import Array
+
+from .tiles import Tile
 
 
 def packed_rows(bits: int, head_dim: int) -> int:
@@ -39,3 +43,13 @@ def unpack_planes(packed: Array, bits: int) -> Array:
         return unpack_planes(low, 2) | (unpack_planes(high, 1) << 2)
     mask = jnp.uint8(2**bits - 1)
     return jnp.concatenate([(packed >> (i * bits)) & mask for i in range(8 // bits)], axis=-2)
+
+
+def pack_tiles(tiles: Sequence[Tile], codes: Sequence[Array], bits: int) -> dict[int, Array]:
+    """Codes (int32 `[channels, T]`) of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row once."""
+    width, packed = packed_rows(bits, tiles[-1].channel + tiles[-1].channels), {}
+    for tile, code in zip(tiles, codes, strict=True):
+        (row,) = tile.rows
+        shifted = code << (tile.channel // width * bits)
+        packed[row] = packed[row] | shifted if row in packed else shifted
+    return packed

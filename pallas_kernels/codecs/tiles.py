@@ -16,7 +16,7 @@ class Tile:
     """Channels `[channel, channel + channels)` of one tensor (K or V) of a block.
 
     `rows`: the first payload row of each byte plane that the tile reads, `channels` rows each (one plane, or one a byte for exact types).
-    `scale_row`, `zero_row`: metadata rows of scale and zero point, None where the stored number is the value itself.
+    `scale_row`, `zero_row`: metadata rows of scale and zero point, None where there is none: the value is `scale * code + zero`.
     """
 
     channel: int
@@ -25,6 +25,13 @@ class Tile:
     scale_row: int | None
     zero_row: int | None
     unpack: Callable[[Sequence[Array]], Array]  # byte planes int32 [channels, T] -> float32 codes [channels, T]
+
+    def value(self, codes: Array, number: Callable[[int], Array]) -> Array:
+        """The values float32 `[channels, T]` of codes; `number(row)` reads a metadata row as float32 `[T]`."""
+        if self.scale_row is None:
+            return codes
+        scaled = number(self.scale_row)[None, :] * codes
+        return scaled if self.zero_row is None else scaled + number(self.zero_row)[None, :]
 
 
 def cut_points(head_dim: int, codecs: Iterable) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from functools import partial
 import jax.numpy as jnp
 from jax import Array
 
-from .packing import pack_planes, packed_rows, unpack_planes
+from .packing import pack_planes, pack_tiles, packed_rows, unpack_planes
 from .tiles import Tile, cut_points, round_half_even
 
 BITS = (1, 2, 4, 8)
@@ -153,13 +153,7 @@ class Uniform:
 
     def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
         """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row once."""
-        packed: dict[int, Array] = {}
-        for tile, code in zip(tiles, codes, strict=True):
-            (row,) = tile.rows
-            planes_before = tile.channel // self.plane_channels(tiles[-1].channel + tiles[-1].channels)
-            shifted = code << (planes_before * self.bits)
-            packed[row] = packed[row] | shifted if row in packed else shifted
-        return packed
+        return pack_tiles(tiles, codes, self.bits)
 
     def _scale_zero(self, meta: Array) -> tuple[Array, Array]:
         meta = meta.astype(jnp.float32)

@@ -120,7 +120,7 @@ def requantise(layout: PageLayout, source: Any, out: Any) -> None:
         if isinstance(old, Uniform) and isinstance(new, Uniform) and old.can_demote_to(new):
             codes, meta = old.demote_tiles(new, [code.astype(jnp.int32) for code in codes], meta)
         else:
-            codes, meta = new.encode_tiles(new_tiles, [_value(code, tile, meta) for code, tile in zip(codes, tiles, strict=True)])
+            codes, meta = new.encode_tiles(new_tiles, [tile.value(code, meta.__getitem__) for code, tile in zip(codes, tiles, strict=True)])
         _write(below, tensor, new, new_tiles, codes, meta, out)
     out[below.significance :] = source[above.significance :]
 
@@ -128,12 +128,6 @@ def requantise(layout: PageLayout, source: Any, out: Any) -> None:
 def _codes(columns: Columns, tensor: int, tile: Tile, source: Any) -> Array:
     first = columns.payload[tensor]
     return tile.unpack([source[first + row : first + row + tile.channels] for row in tile.rows])
-
-
-def _value(code: Array, tile: Tile, meta: dict[int, Array]) -> Array:
-    if tile.scale_row is None or tile.zero_row is None:
-        return code
-    return meta[tile.scale_row][None] * code + meta[tile.zero_row][None]
 
 
 def _write(columns: Columns, tensor: int, codec: Codec, tiles: Sequence[Tile], codes, meta: dict[int, Array], out: Any) -> None:

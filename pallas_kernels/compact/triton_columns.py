@@ -3,7 +3,7 @@
 Triton cannot slice or join values, so a column is loaded and stored in pieces of rows, `n` columns side by side.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -131,14 +131,8 @@ def _requantised(source: Codec, target: Codec, head_dim: int, payload: _Part, me
         numbers = {row: number(row) for row in range(source.meta_rows)}
         new = source.demote_tiles(target, [codes(tile).astype(jnp.int32) for tile in tiles], numbers)
     else:
-        new = target.encode_tiles(new_tiles, [_value(tile, codes(tile), number) for tile in tiles])
+        new = target.encode_tiles(new_tiles, [tile.value(codes(tile), number) for tile in tiles])
     return _packed(target, new_tiles, *new)
-
-
-def _value(tile: Tile, codes: Array, number: Callable[[int], Array]) -> Array:
-    if tile.scale_row is None or tile.zero_row is None:
-        return codes
-    return number(tile.scale_row)[None, :] * codes + number(tile.zero_row)[None, :]
 
 
 def encoded(codec: Codec, head_dim: int, exact: Any, head, index: Array, valid: Array) -> Encoded:

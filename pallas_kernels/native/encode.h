@@ -93,6 +93,36 @@ inline void quantise_lanes(int bits, int width, const float* x, uint8_t* codes, 
   }
 }
 
+// Codes [width, 16] of one token's channels in levels of the normal distribution, and its scale; of kCompared lanes.
+template <int Bits>
+inline void normal_lanes(int width, const float* x, uint8_t* codes, float* scale) {
+  constexpr int half = 1 << (Bits - 1);
+  SomeFloats squares = {}, of_levels = {}, inverse = {};
+  for (int c = 0; c < width; ++c) squares += load<SomeFloats>(x + c * kLanes) * load<SomeFloats>(x + c * kLanes);
+  const SomeFloats means = squares / float(width);
+  for (int lane = 0; lane < kCompared; ++lane) inverse[lane] = means[lane] > 0 ? 1 / std::sqrt(means[lane]) : 0;
+  for (int c = 0; c < width; ++c) {
+    const SomeFloats v = load<SomeFloats>(x + c * kLanes) * inverse, size = v < 0 ? -v : v;
+    SomeInts code = v < 0 ? SomeInts{} + half : SomeInts{};
+    SomeFloats level = SomeFloats{} + kLevels<Bits>[0];
+    for (int i = 1; i < half; ++i) {
+      const SomeInts above = size > (kLevels<Bits>[i - 1] + kLevels<Bits>[i]) / 2;
+      code -= above;
+      level = above ? SomeFloats{} + kLevels<Bits>[i] : level;
+    }
+    of_levels += level * level;
+    store(codes + c * kLanes, __builtin_convertvector(code, SomeBytes));
+  }
+  const SomeFloats ratio = squares / of_levels;
+  for (int lane = 0; lane < kCompared; ++lane) scale[lane] = std::sqrt(ratio[lane]);
+}
+
+inline void normal_lanes(int bits, int width, const float* x, uint8_t* codes, float* scale) {
+  if (bits == 4) return normal_lanes<4>(width, x, codes, scale);
+  if (bits == 2) return normal_lanes<2>(width, x, codes, scale);
+  normal_lanes<1>(width, x, codes, scale);
+}
+
 // Values `x [head_dim, 16]` in a codec.
 inline void encode(const Codec& codec, int head_dim, const float* x, const Target& to) {
   if (codec.exact != Exact::no) {
@@ -111,10 +141,11 @@ inline void encode(const Codec& codec, int head_dim, const float* x, const Targe
     float scale[kLanes], zero[kLanes];
     for (int lane = 0; lane < kLanes; lane += kCompared) {
       const int64_t first = group * width * kLanes + lane;
-      quantise_lanes(codec.bits, width, x + first, codes + first, scale + lane, zero + lane);
+      if (codec.normal) normal_lanes(codec.bits, width, x + first, codes + first, scale + lane);
+      else quantise_lanes(codec.bits, width, x + first, codes + first, scale + lane, zero + lane);
     }
     to.put_meta(group, to_float16(load<Floats>(scale)));
-    to.put_meta(codec.groups + group, to_float16(load<Floats>(zero)));
+    if (codec.zeroed()) to.put_meta(codec.groups + group, to_float16(load<Floats>(zero)));
   }
   for (int row = 0; row < codec.rows; ++row) {
     Bytes packed = load<Bytes>(codes + row * kLanes);
@@ -132,10 +163,9 @@ inline void decode(const Codec& codec, int head_dim, const Stored& from, int str
     using Reader = decltype(reader);
     over_channels<Reader>(head_dim, 0, head_dim, [&](int c, int row, int plane) {
       Floats v = Reader::read(from.payload + int64_t(row) * stride, plane, int64_t(head_dim) * stride);
-      if constexpr (Reader::scaled) {
-        const uint16_t* scale = from.meta + c / width * stride;
-        v = from_float16(load<Shorts>(scale)) * v + from_float16(load<Shorts>(scale + codec.groups * stride));
-      }
+      const uint16_t* scale = from.meta + c / width * stride;
+      if constexpr (Reader::scaled) v = from_float16(load<Shorts>(scale)) * v;
+      if constexpr (Reader::zeroed) v = v + from_float16(load<Shorts>(scale + codec.groups * stride));
       store(x + c * kLanes, v);
     });
   });
@@ -183,7 +213,7 @@ inline void demote_codes(const Codec& high, const Codec& low, int head_dim, cons
 
 // 16 tokens of one codec in another.
 inline void requantise(const Codec& high, const Codec& low, int head_dim, const Stored& from, int stride, const Target& to) {
-  const bool uniform = high.exact == Exact::no && low.exact == Exact::no;
+  const bool uniform = high.zeroed() && low.zeroed();
   if (uniform && high.groups == low.groups && high.bits >= low.bits) return demote_codes(high, low, head_dim, from, stride, to);
   float* x = scratch<struct Decoded, float>(head_dim * kLanes);
   decode(high, head_dim, from, stride, x);

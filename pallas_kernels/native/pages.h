@@ -4,26 +4,30 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "vector.h"
+#include "levels.h"
 
 namespace diffkv {
 
 constexpr int kStrip = 32;  // tokens that are handled at once; divides the lanes of a page
 
-// How K or V is stored: `bits` a channel with `groups` scales and zero points, or exactly in a floating type.
+// How K or V is stored: `bits` a channel with `groups` scales and zero points, or with one scale as numbers of levels of the normal
+// distribution, or exactly in a floating type.
 enum class Exact { no, bfloat16, float16, float32 };
 
 struct Codec {
   int bits, groups, rows;
   Exact exact;
+  bool normal;
 
-  // `code` as native.py's codec_code gives it: 1, 2, 4, 8 bits; 16 bfloat16, 17 float16, 32 float32.
+  // `code` as native.py's format_codes gives it: 1, 2, 4, 8 bits; 16 bfloat16, 17 float16, 32 float32; 64 + bits for normal levels.
   static Codec make(int64_t code, int64_t groups, int64_t head_dim) {
     const Exact exact = code == 16 ? Exact::bfloat16 : code == 17 ? Exact::float16 : code == 32 ? Exact::float32 : Exact::no;
-    const int bits = code == 17 ? 16 : static_cast<int>(code);
-    return {bits, exact == Exact::no ? static_cast<int>(groups) : 1, static_cast<int>(head_dim * bits / 8), exact};
+    const int bits = static_cast<int>(code == 17 ? 16 : code > 64 ? code - 64 : code);
+    return {bits, exact == Exact::no ? static_cast<int>(groups) : 1, static_cast<int>(head_dim * bits / 8), exact, code > 64};
   }
-  int meta_rows() const { return exact == Exact::no ? 2 * groups : 0; }
+  bool scaled() const { return exact == Exact::no; }
+  bool zeroed() const { return scaled() && !normal; }
+  int meta_rows() const { return (scaled() + zeroed()) * groups; }
 };
 
 struct Tier {
@@ -102,9 +106,20 @@ template <int Bits>
 struct Uniform {
   static constexpr int bits = Bits, planes = 8 / Bits;
   static constexpr Exact type = Exact::no;
-  static constexpr bool scaled = true;
+  static constexpr bool scaled = true, zeroed = true;
   static Floats read(const uint8_t* row, int plane, int64_t) {
     return to_floats((widen(load<Bytes>(row)) >> (plane * Bits)) & ((1 << Bits) - 1));
+  }
+};
+
+// Levels of N(0, 1), pallas_kernels/codecs/normal.py: the upper half of a float32 each, so as exact in bfloat16 as the codes of Uniform.
+template <int Bits>
+struct Normal {
+  static constexpr int bits = Bits, planes = 8 / Bits;
+  static constexpr Exact type = Exact::no;
+  static constexpr bool scaled = true, zeroed = false;
+  static Floats read(const uint8_t* row, int plane, int64_t) {
+    return normal_levels<Bits>(widen(load<Bytes>(row)) >> (plane * Bits));
   }
 };
 
@@ -112,7 +127,7 @@ template <Exact Type>
 struct Kept {
   static constexpr int bits = Type == Exact::float32 ? 32 : 16, planes = 1;
   static constexpr Exact type = Type;
-  static constexpr bool scaled = false;
+  static constexpr bool scaled = false, zeroed = false;
   static Floats read(const uint8_t* row, int, int64_t next_byte) {
     const auto plane = [&](int i) { return widen(load<Bytes>(row + i * next_byte)); };
     if constexpr (Type == Exact::bfloat16) return as_floats((plane(1) << 24) | (plane(0) << 16));
@@ -137,6 +152,9 @@ auto with_reader(const Codec& codec, const Body& body) {
   if (codec.exact == Exact::bfloat16) return body(Kept<Exact::bfloat16>{});
   if (codec.exact == Exact::float16) return body(Kept<Exact::float16>{});
   if (codec.exact == Exact::float32) return body(Kept<Exact::float32>{});
+  if (codec.normal && codec.bits == 4) return body(Normal<4>{});
+  if (codec.normal && codec.bits == 2) return body(Normal<2>{});
+  if (codec.normal) return body(Normal<1>{});
   if (codec.bits == 8) return body(Uniform<8>{});
   if (codec.bits == 4) return body(Uniform<4>{});
   if (codec.bits == 2) return body(Uniform<2>{});

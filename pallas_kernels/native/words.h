@@ -22,7 +22,7 @@ struct Single {
   static Floats multiply_add(Floats sum, Ints a, Ints b) { return sum + as_floats(a) * as_floats(b); }
   // `size` vectors of numbers, in their order.
   static Ints in_order(const Floats (&numbers)[1]) { return as_ints(numbers[0]); }
-  // Word i holds number i of each vector; codes are integers from 0 to 255.
+  // Word i holds number i of each vector; codes are exact in bfloat16.
   static Ints joined(const Floats (&numbers)[1]) { return as_ints(numbers[0]); }
   static Ints joined_codes(const Floats (&codes)[1]) { return as_ints(codes[0]); }
 };
@@ -38,7 +38,7 @@ struct Pair {
     const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)numbers[1]));
     return (Ints)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
   }
-  static Ints joined_codes(const Floats (&codes)[2]) { return (as_ints(codes[0]) >> 16) | as_ints(codes[1]); }  // exact
+  static Ints joined_codes(const Floats (&codes)[2]) { return Ints(Unsigned(as_ints(codes[0])) >> 16) | as_ints(codes[1]); }
 };
 
 #endif

@@ -102,7 +102,8 @@ void pack_stored_keys(const Problem& p, int64_t head, const Span& span, int word
       using Reader = decltype(reader);
       for (int group = 0; group < codec.groups; ++group) {
         Floats s = splat(1), z = {};
-        if constexpr (Reader::scaled) s = metadata(strip.key, group, stride, half), z = metadata(strip.key, codec.groups + group, stride, half);
+        if constexpr (Reader::scaled) s = metadata(strip.key, group, stride, half);
+        if constexpr (Reader::zeroed) z = metadata(strip.key, codec.groups + group, stride, half);
         over_codes<Word, Reader>(payload, stride, d, group * width, (group + 1) * width, [&](int c, Floats(&numbers)[Word::size]) {
           if (Word::size == 1 && Reader::scaled) numbers[0] = numbers[0] * s + z;
           store(to + c / Word::size * kPanel, Reader::scaled ? Word::joined_codes(numbers) : Word::joined(numbers));
@@ -168,9 +169,10 @@ template <typename Word, typename Reader>
 void unpack_values(const Strip& strip, const Codec& codec, int stride, int d, int32_t* rows) {
   const int width = d / codec.groups;
   for (int group = 0; group < codec.groups; ++group) {
-    Floats s[2], z[2];
-    for (int half = 0; half < 2 && Reader::scaled; ++half) {
-      s[half] = metadata(strip.value, group, stride, half), z[half] = metadata(strip.value, codec.groups + group, stride, half);
+    Floats s[2], z[2] = {};
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (Reader::scaled) s[half] = metadata(strip.value, group, stride, half);
+      if constexpr (Reader::zeroed) z[half] = metadata(strip.value, codec.groups + group, stride, half);
     }
     over_channels<Reader>(d, group * width, (group + 1) * width, [&](int c, int row, int plane) {
       Floats numbers[2];

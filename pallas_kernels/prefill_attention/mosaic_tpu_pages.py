@@ -8,7 +8,6 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..codecs import Uniform
 from ..codecs.formats import Codec
 from ..codecs.tiles import Tile, half_to_float
 from ..pages import PageLayout, Pages, meta_as_bits, page_column
@@ -156,7 +155,7 @@ class Tier(NamedTuple):
         blocks = [(page, block) for page in range(self.pages) for block in range(self.layout.blocks[self.number])]
         rows, head_dim = codec.rows(self.layout.head_dim), self.layout.head_dim
         meta = None
-        if isinstance(codec, Uniform):
+        if codec.meta_rows:
             bits = [self.buffers.meta[slot, page].astype(jnp.int32) for page in range(self.pages)]
             numbers = [half_to_float(page_bits) for page_bits in bits]
             meta = [numbers[page][first_meta + block * codec.meta_rows :][: codec.meta_rows] for page, block in blocks]
@@ -218,7 +217,9 @@ def dots_of(q_of: Callable[[Group], tuple[Array, Array]], keys: Sequence[tuple],
     for group, codes, scale, zero in keys:
         q, sums = q_of(group)
         dots = matmul(q, codes)
-        part = dots * factor if scale is None or zero is None else dots * (scale * factor) + sums * (zero * factor)
+        part = dots * (factor if scale is None else scale * factor)
+        if zero is not None:
+            part = part + sums * (zero * factor)
         total = part if total is None else total + part
     assert total is not None
     return total

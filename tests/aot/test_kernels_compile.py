@@ -26,6 +26,7 @@ pytestmark = pytest.mark.compile
 KERNELS = {"cuda": Kernels("triton"), "tpu": Kernels("mosaic_tpu")}
 MOST_SPILLED = 64  # bytes a thread
 CHUNK = 1024
+LEVELS = ("K4nV4n", "K2nV2n")  # of the normal distribution
 
 
 class Program(NamedTuple):
@@ -65,13 +66,13 @@ def shift(kernels: Kernels) -> Program:
     return Program(run, (window, window, scores, int32(), int32(LAYERS * HEADS)), (0, 1, 2), 8 << 20)
 
 
-def quantise(kernels: Kernels) -> Program:
+def quantise(kernels: Kernels, name="K8V4") -> Program:
     x = Shape((1024, llama8b.HEAD_DIM, kernels.tokens_per_block), jnp.bfloat16)
-    return Program(partial(encode, KVFormat.parse("K8V4"), kernels=kernels), (x, x), (), 8 << 20)
+    return Program(partial(encode, KVFormat.parse(name), kernels=kernels), (x, x), (), 8 << 20)
 
 
-def requantise(kernels: Kernels) -> Program:
-    high, low = KVFormat.parse("K8V4"), KVFormat.parse("K4V2")
+def requantise(kernels: Kernels, names=("K8V4", "K4V2")) -> Program:
+    high, low = map(KVFormat.parse, names)
     x = Shape((1024, llama8b.HEAD_DIM, kernels.tokens_per_block), jnp.float32)
     block = jax.eval_shape(high.encode, x, x)
     return Program(partial(demote, high, low, kernels=kernels), (block,), (), 8 << 20)
@@ -87,8 +88,8 @@ def count(kernels: Kernels) -> Program:
     return Program(run, (stored.pages, stored.page_table, stored.tier_len, llama8b.rule(layout, heads)), (), 16 << 20)
 
 
-def event(kernels: Kernels) -> Program:
-    layout, heads = llama8b.layout(kernels), LAYERS * HEADS
+def event(kernels: Kernels, formats=("K8V4", "K4V2")) -> Program:
+    layout, heads = llama8b.layout(kernels, formats), LAYERS * HEADS
     window = Shape((heads, SLOTS, llama8b.HEAD_DIM), jnp.bfloat16)
     tokens = Tokens(window, window, Shape((heads, SLOTS), jnp.float32), int32(heads, SLOTS))
     options = dict(one_victim=False, max_len=CONTEXT, pages_a_round=1, kernels=kernels)
@@ -105,8 +106,8 @@ def _chunk() -> Chunk:
     return Chunk(Shape((HEADS, GROUP, CHUNK, llama8b.HEAD_DIM), jnp.bfloat16), keys, keys, int32(HEADS))
 
 
-def prefill(kernels: Kernels) -> Program:
-    layout = llama8b.layout(kernels)
+def prefill(kernels: Kernels, formats=("K8V4", "K4V2")) -> Program:
+    layout = llama8b.layout(kernels, formats)
 
     def run(chunk, pages, heads):
         return prefill_attention(chunk, pages, layout, heads, Scale(0.1, None), kernels=kernels)
@@ -131,14 +132,19 @@ PROGRAMS = {
     "decode attention, d=64, G=3": partial(attention, head_dim=64, group=3),
     "decode attention, d=256, G=8": partial(attention, head_dim=256, group=8),
     "decode attention, bf16 pages": partial(attention, formats=("full",)),
+    "decode attention, levels": partial(attention, formats=LEVELS),
     "decode attention, mean of G=3": partial(attention, group=3, over="mean"),
     "append": new_tokens,
     "shift": shift,
     "encode": quantise,
+    "encode, levels": partial(quantise, name="K4nV2n"),
     "demote": requantise,
+    "demote, to levels": partial(requantise, names=("K8V4", "K4nV2n")),
     "count moves": count,
     "event": event,
+    "event, levels": partial(event, formats=LEVELS),
     "prefill": prefill,
+    "prefill, levels": partial(prefill, formats=LEVELS),
     "column sums": sums,
     "column sums, mean": partial(sums, over="mean"),
 }

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, Uniform
+from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, Normal, Uniform
+from oracles.normal_levels import quantise_normal, rounded_levels
 from oracles.quantiser import pack, quantise, unpack
 
 HALF_WAY = 1e-4  # see same_codes
@@ -28,6 +29,9 @@ def expected(codec, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         exact = x.astype(jnp.dtype(codec.dtype))
         planes = exact.view(np.uint8).reshape(*x.shape, -1)  # [T, d, bytes]
         return planes.transpose(2, 1, 0).reshape(-1, len(x)), np.zeros((0, len(x)), np.float16)
+    if isinstance(codec, Normal):
+        codes, scale = quantise_normal(x, codec.bits)
+        return pack(codes.T, codec.bits), scale.T
     codes, scale, zero = quantise(x, codec.bits, codec.groups)
     return pack(codes.T, codec.bits), np.concatenate([scale.T, zero.T])
 
@@ -42,6 +46,13 @@ def same_codes(codec, x: np.ndarray, payload: np.ndarray, wanted: np.ndarray) ->
         np.testing.assert_array_equal(payload, wanted)
         return
     got, codes = unpack(payload, codec.bits).astype(int).T, unpack(wanted, codec.bits).astype(int).T
+    if isinstance(codec, Normal):
+        size, levels = np.sqrt((x.astype(np.float64) ** 2).mean(axis=1, keepdims=True)), rounded_levels(codec.bits)
+        ratio = np.abs(x / np.where(size > 0, size, 1))
+        doubtful = np.any([np.abs(ratio - (a + b) / 2) < HALF_WAY for a, b in zip(levels, levels[1:], strict=False)] or [ratio < 0], axis=0)
+        np.testing.assert_array_equal(got[~doubtful], codes[~doubtful])
+        assert np.abs(got - codes).max() <= 1 and doubtful.mean() < 0.01
+        return
     grouped = x.astype(np.float64).reshape(len(x), codec.groups, -1)
     low, high = grouped.min(-1, keepdims=True), grouped.max(-1, keepdims=True)
     ratio = (grouped - low) / np.where(high > low, high - low, 1) * (2**codec.bits - 1)
@@ -58,5 +69,5 @@ def same_meta(got: np.ndarray, wanted: np.ndarray) -> None:
 
 
 def codes_of(codec: Uniform, payload: np.ndarray, meta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes `[T, d]`, scale and zero `[T, groups]` of a block."""
+    """Codes `[T, d]`, scale and zero `[T, groups]` of a block of integer codes."""
     return unpack(payload, codec.bits).T, meta[: codec.groups].T, meta[codec.groups :].T

@@ -8,6 +8,7 @@ import numpy as np
 from diffkv_jax.pallas_kernels.compact import Tokens
 from diffkv_jax.pallas_kernels.pages import PageLayout
 from diffkv_jax.pallas_kernels.prune import Rule
+from oracles.normal_levels import dequantise_normal, rounded_levels
 from oracles.quantiser import demote_nested, dequantise, unpack
 from readback import decode_tensor, slot_addresses, tensor_rows
 
@@ -28,7 +29,7 @@ class Tensor(NamedTuple):
 
     codes: np.ndarray | None = None
     scale: np.ndarray | None = None
-    zero: np.ndarray | None = None
+    zero: np.ndarray | None = None  # also of levels of the normal distribution
     exact: np.ndarray | None = None  # float32 [head_dim]
 
 
@@ -67,6 +68,8 @@ def tensors(codec, payload: np.ndarray, meta: np.ndarray) -> list[Tensor]:
     if not hasattr(codec, "bits"):
         return [Tensor(exact=x) for x in decode_tensor(codec, payload.T, meta.T)]
     codes = unpack(payload.T, codec.bits).T
+    if not hasattr(codec, "groups"):
+        return [Tensor(c, m) for c, m in zip(codes, meta, strict=True)]
     return [Tensor(c, m[: codec.groups], m[codec.groups :]) for c, m in zip(codes, meta, strict=True)]
 
 
@@ -74,7 +77,9 @@ def requantised(source, target, tensor: Tensor) -> Tensor:
     """Demoted on the codes where the groups match, else from its values."""
     if not hasattr(source, "bits"):
         return tensor
-    if source.groups == target.groups and target.bits <= source.bits:
+    if not hasattr(source, "groups"):
+        return Tensor(exact=dequantise_normal(tensor.codes, tensor.scale, source.bits))
+    if source.groups == getattr(target, "groups", None) and target.bits <= source.bits:
         numbers = (tensor.codes, tensor.scale, tensor.zero)
         return Tensor(*(numbers if source.bits == target.bits else demote_nested(*numbers, source.bits, target.bits)))
     return Tensor(exact=dequantise(tensor.codes, tensor.scale, tensor.zero))
@@ -137,9 +142,21 @@ def check_tensor(codec, want: Tensor, got: Tensor) -> None:
     if not hasattr(codec, "bits"):
         np.testing.assert_array_equal(want.exact.astype(jnp.dtype(codec.dtype)).astype(np.float32), got.exact)
         return
+    if not hasattr(codec, "groups"):
+        return check_levels(codec.bits, want.exact.astype(np.float64), got)
     x = want.exact.astype(np.float64).reshape(codec.groups, -1)
     zero, span = x.min(axis=1), x.max(axis=1) - x.min(axis=1)
     steps = (x - zero[:, None]) / (span / (2**codec.bits - 1))[:, None]
     assert np.abs(got.codes.reshape(x.shape) - steps).max() <= 0.501
     for number, stored in ((span / (2**codec.bits - 1), got.scale), (zero, got.zero)):
         assert (np.abs(stored.astype(np.float64) - number) <= np.spacing(np.abs(stored)).astype(np.float64)).all()
+
+
+def check_levels(bits: int, x: np.ndarray, got: Tensor) -> None:
+    """The same of levels of the normal distribution: no other level is nearer by a thousandth of the token's size; the norm is kept."""
+    size = np.linalg.norm(x) / np.sqrt(len(x))
+    chosen = dequantise_normal(got.codes, np.ones(1), bits)
+    levels = np.concatenate([rounded_levels(bits), -rounded_levels(bits)])
+    assert (np.abs(chosen - x / size) <= np.abs(levels[:, None] - x / size).min(axis=0) + 1e-3).all()
+    scale = np.linalg.norm(x) / np.linalg.norm(chosen)
+    assert np.abs(got.scale.astype(np.float64) - scale) <= np.spacing(got.scale).astype(np.float64)

@@ -6,16 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from codec_oracle import codes_of, expected, ordinary, parse, same_codes
+from codec_oracle import codes_of, expected, ordinary, parse, same_codes, same_meta
 
-from diffkv_jax.pallas_kernels.codecs import Block, Full, KVFormat, Uniform
-from oracles.quantiser import demote_nested, dequantise, pack, quantise, requantise, unpack
+from diffkv_jax.pallas_kernels.codecs import Block, Full, KVFormat, Normal, Uniform
+from oracles.quantiser import demote_nested, dequantise, pack, requantise, unpack
 from readback import decode_tensor, meta_rows, payload_rows
 
 TOKENS = 24  # no multiple of anything that a kernel would like
 FORMATS = ("K8V8", "K8V4", "K8V2", "K4V4", "K4V2", "K4V1", "K8V4:1,2", "K4V2:2,4", "K2V1:4,2", "full:bfloat16", "full:float32")
+FORMATS += ("K4nV2n", "K4V1n")
 HEAD_DIMS = (64, 96, 128, 256)
 DEMOTIONS = (("K8V4", "K4V2"), ("K8V8", "K2V1"), ("K8V4:1,2", "K4V2:2,4"), ("K8V2:4,1", "K4V1:4,1"), ("K8V4", "K4V4:1,2"), ("full", "K4V2"))
+DEMOTIONS += (("K8V4", "K4nV2n"), ("K4nV4n", "K2nV2"))
 
 
 def ordinary_tokens(head_dim: int, seed: int = 0) -> np.ndarray:
@@ -45,7 +47,7 @@ def same_block(fmt: KVFormat, block: Block, k: np.ndarray, v: np.ndarray) -> Non
         wanted_payload, wanted_meta = expected(codec, x)
         assert payload.dtype == np.uint8 and meta.dtype == np.float16
         assert payload.shape == wanted_payload.shape and meta.shape == wanted_meta.shape
-        np.testing.assert_array_equal(meta, wanted_meta)
+        (same_meta if isinstance(codec, Normal) else np.testing.assert_array_equal)(meta, wanted_meta)
         same_codes(codec, x, payload, wanted_payload)
 
 
@@ -122,14 +124,15 @@ def test_demotion_equals_the_oracle(source: str, target: str):
     block = encoded(high, ordinary_tokens(64, 3), ordinary_tokens(64, 4))
     got = Block(*map(np.asarray, jax.jit(lambda block: high.demote(low, block))(block)))
     for a, b, parts, back in ((high.key, low.key, block[0::2], got[0::2]), (high.value, low.value, block[1::2], got[1::2])):
-        if isinstance(a, Uniform) and a.groups == b.groups:
+        if isinstance(a, Uniform) and isinstance(b, Uniform) and a.groups == b.groups:
             codes, scale, zero = demote_nested(*codes_of(a, *parts), a.bits, b.bits)
             np.testing.assert_array_equal(back[0], pack(codes.T, b.bits))
+            np.testing.assert_array_equal(back[1], np.concatenate([scale.T, zero.T]))
         else:
             read = decode_tensor(a, *parts)
-            codes, scale, zero = quantise(read, b.bits, b.groups)
-            same_codes(b, read, back[0], pack(codes.T, b.bits))
-        np.testing.assert_array_equal(back[1], np.concatenate([scale.T, zero.T]))
+            payload, meta = expected(b, read)
+            same_codes(b, read, back[0], payload)
+            same_meta(back[1], meta)
 
 
 @pytest.mark.parametrize("bits, lower", [(8, 4), (8, 2), (8, 1), (4, 2), (4, 1), (2, 1), (8, 8)])
@@ -161,7 +164,7 @@ def test_leading_axes_are_independent():
         same_block(fmt, Block(*(np.asarray(part)[index] for part in got)), k[index], k[index])
 
 
-def interleaved(codec: Uniform, payload: np.ndarray) -> np.ndarray:
+def interleaved(codec: Uniform | Normal, payload: np.ndarray) -> np.ndarray:
     """The payload with neighbouring channels in a byte, as other packings have it."""
     codes = unpack(payload, codec.bits)
     planes = 8 // codec.bits
@@ -200,3 +203,14 @@ def test_the_comparison_sees_mistakes(kind: str):
     read = [dequantise(*codes_of(fmt.key, *good[0::2])), dequantise(*codes_of(fmt.value, *good[1::2]))]
     with pytest.raises(AssertionError):
         same_products(fmt, bad, *read)
+
+
+def test_the_comparison_sees_mistakes_of_levels():
+    """A sign, a neighbouring level, planes in the wrong order, the scale without the levels' norm."""
+    codec, x = Normal(4), ordinary_tokens(64, 7)
+    payload, meta = expected(codec, x)
+    for wrong in (payload ^ 8, payload ^ 1, (payload << 4) | (payload >> 4), interleaved(codec, payload)):
+        with pytest.raises(AssertionError):
+            same_codes(codec, x, wrong, payload)
+    with pytest.raises(AssertionError):
+        same_meta((np.linalg.norm(x, axis=1)[None] / 8).astype(np.float16), meta)

@@ -47,8 +47,16 @@ CASES = {
     "full float32, T=128": Shape(("full",), 64, 2, dtype="float32", tokens=128),
     "full float16+K4V2, sliding": Shape(("full", "K4V2"), 64, 4, dtype="float16", window=90),
     "sliding, capped, T=128": Shape(("K8V4", "K4V2"), 128, 3, cap=3.0, window=40, tokens=128),
+    "K4nV4n+K2nV1n, G=3, d=128": Shape(("K4nV4n", "K2nV1n"), 128, 3),
     "K4V4, mean of G=3": Shape(("K4V4",), 64, 3, over="mean"),
 }
+BFLOAT16 = (
+    "K8V4+K4V2, G=4, d=128, T=128",
+    "K8V4+K4V2, G=3, d=128",
+    "grouped, G=6, capped, d=128",
+    "full+K4V2, G=6",
+    "K4nV4n+K2nV1n, G=3, d=128",
+)
 CHECKED = ("K8V4+K4V2, G=4, d=128, T=128", "full float32, T=128", "sliding, capped, T=128")  # cases for the slow interpreter
 
 
@@ -251,7 +259,7 @@ def test_the_comparison_sees_a_maximum_where_the_mean_is_asked(kernels: Kernels)
 
 
 @pytest.mark.parametrize("kernels", [*IMPLEMENTATIONS[1:3], *NATIVE])
-@pytest.mark.parametrize("name", ["K8V4+K4V2, G=4, d=128, T=128", "K8V4+K4V2, G=3, d=128", "grouped, G=6, capped, d=128", "full+K4V2, G=6"])
+@pytest.mark.parametrize("name", BFLOAT16)
 def test_bfloat16_queries(name: str, kernels: Kernels):
     """The kernels multiply in bfloat16: eight bits of the weights. A missing token is further away than that."""
     this = case(name, kernels)

@@ -25,6 +25,7 @@ CASES = [
     Case("K8V4+K4V2", one_victim=True),
     Case("K8V4:1,2+K4V2:2,4", head_dim=128, tokens=128),
     Case("full+K4V2", tokens=64),
+    Case("K4nV4+K2nV2n"),
     Case("K4V4", head_dim=128, tokens=64),
     Case("K8V4+K4V2", scored=False),
 ]

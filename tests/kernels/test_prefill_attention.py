@@ -45,6 +45,7 @@ CASES = {
     "one full tier, chunk of 64": Setting(("full",), 64, 1, 64, 64),
     "chunk of 1024": Setting(("K4V4",), 64, 1, 1024, 64, tokens=128),  # several blocks of queries and of keys
     "bfloat16": Setting(PAIR, 64, 1, 32, 20, tokens=128, dtype="bfloat16"),
+    "levels of the normal distribution": Setting(("K4nV4n", "K2nV2n"), 64, 2, 32, 32),
     "mean of G=3": Setting(("K4V4",), 64, 3, 16, 16, tokens=128, over="mean"),
 }
 CHECKED = Setting(PAIR, 64, 2, 16, 16)
@@ -53,6 +54,7 @@ NATIVE_CASES = {
     "bfloat16, groups, G=5, d=128": Setting(GROUPED, 128, 5, 100, 70, dtype="bfloat16", tokens=64),
     "bfloat16, full tier above, capped, G=16, d=256": Setting(("full", "K2V1"), 256, 16, 40, 40, 3.0, dtype="bfloat16"),
     "bfloat16, K1V1, G=7": Setting(("K1V1",), 64, 7, 33, 33, dtype="bfloat16"),
+    "bfloat16, levels of the normal distribution": Setting(("K4nV4n", "K1nV2n"), 64, 3, 40, 40, dtype="bfloat16"),
     "head size 80 in bfloat16": Setting(PAIR, 80, 2, 50, 20, dtype="bfloat16"),
     "head size 24": Setting(PAIR, 24, 3, 50, 20, tokens=128),
     "groups of odd width in bfloat16": Setting(("K8V4:2,2",), 6, 2, 300, 20, dtype="bfloat16"),
