@@ -12,6 +12,7 @@ from diffkv_jax.methods import h2o as h2o
 from diffkv_jax.methods import key_difference as key_difference
 from diffkv_jax.methods import key_norm as key_norm
 from diffkv_jax.methods import load_policy as load_policy
+from diffkv_jax.methods import pyramidinfer as pyramidinfer
 from diffkv_jax.methods import pyramidkv as pyramidkv
 from diffkv_jax.methods import quantized as quantized
 from diffkv_jax.methods import random_eviction as random_eviction

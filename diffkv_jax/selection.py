@@ -29,6 +29,9 @@ class Selection:
         budgeted: budgets decide how many tokens stay, else thresholds on the mean attention.
         in_tokens: budgets are numbers of tokens, else shares of the tokens seen.
         pooled: the heads of a layer share a budget, each has at least this share of its own part (Ada-KV); None: a budget a head.
+        newest_weight: what the last of the prompt queries that score counts, the first of them 1 (PyramidInfer).
+        shared: the heads of a layer keep the same tokens: scores are averaged over them.
+        nested: a prompt token that a layer drops is not there for deeper layers (`diffkv_jax.nested`).
         protect, punctuation: token ids of the classes that always stay and that heads may choose to keep.
         profiled: each head chooses classes of tokens to keep (FastGen, `diffkv_jax.head_profile`), `frequent` and `local` shares of them.
     """
@@ -41,6 +44,9 @@ class Selection:
     budgeted: bool = False
     in_tokens: bool = False
     pooled: float | None = None
+    newest_weight: float = 1.0
+    shared: bool = False
+    nested: bool = False
     protect: tuple[int, ...] = ()
     punctuation: tuple[int, ...] = ()
     profiled: bool = False

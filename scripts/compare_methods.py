@@ -34,6 +34,7 @@ EXACT = {
     "TOVA": dkv.tova,
     "SnapKV": dkv.snapkv,
     "PyramidKV": dkv.pyramidkv,
+    "PyramidInfer": dkv.pyramidinfer,
     "Ada-KV(SnapKV)": lambda keep, **options: dkv.ada_kv(dkv.snapkv(keep, **options)),
 }
 QUANTISED = (("SnapKV", "K4V4"), ("L2 norm", "K8V4"), ("Ada-KV(SnapKV)", "K4V4"))
