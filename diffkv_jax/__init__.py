@@ -19,6 +19,7 @@ from diffkv_jax.methods import key_norm as key_norm
 from diffkv_jax.methods import kivi as kivi
 from diffkv_jax.methods import kvquant as kvquant
 from diffkv_jax.methods import load_policy as load_policy
+from diffkv_jax.methods import pyramidinfer as pyramidinfer
 from diffkv_jax.methods import pyramidkv as pyramidkv
 from diffkv_jax.methods import quantized as quantized
 from diffkv_jax.methods import random_eviction as random_eviction

@@ -73,6 +73,10 @@ class CacheSpec:
             meta_dtype=kernels.meta_dtype,
             rope=_rope_of(attention, policy),
         )
+        if selection.nested and any(window is not None for window in attention.sliding_windows):
+            raise ValueError(
+                f"policy {policy.name!r}: nested=True needs a model without sliding-window layers, which would see dropped tokens"
+            )
         if kernels.implementation != "xla" and not _known_to_kernels(policy, attention):
             raise ValueError(f"policy {policy.name!r} runs in plain XLA only, not on {kernels.implementation!r} kernels: leave it to 'xla'")
         if selection.score == "expected" and attention.rope is None:
@@ -172,6 +176,7 @@ class KVCache:
     ring: FreeRing  # ids of the pages that nobody owns
     page_table: Array  # int32 [L, R, K, max_pages]; tier 0 grows from the left, tier 1 from the right; num_pages = none
     tier_len: Array  # int32 [L, R, K, tiers] tokens
+    present: Array  # bool [R, C] while a chunk of C tokens is read by a policy that nests: not dropped in a layer so far; else [R, 0]
     choice: Array  # int32 [L, R, K] the policy of each head, one of `HEAD_POLICIES`; [L, R, 0] unless heads choose
     limits: Array  # float32 [L, R, K, 2] (high, low): thresholds in units of 1 / seq_len, budgets (high, any), or shares to recover
     recent_k: Array  # [L, R, K, N, head_dim] cache dtype, oldest first
@@ -228,6 +233,7 @@ def empty_cache(spec: CacheSpec, limits: np.ndarray | Array, tables: Tables | No
         ring=FreeRing.full(spec.num_pages),
         page_table=jnp.full((paged, *heads, spec.max_pages), spec.num_pages, jnp.int32),
         tier_len=jnp.zeros((paged, *heads, spec.layout.tiers), jnp.int32),
+        present=jnp.zeros((spec.num_requests, 0), bool),
         choice=jnp.zeros((paged, heads[0], heads[1] if spec.selection.profiled else 0), jnp.int32),
         limits=jnp.asarray(limits, jnp.float32),
         recent_k=zeros((paged, *heads, slots, head_dim)),

@@ -124,6 +124,15 @@ def pyramidkv(keep: Budget = 0.5, *, pooling: int = 5, **options: Unpack[Options
     return dataclasses.replace(snapkv(keep, pooling=pooling, **options), name="pyramidkv", layers="pyramid")
 
 
+def pyramidinfer(keep: Budget = 0.5, *, newest_weight: float = 1.2, nested: bool = True, **options: Unpack[Options]) -> CompressionPolicy:
+    """PyramidInfer (arXiv:2405.12532): one set of tokens a layer, fewer with depth, chosen while the prompt is read.
+
+    What a layer drops is not there for deeper ones (`nested`). `keep` is the mean over the layers.
+    """
+    chosen: dict[str, Any] = {"newest_weight": newest_weight, "shared": True, "nested": nested, "layers": "cosine"}
+    return _evicting("pyramidinfer", "window", keep, options, observe=options.get("window", 64), group="mean", **chosen)
+
+
 def key_norm(keep: Budget = 0.5, *, whole_layers: tuple[int, ...] = (0, 1), **options: Unpack[Options]) -> CompressionPolicy:
     """L2-norm eviction (arXiv:2406.11430): the keys with the smallest norms, beside the first and the recent tokens; layers 0 and 1 whole.
 
@@ -210,6 +219,7 @@ METHODS = (
     tova,
     snapkv,
     pyramidkv,
+    pyramidinfer,
     key_norm,
     key_difference,
     expected_attention,

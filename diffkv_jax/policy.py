@@ -23,6 +23,7 @@ from diffkv_jax.selection import Score, Selection
 Threshold = float | tuple[Any, ...]
 Budget = float | int | str | tuple[Any, ...]
 PYRAMID_STEEPNESS = 20.0
+COSINE_FLOOR = 0.9  # what the last layer keeps of the one before it
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,15 @@ class CompressionPolicy:
             (float up to 1), a number (int), memory for the whole cache such as "64MiB", out of which a number is made, or nested tuples of
             shares or numbers that broadcast like the thresholds. None: thresholds decide.
         keep_high: with two tiers, how many stay in the high one, likewise.
-        layers: how `keep` is spread over the layers: "uniform", or "pyramid", linearly from nearly twice as much in the first to
-            1 / `PYRAMID_STEEPNESS` of it in the last (PyramidKV, arXiv:2406.02069).
+        layers: how `keep` is spread over the layers: "uniform"; "pyramid", linearly from nearly twice as much in the first to
+            1 / `PYRAMID_STEEPNESS` of it in the last (PyramidKV, arXiv:2406.02069); "cosine", each layer a share of the one before it
+            (PyramidInfer, arXiv:2405.12532).
         whole_layers: layers (counted as `keep` counts them) that keep everything.
         pooled: the KV heads of a layer share their budgets; each keeps at least this share of its own (Ada-KV, arXiv:2407.11550).
         sinks: first tokens that always stay.
+        newest_weight: with "window" scores, what the last query counts; the first one that scores counts 1, linearly between.
+        shared: the heads of a layer keep the same tokens, by scores averaged over them ("window" scores).
+        nested: a prompt token that a layer drops is not there for deeper layers: they attend without it (`diffkv_jax.nested`).
         protect: token ids that always stay, such as the special ones of `diffkv_jax.token_classes`.
         recover: in place of thresholds and budgets, the share of its attention (up to 1) that a head must hold: after each prompt it
             picks the cheapest of the classes protected; and `punctuation`; and frequent; and local; all (FastGen, arXiv:2310.01801).
@@ -78,7 +83,7 @@ class CompressionPolicy:
     group: Literal["max", "mean"] = "max"
     keep: Budget | None = None
     keep_high: Budget | None = None
-    layers: Literal["uniform", "pyramid"] = "uniform"
+    layers: Literal["uniform", "pyramid", "cosine"] = "uniform"
     whole_layers: tuple[int, ...] = ()
     pooled: float | None = None
     sinks: int = 0
@@ -87,6 +92,9 @@ class CompressionPolicy:
     un_rope: bool = False
     future: int = 512
     epsilon: float = 0.0
+    newest_weight: float = 1.0
+    shared: bool = False
+    nested: bool = False
     protect: tuple[int, ...] = ()
     recover: Threshold | None = None
     punctuation: tuple[int, ...] = ()
@@ -163,8 +171,9 @@ class CompressionPolicy:
             raise ValueError(
                 f"thresholds, budgets or recover of policy {self.name!r} must broadcast to [layers, requests, kv_heads] = {shape}: {error}"
             ) from None
-        if self.layers == "pyramid" and layers:
-            both = both * pyramid(layers, None if in_tokens else both[..., 1].max())[:, None, None, None]
+        if self.layers != "uniform" and layers:
+            spread = {"pyramid": pyramid, "cosine": cosine}[self.layers]
+            both = both * spread(layers, None if in_tokens else both[..., 1].max())[:, None, None, None]
         if beyond := [layer for layer in self.whole_layers if not 0 <= layer < shape[0]]:
             raise ValueError(f"whole_layers={self.whole_layers} of policy {self.name!r}: there is no layer {beyond[0]} of {shape[0]}")
         both[list(self.whole_layers)] = 2**30 if in_tokens else 1.0
@@ -207,3 +216,14 @@ def pyramid(layers: int, largest_share: float | None) -> np.ndarray:
     first = 2 - 1 / PYRAMID_STEEPNESS
     first = first if largest_share is None else min(first, 1 / float(largest_share))
     return np.linspace(first, 2 - first, layers) if layers > 1 else np.ones(layers)
+
+
+def cosine(layers: int, largest_share: float | None) -> np.ndarray:
+    """Factors of each layer's budget, float [layers], mean 1: layer l keeps (1 - r)(cos(pi l / layers) + 1) / 2 + r of the one before.
+
+    PyramidInfer (arXiv:2405.12532), r = COSINE_FLOOR. `largest_share` as in `pyramid`: the factors come nearer to 1 until it fits.
+    """
+    kept = np.cumprod((1 - COSINE_FLOOR) * (np.cos(np.pi * np.arange(layers) / layers) + 1) / 2 + COSINE_FLOOR)
+    beyond = kept / kept.mean() - 1
+    room = np.inf if largest_share is None else 1 / float(largest_share) - 1
+    return 1 + beyond * min(1, room / max(beyond[0], 1e-9))

@@ -53,7 +53,7 @@ def check_blocks(policy: "CompressionPolicy") -> None:
 
 def check_thresholds(policy: "CompressionPolicy") -> None:
     """Thresholds have an order and something to compare with."""
-    for field, without in (("keep_high", None), ("pooled", None), ("whole_layers", ()), ("layers", "uniform")):
+    for field, without in (("keep_high", None), ("pooled", None), ("whole_layers", ()), ("layers", "uniform"), ("shared", False)):
         if getattr(policy, field) != without:
             raise ValueError(f"{field}={getattr(policy, field)!r} belongs to budgets: give keep= too, or leave it out")
     high, low = np.asarray(policy.alpha_high), np.asarray(policy.alpha_low)
@@ -93,6 +93,13 @@ def check_ranking(policy: "CompressionPolicy") -> None:
         raise ValueError(f"epsilon={policy.epsilon} must be finite and not negative")
     if (policy.future, policy.epsilon) != (512, 0.0) and policy.score != "expected":
         raise ValueError(f"future={policy.future} and epsilon={policy.epsilon} belong to score='expected': leave them out")
+    if not (isinstance(policy.newest_weight, int | float) and 0 < policy.newest_weight < np.inf):
+        raise ValueError(f"newest_weight={policy.newest_weight!r} must be a finite number above 0")
+    for field, without in (("newest_weight", 1), ("shared", False)):
+        if getattr(policy, field) != without and policy.score != "window":
+            raise ValueError(f"{field}={getattr(policy, field)} is about scores of the prompt's last queries: it needs score='window'")
+    if policy.nested and not policy.shared:
+        raise ValueError("nested=True drops a token for all heads of the deeper layers: it needs shared=True")
     if policy.score not in (None, "attention") and policy.keep is None and policy.recover is None:
         raise ValueError(f"score={policy.score!r} needs keep=: thresholds in units of uniform attention belong to score='attention'")
 
@@ -142,8 +149,14 @@ def check_budgets(policy: "CompressionPolicy") -> None:
         high = _counts("keep_high", policy.keep_high)
         if high.dtype.kind != keep.dtype.kind or np.any(high > keep):
             raise ValueError(f"keep_high={policy.keep_high} must be of the kind of keep={policy.keep} and not exceed it")
-    if policy.layers not in ("uniform", "pyramid"):
-        raise ValueError(f"layers={policy.layers!r} must be 'uniform' or 'pyramid'")
+    if policy.layers not in ("uniform", "pyramid", "cosine"):
+        raise ValueError(f"layers={policy.layers!r} must be 'uniform', 'pyramid' or 'cosine'")
+    if policy.nested and policy.whole_layers:
+        raise ValueError(f"whole_layers={policy.whole_layers} cannot keep what layers before them drop: leave them or nested=True out")
+    if policy.shared and (policy.pooled is not None or (keep.ndim and keep.shape[-1] > 1)):
+        raise ValueError(
+            f"shared=True keeps as much in every head: leave pooled={policy.pooled} and budgets by head, keep={policy.keep}, out"
+        )
     if policy.pooled is not None and not (isinstance(policy.pooled, int | float) and 0 <= policy.pooled <= 1):
         raise ValueError(f"pooled={policy.pooled} is the share of its budget that each head keeps: from 0 to 1")
     if keep.dtype.kind == "i" and np.any(keep < policy.window + policy.sinks):

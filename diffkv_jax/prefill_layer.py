@@ -1,13 +1,14 @@
 """One prompt chunk of a paged layer: attend, score, and let the tokens that leave the recent window into the tiers."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from diffkv_jax.cache import CacheSpec, KVCache
-from diffkv_jax.event import Clock, apply_plan, plan_event
+from diffkv_jax.event import apply_plan, plan_event
 from diffkv_jax.expected_attention import count_queries, expected_attention, layer_queries
 from diffkv_jax.head_profile import choose_and_mark
 from diffkv_jax.layer_state import (
@@ -22,14 +23,16 @@ from diffkv_jax.layer_state import (
     when,
     with_stored,
 )
+from diffkv_jax.nested import note_dropped, present_rows, put_back, take_rows
 from diffkv_jax.observed import count_observed
 from diffkv_jax.overflow import make_room
 from diffkv_jax.pallas_kernels.attention import Heads
 from diffkv_jax.pallas_kernels.compact import Tokens, ranked
 from diffkv_jax.pallas_kernels.pages import PageLayout
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk, ColumnSums, Scale, column_sums, prefill_attention
+from diffkv_jax.pallas_kernels.prune import DROPPED
 from diffkv_jax.selection import ranked_tokens
-from diffkv_jax.smooth import smooth
+from diffkv_jax.smooth import average_heads, smooth
 from diffkv_jax.steps import PrefillStep
 from diffkv_jax.token_classes import protected_tokens
 
@@ -43,19 +46,21 @@ def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, st
     """
     spec = cache.spec
     heads = layer_heads(cache, layer, cache.recent_len)
-    chunk = _by_head(cache, q, k, v, step.length)
+    rows, present = present_rows(cache, q.shape[1], step.length)
+    q, k, v = (take_rows(cache, x, rows) for x in (q, k, v))
+    chunk = _by_head(cache, q, k, v, present)
     scale = Scale(spec.attention.sm_scale, spec.attention.logits_soft_cap)
     layout = layer_layout(cache, layer)
     out, lse = prefill_attention(chunk, cache.pages, layout, heads, scale, kernels=spec.kernels)
     sums = _scores(cache, layout, chunk, lse, heads, scale, step)
     pages = dataclasses.replace(cache.pages, significance=sums.pages)
     cache = count_queries(dataclasses.replace(cache, pages=pages), layer, chunk)
-    gathered = _gather(cache, layer, chunk, heads, sums)
+    gathered = _gather(cache, layer, chunk, heads, sums, rows - (q.shape[1] - step.length[:, None]))
     attended = lse[0, 0, 0] > -jnp.inf  # always so, but the compiler cannot know: the event waits for attention's reads of the pool
-    cache = when(spec.kernels, attended, lambda cache: _store(cache, layer, gathered, step), cache)
+    cache = when(spec.kernels, attended, lambda cache: _store(cache, layer, gathered, step, rows), cache)
     cache = _keep_window(cache, layer, gathered, step)
-    out = out.reshape(*_grouped(spec), *out.shape[2:])  # [R, K, G, C, d]
-    return jnp.moveaxis(out, 3, 1).reshape(*q.shape[:-1], -1).astype(q.dtype), cache
+    out = jnp.moveaxis(out.reshape(*_grouped(spec), *out.shape[2:]), 3, 1)  # [R, C, K, G, d]
+    return put_back(cache, out.reshape(*q.shape[:-1], -1), rows).astype(q.dtype), cache
 
 
 def observing_rows(spec: CacheSpec, chunk_len: int) -> int:
@@ -96,6 +101,8 @@ def _scores(cache: KVCache, layout: PageLayout, chunk: Chunk, lse: Array, heads:
     if not spec.selection.by_attention:
         return silent
     rows = observing_rows(spec, chunk.k.shape[1])
+    if spec.selection.newest_weight != 1:  # exp(logit - (lse - log weight)) is the weighted probability
+        lse = lse - jnp.log(_weights(spec.selection.newest_weight, rows, chunk))[:, None]
 
     def score(sums: ColumnSums) -> ColumnSums:
         pages = dataclasses.replace(cache.pages, significance=sums.pages)
@@ -104,14 +111,24 @@ def _scores(cache: KVCache, layout: PageLayout, chunk: Chunk, lse: Array, heads:
     return when(spec.kernels, step.compress | (spec.selection.observe == "all"), score, silent)
 
 
-def _gather(cache: KVCache, layer: Array, chunk: Chunk, heads: Heads, sums: ColumnSums) -> _Gathered:
-    """The recent tokens and the chunk's in one row a head, with significance and positions."""
+def _weights(newest: float, rows: int, chunk: Chunk) -> Array:
+    """What each row of the chunk counts, float32 [B, C]: 1 for the first observing one, linearly to `newest` for the last."""
+    counted = jnp.minimum(rows, chunk.length)[:, None]
+    index = jnp.arange(chunk.k.shape[1]) - (chunk.k.shape[1] - counted)
+    return 1 + (newest - 1) * jnp.maximum(index, 0) / jnp.maximum(counted - 1, 1)
+
+
+def _gather(cache: KVCache, layer: Array, chunk: Chunk, heads: Heads, sums: ColumnSums, place: Array) -> _Gathered:
+    """The recent tokens and the chunk's in one row a head, with significance and positions.
+
+    `place` int32 [R, C] counts the chunk's tokens from its first one, negative where it is padded.
+    """
     (recent_k, recent_v, live), chunk_len = heads.recent(), chunk.k.shape[1]
     slots = live.shape[1]
     start = per_head(cache, cache.seq_len)[:, None]  # position of the chunk's first token
     recent_position = start - heads.recent_len[:, None] + jnp.arange(slots)
     first = chunk_len - chunk.length[:, None]
-    chunk_position = start + jnp.arange(chunk_len) - first
+    chunk_position = start + per_head(cache, place)
     recent_score = sums.recent + (take_layer(cache.recent_significance, layer) if cache.spec.layout.scored else 0)
     tokens = Tokens(
         k=jnp.concatenate([recent_k, chunk.k.astype(jnp.float32)], axis=1),
@@ -123,8 +140,11 @@ def _gather(cache: KVCache, layer: Array, chunk: Chunk, heads: Heads, sums: Colu
     return _Gathered(tokens, valid)
 
 
-def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep) -> KVCache:
-    """Let everything but the last tokens (`CacheSpec.staying`) into the tiers; a request without tokens in this chunk stays as it is."""
+def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep, rows: Array) -> KVCache:
+    """Let everything but the last tokens (`CacheSpec.staying`) into the tiers; a request without tokens in this chunk stays as it is.
+
+    `rows` int32 [R, C] are those of `present_rows`.
+    """
     spec = cache.spec
     tokens, valid = gathered
     seq_len = cache.seq_len + step.length
@@ -133,7 +153,18 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep)
     leaving = valid & (tokens.position < (clock.seq_len - clock.exact)[:, None])
     leaving = leaving & per_head(cache, (step.length > 0) & ~cache.overflow)[:, None]
     protected = protected_tokens(cache, tokens.position)
-    cache, tokens = _rescored(cache, layer, gathered, leaving, protected, clock)
+    held, position = stored_layer(cache, layer), tokens.position
+    if spec.selection.score == "expected":
+        queries = layer_queries(cache, layer)
+        outside = tokens
+        cache, tokens = _rescored(
+            cache, tokens, step, lambda scores: expected_attention(spec, held, queries, clock.seq_len, scores[0], outside, valid)
+        )
+    if spec.selection.shared:
+        cache, tokens = _rescored(cache, tokens, step, lambda scores: average_heads(spec, held, *scores))
+    if spec.selection.pooling > 1:
+        counted = leaving if protected is None else leaving & ~protected
+        cache, tokens = _rescored(cache, tokens, step, lambda scores: smooth(spec, held, *scores, position, counted))
     if spec.selection.profiled:
 
         def choose(state: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
@@ -143,6 +174,8 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep)
         tokens = tokens._replace(significance=scores)
     tokens = ranked_tokens(spec.selection, tokens, valid, head_numbers(cache, layer), protected, spec.attention.latent)
     plan = plan_event(spec, stored_layer(cache, layer), clock, tokens.significance, tokens.position, leaving, one_victim=False)
+    dropped = leaving & (plan.entering == DROPPED)
+    cache = note_dropped(cache, rows, dropped[:: spec.attention.num_kv_heads, -rows.shape[1] :])
     cache = make_room(cache, plan.pages.reshape(spec.num_requests, -1).sum(axis=1))
     admitted = per_head(cache, ~cache.overflow)
     stored = apply_plan(
@@ -152,22 +185,12 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep)
 
 
 def _rescored(
-    cache: KVCache, layer: Array, gathered: _Gathered, leaving: Array, protected: Array | None, clock: Clock
+    cache: KVCache, tokens: Tokens, step: PrefillStep, change: Callable[[tuple[Array, Array]], tuple[Array, Array]]
 ) -> tuple[KVCache, Tokens]:
-    """Scores that need all tokens of a head at once, stored ones in the cache and those that are `leaving`, when the policy decides."""
-    spec, held = cache.spec, stored_layer(cache, layer)
-    tokens, valid = gathered
-
-    def rescore(scores: tuple[Array, Array]) -> tuple[Array, Array]:
-        if spec.selection.score == "expected":
-            return expected_attention(spec, held, layer_queries(cache, layer), clock.seq_len, scores[0], tokens, valid)
-        return smooth(spec, held, *scores, tokens.position, leaving if protected is None else leaving & ~protected)
-
-    if spec.selection.score != "expected" and spec.selection.pooling == 1:
-        return cache, tokens
-    stored, outside = when(spec.kernels, clock.decides, rescore, (cache.pages.significance, tokens.significance))
-    cache = dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, significance=stored))
-    return cache, tokens._replace(significance=outside)
+    """Where the policy decides, the scores in the pool and those of `tokens` changed."""
+    significance, entering = when(cache.spec.kernels, step.compress, change, (cache.pages.significance, tokens.significance))
+    pages = dataclasses.replace(cache.pages, significance=significance)
+    return dataclasses.replace(cache, pages=pages), tokens._replace(significance=entering)
 
 
 def observed_after(cache: KVCache, step: PrefillStep, chunk_len: int) -> Array:

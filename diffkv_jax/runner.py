@@ -10,6 +10,7 @@ from diffkv_jax.advance import after_decode, after_prefill
 from diffkv_jax.budget import most_pages
 from diffkv_jax.cache import KVCache
 from diffkv_jax.model_protocol import CausalLM
+from diffkv_jax.nested import begin_chunk, end_chunk
 from diffkv_jax.smooth import forget
 from diffkv_jax.steps import DecodeStep, PrefillStep
 from diffkv_jax.token_classes import note_classes
@@ -36,9 +37,9 @@ def prefill_chunk(model: CausalLM, params, cache: KVCache, tokens: Array, length
     step = PrefillStep(length, last | _runs_low(cache, length))
     index = jnp.arange(chunk_len) - (chunk_len - length[:, None])
     positions = jnp.where(index >= 0, cache.seq_len[:, None] + index, -1)
-    cache = forget(note_classes(cache, tokens, positions), step.compress)
+    cache = begin_chunk(forget(note_classes(cache, tokens, positions), step.compress), index >= 0)
     logits, cache = model.apply({"params": params}, tokens, positions, cache, step, last_only=True)
-    return logits[:, -1], after_prefill(cache, step, chunk_len)
+    return logits[:, -1], after_prefill(end_chunk(cache), step, chunk_len)
 
 
 def _runs_low(cache: KVCache, length: Array) -> Array:

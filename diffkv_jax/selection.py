@@ -33,6 +33,9 @@ class Selection:
         pooled: the heads of a layer share a budget, each has at least this share of its own part (Ada-KV); None: a budget a head.
         future: how many positions after the prompt "expected" queries may have.
         epsilon: what "expected" adds to attention before it is multiplied with the value's norm.
+        newest_weight: what the last of the prompt queries that score counts, the first of them 1 (PyramidInfer).
+        shared: the heads of a layer keep the same tokens: scores are averaged over them.
+        nested: a prompt token that a layer drops is not there for deeper layers (`diffkv_jax.nested`).
         protect, punctuation: token ids of the classes that always stay and that heads may choose to keep.
         profiled: each head chooses classes of tokens to keep (FastGen, `diffkv_jax.head_profile`), `frequent` and `local` shares of them.
     """
@@ -47,6 +50,9 @@ class Selection:
     pooled: float | None = None
     future: int = 512
     epsilon: float = 0.0
+    newest_weight: float = 1.0
+    shared: bool = False
+    nested: bool = False
     protect: tuple[int, ...] = ()
     punctuation: tuple[int, ...] = ()
     profiled: bool = False

@@ -1,4 +1,4 @@
-"""Scores of attention that concern the last queries only: earlier ones forgotten, and averaged over neighbouring positions."""
+"""Scores of attention that concern the last queries only: earlier ones forgotten, averaged over neighbouring positions, over heads."""
 
 import dataclasses
 
@@ -46,6 +46,20 @@ def smooth(spec: CacheSpec, stored: Stored, significance: Array, entering: Array
         values = jnp.where(_protected(scores), scores, new)
         significance = write_side(significance, layout, stored.page_table, tier, stored.tier_len[:, tier], values)
     return significance, jnp.take_along_axis(averaged, jnp.clip(position, 0, spec.max_len - 1), axis=1)
+
+
+def average_heads(spec: CacheSpec, stored: Stored, significance: Array, entering: Array) -> tuple[Array, Array]:
+    """The scores of stored and of entering tokens `[B, n]` averaged over the KV heads of a layer: all hold the same ones."""
+    layout, kv_heads = spec.layout, spec.attention.num_kv_heads
+
+    def mean(scores: Array) -> Array:
+        return jnp.repeat(scores.reshape(-1, kv_heads, scores.shape[1]).mean(axis=1), kv_heads, axis=0)
+
+    for tier in range(layout.tiers):
+        pages = dataclasses.replace(stored.pages, significance=significance)
+        scores, _, _ = read_sides(pages, layout, stored.page_table, stored.tier_len, tier, spec.max_len)
+        significance = write_side(significance, layout, stored.page_table, tier, stored.tier_len[:, tier], mean(scores))
+    return significance, mean(entering)
 
 
 def moving_average(x: Array, width: int) -> Array:

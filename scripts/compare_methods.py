@@ -34,6 +34,7 @@ EXACT = {
     "TOVA": dkv.tova,
     "SnapKV": dkv.snapkv,
     "PyramidKV": dkv.pyramidkv,
+    "PyramidInfer": dkv.pyramidinfer,
     "Ada-KV(SnapKV)": lambda keep, **options: dkv.ada_kv(dkv.snapkv(keep, **options)),
     "ExpectedAttention": dkv.expected_attention,
     "Ada-KV(ExpectedAttention)": lambda keep, **options: dkv.ada_kv(dkv.expected_attention(keep, **options)),

@@ -265,7 +265,7 @@ def test_memory_is_freed():
         ({"keep": None, "score": None, "layers": "pyramid"}, "belongs to budgets"),
         ({"whole_layers": 0}, "must be a list of layers"),
         ({"pooled": 2.0}, "from 0 to 1"),
-        ({"layers": "cube"}, "'uniform' or 'pyramid'"),
+        ({"layers": "cube"}, "'uniform', 'pyramid' or"),
         ({"group": "sum"}, "'max' or 'mean'"),
     ],
 )

@@ -14,7 +14,7 @@ from .learned import with_table as with_table
 from .levels import Levels as Levels
 from .levels import StaticLevels as StaticLevels
 from .low_rank import LowRank as LowRank
+from .normal import Normal as Normal
 from .outliers import Outliers as Outliers
 from .per_channel import PerChannel as PerChannel
-from .normal import Normal as Normal
 from .uniform import Uniform as Uniform
