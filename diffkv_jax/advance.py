@@ -110,7 +110,8 @@ def _oldest(cache: KVCache, layer: Array | None) -> Tokens:
     slot, layers = jnp.arange(k.shape[1]), k.shape[0] // cache.spec.num_heads
     first, count = (per_head(cache, x, layers)[:, None] for x in (cache.seq_len - cache.recent_len, cache.recent_len))
     tokens, valid = Tokens(k, v, significance, first + slot), slot < count
-    return ranked_tokens(cache.spec.selection, tokens, valid, head_numbers(cache, layer), protected_tokens(cache, tokens.position))
+    protected, heads = protected_tokens(cache, tokens.position), head_numbers(cache, layer)
+    return ranked_tokens(cache.spec.selection, tokens, valid, heads, protected, cache.spec.attention.latent)
 
 
 def _carry_out(cache: KVCache, layer: Array | None, plan: Plan, going: Array) -> KVCache:

@@ -10,7 +10,7 @@ from diffkv_jax.cache import CacheSpec, KVCache
 from diffkv_jax.decode_layer import decode_layer
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.prefill_layer import prefill_layer
-from diffkv_jax.rotation import rotated
+from diffkv_jax.rotation import rotated, rotated_first
 from diffkv_jax.steps import DecodeStep, PrefillStep
 from diffkv_jax.window_layer import window_layer
 
@@ -24,13 +24,13 @@ def attend(
         cache: as it is before this layer.
         layer: int32 [], index of the layer in the model; may be traced.
         q: [R, T, num_q_heads, head_dim] after RoPE.
-        k, v: [R, T, num_kv_heads, head_dim], K after RoPE.
+        k, v: [R, T, num_kv_heads, head_dim], K after RoPE; with `AttentionSpec.latent` V has no channels.
         positions: unused here (the cache knows the positions); part of the call so that a model needs no other channel.
         step: `DecodeStep` (T = 1) or `PrefillStep` (right-aligned chunk).
 
     Returns:
-        The output [R, T, num_q_heads, head_dim] in q's dtype, and the cache. `seq_len` and its like change after the last layer only
-        (`diffkv_jax.advance`).
+        The output [R, T, num_q_heads, head_dim (or latent)] in q's dtype, and the cache. `seq_len` and its like change after the last
+        layer only (`diffkv_jax.advance`).
     """
     del positions
     spec = cache.spec
@@ -53,8 +53,10 @@ def kernels_of(cache: Any) -> Kernels:
 
 def _paged(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: DecodeStep | PrefillStep) -> tuple[Array, KVCache]:
     """One step of a layer with global attention."""
-    rotate = cache.spec.rotate
-    if rotate:
+    rotate, latent = cache.spec.rotate, cache.spec.attention.latent
+    if rotate and latent is not None:  # the rotary part stays as it is
+        q, k = rotated_first(q, latent), rotated_first(k, latent)
+    elif rotate:
         q, k, v = rotated(q), rotated(k), rotated(v)
     if isinstance(step, DecodeStep):
         out, cache = decode_layer(cache, layer, q, k, v, step)

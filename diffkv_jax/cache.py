@@ -11,7 +11,7 @@ from jax import Array
 
 from diffkv_jax.model_protocol import AttentionSpec
 from diffkv_jax.observed import nothing_observed
-from diffkv_jax.pallas_kernels.codecs import Full, KVFormat
+from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, LatentFormat
 from diffkv_jax.pallas_kernels.compact import FreeRing
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
@@ -53,12 +53,13 @@ class CacheSpec:
 
         Raises:
             ValueError: `dtype` is not one that exact tokens can be kept in, the tiers do not fit one page shape, the kernels do not know
-                them, or the model does not tell its rotary embedding and the policy removes it.
+                them, the model does not tell its rotary embedding and the policy removes it, or it has a latent and a tier keeps K and V
+                differently.
         """
         Full(dtype)  # checks it, also where no tier keeps exact tokens: the recent window does
         selection = policy.selection
         layout = PageLayout.solve(
-            policy.formats(dtype),
+            _formats_of(attention, policy, dtype),
             attention.head_dim,
             tokens=tokens or kernels.tokens_per_block,
             max_len=max_len,
@@ -67,7 +68,7 @@ class CacheSpec:
             meta_dtype=kernels.meta_dtype,
             rope=_rope_of(attention, policy),
         )
-        if kernels.implementation != "xla" and not _known_to_kernels(policy):
+        if kernels.implementation != "xla" and not _known_to_kernels(policy, attention):
             raise ValueError(f"policy {policy.name!r} runs in plain XLA only, not on {kernels.implementation!r} kernels: leave it to 'xla'")
         schedule = (policy.window, policy.flush, selection)
         return CacheSpec(attention, layout, num_requests, max_len, num_pages, *schedule, dtype, kernels, policy.rotate)
@@ -103,28 +104,39 @@ class CacheSpec:
         return self.num_requests * self.attention.num_kv_heads
 
 
-def kernels_for(policy: CompressionPolicy, implementation: str | None = None, *, interpret: bool = False) -> Kernels:
-    """The kernels asked for, or those of the platform; plain XLA, said in the log, where only it can do what the policy asks for.
+def kernels_for(
+    policy: CompressionPolicy, attention: AttentionSpec, implementation: str | None = None, *, interpret: bool = False
+) -> Kernels:
+    """The kernels asked for, or those of the platform; plain XLA, said in the log, where only it can do what policy and model ask for.
 
     Raises:
-        ValueError: the kernels asked for cannot run here, or do not know what the policy asks for.
+        ValueError: the kernels asked for cannot run here, or do not know what policy and model ask for.
     """
-    if _known_to_kernels(policy):
+    if _known_to_kernels(policy, attention):
         return Kernels.resolve(implementation, interpret=interpret)
     if implementation not in (None, "xla"):
         raise ValueError(f"policy {policy.name!r} runs in plain XLA only: leave implementation={implementation!r} out or take 'xla'")
-    logging.getLogger(__name__).info("policy %r runs in plain XLA: its codecs or transforms are not in the platform's kernels", policy.name)
+    reason = "its codecs or transforms, or the model's latent, are not in the platform's kernels"
+    logging.getLogger(__name__).info("policy %r runs in plain XLA: %s", policy.name, reason)
     return XLA
 
 
-def _known_to_kernels(policy: CompressionPolicy) -> bool:
-    return not policy.un_rope and all(KVFormat.parse(tier).in_kernels for tier in policy.tiers)
+def _known_to_kernels(policy: CompressionPolicy, attention: AttentionSpec) -> bool:
+    return attention.latent is None and not policy.un_rope and all(KVFormat.parse(tier).in_kernels for tier in policy.tiers)
+
+
+def _formats_of(attention: AttentionSpec, policy: CompressionPolicy, dtype: str) -> tuple[KVFormat, ...]:
+    """The codecs of the stored tiers, of a model with a latent for that and the rotary part."""
+    formats = policy.formats(dtype)
+    return formats if attention.latent is None else tuple(LatentFormat.of(fmt, attention.latent, dtype) for fmt in formats)
 
 
 def _rope_of(attention: AttentionSpec, policy: CompressionPolicy) -> tuple[float, ...] | None:
     """What keys are freed of before they are stored: None = nothing."""
     if not policy.un_rope:
         return None
+    if attention.latent is not None:
+        raise ValueError(f"policy {policy.name!r} has un_rope=True, and a latent carries no rotary embedding anyway: leave it out")
     if policy.rotate:
         raise ValueError(f"policy {policy.name!r}: rotate=True mixes the channels that un_rope=True needs apart; choose one")
     if attention.rope is None:
@@ -147,7 +159,7 @@ class KVCache:
     choice: Array  # int32 [L, R, K] the policy of each head, one of `HEAD_POLICIES`; [L, R, 0] unless heads choose
     limits: Array  # float32 [L, R, K, 2] (high, low): thresholds in units of 1 / seq_len, budgets (high, any), or shares to recover
     recent_k: Array  # [L, R, K, N, head_dim] cache dtype, oldest first
-    recent_v: Array  # [L, R, K, N, head_dim]
+    recent_v: Array  # [L, R, K, N, head_dim]; no channels with `AttentionSpec.latent`, nor has ring_v
     recent_significance: Array  # float32 [L, R, K, N]
     ring_k: Array  # [S, R, K, ring_len, head_dim]; position p lies in slot p % ring_len
     ring_v: Array  # [S, R, K, ring_len, head_dim]
@@ -172,6 +184,7 @@ def empty_cache(spec: CacheSpec, limits: np.ndarray | Array) -> KVCache:
     paged, windowed = len(spec.paged_layers), len(spec.window_layers)
     heads = (spec.num_requests, spec.attention.num_kv_heads)
     head_dim, slots = spec.attention.head_dim, spec.window + spec.flush
+    value_dim = head_dim if spec.attention.latent is None else 0
     zeros = partial(jnp.zeros, dtype=spec.dtype)
     counter = jnp.zeros(spec.num_requests, jnp.int32)
     return KVCache(
@@ -183,10 +196,10 @@ def empty_cache(spec: CacheSpec, limits: np.ndarray | Array) -> KVCache:
         choice=jnp.zeros((paged, heads[0], heads[1] if spec.selection.profiled else 0), jnp.int32),
         limits=jnp.asarray(limits, jnp.float32),
         recent_k=zeros((paged, *heads, slots, head_dim)),
-        recent_v=zeros((paged, *heads, slots, head_dim)),
+        recent_v=zeros((paged, *heads, slots, value_dim)),
         recent_significance=jnp.zeros((paged, *heads, slots if spec.layout.scored else 0), jnp.float32),
         ring_k=zeros((windowed, *heads, spec.ring_len, head_dim)),
-        ring_v=zeros((windowed, *heads, spec.ring_len, head_dim)),
+        ring_v=zeros((windowed, *heads, spec.ring_len, value_dim)),
         classes=jnp.zeros((spec.num_requests, spec.max_len if spec.selection.classed else 0), jnp.uint8),
         seq_len=counter,
         recent_len=counter,

@@ -13,7 +13,7 @@ from diffkv_jax.steps import DecodeStep
 
 
 def decode_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: DecodeStep) -> tuple[Array, KVCache]:
-    """`q [R, 1, num_q_heads, d]`, `k`, `v [R, 1, num_kv_heads, d]` to the output like `q` and the cache; `layer` counts paged layers."""
+    """`q [R, 1, num_q_heads, d]`, `k`, `v [R, 1, num_kv_heads, d]` to the output and the cache; `layer` counts paged layers."""
     spec = cache.spec
     cache = _append(cache, layer, k, v, step)
     heads = layer_heads(cache, layer, cache.recent_len + step.active)
@@ -36,16 +36,15 @@ def decode_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, ste
             pages=dataclasses.replace(cache.pages, significance=significance),
             recent_significance=put_layer(cache.recent_significance, layer, scores),
         )
-    return out.reshape(q.shape).astype(q.dtype), cache
+    return out.reshape(*q.shape[:-1], -1).astype(q.dtype), cache
 
 
 def _append(cache: KVCache, layer: Array, k: Array, v: Array, step: DecodeStep) -> KVCache:
     """The new K and V `[R, 1, num_kv_heads, d]` of the active requests in the layer's recent window."""
-    kernels, flat = cache.spec.kernels, (cache.spec.num_heads, cache.spec.attention.head_dim)
+    kernels, heads = cache.spec.kernels, cache.spec.num_heads
+    k, v = (x.reshape(heads, x.shape[-1]) for x in (k, v))
     slot = per_head(cache, jnp.where(step.active, cache.recent_len, -1))
-    shape = cache.recent_k.shape
     flatten = all_heads if kernels.implementation != "cpu" else lambda x: x  # XLA copies what is reshaped on its way into a native call
-    recent_k, recent_v = append_recent(
-        flatten(cache.recent_k), flatten(cache.recent_v), layer, k.reshape(flat), v.reshape(flat), slot, kernels=kernels
-    )
-    return dataclasses.replace(cache, recent_k=recent_k.reshape(shape), recent_v=recent_v.reshape(shape))
+    recent_k, recent_v = append_recent(flatten(cache.recent_k), flatten(cache.recent_v), layer, k, v, slot, kernels=kernels)
+    shapes = cache.recent_k.shape, cache.recent_v.shape
+    return dataclasses.replace(cache, recent_k=recent_k.reshape(shapes[0]), recent_v=recent_v.reshape(shapes[1]))

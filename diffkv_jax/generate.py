@@ -105,7 +105,7 @@ def generate(
     keys, stops = _request_keys(sampling, key, len(sizes)), _padded(stop_token_ids)
     if cache is None:
         policy = policy or CompressionPolicy.none()
-        kernels = kernels_for(policy, implementation, interpret=interpret)
+        kernels = kernels_for(policy, attention, implementation, interpret=interpret)
         cache = make_cache(model, policy, totals, max_len=max_len, memory_budget=memory_budget, cache_dtype=cache_dtype, kernels=kernels)
     observe = cache.spec.selection.observe if isinstance(cache.spec.selection.observe, int) else 0
     size = chunk_size(int(sizes.max()), prefill_chunk, observe)
@@ -143,7 +143,7 @@ def make_cache(
         max_len=max(room),
         num_pages=0,
         dtype=cache_dtype or attention.dtype,
-        kernels=kernels or kernels_for(policy),
+        kernels=kernels or kernels_for(policy, attention),
     )
     spec = with_pool(spec, policy, totals, room, memory_budget)
     return _empty(spec, policy.limits(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads))

@@ -24,6 +24,8 @@ class AttentionSpec:
         dtype: the name of the dtype that q, k, v and activations are computed in, such as "float32".
         rope: radians a token of each channel pair (head_dim / 2) in layers without a sliding window, in the half-rotation layout
             (`diffkv_jax.pallas_kernels.rope`); None = not told, and what needs keys without their rotary embedding is refused.
+        latent: with multi-head latent attention (arXiv:2405.04434), how many first channels of the one key that all query heads share are
+            its value too (the latent c; the others carry the rotary embedding); None = values of their own.
     """
 
     num_layers: int
@@ -37,6 +39,7 @@ class AttentionSpec:
     max_position_embeddings: int
     dtype: str
     rope: tuple[float, ...] | None = field(default=None, repr=False)
+    latent: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.sliding_windows) != self.num_layers:
@@ -48,6 +51,11 @@ class AttentionSpec:
             raise ValueError(
                 f"num_q_heads={self.num_q_heads} must be a multiple of num_kv_heads={self.num_kv_heads}; "
                 "each KV head serves the same number of query heads."
+            )
+        if self.latent is not None and not (self.num_kv_heads == 1 and 0 < self.latent < self.head_dim and not any(self.sliding_windows)):
+            raise ValueError(
+                f"latent={self.latent} must be between 0 and head_dim={self.head_dim}, with num_kv_heads=1 (given {self.num_kv_heads}) "
+                "and no sliding windows: all query heads share one key, whose first channels are its value."
             )
 
 

@@ -24,7 +24,7 @@ PAGES_A_ROUND = 8  # after a prompt most tokens change tier
 
 
 def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: PrefillStep) -> tuple[Array, KVCache]:
-    """`q [R, C, num_q_heads, d]`, `k`, `v [R, C, num_kv_heads, d]` to the output like `q` and the cache; `layer` counts paged layers.
+    """`q [R, C, num_q_heads, d]`, `k`, `v [R, C, num_kv_heads, d]` to the output and the cache; `layer` counts paged layers.
 
     K and V of the chunk exist exactly for this one layer only: they are in pages and window when it returns.
     """
@@ -40,8 +40,8 @@ def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, st
     attended = lse[0, 0, 0] > -jnp.inf  # always so, but the compiler cannot know: the event waits for attention's reads of the pool
     cache = when(spec.kernels, attended, lambda cache: _store(cache, layer, gathered, step), cache)
     cache = _keep_window(cache, layer, gathered, step)
-    out = out.reshape(*_grouped(spec), -1, spec.attention.head_dim)  # [R, K, G, C, d]
-    return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(q.dtype), cache
+    out = out.reshape(*_grouped(spec), *out.shape[2:])  # [R, K, G, C, d]
+    return jnp.moveaxis(out, 3, 1).reshape(*q.shape[:-1], -1).astype(q.dtype), cache
 
 
 def observing_rows(spec: CacheSpec, chunk_len: int) -> int:
@@ -67,7 +67,7 @@ def _by_head(cache: KVCache, q: Array, k: Array, v: Array, length: Array) -> Chu
     requests, kv_heads, group = _grouped(spec)
     chunk_len, d = q.shape[1], q.shape[3]
     q = jnp.moveaxis(q.reshape(requests, chunk_len, kv_heads, group, d), 1, 3).reshape(-1, group, chunk_len, d)
-    k, v = (jnp.moveaxis(x, 1, 2).reshape(-1, chunk_len, d).astype(spec.dtype).astype(q.dtype) for x in (k, v))
+    k, v = (jnp.moveaxis(x, 1, 2).reshape(spec.num_heads, chunk_len, x.shape[-1]).astype(spec.dtype).astype(q.dtype) for x in (k, v))
     padding = jnp.arange(chunk_len) < chunk_len - per_head(cache, length)[:, None]
     k, v = (jnp.where(padding[..., None], 0, x) for x in (k, v))
     return Chunk(q, k, v, per_head(cache, length))
@@ -133,7 +133,7 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep)
 
         cache, scores = when(spec.kernels, step.compress, choose, (cache, tokens.significance))
         tokens = tokens._replace(significance=scores)
-    tokens = ranked_tokens(spec.selection, tokens, valid, head_numbers(cache, layer), protected)
+    tokens = ranked_tokens(spec.selection, tokens, valid, head_numbers(cache, layer), protected, spec.attention.latent)
     plan = plan_event(spec, stored_layer(cache, layer), clock, tokens.significance, tokens.position, leaving, one_victim=False)
     cache = make_room(cache, plan.pages.reshape(spec.num_requests, -1).sum(axis=1))
     admitted = per_head(cache, ~cache.overflow)

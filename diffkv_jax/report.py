@@ -74,7 +74,8 @@ def memory_report(cache: KVCache) -> MemoryReport:
     tier_len, seq_len, recent_len = (np.asarray(x, np.int64) for x in counters)
     tokens = np.concatenate([tier_len, np.broadcast_to(recent_len[:, None, None], (*tier_len.shape[:3], 1))], axis=-1)
     pages = np.stack([layout.pages_for(t, tier_len[..., t]) for t in range(layout.tiers)], axis=-1)
-    exact = 2 * attention.head_dim * cache.recent_k.dtype.itemsize  # K and V of one token in the cache dtype
+    channels = cache.recent_k.shape[-1] + cache.recent_v.shape[-1]  # of K and V of one token
+    exact = channels * cache.recent_k.dtype.itemsize  # in the cache dtype
     token_bytes = [layout.token_bytes(t) for t in range(layout.tiers)] + [exact + (4 if layout.scored else 0)]
     page_bytes = layout.page_bytes + cache.ring.ids.dtype.itemsize
     fixed = (cache.page_table, cache.tier_len, cache.limits, cache.recent_k, cache.recent_v, cache.recent_significance)
@@ -89,7 +90,7 @@ def memory_report(cache: KVCache) -> MemoryReport:
         pages=pages,
         logical_bytes=logical_bytes,
         allocated_bytes=np.concatenate([pages * page_bytes, head_bytes], axis=-1),
-        bf16_bytes=plain_tokens * attention.head_dim * 4,
+        bf16_bytes=plain_tokens * channels * 2,
         logical=int(logical_bytes.sum() + ring_tokens.sum() * exact),
         allocated=pool - (spec.num_pages - int(pages.sum())) * page_bytes,
         pool=pool,

@@ -30,3 +30,8 @@ def rotated(x: Array, *, back: bool = False) -> Array:
     matrix = rotation(x.shape[-1])
     turned = jnp.matmul(x.astype(jnp.float32), matrix.T if back else matrix, precision=lax.Precision.HIGHEST)
     return turned.astype(x.dtype)
+
+
+def rotated_first(x: Array, channels: int) -> Array:
+    """`x [..., head_dim]` with its first `channels` turned, the others as they are."""
+    return jnp.concatenate([rotated(x[..., :channels]), x[..., channels:]], axis=-1)

@@ -78,7 +78,9 @@ class Selection:
         return self.score not in (None, "window")
 
 
-def ranked_tokens(selection: Selection, tokens: Tokens, valid: Array, head: Array, protected: Array | None) -> Tokens:
+def ranked_tokens(
+    selection: Selection, tokens: Tokens, valid: Array, head: Array, protected: Array | None, latent: int | None
+) -> Tokens:
     """`tokens` with the significance that they enter the tiers with.
 
     Args:
@@ -86,10 +88,11 @@ def ranked_tokens(selection: Selection, tokens: Tokens, valid: Array, head: Arra
         valid: bool `[B, n]`, where there is a token.
         head: int32 `[B]`, a number for each layer and KV head, the same for all requests.
         protected: bool `[B, n]`, tokens that always stay; None: none do.
+        latent: as in `AttentionSpec`; these first channels have been normalised, so that the others alone make up a "key_norm".
     """
     score = tokens.significance
     if selection.score == "key_norm":  # arXiv:2406.11430
-        score = -_told_apart(jnp.linalg.norm(tokens.k.astype(jnp.float32), axis=-1), tokens.position)
+        score = -_told_apart(jnp.linalg.norm(tokens.k[..., latent:].astype(jnp.float32), axis=-1), tokens.position)
     elif selection.score == "key_difference":
         score = -_likeness(tokens.k.astype(jnp.float32), valid)
     elif selection.score == "recency":

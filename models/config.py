@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .deepseek_config import ExpertSizes, LatentSizes
 from .rope import RopeScaling
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -46,6 +47,8 @@ class ModelConfig:
         sliding_window: tokens, the query's own included, that a sliding_attention layer sees.
         layer_types: one of LAYER_TYPES per layer; None = all sliding if `sliding_window` is given, else all full.
         query_pre_attn_scalar: attention scores are multiplied by its -1/2 power; None = head_dim.
+        latent: sizes of latent attention, in which `head_dim` is that of the rotary part; None = grouped-query attention.
+        experts: sizes of the mixture of experts; None = every layer has one MLP.
         attn_logit_softcapping, final_logit_softcapping: c in c * tanh(x / c) on scores and on logits; None = no cap.
     """
 
@@ -71,6 +74,8 @@ class ModelConfig:
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    latent: LatentSizes | None = None
+    experts: ExpertSizes | None = None
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -123,6 +128,11 @@ def _check_heads(config: ModelConfig) -> None:
         raise ValueError(
             f"num_attention_heads={config.num_attention_heads} must be a multiple of "
             f"num_key_value_heads={config.num_key_value_heads}; correct them in config.json."
+        )
+    if config.latent is not None and config.num_key_value_heads != config.num_attention_heads:
+        raise ValueError(
+            f"num_key_value_heads={config.num_key_value_heads} must equal num_attention_heads={config.num_attention_heads} with latent "
+            "attention, which makes keys and values for every head; correct them in config.json."
         )
     if config.head_dim % 2:
         raise ValueError(f"head_dim={config.head_dim} must be even; the rotary embedding pairs its channels.")

@@ -1,5 +1,6 @@
 """The one decoder stack that all families share: embed, one loop over stacked layers, norm, logits."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,8 @@ from diffkv_jax.attend import kernels_of
 from diffkv_jax.model_protocol import AttentionSpec
 
 from .config import ModelConfig
+from .experts import MixtureOfExperts
+from .latent_attention import LatentAttention
 from .layers import Embedding, GatedMLP, LogitsHead, RMSNorm
 from .plain_attention import NO_WINDOW
 from .rope import inverse_frequencies, rope_tables
@@ -41,9 +44,14 @@ class DecoderLayer(nn.Module):
     def __call__(self, carry: tuple[jax.Array, Any], data: LayerData, shared: SharedData) -> tuple[tuple[jax.Array, Any], Any]:
         hidden, cache = carry
         config, switches, types, layer = self.config, self.switches, (self.dtype, self.param_dtype), data.layer
-        self_attn = SelfAttention(config, switches, *types, name="self_attn")
-        sizes = config.num_hidden_layers, config.intermediate_size
-        mlp = partial(GatedMLP(*sizes, config.hidden_act, switches.mlp_bias, *types, name="mlp"), layer=layer, kernels=kernels_of(cache))
+        attention = SelfAttention if config.latent is None else LatentAttention
+        self_attn = attention(config, switches, *types, name="self_attn")
+        choices = (config.hidden_act, switches.mlp_bias, *types)
+        if config.experts is None:
+            mlp = GatedMLP(config.num_hidden_layers, config.intermediate_size, *choices, name="mlp")
+        else:
+            mlp = MixtureOfExperts(config.num_hidden_layers, config.experts, *choices, name="mlp")
+        mlp = partial(mlp, layer=layer, kernels=kernels_of(cache))
         attended, cache = self_attn(self._norm("input_layernorm")(hidden, layer), cache, data, shared)
         if switches.sandwich_norms:  # here post_attention_layernorm stands after attention, else before the MLP
             hidden = hidden + self._norm("post_attention_layernorm")(attended, layer)
@@ -75,19 +83,20 @@ class Decoder(nn.Module):
     @property
     def attention(self) -> AttentionSpec:
         """The attention geometry that a cache is built from."""
-        config = self.config
+        config, latent = self.config, self.config.latent
         return AttentionSpec(
             num_layers=config.num_hidden_layers,
             num_q_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+            num_kv_heads=config.num_key_value_heads if latent is None else 1,
+            head_dim=config.head_dim if latent is None else latent.kv_lora_rank + latent.qk_rope_head_dim,
+            latent=None if latent is None else latent.kv_lora_rank,
             sliding_windows=config.sliding_windows,
             sm_scale=score_scale(config),
             logits_soft_cap=config.attn_logit_softcapping,
             vocab_size=config.vocab_size,
             max_position_embeddings=config.max_position_embeddings,
             dtype=self.dtype,
-            rope=tuple(inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling).tolist()),
+            rope=None if latent else tuple(inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling).tolist()),
         )
 
     def __call__(
@@ -123,15 +132,17 @@ class Decoder(nn.Module):
         embedded = embed(jnp.where(positions < 0, 0, tokens))
         if self.switches.scale_embeddings:
             embedded = embedded * jnp.asarray(config.hidden_size**0.5, embedded.dtype)
-        stack = nn.scan(
-            DecoderLayer,
-            variable_broadcast="params",  # stacked: every layer picks its own
-            split_rngs={"params": False},
-            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # Flax takes a tuple and annotates an int
-            length=config.num_hidden_layers,
-        )(config, self.switches, *types, keep_hidden, name="layers")
-        shared = _shared_data(config, positions, step)
-        (hidden, cache), outputs = stack((embedded, cache), _layer_data(config), shared)
+        shared, hidden, states = _shared_data(config, positions, step), embedded, [embedded[None]]
+        for name, first, part in _stacks(config):
+            stack = nn.scan(
+                DecoderLayer,
+                variable_broadcast="params",  # stacked: every layer picks its own
+                split_rngs={"params": False},
+                in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # Flax takes a tuple and annotates an int
+                length=part.num_hidden_layers,
+            )(part, self.switches, *types, keep_hidden, name=name)
+            (hidden, cache), outputs = stack((hidden, cache), _layer_data(part, first), shared)
+            states.append(outputs)
         if last_only:
             hidden = hidden[:, -1:]
         hidden = RMSNorm(config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, name="norm")(hidden)
@@ -139,7 +150,7 @@ class Decoder(nn.Module):
         logits, cap = head(hidden, kernels_of(cache)), config.final_logit_softcapping
         if cap is not None:
             logits = cap * jnp.tanh(logits / cap)
-        return logits, cache, jnp.concatenate([embedded[None], outputs]) if keep_hidden else None
+        return logits, cache, jnp.concatenate(states) if keep_hidden else None
 
 
 def param_shapes(model: Decoder) -> dict[str, Any]:
@@ -156,12 +167,29 @@ def _check_inputs(tokens: jax.Array, positions: jax.Array) -> None:
         )
 
 
-def _layer_data(config: ModelConfig) -> LayerData:
-    """What sets layers apart, int32 [num_layers] each."""
+def _stacks(config: ModelConfig) -> list[tuple[str, int, ModelConfig]]:
+    """(name in the parameter tree, first layer, config) of the runs of layers alike: those before the first with experts, and the rest."""
+    if config.experts is None:
+        return [("layers", 0, config)]
+    count, dense = config.num_hidden_layers, min(config.experts.first_k_dense_replace, config.num_hidden_layers)
+    plain = dataclasses.replace(_part(config, 0, dense), experts=None) if dense else None
+    before = [] if plain is None else [("dense_layers", 0, plain)]
+    return before if dense == count else [*before, ("layers", dense, _part(config, dense, count))]
+
+
+def _part(config: ModelConfig, first: int, last: int) -> ModelConfig:
+    """The config of layers `first` to `last - 1`."""
+    kinds = None if config.layer_types is None else config.layer_types[first:last]
+    return dataclasses.replace(config, num_hidden_layers=last - first, layer_types=kinds)
+
+
+def _layer_data(config: ModelConfig, first: int) -> LayerData:
+    """What sets the layers of a stack apart, int32 [num_layers] each; `first` is the model's index of its first."""
     local = [window is not None and config.rope_local_base_freq is not None for window in config.sliding_windows]
     windows = [NO_WINDOW if window is None else window for window in config.sliding_windows]
     return LayerData(
         layer=jnp.arange(config.num_hidden_layers, dtype=jnp.int32),
+        number=first + jnp.arange(config.num_hidden_layers, dtype=jnp.int32),
         window=jnp.asarray(windows, jnp.int32),
         rope=jnp.asarray(local, jnp.int32),
     )

@@ -40,6 +40,7 @@ class Family:
         layers: from the raw config and the number of layers, (sliding_window, layer_types); None types = all alike.
         switches: which parts of the stack this family has.
         rope_local_base_freq: likewise for the sliding_attention layers of a family with two bases, else None.
+        parts: from the raw config, `ModelConfig` fields of this family alone; they come before all others.
         must_be_off: options that change the computation and are not supported, refused when set.
     """
 
@@ -49,6 +50,7 @@ class Family:
     switches: Callable[[ModelConfig], Switches]
     rope_local_base_freq: float | None = None
     must_be_off: tuple[str, ...] = ()
+    parts: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda raw: {}
 
 
 def all_full(raw: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[str, ...] | None]:

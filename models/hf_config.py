@@ -29,7 +29,8 @@ def read_hf_config(raw: Mapping[str, Any]) -> dict[str, Any]:
             "remove it, or use a model_type that mixes them."
         )
     rope = read_rope(raw, family.rope_theta, family.rope_local_base_freq, fields["max_position_embeddings"])
-    return _typed({"model_type": raw["model_type"], "sliding_window": window, "layer_types": layer_types, **fields, **rope})
+    fields = {"model_type": raw["model_type"], "sliding_window": window, "layer_types": layer_types, **fields, **rope}
+    return _typed({**fields, **family.parts(raw)})
 
 
 def _text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,17 +6,22 @@
     model.layers.{i}.input_layernorm.weight    <-> layers / input_layernorm / weight       [num_layers, hidden]
     model.norm.weight                          <-> norm / weight                           [hidden]
     lm_head.weight                             <-> lm_head / kernel                        [hidden, vocab]
+    model.layers.{i}.mlp.experts.{j}.up_proj.weight <-> layers / mlp / experts / up_proj / kernel  [num_layers, experts, in, out]
 
-Everything under "layers" is stacked over layers on axis 0; a "kernel" is the transpose of the checkpoint's [out, in] matrix. Which tensors
+Everything under "layers" is stacked over layers on axis 0, that of experts also over these on axis 1; a model whose first layers differ has
+those under "dense_layers", and "layers" begins behind them. A "kernel" is the transpose of the checkpoint's [out, in] matrix. Which tensors
 must exist is read off the model's own parameter shapes, so there is no table of names to keep in step with the model.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
-_LEAF_TO_HF = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
+_BIASES = ("bias", "e_score_correction_bias")
+_LEAF_TO_HF = {"kernel": "weight", "embedding": "weight", "weight": "weight", **{name: name for name in _BIASES}}
+_STACKS = ("dense_layers", "layers")
 _TEXT_PREFIXES = (
     ("model.language_model.", "model."),
     ("language_model.model.", "model."),
@@ -31,13 +36,13 @@ class Slot:
     """Where one checkpoint tensor goes.
 
     path: keys from the root of the parameter tree to the leaf.
-    layer: index on axis 0 of a stacked leaf; None for a leaf that is not stacked.
+    layer: index on axis 0 of a stacked leaf, for an expert's tensor those on axes 0 and 1; None for a leaf that is not stacked.
     transpose: whether the leaf holds the transpose of the checkpoint's matrix.
     shape: the shape the checkpoint's tensor must have.
     """
 
     path: tuple[str, ...]
-    layer: int | None
+    layer: int | tuple[int, ...] | None
     transpose: bool
     shape: tuple[int, ...]
 
@@ -61,28 +66,33 @@ def unflatten(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     return tree
 
 
-def hf_name(path: tuple[str, ...], layer: int | None = None) -> str:
-    """The checkpoint name of a parameter, for instance `model.layers.3.mlp.up_proj.weight`."""
+def hf_name(path: tuple[str, ...], layer: int | None = None, expert: int | None = None) -> str:
+    """The checkpoint name of a parameter, for instance `model.layers.3.mlp.up_proj.weight`; `layer` counts from the model's first."""
     if path[-1] not in _LEAF_TO_HF:
         raise ValueError(f"parameter {'/'.join(path)} must end in one of {sorted(_LEAF_TO_HF)} to have a checkpoint name")
     modules, leaf = path[:-1], _LEAF_TO_HF[path[-1]]
-    if modules[0] == "layers":
+    if modules[0] in _STACKS:
         modules = ("model", "layers", str(layer), *modules[1:])
     elif modules[0] != "lm_head":
         modules = ("model", *modules)
+    if expert is not None:
+        modules = (*modules[:-1], str(expert), modules[-1])
     return ".".join((*modules, leaf))
 
 
 def slots(param_shapes: Mapping[str, Any]) -> dict[str, Slot]:
     """{checkpoint name: Slot} for every tensor that the parameters described by `param_shapes` (a tree of ShapeDtypeStruct) need."""
     out: dict[str, Slot] = {}
-    for path, leaf in flatten(param_shapes).items():
-        transpose = path[-1] == "kernel"
-        stacked = path[0] == "layers"
-        shape = tuple(leaf.shape[1:] if stacked else leaf.shape)
+    leaves = flatten(param_shapes)
+    behind = max((leaf.shape[0] for path, leaf in leaves.items() if path[0] == "dense_layers"), default=0)
+    for path, leaf in leaves.items():
+        transpose, first = path[-1] == "kernel", behind if path[0] == "layers" else 0
+        axes = 0 if path[0] not in _STACKS else 2 if "experts" in path else 1
+        shape = tuple(leaf.shape[axes:])
         shape = shape[::-1] if transpose else shape
-        for layer in range(leaf.shape[0]) if stacked else (None,):
-            out[hf_name(path, layer)] = Slot(path, layer, transpose, shape)
+        for at in product(*map(range, leaf.shape[:axes])):
+            number = [first + at[0], *at[1:]] if at else []
+            out[hf_name(path, *number)] = Slot(path, None if not at else at[0] if len(at) == 1 else at, transpose, shape)
     return out
 
 

@@ -11,26 +11,26 @@ NO_WINDOW = 2**30
 def plain_attention(
     q: Float[Array, "B T num_q_heads head_dim"],
     k: Float[Array, "B T num_kv_heads head_dim"],
-    v: Float[Array, "B T num_kv_heads head_dim"],
+    v: Float[Array, "B T num_kv_heads value_dim"],
     positions: Int[Array, "B T"],
     window: Int[Array, ""],
     *,
     sm_scale: float,
     logits_soft_cap: float | None,
-) -> Float[Array, "B T num_q_heads head_dim"]:
+) -> Float[Array, "B T num_q_heads value_dim"]:
     """softmax(mask(cap(sm_scale * q kᵀ))) v, in float32 (arXiv:1706.03762, eq. 1).
 
     A query at position p sees keys at positions max(0, p - window + 1) .. p.
 
     Args:
         q: [B, T, num_q_heads, head_dim].
-        k, v: [B, T, num_kv_heads, head_dim]; query head n reads KV head n // (num_q_heads // num_kv_heads).
+        k, v: [B, T, num_kv_heads, head_dim or value_dim]; query head n reads KV head n // (num_q_heads // num_kv_heads).
         positions: int32 [B, T]; rows at -1 are padding, never seen as keys, and give zeros.
         window: int32 scalar, tokens seen including the query's own; NO_WINDOW = all.
         sm_scale: factor on the scores.
         logits_soft_cap: c in c * tanh(score / c), or None.
     Returns:
-        [B, T, num_q_heads, head_dim] in q's dtype.
+        [B, T, num_q_heads, value_dim] in q's dtype.
     """
     batch, length, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
@@ -41,7 +41,7 @@ def plain_attention(
     seen = _visible(positions, window)[:, None, None, :, :]
     weights = _masked_softmax(scores, seen)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v.astype(jnp.float32))
-    return out.reshape(q.shape).astype(q.dtype)
+    return out.reshape(*q.shape[:-1], v.shape[-1]).astype(q.dtype)
 
 
 def _visible(positions: jax.Array, window: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from .config import ModelConfig
 from .decoder import Decoder
+from .deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from .family import Family
 from .gemma3 import GEMMA3
 from .llama import LLAMA
@@ -19,6 +20,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "gemma3_text": GEMMA3,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
 }
 
 TEXT_PART = {"gemma3": "gemma3_text"}

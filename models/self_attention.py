@@ -18,7 +18,9 @@ class LayerData(NamedTuple):
     """What differs between layers, as data: int32 arrays with the layer axis in front, scanned over with the parameters."""
 
     layer: jax.Array
-    """The layer's index, from 0."""
+    """Its row in the stacked parameters."""
+    number: jax.Array
+    """The layer's index in the model, from 0."""
     window: jax.Array
     """Tokens that a query sees, `plain_attention.NO_WINDOW` = all."""
     rope: jax.Array
@@ -79,4 +81,4 @@ class SelfAttention(nn.Module):
         if cache is None:
             cap, scale = self.config.attn_logit_softcapping, score_scale(self.config)
             return plain_attention(q, k, v, shared.positions, data.window, sm_scale=scale, logits_soft_cap=cap), None
-        return attend(cache, data.layer, q, k, v, shared.positions, shared.step)
+        return attend(cache, data.number, q, k, v, shared.positions, shared.step)

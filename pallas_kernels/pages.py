@@ -58,7 +58,7 @@ class PageLayout:
         Raises:
             ValueError: a format cannot pack `head_dim`, or a lower tier needs more payload than a higher one.
         """
-        block_rows = [f.key.rows(head_dim) + f.value.rows(head_dim) for f in formats]
+        block_rows = [sum(f.rows(head_dim)) for f in formats]
 
         def layout(rows: int) -> PageLayout:
             blocks = tuple(rows // need for need in block_rows)
@@ -112,7 +112,7 @@ class PageLayout:
     def split(self, tier: int, payload: Array, meta: Array) -> Block:
         """Pages `[..., rows, T]` and `[..., meta_rows, T]` as the tier's blocks `[..., blocks, rows of one tensor, T]`."""
         fmt, n = self.formats[tier], self.blocks[tier]
-        k_rows, v_rows = fmt.key.rows(self.head_dim), fmt.value.rows(self.head_dim)
+        k_rows, v_rows = fmt.rows(self.head_dim)
         part = partial(_blocks, n=n)
         return Block(
             part(payload, 0, k_rows),

@@ -15,6 +15,12 @@ from oracles.quantiser import dequantise, unpack
 TIERS = ("high", "low")
 
 
+def widths(layout, tier: int) -> tuple[int, int]:
+    """Channels of the two halves of a block: K and V, or a latent and its rotary part."""
+    rank = getattr(layout.formats[tier], "rank", None)
+    return (layout.head_dim, layout.head_dim) if rank is None else (rank, layout.head_dim - rank)
+
+
 def payload_rows(codec, head_dim: int) -> int:
     """Bytes that a token's K or V takes."""
     return head_dim * codec.bits // 8 if hasattr(codec, "bits") else head_dim * jnp.dtype(codec.dtype).itemsize
@@ -57,7 +63,7 @@ def slot_addresses(layout, table_row: np.ndarray, tier: int, length: int) -> tup
 def tensor_rows(layout, tier: int) -> list[tuple[str, int, int]]:
     """(array, first row of block 0, rows of one block) of K payload, V payload, K metadata and V metadata."""
     fmt, blocks = layout.formats[tier], layout.blocks[tier]
-    k_rows, v_rows = (payload_rows(codec, layout.head_dim) for codec in (fmt.key, fmt.value))
+    k_rows, v_rows = (payload_rows(codec, width) for codec, width in zip((fmt.key, fmt.value), widths(layout, tier), strict=True))
     k_meta, v_meta = meta_rows(fmt.key), meta_rows(fmt.value)
     return [("payload", 0, k_rows), ("payload", blocks * k_rows, v_rows), ("meta", 0, k_meta), ("meta", blocks * k_meta, v_meta)]
 
@@ -78,7 +84,10 @@ def read_tier(pages, layout, table_row, tier: int, length: int) -> TierTokens:
 
 
 def held_tokens(cache, layer: int, request: int, head: int) -> dict[int, tuple[str, np.ndarray, np.ndarray, float]]:
-    """Every token that a head of a paged layer holds: position to (tier, K float32, V float32, significance)."""
+    """Every token that a head of a paged layer holds: position to (tier, K float32, V float32, significance).
+
+    Of a model with a latent K is the latent and V the rotary part; in the recent window K is the two together and V has no channels.
+    """
     spec, held = cache.spec, {}
     at = (layer, request, head)
     for tier, name in zip(range(spec.layout.tiers), TIERS, strict=False):

@@ -35,6 +35,37 @@ def tiny_model(*, q_heads=3, kv_heads=1, head_dim=64, layers=2, vocab=97, window
     return model, params
 
 
+@lru_cache
+def tiny_latent_model(*, layers=2, sharpness=4.0, seed=0, **changes):
+    """(model, params): a DeepSeek-like model without experts in float32, with a latent of 64 channels and a rotary part of 16."""
+    raw = dict(
+        model_type="deepseek_v2",
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        first_k_dense_replace=layers,
+        num_attention_heads=4,
+        max_position_embeddings=4096,
+        kv_lora_rank=64,
+        qk_nope_head_dim=20,
+        qk_rope_head_dim=16,
+        v_head_dim=12,
+        q_lora_rank=None,
+        num_experts_per_tok=2,
+    )
+    model = build_model(ModelConfig.from_hf(raw | changes), "float32")
+    one = jnp.zeros((1, 1), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(seed), one, one)["params"]
+    for stack in params.values():
+        if "self_attn" in stack:
+            attention = stack["self_attn"]
+            attention["q_proj"]["kernel"] = attention["q_proj"]["kernel"] * sharpness
+            norm = attention["kv_a_layernorm"]
+            norm["weight"] = norm["weight"] * (1 + 0.3 * jax.random.normal(jax.random.key(seed), norm["weight"].shape))
+    return model, params
+
+
 def prompt(length: int, seed: int = 0, vocab: int = 97) -> np.ndarray:
     """Random token ids int32 [length]."""
     return np.random.default_rng(seed).integers(0, vocab, length).astype(np.int32)

@@ -18,7 +18,7 @@ class Heads(NamedTuple):
     page_table: Array  # int32 [B, max_pages]
     tier_len: Array  # int32 [B, tiers]
     recent_k: Array  # [L, B, window + flush, d]
-    recent_v: Array  # [L, B, window + flush, d]
+    recent_v: Array  # [L, B, window + flush, d], no channels where keys serve as values
     recent_len: Array  # int32 [B]
     layer: Array  # int32 [] which layer of recent_k and recent_v
 
@@ -53,8 +53,9 @@ def decode_attention(
     recent_k, recent_v, live = heads.recent()
     recent_logits = soft_cap(jnp.einsum("bgd,btd->bgt", q, recent_k) * sm_scale, logits_soft_cap)
     recent_logits = jnp.where((live & _recent_seen(heads, sliding))[:, None], recent_logits, -jnp.inf)
-    partial = Partial.empty(q.shape[:2], q.shape[2])
-    partial = partial.add(recent_logits, lambda p: jnp.einsum("bgt,btd->bgd", p, recent_v))
+    values = layout.formats[0].values(recent_k, recent_v)
+    partial = Partial.empty(q.shape[:2], values.shape[2])
+    partial = partial.add(recent_logits, lambda p: jnp.einsum("bgt,btd->bgd", p, values))
     logits = []
     for tier in range(layout.tiers):
         partial, tier_logits = _attend_tier(q, partial, pages, layout, tier, heads, max_len, sm_scale, logits_soft_cap, sliding)

@@ -6,4 +6,5 @@ from .formats import Block as Block
 from .formats import Codec as Codec
 from .formats import KVFormat as KVFormat
 from .full import Full as Full
+from .latent import LatentFormat as LatentFormat
 from .uniform import Uniform as Uniform

@@ -51,9 +51,13 @@ class KVFormat:
         groups = "" if self.key.groups == self.value.groups == 1 else f":{self.key.groups},{self.value.groups}"
         return f"K{self.key.bits}V{self.value.bits}{groups}"
 
+    def rows(self, head_dim: int) -> tuple[int, int]:
+        """Payload rows (bytes a token) of a block's first half (`k_payload`) and of its second."""
+        return self.key.rows(head_dim), self.value.rows(head_dim)
+
     def token_bytes(self, head_dim: int) -> int:
         """Payload and metadata bytes of one token of one head."""
-        return self.key.rows(head_dim) + self.value.rows(head_dim) + 2 * (self.key.meta_rows + self.value.meta_rows)
+        return sum(self.rows(head_dim)) + 2 * (self.key.meta_rows + self.value.meta_rows)
 
     def encode(self, k: Array, v: Array) -> Block:
         """K and V `[..., head_dim, T]` to an encoded block."""
@@ -72,6 +76,11 @@ class KVFormat:
     def value_mix(self, p: Array, block: Block, valid: Array) -> Array:
         """Weights `p [..., G, T]` times the values of a block, `[..., G, d]`; tokens not `valid [..., T]` are never read."""
         return self.value.value_mix(p, block.v_payload, block.v_meta, valid)
+
+    def values(self, k: Array, v: Array) -> Array:
+        """What attention mixes of exact tokens `k`, `v [..., d]`: V."""
+        del k
+        return v
 
     @property
     def in_kernels(self) -> bool:

@@ -50,8 +50,8 @@ def write_tokens(pages: Pages, layout: PageLayout, tier: int, slots: Slots, toke
 
 def _parts(pages: Pages, layout: PageLayout, tier: int, slots: Slots):
     """(array, first row of the token's block, rows) of K payload, V payload, K metadata, V metadata."""
-    fmt, n, d = layout.formats[tier], layout.blocks[tier], layout.head_dim
-    k_rows, v_rows = fmt.key.rows(d), fmt.value.rows(d)
+    fmt, n = layout.formats[tier], layout.blocks[tier]
+    k_rows, v_rows = fmt.rows(layout.head_dim)
     k_meta, v_meta = fmt.key.meta_rows, fmt.value.meta_rows
     return (
         (pages.payload, slots.block * k_rows, k_rows),

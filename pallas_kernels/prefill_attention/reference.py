@@ -17,7 +17,7 @@ class Chunk(NamedTuple):
 
     q: Array  # float32 or bfloat16 [B, G, C, d]
     k: Array  # like q [B, C, d], zeros where padded
-    v: Array  # like q [B, C, d], zeros where padded
+    v: Array  # like q [B, C, d], zeros where padded; no channels where keys serve as values
     length: Array  # int32 [B]
 
     def float32(self) -> "Chunk":
@@ -47,20 +47,21 @@ def prefill_attention(chunk: Chunk, pages: Pages, layout: PageLayout, heads: Hea
     chunk = chunk.float32()
     b, g, c, d = chunk.q.shape
     rows = min(BLOCK_Q, c)
-    recent = recent_keys(heads)
+    recent, values = recent_keys(heads), layout.formats[0].values
+    chunk, recent = chunk._replace(v=values(chunk.k, chunk.v)), recent._replace(v=values(recent.k, recent.v))
 
     def block(i):
         q = lax.dynamic_slice_in_dim(chunk.q, i * rows, rows, axis=2).reshape(b, g * rows, d)
-        partial = Partial.empty(q.shape[:2], d)
+        partial = Partial.empty(q.shape[:2], chunk.v.shape[-1])
         for tier in range(layout.tiers):
             partial = _add_tier(partial, q, pages, layout, tier, heads, scale)
         partial = partial.add(exact_logits(q, recent, scale), lambda p: jnp.einsum("bqt,btd->bqd", p, recent.v))
         partial = _add_own(partial, q, chunk, i * rows, rows, scale)
         out, lse = partial.normalised()
-        return out.reshape(b, g, rows, d), lse.reshape(b, g, rows)
+        return out.reshape(b, g, rows, -1), lse.reshape(b, g, rows)
 
     out, lse = lax.map(block, jnp.arange(c // rows))
-    return jnp.moveaxis(out, 0, 2).reshape(b, g, c, d), jnp.moveaxis(lse, 0, 2).reshape(b, g, c)
+    return jnp.moveaxis(out, 0, 2).reshape(b, g, c, -1), jnp.moveaxis(lse, 0, 2).reshape(b, g, c)
 
 
 def exact_logits(q: Array, keys: Exact, scale: Scale) -> Array:
