@@ -118,7 +118,7 @@ def test_eviction_and_four_bits_are_one_policy():
 
 
 def test_the_share_of_the_formula():
-    """DeepSeek-V2-Lite's sizes: half of the tokens, 4-bit latents of 512 channels and 64 rotary ones in bfloat16 are 0.17 of the latent cache."""
+    """Sizes of DeepSeek-V2-Lite: half of the tokens, 4-bit latents and rotary keys in bfloat16 are 0.17 of all in bfloat16."""
     layout = dkv.CacheSpec.build(
         dkv.AttentionSpec(27, 16, 1, 576, (None,) * 27, 192**-0.5, None, 100, 4096, "bfloat16", latent=512),
         dkv.quantized("K4V4"),
