@@ -116,10 +116,6 @@ class KVFormat:
         """Payload rows (bytes a token) of a block's first half (`k_payload`) and of its second."""
         return self.key.rows(head_dim), self.value.rows(head_dim)
 
-    def rows(self, head_dim: int) -> tuple[int, int]:
-        """Payload rows (bytes a token) of a block's first half (`k_payload`) and of its second."""
-        return self.key.rows(head_dim), self.value.rows(head_dim)
-
     def token_bytes(self, head_dim: int) -> int:
         """Payload and metadata bytes of one token of one head."""
         return sum(self.rows(head_dim)) + 2 * (self.key.meta_rows + self.value.meta_rows)
