@@ -18,7 +18,6 @@ from diffkv_jax.methods import key_difference as key_difference
 from diffkv_jax.methods import key_norm as key_norm
 from diffkv_jax.methods import kivi as kivi
 from diffkv_jax.methods import kvquant as kvquant
-from diffkv_jax.methods import load_policy as load_policy
 from diffkv_jax.methods import pyramidinfer as pyramidinfer
 from diffkv_jax.methods import pyramidkv as pyramidkv
 from diffkv_jax.methods import quantized as quantized
@@ -29,6 +28,7 @@ from diffkv_jax.methods import tova as tova
 from diffkv_jax.methods import turboquant as turboquant
 from diffkv_jax.model_protocol import AttentionSpec as AttentionSpec
 from diffkv_jax.model_protocol import CausalLM as CausalLM
+from diffkv_jax.named import load_policy as load_policy
 from diffkv_jax.policy import CompressionPolicy as CompressionPolicy
 from diffkv_jax.report import MemoryReport as MemoryReport
 from diffkv_jax.report import memory_report as memory_report

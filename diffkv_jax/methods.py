@@ -1,8 +1,6 @@
-"""Published methods by name: each a `CompressionPolicy`, and `load_policy`."""
+"""Published methods by name: each a `CompressionPolicy`."""
 
 import dataclasses
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from diffkv_jax.policy import Budget, CompressionPolicy, Threshold
@@ -192,21 +190,6 @@ def _evicting(name: str, score: Score, keep: Budget | None, options: Options, **
     return CompressionPolicy(name, score=score, keep=keep, **given)
 
 
-def load_policy(source: str | Path) -> CompressionPolicy:
-    """A preset ("quality", "balanced", "small"), a method with its defaults ("snapkv" ...) or a JSON file written with `to_json`.
-
-    Raises:
-        ValueError: neither a preset nor a readable policy file.
-    """
-    if str(source) in NAMED:
-        return NAMED[str(source)]()
-    path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"policy {str(source)!r} must be one of {sorted(NAMED)} or a JSON file; no such file")
-    return CompressionPolicy.from_json(path.read_text())
-
-
-PRESETS = {"quality": partial(quantized, "K8V4"), "balanced": partial(diffkv, 1.0, 0.0), "small": partial(diffkv, 1.0, 0.02)}
 METHODS = (
     diffkv,
     turboquant,
@@ -226,4 +209,3 @@ METHODS = (
     fastgen,
     random_eviction,
 )
-NAMED = PRESETS | {method.__name__: method for method in METHODS}

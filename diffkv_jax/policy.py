@@ -130,6 +130,12 @@ class CompressionPolicy:
         else:
             check_budgets(self)
 
+    def __repr__(self) -> str:
+        """The fields that are not at their defaults."""
+        said = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return f"CompressionPolicy({', '.join(f'{name}={value!r}' for name, value in said if value != defaults[name])})"
+
     @staticmethod
     def none(*, window: int = 64, flush: int = 32) -> "CompressionPolicy":
         """The plain cache on the same code path: every token stays, in the cache dtype."""

@@ -1,0 +1,38 @@
+"""Compositions that the literature asks for, by name: each is one `CompressionPolicy` (docs/methods/recipes.md)."""
+
+from diffkv_jax.methods import ada_kv, diffkv, expected_attention, key_norm, snapkv
+from diffkv_jax.policy import Budget, CompressionPolicy
+
+
+def kvquant_with_cq_keys(channels: int = 4, bits: int = 4, outliers: float = 0.01) -> CompressionPolicy:
+    """Keys as Coupled Quantization has them, values as KVQuant has, outliers of both apart: learned, so it needs a calibration."""
+    fmt = f"K8v{channels}V{bits}t" + (f"+o{100 * outliers:g}" if outliers else "")
+    return CompressionPolicy("kvquant_with_cq_keys", (fmt,), un_rope=True)
+
+
+def key_norm_and_window(keep: Budget = 0.5, tier: str = "K8V4") -> CompressionPolicy:
+    """L2-norm eviction beside the recent window, what stays at eight and four bits."""
+    return key_norm(keep, tiers=(tier,))
+
+
+def latent_snapkv(keep: Budget = 0.5, tier: str = "K4V4") -> CompressionPolicy:
+    """For models with latent attention: SnapKV over all query heads, what stays as four-bit latents; rotary parts stay exact."""
+    return snapkv(keep, tiers=(tier,))
+
+
+def diffkv_rotated(alpha_high: float = 1.0, alpha_low: float = 0.02, levels: bool = True) -> CompressionPolicy:
+    """DiffKV's tiers with rotated codecs, by default the low one with the levels of a normal distribution (TurboQuant's)."""
+    return diffkv(alpha_high, alpha_low, tiers=("K8V4", "K4nV2n" if levels else "K4V2"), rotate=True)
+
+
+def ada_kv_expected(keep: Budget = 0.5, tier: str = "K4V4") -> CompressionPolicy:
+    """ExpectedAttention with budgets pooled over a layer's heads, what stays at four bits."""
+    return ada_kv(expected_attention(keep, tiers=(tier,)))
+
+
+def snapkv_then_kivi(keep: Budget = 0.5, bits: int = 4, group: int = 32) -> CompressionPolicy:
+    """SnapKV drops, KIVI encodes what stays: in that order, because KIVI's keys share scales over tokens."""
+    return snapkv(keep, tiers=(f"K{bits}cV{bits}g{group}",))
+
+
+RECIPES = (kvquant_with_cq_keys, key_norm_and_window, latent_snapkv, diffkv_rotated, ada_kv_expected, snapkv_then_kivi)
