@@ -42,10 +42,10 @@ def check_blocks(policy: "CompressionPolicy") -> None:
         return
     if len(policy.tiers) == 2:
         raise ValueError(f"tiers={policy.tiers}: {shared[0]} is not separable, a token cannot move between tiers; give it alone")
-    if policy.score not in (None, "window"):
+    if policy.selection.in_decode:
         raise ValueError(
             f"score={policy.score!r} drops stored tokens one at a time, and {shared[0]} is not separable: its tokens share numbers. "
-            "Rank by score='window', which decides before they are encoded, or take a codec for each token such as 'K4V4'"
+            "Rank by score='window' or 'expected', which decide before they are encoded, or take a codec for each token such as 'K4V4'"
         )
     if policy.flush < policy.block:
         raise ValueError(f"flush={policy.flush} must be at least block={policy.block}: {shared[0]} is encoded in whole blocks")

@@ -8,6 +8,7 @@ import diffkv_jax as dkv
 from diffkv_jax.generate import make_cache, prefill
 from diffkv_jax.pallas_kernels.codecs import KVFormat
 from diffkv_jax.pallas_kernels.codecs.low_rank import nearest
+from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout
 from oracles.blocks import gear, kivi_keys
 from oracles.quantiser import fake_quantise
@@ -73,7 +74,7 @@ def test_pages_hold_gear(backbone, groups):
     policy = dkv.gear(2, rank=2, outliers=0.1, group=GROUP, buffer=48, backbone=backbone)
     caches = []
     for one in (policy, dkv.CompressionPolicy.none(window=16)):
-        cache = make_cache(model, one, [LENGTH + 1], kernels=dkv.cache.kernels_for(one, "xla"))
+        cache = make_cache(model, one, [LENGTH + 1], kernels=Kernels("xla"))
         caches.append(prefill(model, params, cache, TOKENS, np.array([LENGTH]), 256)[1])
     found, plain = caches
     check_pool(found.spec.layout, found.page_table, found.tier_len, found.ring)

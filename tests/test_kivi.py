@@ -155,6 +155,17 @@ def test_evicted_before_encoded():
     assert differs
 
 
+def test_expected_attention_too():
+    """The other score that decides once a prompt: whole blocks of exact tokens here too."""
+    found = after_prompt(dkv.expected_attention(0.5, tiers=("K4cV4",), window=16, flush=32))
+    k, _ = exact(after_prompt(EXACT), 1, 0)
+    held = held_tokens(found, 1, 0, 0)
+    stored = [at for at in held if held[at][0] != "recent"]
+    wanted = np.concatenate([kivi_keys(k[stored[at : at + 32]].T, 4).T for at in range(0, len(stored), 32)])
+    assert len(stored) == 64
+    np.testing.assert_allclose(np.stack([held[at][1] for at in stored]), wanted, atol=1e-5)
+
+
 def test_snapkv_goes_on_in_decode():
     model, params = model_of()
     policy = dkv.snapkv(0.5, tiers=("K4cV4",), window=16, flush=32)

@@ -7,13 +7,15 @@ from jax import Array
 
 from .coupled import Coupled
 from .levels import Levels
+from .low_rank import LowRank
 from .outliers import Outliers
 
 
 def learned_part(codec: Any) -> Coupled | Levels | None:
-    """The codec that learns, also beneath outliers kept apart; None where nothing is learned."""
-    inner = codec.codec if isinstance(codec, Outliers) else codec
-    return inner if isinstance(inner, Coupled | Levels) else None
+    """The codec that learns, also beneath what others keep beside it; None where nothing is learned."""
+    if isinstance(codec, Outliers | LowRank):
+        return learned_part(codec.codec)
+    return codec if isinstance(codec, Coupled | Levels) else None
 
 
 def table_shape(codec: Any, head_dim: int) -> tuple[int, ...] | None:
@@ -26,6 +28,6 @@ def with_table(codec: Any, table: Array | None) -> Any:
     """The codec with the arrays `[B, *table_shape]` of `B` heads; as it is where nothing is learned."""
     if table is None:
         return codec
-    if isinstance(codec, Outliers):
+    if isinstance(codec, Outliers | LowRank):
         return dataclasses.replace(codec, codec=with_table(codec.codec, table))
     return dataclasses.replace(codec, table=table)
