@@ -16,7 +16,10 @@ from diffkv_jax.pallas_kernels.attention.stream import soft_cap
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "add_k", "add_v"], meta_fields=["attention"])
 @dataclass(frozen=True)
 class Probe:
-    """Takes a cache's place in `CausalLM.apply`. N tokens, all arrays float32 `[layers, N, kv_heads, head_dim]`."""
+    """Takes a cache's place in `CausalLM.apply`. N tokens, all arrays float32 `[layers, N, kv_heads, head_dim]`.
+
+    With a latent (`AttentionSpec.latent`) values are part of the keys, and `v` has no channels.
+    """
 
     attention: AttentionSpec
     k: Array  # after RoPE, filled layer by layer
