@@ -1,6 +1,6 @@
 """Policies by name or from a file: presets, published methods and recipes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from diffkv_jax.policy import CompressionPolicy
 from diffkv_jax.recipes import RECIPES
 
 PRESETS = {"quality": partial(quantized, "K8V4"), "balanced": partial(diffkv, 1.0, 0.0), "small": partial(diffkv, 1.0, 0.02)}
-NAMED: dict[str, Callable[[], CompressionPolicy]] = PRESETS | {make.__name__: make for make in (*METHODS, *RECIPES)}
+NAMED: Mapping[str, Callable[[], CompressionPolicy]] = PRESETS | {make.__name__: make for make in (*METHODS, *RECIPES)}
 
 
 def load_policy(source: str | Path) -> CompressionPolicy:

@@ -79,8 +79,8 @@ def _yarn(block: Mapping[str, Any], original: int) -> RopeScaling:
     """The factor on cosines and sines is given, or follows from `factor`, with DeepSeek's two weights as their quotient."""
     if block.get("truncate") is False:
         raise ValueError("truncate=False is not supported for rope_type='yarn'; the blend goes between whole pairs.")
-    factor, weights = float(block["factor"]), (block.get("mscale"), block.get("mscale_all_dim"))
-    above, below = (yarn_mscale(factor, float(weight)) for weight in weights) if all(weights) else (yarn_mscale(factor), 1.0)
+    factor, weights = float(block["factor"]), [float(block.get(name) or 0.0) for name in ("mscale", "mscale_all_dim")]
+    above, below = (yarn_mscale(factor, weight) for weight in weights) if all(weights) else (yarn_mscale(factor), 1.0)
     return RopeScaling(
         "yarn",
         factor,
