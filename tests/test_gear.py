@@ -6,11 +6,11 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax.generate import make_cache, prefill
-from diffkv_jax.pallas_kernels.codecs import KVFormat
+from diffkv_jax.pallas_kernels.codecs import KVFormat, table_shape, with_table
 from diffkv_jax.pallas_kernels.codecs.low_rank import nearest
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout
-from oracles.blocks import gear, kivi_keys
+from oracles.blocks import gear, gear_low_rank, kivi_keys
 from oracles.quantiser import fake_quantise
 from readback import check_pool, held_tokens
 from tiny import tiny_model
@@ -65,6 +65,20 @@ def test_blocks_are_gear(name):
         without = gear(x, inner, outliers, axis, 0)
         assert np.abs(found - without).max() > 0.05
         assert np.square(found - x).mean() < 0.98 * np.square(without - x).mean()
+
+
+def test_what_learned_codecs_get_wrong():
+    """A learned codec beneath: it gets its table, and what is left is the error without the low rank's part of it."""
+    x = RNG.normal(size=(2, 3, 64, 32)).astype(np.float32)
+    levels = jax.numpy.sort(jax.numpy.asarray(RNG.uniform(-1, 1, (2, 4)), "float16"), axis=1)
+    plain, ranked = (KVFormat.parse(name).for_block(64, 32).value for name in ("K2sV2t+o5", "K2sV2t+o5+r4"))
+    assert table_shape(ranked, 64) == table_shape(plain, 64) == (4,)
+    bound = [with_table(codec, levels) for codec in (plain, ranked)]
+    without, found = map(np.asarray, jax.jit(lambda x: [codec.decode(*codec.encode(x)) for codec in bound])(x))
+    error = x - without
+    wanted = x - error + np.swapaxes(gear_low_rank(np.swapaxes(error, -1, -2).astype(np.float64), 4), -1, -2)
+    np.testing.assert_allclose(found, wanted, atol=3e-3)
+    assert np.abs(found - without).max() > 0.05
 
 
 @pytest.mark.parametrize(("backbone", "groups"), [("kivi", HEAD_DIM // GROUP), ("kcvt", 1)])

@@ -155,14 +155,16 @@ def test_evicted_before_encoded():
     assert differs
 
 
-def test_expected_attention_too():
-    """The other score that decides once a prompt: whole blocks of exact tokens here too."""
-    found = after_prompt(dkv.expected_attention(0.5, tiers=("K4cV4",), window=16, flush=32))
-    k, _ = exact(after_prompt(EXACT), 1, 0)
-    held = held_tokens(found, 1, 0, 0)
+@pytest.mark.parametrize("method", [dkv.expected_attention, dkv.pyramidinfer])
+def test_other_scores_that_decide_once_a_prompt(method):
+    """Whole blocks of exact tokens in every layer, also where deeper ones see fewer tokens."""
+    found = after_prompt(method(0.5, tiers=("K4cV4",), window=16, flush=32))
+    lengths = np.asarray(found.tier_len)
+    assert (lengths % 32 == 0).all() and (lengths > 0).all() and lengths.min() < 128
+    k, _ = exact(after_prompt(EXACT), 0, 0)
+    held = held_tokens(found, 0, 0, 0)
     stored = [at for at in held if held[at][0] != "recent"]
     wanted = np.concatenate([kivi_keys(k[stored[at : at + 32]].T, 4).T for at in range(0, len(stored), 32)])
-    assert len(stored) == 64
     np.testing.assert_allclose(np.stack([held[at][1] for at in stored]), wanted, atol=1e-5)
 
 
