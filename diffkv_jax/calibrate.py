@@ -63,7 +63,8 @@ def calibrate(
     total = len(spec.paged_layers) * sum(shape is not None for pair in shapes for shape in pair)
     if not total:
         raise ValueError(f"policy {policy.name!r} has no learned codec in tiers={policy.tiers}: there is nothing to calibrate")
-    both = _collect(model, params, batch, spec, samples, fisher, progress)
+    at = _spread(batch, samples, policy.sinks if policy.tiers[0] == "full" else 0)  # exact sinks never meet a learned codec
+    both = _collect(model, params, batch, spec, at, fisher, progress)
     with tqdm(total=total, desc="learning tables", unit=" layers", disable=not progress) as bar:
         key = jax.random.key(seed)
 
@@ -71,9 +72,9 @@ def calibrate(
             if learned_part(codec) is None:
                 return None
             layers = []
-            for x, weight in zip(given.x, given.fisher, strict=True):
+            for layer, (x, weight) in enumerate(zip(given.x, given.fisher, strict=True)):
                 block, cost = (jnp.moveaxis(jnp.asarray(part), 0, 2) for part in (x, weight))  # [K, d, n]
-                layers.append(np.asarray(learn_table(codec, block, cost, jax.random.fold_in(key, bar.n), Learning(iterations, q_norm))))
+                layers.append(np.asarray(learn_table(codec, block, cost, jax.random.fold_in(key, layer), Learning(iterations, q_norm))))
                 bar.update()
             return np.stack(layers)
 
@@ -91,12 +92,18 @@ def _checked(model: CausalLM, tokens: Any, samples: int) -> np.ndarray:
     return batch
 
 
+def _spread(batch: np.ndarray, samples: int, first: int) -> np.ndarray:
+    """Places int32 [n], evenly spaced from `first` on, of a sequence's share of `samples` tokens; not the last, which no loss looks at."""
+    places = batch.shape[1] - 1 - first
+    if places < 1:
+        raise ValueError(f"calibration sequences of {batch.shape[1]} tokens have none between the policy's {first} sinks and the last one")
+    return np.linspace(first, batch.shape[1] - 2, min(places, -(-samples // len(batch)))).astype(np.int32)
+
+
 def _collect(
-    model: CausalLM, params: Mapping[str, Any], batch: np.ndarray, spec: CacheSpec, samples: int, fisher: bool, progress: bool
+    model: CausalLM, params: Mapping[str, Any], batch: np.ndarray, spec: CacheSpec, at: np.ndarray, fisher: bool, progress: bool
 ) -> tuple[Samples, Samples]:
-    """Keys and values of about `samples` tokens of the paged layers; the last token of a sequence, which no loss looks at, is left out."""
-    per_sequence = min(batch.shape[1] - 1, -(-samples // len(batch)))
-    at = np.linspace(0, batch.shape[1] - 2, per_sequence).astype(np.int32)
+    """Keys and values of the tokens `at` of every sequence, in the paged layers."""
     seen = []
     for row in tqdm(batch, desc="reading text", unit=" sequences", disable=not progress):
         seen.append(jax.device_get(_stored(spec, activations(model, params, jnp.asarray(row), gradients=fisher), at, fisher)))

@@ -71,13 +71,18 @@ def coupled_quantization(channels: int = 4, bits: int = 8, *, window: int = 64, 
     return CompressionPolicy(f"cq_{channels}c{bits}b", (f"K{part}V{part}",), window=window, flush=flush, un_rope=True)
 
 
-def kvquant(bits: int = 4, outliers: float = 0.01, *, window: int = 64, flush: int = 32) -> CompressionPolicy:
+def kvquant(bits: int = 4, outliers: float = 0.01, *, sinks: int = 0, window: int = 64, flush: int = 32) -> CompressionPolicy:
     """KVQuant (arXiv:2401.18079): learned levels, of each channel's range for keys (without RoPE) and of each token's for values.
 
-    The share `outliers` of each token (0: none) is kept apart. Its tables are learned, as those of `coupled_quantization`.
+    The share `outliers` of each token (0: none) is kept apart. With `sinks` the first tokens stay exact, in a tier of their own through
+    which prompts of several chunks pass: give a memory budget. Its tables are learned, as those of `coupled_quantization`.
     """
     apart = f"+o{100 * outliers:g}" if outliers else ""
-    return CompressionPolicy(f"kvquant_{bits}b{apart}", (f"K{bits}sV{bits}t{apart}",), window=window, flush=flush, un_rope=True)
+    tiers = (f"K{bits}sV{bits}t{apart}",)
+    policy = CompressionPolicy(f"kvquant_{bits}b{apart}", tiers, window=window, flush=flush, un_rope=True)
+    if not sinks:
+        return policy
+    return dataclasses.replace(policy, tiers=("full", *tiers), score="recency", sinks=sinks, keep_high=window + sinks, keep=2**30)
 
 
 def turboquant(bits: int = 4, *, window: int = 64, flush: int = 32) -> CompressionPolicy:
