@@ -208,7 +208,7 @@ def table_shapes(spec: CacheSpec) -> tuple[tuple[tuple[int, ...] | None, ...], .
     heads = (len(spec.paged_layers), attention.num_kv_heads)
 
     def of(codec: Any) -> tuple[int, ...] | None:
-        shape = table_shape(codec, attention.head_dim)
+        shape = table_shape(codec, attention.latent or attention.head_dim)
         return shape and (*heads, *shape)
 
     return tuple((of(fmt.key), of(fmt.value)) for fmt in spec.layout.formats)

@@ -114,9 +114,11 @@ def _collect(
 def _stored(spec: CacheSpec, seen: Activations, at: np.ndarray, fisher: bool) -> tuple[Samples, Samples]:
     """The tokens `at` int [n] of one sequence, in the form that `spec` stores: its transforms are orthogonal, gradients turn alike."""
     k, v, k_gradient, v_gradient = (x[np.asarray(spec.paged_layers)[:, None], at] for x in seen)
+    if spec.attention.latent is not None:  # the rest of the key stays exact
+        k, k_gradient = k[..., : spec.attention.latent], k_gradient[..., : spec.attention.latent]
     if spec.layout.rope is not None:
         position, rope = jnp.asarray(at)[None, None], spec.layout.rope
         k, k_gradient = (jnp.swapaxes(at_positions(jnp.swapaxes(x, 1, 2), position, rope, back=True), 1, 2) for x in (k, k_gradient))
     if spec.rotate:
-        k, v, k_gradient, v_gradient = (rotated(x) for x in (k, v, k_gradient, v_gradient))
+        k, v, k_gradient, v_gradient = (rotated(x) if x.shape[-1] else x for x in (k, v, k_gradient, v_gradient))
     return tuple(Samples(x, jnp.square(g) if fisher else jnp.ones_like(x)) for x, g in ((k, k_gradient), (v, v_gradient)))  # pyright: ignore

@@ -13,7 +13,7 @@ from diffkv_jax.calibration import fingerprint
 from diffkv_jax.kmeans import weighted_kmeans
 from diffkv_jax.models import ModelConfig, build_model
 from diffkv_jax.probe import Probe, activations
-from tiny import prompt, tiny_model
+from tiny import prompt, tiny_latent_model, tiny_model
 
 TEXT = np.random.default_rng(1).integers(0, 97, (2, 40))
 POLICY = dkv.coupled_quantization(4, 4, window=16, flush=8)
@@ -79,13 +79,15 @@ def test_gradients_are_those_of_finite_differences():
     assert np.abs(sums["k_proj"]).max() > 1e-4 and np.abs(sums["v_proj"]).max() > 1e-3
 
 
-def test_the_probe_attends_as_the_model_does():
-    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32, windows=(None, 8))
+@pytest.mark.parametrize("kind", ["windows", "latent"])
+def test_the_probe_attends_as_the_model_does(kind):
+    model, params = tiny_latent_model() if kind == "latent" else tiny_model(q_heads=4, kv_heads=2, head_dim=32, windows=(None, 8))
     tokens, positions = jnp.asarray(prompt(30))[None], jnp.arange(30)[None]
     plain, _ = model.apply({"params": params}, tokens, positions)
     probed, seen = model.apply({"params": params}, tokens, positions, Probe.empty(model.attention, 30))
     np.testing.assert_allclose(probed, plain, atol=1e-4)
-    moved = dataclasses.replace(Probe.empty(model.attention, 30), add_v=jnp.ones_like(seen.v))
+    first = jnp.zeros_like(seen.k).at[:, 0].set(1.0)
+    moved = dataclasses.replace(Probe.empty(model.attention, 30), add_k=first)
     assert np.abs(model.apply({"params": params}, tokens, positions, moved)[0] - plain).max() > 0.1
 
 

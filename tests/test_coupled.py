@@ -15,7 +15,7 @@ from diffkv_jax.pallas_kernels.attention import decode_attention
 from diffkv_jax.pallas_kernels.codecs import Coupled, KVFormat
 from oracles.quantiser import pack
 from readback import check_pool, held_tokens
-from tiny import tiny_model
+from tiny import tiny_latent_model, tiny_model
 
 TOKENS = np.random.default_rng(3).integers(0, 97, (2, 90))
 POLICY = dkv.coupled_quantization(4, 8, window=16, flush=8)
@@ -137,6 +137,24 @@ def dense(q: np.ndarray, held: dict, sm_scale: float) -> np.ndarray:
     logits = q @ np.stack(keys).T * sm_scale
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True) @ np.stack([token[2] for token in held.values()])
+
+
+def test_a_latent_is_coded_and_its_rotary_part_is_not():
+    """Multi-head latent attention: the one latent of all heads in codes of four channels; in layer 0 it depends on the tokens alone."""
+    model, params = tiny_latent_model()
+    coded = dkv.CompressionPolicy("latents", ("K8v4V8v4",), window=16, flush=8)
+    calibration = dkv.calibrate(model, params, TOKENS, coded, samples=150, iterations=3, progress=False)
+    keys, nothing = calibration.tables[0]
+    assert keys.shape == (2, 1, 16, 256, 4) and nothing is None
+    exact = dkv.CompressionPolicy("exact", ("full",), window=16, flush=8)
+    found, truth = (
+        held_tokens(dkv.generate(model, params, TOKENS, policy=policy, calibration=one, max_new_tokens=1).cache, 0, 1, 0)
+        for policy, one in ((coded, calibration), (exact, None))
+    )
+    latents = np.stack([truth[t][1] for t in range(74)])
+    np.testing.assert_array_equal(np.stack([found[t][1] for t in range(74)]), nearest_rows(latents, keys[0, 0]))
+    assert 1e-4 < np.abs(latents - nearest_rows(latents, keys[0, 0])).max() < np.abs(latents - nearest_rows(latents, keys[1, 0])).max()
+    np.testing.assert_array_equal(*(np.stack([held[t][2] for t in range(74)]) for held in (found, truth)))
 
 
 def test_the_cache_counts_its_tables_and_leaves_the_calibration_alone():
