@@ -139,5 +139,5 @@ def test_bits_without_a_table_are_refused(bits):
 
 
 def test_groups_are_refused():
-    with pytest.raises(ValueError, match="groups=2 beside n.*one scale a token"):
+    with pytest.raises(ValueError, match="K4nV4:2,2.*4n has no groups a token"):
         KVFormat.parse("K4nV4:2,2")
