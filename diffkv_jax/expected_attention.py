@@ -10,7 +10,7 @@ from diffkv_jax.cache import CacheSpec, KVCache
 from diffkv_jax.layer_state import per_head, put_layer, take_layer
 from diffkv_jax.pallas_kernels.attention.stream import chunk_pages, chunk_tokens, num_chunks, over_chunks, read_chunk
 from diffkv_jax.pallas_kernels.compact import Stored, Tokens
-from diffkv_jax.pallas_kernels.pages import read_sides, write_side
+from diffkv_jax.pallas_kernels.pages import PageLayout, read_sides, write_side
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk
 from diffkv_jax.pallas_kernels.rope import at_positions, turn_pairs
 from diffkv_jax.query_statistics import QueryStatistics, with_queries
@@ -43,7 +43,14 @@ def layer_queries(cache: KVCache, layer: Array) -> QueryStatistics:
 
 
 def expected_attention(
-    spec: CacheSpec, stored: Stored, queries: QueryStatistics, seq_len: Array, significance: Array, tokens: Tokens, valid: Array
+    spec: CacheSpec,
+    layout: PageLayout,
+    stored: Stored,
+    queries: QueryStatistics,
+    seq_len: Array,
+    significance: Array,
+    tokens: Tokens,
+    valid: Array,
 ) -> tuple[Array, Array]:
     """The scores of a layer's stored tokens and of those outside of the pages.
 
@@ -52,34 +59,36 @@ def expected_attention(
     the logits is left out. Plain XLA: it runs once a prompt.
 
     Args:
-        stored: the layer's pages, as attention reads them.
+        layout, stored: the layer's pages, as attention reads them.
         queries: statistics of the layer's prompt queries `[B, ...]`.
         seq_len: int32 [B], position of the first query to come.
         significance: the pool's.
         tokens, valid: those in the recent window and the prompt chunk, `[B, n, ...]`.
 
     Returns:
-        The pool's significance, and float32 [B, n].
+        The pool's significance, in which protected tokens stay so, and float32 [B, n].
     """
-    layout, sinks = spec.layout, spec.selection.sinks
+    sinks = spec.selection.sinks
     mean, covariance = _queries_to_come(spec, queries, seq_len)
-    exponents, norms, counted = [], [], []
+    pages = dataclasses.replace(stored.pages, significance=significance)  # what is written below: read before
+    exponents, norms, counted, before = [], [], [], []
     for tier in range(layout.tiers):
-        _, position, live = read_sides(stored.pages, layout, stored.page_table, stored.tier_len, tier, spec.max_len)
-        in_tier = _stored_exponents(spec, stored, tier, mean, covariance)
+        score, position, live = read_sides(pages, layout, stored.page_table, stored.tier_len, tier, spec.max_len)
+        in_tier = _stored_exponents(spec, layout, stored, tier, mean, covariance)
         for parts, x in zip((exponents, norms), in_tier, strict=True):
             parts.append(x[..., : live.shape[1]])
         counted.append(live & (position >= sinks))
+        before.append(score)
     exponents.append(_exponents(tokens.k, mean, covariance))
     norms.append(jnp.linalg.norm(tokens.v, axis=-1))
     counted.append(valid & (tokens.position >= sinks))
     logits = jnp.where(jnp.concatenate(counted, axis=1)[:, None], jnp.concatenate(exponents, axis=2), -jnp.inf)
     scores = (jax.nn.softmax(logits, axis=-1).mean(axis=1) + spec.selection.epsilon) * jnp.concatenate(norms, axis=1)
     first = 0
-    for tier, there in enumerate(counted[:-1]):
-        values = jnp.where(there, scores[:, first : first + there.shape[1]], PROTECTED)
+    for tier, score in enumerate(before):
+        values = jnp.where(score >= PROTECTED / 2, score, scores[:, first : first + score.shape[1]])
         significance = write_side(significance, layout, stored.page_table, tier, stored.tier_len[:, tier], values)
-        first += there.shape[1]
+        first += score.shape[1]
     return significance, scores[:, first:]
 
 
@@ -109,9 +118,10 @@ def _exponents(k: Array, mean: Array, covariance: Array) -> Array:
     return jnp.einsum("bnd,bgd->bgn", k, mean, precision=exact) + 0.5 * jnp.einsum("bgni,bni->bgn", spread, k, precision=exact)
 
 
-def _stored_exponents(spec: CacheSpec, stored: Stored, tier: int, mean: Array, covariance: Array) -> tuple[Array, Array]:
+def _stored_exponents(
+    spec: CacheSpec, layout: PageLayout, stored: Stored, tier: int, mean: Array, covariance: Array
+) -> tuple[Array, Array]:
     """The exponents [B, G, n] and the norms of the values [B, n] of a tier in slot order."""
-    layout = spec.layout
     lanes = chunk_pages(layout, tier) * layout.tokens_per_page(tier)
     width = num_chunks(layout, tier, spec.max_len) * lanes
 

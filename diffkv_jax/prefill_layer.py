@@ -155,10 +155,9 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep,
     protected = protected_tokens(cache, tokens.position)
     held, position = stored_layer(cache, layer), tokens.position
     if spec.selection.score == "expected":
-        queries = layer_queries(cache, layer)
-        outside = tokens
+        layout, queries, outside = layer_layout(cache, layer), layer_queries(cache, layer), tokens
         cache, tokens = _rescored(
-            cache, tokens, step, lambda scores: expected_attention(spec, held, queries, clock.seq_len, scores[0], outside, valid)
+            cache, tokens, step, lambda scores: expected_attention(spec, layout, held, queries, clock.seq_len, scores[0], outside, valid)
         )
     if spec.selection.shared:
         cache, tokens = _rescored(cache, tokens, step, lambda scores: average_heads(spec, held, *scores))

@@ -13,6 +13,8 @@ from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.prompt import as_batch
 from diffkv_jax.query_statistics import QueryStatistics, with_queries
 from readback import held_tokens
+from test_coupled import POLICY as CODES
+from test_coupled import calibrated
 from test_methods import LAYERS, LENGTH, PROMPT, half, kept, models
 from tiny import tiny_model
 
@@ -146,6 +148,32 @@ def test_keys_of_four_bits_are_scored_nearly_as_exact_ones():
     for ours, exact in zip(found, kept_once(WRAPPED, chunk=128), strict=True):
         assert sum(map(len, ours)) == 240
         assert sum(len(a & b) for a, b in zip(ours, exact, strict=True)) > 0.9 * 240
+
+
+def held_after(policy: dkv.CompressionPolicy, length: int, calibration: dkv.Calibration | None = None) -> list[set[int]]:
+    """What the heads of a model with two layers hold of a prompt in chunks of 64."""
+    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
+    cache = make_cache(model, policy, [length], kernels=Kernels("xla"), calibration=calibration)
+    _, cache = prefill(model, params, cache, PROMPT[None, :length], np.array([length]), 64)
+    return [set(held_tokens(cache, layer, 0, head)) for layer in range(2) for head in range(2)]
+
+
+def test_protected_classes_stay():
+    ids = tuple(int(token) for token in PROMPT[:40:3])
+    policy = dkv.expected_attention(0.5, window=8)
+    classed = set(np.flatnonzero(np.isin(PROMPT[:200], ids)).tolist())
+    assert 30 < len(classed) < 80
+    for held, without in zip(held_after(dataclasses.replace(policy, protect=ids), 200), held_after(policy, 200), strict=True):
+        assert len(held) == 100 and classed <= held and not classed <= without
+
+
+def test_learned_codes_are_scored_nearly_as_exact_keys():
+    """Codebooks of the layer's heads, and keys that are kept without their rotary embedding."""
+    _, _, calibration = calibrated()
+    learned = dataclasses.replace(CODES, score="expected", keep=0.5, sinks=4)
+    exact = dataclasses.replace(learned, tiers=("full",))
+    for ours, theirs in zip(held_after(learned, 200, calibration), held_after(exact, 200), strict=True):
+        assert len(ours) == 100 and len(ours & theirs) > 80
 
 
 def test_rows_and_turns():
