@@ -9,7 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffkv_jax import CacheSpec, CompressionPolicy, diffkv, expected_attention, h2o, make_cache, memory_report, minicache, snapkv
+from diffkv_jax import (
+    CacheSpec,
+    CompressionPolicy,
+    diffkv,
+    expected_attention,
+    fastgen,
+    h2o,
+    make_cache,
+    memory_report,
+    minicache,
+    pyramidinfer,
+    snapkv,
+)
 from diffkv_jax.budget import tree_bytes
 from diffkv_jax.cache import KVCache, empty_cache
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
@@ -27,9 +39,11 @@ POLICIES = {
     "snapkv": snapkv(0.5),
     "expected": expected_attention(0.5),
     "minicache": minicache(),
+    "fastgen": fastgen(protect=(1,), punctuation=(5, 6)),
+    "pyramidinfer": pyramidinfer(0.5),
 }
-SLOW = [("none", "prefill"), ("h2o", "decode"), ("snapkv", "prefill"), ("expected", "prefill")]
-SLOW += [(name, step) for name in ("diffkv", "flush 1", "windows", "minicache") for step in ("decode", "prefill")]
+SLOW = [("none", "prefill"), ("h2o", "decode"), ("snapkv", "prefill"), ("expected", "prefill"), ("pyramidinfer", "prefill")]
+SLOW += [(name, step) for name in ("diffkv", "flush 1", "windows", "minicache", "fastgen") for step in ("decode", "prefill")]
 STEPS = [("none", "decode"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
