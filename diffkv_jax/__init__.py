@@ -7,6 +7,7 @@ from diffkv_jax.calibration import Calibration as Calibration
 from diffkv_jax.generate import GenerateOutput as GenerateOutput
 from diffkv_jax.generate import generate as generate
 from diffkv_jax.generate import make_cache as make_cache
+from diffkv_jax.merge import Merge as Merge
 from diffkv_jax.methods import ada_kv as ada_kv
 from diffkv_jax.methods import coupled_quantization as coupled_quantization
 from diffkv_jax.methods import diffkv as diffkv
@@ -19,6 +20,7 @@ from diffkv_jax.methods import key_norm as key_norm
 from diffkv_jax.methods import kivi as kivi
 from diffkv_jax.methods import kvquant as kvquant
 from diffkv_jax.methods import load_policy as load_policy
+from diffkv_jax.methods import minicache as minicache
 from diffkv_jax.methods import pyramidinfer as pyramidinfer
 from diffkv_jax.methods import pyramidkv as pyramidkv
 from diffkv_jax.methods import quantized as quantized

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array, lax
 
-from diffkv_jax.cache import KVCache
+from diffkv_jax.cache import KVCache, Waiting
 from diffkv_jax.event import Plan, admit, apply_plan, plan_event
 from diffkv_jax.head_profile import mark_all, unmark
 from diffkv_jax.layer_state import (
@@ -19,6 +19,7 @@ from diffkv_jax.layer_state import (
     when,
     with_stored,
 )
+from diffkv_jax.merge_event import merge_pair, pages_needed
 from diffkv_jax.observed import count_observed
 from diffkv_jax.pallas_kernels.append import shift_recent
 from diffkv_jax.pallas_kernels.compact import Tokens
@@ -46,6 +47,14 @@ def after_decode(cache: KVCache, step: DecodeStep) -> KVCache:
     return when(spec.kernels, due.any(), lambda cache: compress(cache, due), cache)
 
 
+def before_prefill(cache: KVCache, chunk_len: int) -> KVCache:
+    """The cache, where layers are merged with room for what one of a pair lets go until the other has its own."""
+    if cache.spec.merge is None:
+        return cache
+    shape = (cache.spec.num_heads, cache.spec.window + cache.spec.flush + chunk_len, cache.spec.attention.head_dim)
+    return dataclasses.replace(cache, waiting=Waiting(jnp.zeros(shape, cache.spec.dtype), jnp.zeros(shape, cache.spec.dtype)))
+
+
 def after_prefill(cache: KVCache, step: PrefillStep, chunk_len: int) -> KVCache:
     """Count the chunk's tokens. A request that found no page in some layer holds none any more: it starts from nothing."""
     return dataclasses.replace(
@@ -54,6 +63,7 @@ def after_prefill(cache: KVCache, step: PrefillStep, chunk_len: int) -> KVCache:
         recent_len=jnp.where(cache.overflow, 0, recent_after(cache, step)),
         observed=jnp.where(cache.overflow[:, None, None], 0, observed_after(cache, step, chunk_len)),
         steps=jnp.int32(0),
+        waiting=None,
     )
 
 
@@ -81,14 +91,19 @@ def _compress(cache: KVCache, leaving: Array) -> KVCache:
 
 
 def _compress_by_layer(cache: KVCache, leaving: Array) -> KVCache:
-    spec, layers = cache.spec, len(cache.spec.paged_layers)
+    spec, layers = cache.spec, cache.spec.unmerged_layers
 
     def count_pages(layer, needed):
         return needed + _plan(cache, layer, leaving).pages.reshape(spec.num_requests, -1).sum(axis=1)
 
-    admitted = admit(lax.fori_loop(0, layers, count_pages, jnp.zeros(spec.num_requests, jnp.int32)), cache.ring.count)
+    needed = lax.fori_loop(0, layers, count_pages, jnp.zeros(spec.num_requests, jnp.int32))
+    if spec.merge is not None:
+        needed = needed + pages_needed(spec, cache.tier_len[layers + 1 :: 2], leaving[:, None]).sum(axis=(0, 2))
+    admitted = admit(needed, cache.ring.count)
     going = jnp.where(admitted, leaving, 0)
     cache = lax.fori_loop(0, layers, lambda layer, cache: _carry_out(cache, layer, _plan(cache, layer, going), going), cache)
+    if spec.merge is not None:
+        cache = lax.fori_loop(0, spec.pairs, lambda pair, cache: _merge(cache, layers + 2 * pair + 1, going), cache)
     return _ended(cache, going, admitted, leaving)
 
 
@@ -104,10 +119,10 @@ def _plan(cache: KVCache, layer: Array | None, count: Array) -> Plan:
     decides = jnp.asarray(cache.spec.selection.in_decode)
     clock = layer_clock(cache, layer, cache.seq_len, cache.observed, cache.recent_len - count, decides)
     layers = clock.seq_len.shape[0] // cache.spec.num_heads
-    n = cache.spec.flush
+    spec, n = cache.spec.unmerged, cache.spec.flush
     leaving = jnp.arange(n) < per_head(cache, count, layers)[:, None]
     stored = stored_layer(cache, layer)
-    return plan_event(cache.spec, stored, clock, tokens.significance[:, :n], tokens.position[:, :n], leaving, cache.spec.one_victim)
+    return plan_event(spec, stored, clock, tokens.significance[:, :n], tokens.position[:, :n], leaving, spec.one_victim)
 
 
 def _oldest(cache: KVCache, layer: Array | None) -> Tokens:
@@ -126,11 +141,24 @@ def _oldest(cache: KVCache, layer: Array | None) -> Tokens:
 
 def _carry_out(cache: KVCache, layer: Array | None, plan: Plan, going: Array) -> KVCache:
     """Let the oldest `going [R]` recent tokens of each request into the tiers of a layer (of all when None) as planned."""
-    spec, tokens = cache.spec, _oldest(cache, layer)
+    spec, tokens = cache.spec.unmerged, _oldest(cache, layer)
+    layout = layer_layout(cache, layer) if spec.merge is None else spec.layout
     going_on = per_head(cache, going > 0, tokens.k.shape[0] // spec.num_heads)
-    stored = apply_plan(spec, layer_layout(cache, layer), stored_layer(cache, layer), plan, tokens, going_on, one_victim=spec.one_victim)
-    cache = with_stored(cache, layer, stored)
-    entered = stored.ring.count >= 0  # always so, but the compiler cannot know: the windows change when the event has read them
+    stored = apply_plan(spec, layout, stored_layer(cache, layer), plan, tokens, going_on, one_victim=spec.one_victim)
+    return _shifted(with_stored(cache, layer, stored), layer, going)
+
+
+def _merge(cache: KVCache, layer: Array, going: Array) -> KVCache:
+    """Let the oldest `going [R]` recent tokens of each request into the tiers of the pair whose second layer is `layer`."""
+    first, second = (_oldest(cache, at) for at in (layer - 1, layer))
+    leaving = jnp.arange(second.k.shape[1]) < per_head(cache, going)[:, None]
+    cache = merge_pair(cache, layer, first, second, leaving)
+    return _shifted(_shifted(cache, layer - 1, going), layer, going)
+
+
+def _shifted(cache: KVCache, layer: Array | None, going: Array) -> KVCache:
+    """The cache without the oldest `going [R]` recent tokens of a layer (of all when None), once its tiers have them."""
+    entered = cache.ring.count >= 0  # always so, but the compiler cannot know: the windows change when the event has read them
     recent_k, recent_v, significance = _without_oldest(cache, layer, jnp.where(entered, going, 0))
     return dataclasses.replace(cache, recent_k=recent_k, recent_v=recent_v, recent_significance=significance)
 

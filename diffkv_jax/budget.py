@@ -11,6 +11,7 @@ import numpy as np
 
 from diffkv_jax.amounts import parse_bytes
 from diffkv_jax.cache import CacheSpec, KVCache, empty_cache
+from diffkv_jax.merge_event import pages_of_pair
 from diffkv_jax.policy import CompressionPolicy
 
 
@@ -118,6 +119,8 @@ def check_pool(cache: KVCache, totals: Sequence[int]) -> None:
 def _least_pages(spec: CacheSpec, totals: Sequence[int], limits: np.ndarray) -> int:
     """Pages without which the tokens cannot fit: all in the cheapest tier; one page a head where thresholds may drop them; what budgets
     keep. `limits` as in `KVCache`."""
+    if spec.merge is not None:
+        return most_pages(spec, totals)
     layout, seen = spec.layout, np.asarray(totals)[:, None]
     exact = spec.staying(seen)
     stored = seen - exact
@@ -135,5 +138,8 @@ def _least_pages(spec: CacheSpec, totals: Sequence[int], limits: np.ndarray) -> 
 def most_pages(spec: CacheSpec, room: Sequence[int]) -> int:
     """Pages that always suffice: every token in the highest tier, and a part-filled page of the other one."""
     stored = [max(total - spec.window, 0) for total in room]
+    if spec.merge is not None:  # nothing depends on the text
+        alone, paired = spec.layout.pages_for(0, np.asarray(stored)), np.asarray(pages_of_pair(spec, np.asarray(stored)))
+        return max(spec.attention.num_kv_heads * int((spec.unmerged_layers * alone + spec.pairs * paired).sum()), 1)
     pages = sum(spec.layout.pages_for(0, n) + spec.layout.tiers - 1 if n else 0 for n in stored)
     return max(len(spec.paged_layers) * spec.attention.num_kv_heads * pages, 1)  # an array must not be empty

@@ -1,18 +1,19 @@
 """`KVCache`: the whole compressed cache as one immutable pytree, and `CacheSpec`, its static description."""
 
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from diffkv_jax.merge import Merge
 from diffkv_jax.model_protocol import AttentionSpec
 from diffkv_jax.observed import nothing_observed
-from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, LatentFormat, table_shape
+from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, LatentFormat, shared_format, table_shape
 from diffkv_jax.pallas_kernels.compact import FreeRing
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
@@ -39,6 +40,7 @@ class CacheSpec:
     dtype: str
     kernels: Kernels = XLA
     rotate: bool = False
+    merge: Merge | None = None  # None when no pair of layers is merged
 
     @staticmethod
     def build(
@@ -58,13 +60,17 @@ class CacheSpec:
 
         Raises:
             ValueError: `dtype` is not one that exact tokens can be kept in, the tiers do not fit one page shape, the kernels do not know
-                them, the model does not tell its rotary embedding and the policy removes it, from keys or from queries, or it has a latent
-                and a tier keeps K and V differently.
+                them, the model does not tell its rotary embedding and the policy removes it, from keys or from queries, it has a latent
+                and a tier keeps K and V differently, or its layers cannot be merged.
         """
         Full(dtype)  # checks it, also where no tier keeps exact tokens: the recent window does
-        selection = policy.selection
+        selection, merge, formats = policy.selection, policy.merge, _formats_of(attention, policy, dtype)
+        if merge is not None and merge.pairs(attention) == 0:
+            merge = None
+        if merge is not None:
+            formats = (*formats, shared_format(*formats, merge.t))
         layout = PageLayout.solve(
-            _formats_of(attention, policy, dtype),
+            formats,
             attention.head_dim,
             tokens=policy.block or tokens or kernels.tokens_per_block,
             max_len=max_len,
@@ -85,7 +91,7 @@ class CacheSpec:
                 "and the model does not tell it (AttentionSpec.rope)"
             )
         schedule = (policy.window, policy.flush, selection)
-        return CacheSpec(attention, layout, num_requests, max_len, num_pages, *schedule, dtype, kernels, policy.rotate)
+        return CacheSpec(attention, layout, num_requests, max_len, num_pages, *schedule, dtype, kernels, policy.rotate, merge)
 
     @cached_property
     def paged_layers(self) -> tuple[int, ...]:
@@ -96,6 +102,24 @@ class CacheSpec:
     def window_layers(self) -> tuple[int, ...]:
         """Layers with a sliding window, which keep their own full-precision ring."""
         return tuple(i for i, window in enumerate(self.attention.sliding_windows) if window is not None)
+
+    @cached_property
+    def pairs(self) -> int:
+        """Pairs of merged layers: the last of the paged ones."""
+        return 0 if self.merge is None else self.merge.pairs(self.attention)
+
+    @property
+    def unmerged_layers(self) -> int:
+        """How many of the paged layers, the first ones, are not merged."""
+        return len(self.paged_layers) - 2 * self.pairs
+
+    @property
+    def unmerged(self) -> "CacheSpec":
+        """What holds for layers that are not merged: pages have no tier for what two layers share."""
+        if self.merge is None:
+            return self
+        layout = self.layout
+        return replace(self, layout=replace(layout, formats=layout.formats[:1], blocks=layout.blocks[:1]))
 
     @property
     def ring_len(self) -> int:
@@ -141,7 +165,7 @@ def kernels_for(
 
 
 def _known_to_kernels(policy: CompressionPolicy, attention: AttentionSpec) -> bool:
-    plain = attention.latent is None and not policy.un_rope and policy.block is None
+    plain = attention.latent is None and not policy.un_rope and policy.block is None and policy.merge is None
     return plain and all(KVFormat.parse(tier).in_kernels for tier in policy.tiers)
 
 
@@ -162,6 +186,13 @@ def _rope_of(attention: AttentionSpec, policy: CompressionPolicy) -> tuple[float
     if attention.rope is None:
         raise ValueError(f"policy {policy.name!r} has un_rope=True, and the model does not tell its rotary embedding (AttentionSpec.rope)")
     return attention.rope
+
+
+class Waiting(NamedTuple):
+    """Recent window and prompt chunk of the layer before, which wait for the layer they are merged with; n = window + flush + C."""
+
+    k: Array  # [B, n, head_dim] cache dtype
+    v: Array  # [B, n, head_dim]
 
 
 @dataclass(frozen=True)
@@ -193,6 +224,7 @@ class KVCache:
     pending: Array  # int32 [R] token sampled last and not yet seen by the model, -1 = none
     queries: QueryStatistics | None  # of the prompts' queries, where the policy ranks by them
     tables: Tables  # float16 [L, K, ...] what learned codecs have learned
+    waiting: Waiting | None = None  # in a prompt chunk of a policy that merges layers
 
     def __repr__(self) -> str:
         spec = self.spec

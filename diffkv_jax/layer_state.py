@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from diffkv_jax.cache import KVCache, Table
+from diffkv_jax.cache import CacheSpec, KVCache, Table
 from diffkv_jax.event import Clock
 from diffkv_jax.pallas_kernels.attention import Heads
-from diffkv_jax.pallas_kernels.codecs import with_table
+from diffkv_jax.pallas_kernels.codecs import read_by, with_table
 from diffkv_jax.pallas_kernels.compact import Stored
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout
@@ -88,8 +88,7 @@ def with_stored(cache: KVCache, layer: Array | None, stored: Stored) -> KVCache:
 def layer_heads(cache: KVCache, layer: Array, recent_len: Array) -> Heads:
     """What attention reads of a paged layer; `recent_len` int32 [R]."""
     return Heads(
-        take_layer(cache.page_table, layer),
-        take_layer(cache.tier_len, layer),
+        *_tables(cache, layer),
         all_heads(cache.recent_k),
         all_heads(cache.recent_v),
         per_head(cache, recent_len),
@@ -97,12 +96,33 @@ def layer_heads(cache: KVCache, layer: Array, recent_len: Array) -> Heads:
     )
 
 
+def _tables(cache: KVCache, layer: Array) -> tuple[Array, Array]:
+    """Page table and lengths that a paged layer reads by: the first of a pair finds the shared tier where the second keeps it."""
+    spec = cache.spec
+    page_table, tier_len = take_layer(cache.page_table, layer), take_layer(cache.tier_len, layer)
+    if spec.merge is None:
+        return page_table, tier_len
+    owner = jnp.where(layer < spec.unmerged_layers, layer, layer + 1 - place_in_pair(spec, layer))
+    theirs, shared = take_layer(cache.page_table, owner), take_layer(cache.tier_len, owner)[:, 1]
+    on_the_right = jnp.arange(spec.max_pages) >= spec.max_pages - spec.layout.pages_for(1, shared)[:, None]
+    return jnp.where(on_the_right, theirs, page_table), tier_len.at[:, 1].set(shared)
+
+
+def place_in_pair(spec: CacheSpec, layer: Array) -> Array:
+    """0 or 1, int32 []: whether a merged paged layer is the first or the second of its pair."""
+    return (layer - spec.unmerged_layers) % 2
+
+
 def layer_layout(cache: KVCache, layer: Array | None) -> PageLayout:
-    """The layout of the pages, its learned codecs holding the arrays of a paged layer's heads `[B, ...]`.
+    """The layout of the pages, its learned codecs holding the arrays of a paged layer's heads `[B, ...]`; what two layers share is read
+    as this one's.
 
     Codecs that learn are plain XLA's, which goes layer by layer; `layer` is None for kernels only.
     """
     layout = cache.spec.layout
+    if layer is not None and cache.spec.merge is not None:  # with nothing learned
+        place = place_in_pair(cache.spec, layer)
+        return dataclasses.replace(layout, formats=tuple(read_by(fmt, place) for fmt in layout.formats))
     if layer is None or not jax.tree.leaves(cache.tables):
         return layout
 

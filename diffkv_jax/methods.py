@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
+from diffkv_jax.merge import Merge
 from diffkv_jax.policy import Budget, CompressionPolicy, Threshold
 from diffkv_jax.selection import Score
 
@@ -175,6 +176,23 @@ def random_eviction(keep: Budget = 0.5, **options: Unpack[Options]) -> Compressi
     return _evicting("random_eviction", "random", keep, options)
 
 
+def minicache(
+    start: float = 0.5,
+    t: float = 0.6,
+    retention: float = 0.05,
+    *,
+    inner: str = "full",
+    window: int = 64,
+    flush: int = 32,
+    rotate: bool = False,
+) -> CompressionPolicy:
+    """MiniCache (arXiv:2405.14366): from the share `start` of the layers on, pairs of them keep one direction for a token of both.
+
+    `inner` stores directions, the tokens of the layers before, and the share `retention` of tokens that differ too much to be merged.
+    """
+    return CompressionPolicy("minicache", (inner,), window=window, flush=flush, rotate=rotate, merge=Merge(start, t, retention))
+
+
 def ada_kv(policy: CompressionPolicy, floor: float = 0.2) -> CompressionPolicy:
     """Ada-KV (arXiv:2407.11550) over a policy with budgets: the KV heads of a layer share them, each keeps at least `floor` of its own.
 
@@ -225,5 +243,6 @@ METHODS = (
     expected_attention,
     fastgen,
     random_eviction,
+    minicache,
 )
 NAMED = PRESETS | {method.__name__: method for method in METHODS}

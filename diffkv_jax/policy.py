@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from diffkv_jax.merge import Merge
 from diffkv_jax.pallas_kernels.codecs import KVFormat
 from diffkv_jax.policy_checks import (
     check_blocks,
     check_budgets,
     check_classes,
+    check_merge,
     check_ranking,
     check_schedule,
     check_thresholds,
@@ -67,6 +69,7 @@ class CompressionPolicy:
         pooling: width of the moving average over positions, of "window" scores (SnapKV).
         future: of "expected" scores: how many positions after the prompt the queries to come may have (ExpectedAttention).
         epsilon: of "expected" scores: what is added to attention before it is multiplied with the value's norm.
+        merge: deep layers share the directions of their keys and values in pairs (MiniCache), stored as `tiers` say: plain XLA only.
 
     Raises:
         ValueError: the choices cannot work together; the message says why.
@@ -101,6 +104,7 @@ class CompressionPolicy:
     frequent: float = 0.3
     local: float = 0.3
     block: int | None = None
+    merge: Merge | None = None
 
     def __post_init__(self):
         if isinstance(self.tiers, str) or not isinstance(self.tiers, Sequence):
@@ -125,6 +129,9 @@ class CompressionPolicy:
         if self.block is None and not all(fmt.separable for fmt in self.formats("float32")):
             object.__setattr__(self, "block", 32)
         check_blocks(self)
+        if self.merge is not None:
+            object.__setattr__(self, "merge", Merge.of(self.merge))
+            check_merge(self)
         if self.keep is None:
             check_thresholds(self)
         else:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffkv_jax.amounts import parse_bytes
-from diffkv_jax.pallas_kernels.codecs import KVFormat
+from diffkv_jax.pallas_kernels.codecs import KVFormat, learned_part
 from diffkv_jax.selection import BY_ATTENTION, BY_FORECAST, BY_KEY
 
 if TYPE_CHECKING:
@@ -186,3 +186,22 @@ def _counts(field: str, value: Any) -> np.ndarray:
             f"{field}={value} must be a share above 0 and up to 1 (float), a number of tokens (int) or, for keep, memory such as '64MiB'"
         )
     return array
+
+
+def check_merge(policy: "CompressionPolicy") -> None:
+    """Two layers that are merged hold the same tokens, in one form."""
+    if policy.score is not None:
+        raise ValueError(
+            f"merge={policy.merge} and score={policy.score!r}: layers choose their tokens apart, and merged ones must hold the same; "
+            "leave score, observe and keep out"
+        )
+    if len(policy.tiers) != 1:
+        raise ValueError(f"merge={policy.merge} makes the second tier itself, of what two layers share: tiers={policy.tiers} must be one")
+    fmt = KVFormat.parse(policy.tiers[0])
+    if not fmt.separable or learned_part(fmt.key) or learned_part(fmt.value):
+        raise ValueError(
+            f"merge={policy.merge} stores a direction for each token, and {policy.tiers[0]} shares numbers over tokens or learns them of "
+            "keys and values as they are: take 'full' or a codec such as 'K4V4'"
+        )
+    if policy.un_rope:
+        raise ValueError(f"merge={policy.merge} compares keys as attention reads them, and un_rope=True stores others: leave un_rope out")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from diffkv_jax.cache import CacheSpec, KVCache
+from diffkv_jax.cache import CacheSpec, KVCache, Waiting
 from diffkv_jax.event import apply_plan, plan_event
 from diffkv_jax.expected_attention import count_queries, expected_attention, layer_queries
 from diffkv_jax.head_profile import choose_and_mark
@@ -17,12 +17,14 @@ from diffkv_jax.layer_state import (
     layer_heads,
     layer_layout,
     per_head,
+    place_in_pair,
     put_layer,
     stored_layer,
     take_layer,
     when,
     with_stored,
 )
+from diffkv_jax.merge_event import merge_pair, pages_needed
 from diffkv_jax.nested import note_dropped, present_rows, put_back, take_rows
 from diffkv_jax.observed import count_observed
 from diffkv_jax.overflow import make_room
@@ -57,7 +59,12 @@ def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, st
     cache = count_queries(dataclasses.replace(cache, pages=pages), layer, chunk)
     gathered = _gather(cache, layer, chunk, heads, sums, rows - (q.shape[1] - step.length[:, None]))
     attended = lse[0, 0, 0] > -jnp.inf  # always so, but the compiler cannot know: the event waits for attention's reads of the pool
-    cache = when(spec.kernels, attended, lambda cache: _store(cache, layer, gathered, step, rows), cache)
+    alone = attended if spec.merge is None else attended & (layer < spec.unmerged_layers)
+    cache = when(spec.kernels, alone, lambda cache: _store(cache, layer, gathered, step, rows), cache)
+    if spec.merge is not None:
+        second = (layer >= spec.unmerged_layers) & (place_in_pair(spec, layer) == 1)
+        cache = when(spec.kernels, attended & second, lambda cache: _store_pair(cache, layer, gathered, step), cache)
+        cache = dataclasses.replace(cache, waiting=Waiting(*(x.astype(spec.dtype) for x in gathered.tokens[:2])))
     cache = _keep_window(cache, layer, gathered, step)
     out = jnp.moveaxis(out.reshape(*_grouped(spec), *out.shape[2:]), 3, 1)  # [R, C, K, G, d]
     return put_back(cache, out.reshape(*q.shape[:-1], -1), rows).astype(q.dtype), cache
@@ -145,13 +152,12 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep,
 
     `rows` int32 [R, C] are those of `present_rows`.
     """
-    spec = cache.spec
+    spec = cache.spec.unmerged
     tokens, valid = gathered
     seq_len = cache.seq_len + step.length
     observed = observed_after(cache, step, tokens.k.shape[1] - spec.window - spec.flush)
     clock = layer_clock(cache, layer, seq_len, observed, recent_after(cache, step), step.compress)
-    leaving = valid & (tokens.position < (clock.seq_len - clock.exact)[:, None])
-    leaving = leaving & per_head(cache, (step.length > 0) & ~cache.overflow)[:, None]
+    leaving = _leaving(cache, gathered, step)
     protected = protected_tokens(cache, tokens.position)
     held, position = stored_layer(cache, layer), tokens.position
     if spec.selection.score == "expected":
@@ -178,9 +184,8 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep,
     cache = note_dropped(cache, rows, dropped[:: spec.attention.num_kv_heads, -rows.shape[1] :])
     cache = make_room(cache, plan.pages.reshape(spec.num_requests, -1).sum(axis=1))
     admitted = per_head(cache, ~cache.overflow)
-    stored = apply_plan(
-        spec, layer_layout(cache, layer), stored_layer(cache, layer), plan, tokens, admitted, one_victim=False, pages_a_round=PAGES_A_ROUND
-    )
+    layout = layer_layout(cache, layer) if spec.merge is None else spec.layout
+    stored = apply_plan(spec, layout, stored_layer(cache, layer), plan, tokens, admitted, one_victim=False, pages_a_round=PAGES_A_ROUND)
     return with_stored(cache, layer, stored)
 
 
@@ -191,6 +196,24 @@ def _rescored(
     significance, entering = when(cache.spec.kernels, step.compress, change, (cache.pages.significance, tokens.significance))
     pages = dataclasses.replace(cache.pages, significance=significance)
     return dataclasses.replace(cache, pages=pages), tokens._replace(significance=entering)
+
+
+def _store_pair(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep) -> KVCache:
+    """Let everything but the last `window` tokens of a layer, and of the one before that it is merged with, into their tiers."""
+    spec, tokens, waiting = cache.spec, gathered.tokens, cache.waiting
+    assert waiting is not None  # `before_prefill` has made room
+    leaving = _leaving(cache, gathered, step)
+    needed = pages_needed(spec, take_layer(cache.tier_len, layer), leaving.sum(axis=1))
+    cache = make_room(cache, needed.reshape(spec.num_requests, -1).sum(axis=1))
+    first = tokens._replace(k=waiting.k, v=waiting.v)
+    return merge_pair(cache, layer, first, tokens, leaving & per_head(cache, ~cache.overflow)[:, None])
+
+
+def _leaving(cache: KVCache, gathered: _Gathered, step: PrefillStep) -> Array:
+    """All but the last tokens (`CacheSpec.staying`), bool [B, n]; none of a request without tokens in this chunk, or without pages."""
+    stay_from = per_head(cache, cache.seq_len + step.length - recent_after(cache, step))[:, None]
+    going = per_head(cache, (step.length > 0) & ~cache.overflow)[:, None]
+    return gathered.valid & (gathered.tokens.position < stay_from) & going
 
 
 def observed_after(cache: KVCache, step: PrefillStep, chunk_len: int) -> Array:

@@ -18,9 +18,9 @@ class MemoryReport:
 
     Attributes:
         tier_names: names of the stored tiers; the last entry of a tier axis below is the recent window.
-        tokens: [L, R, K, tiers + 1], tokens held.
+        tokens: [L, R, K, tiers + 1], tokens held; those that two layers share are held by both.
         dropped: [L, R, K], tokens seen and no longer held.
-        pages: [L, R, K, tiers], pages in use.
+        pages: [L, R, K, tiers], pages in use; those that two layers share count for the second, as do their bytes.
         logical_bytes: [L, R, K, tiers + 1], what the held tokens alone need.
         allocated_bytes: [L, R, K, tiers + 1], whole pages in use; with the recent window its whole buffer and the head's tables.
         bf16_bytes: [R], a plain bfloat16 cache of the same tokens, without padding.
@@ -72,7 +72,10 @@ def memory_report(cache: KVCache) -> MemoryReport:
     layout, attention = spec.layout, spec.attention
     counters = jax.device_get((cache.tier_len, cache.seq_len, cache.recent_len))
     tier_len, seq_len, recent_len = (np.asarray(x, np.int64) for x in counters)
-    tokens = np.concatenate([tier_len, np.broadcast_to(recent_len[:, None, None], (*tier_len.shape[:3], 1))], axis=-1)
+    owned = np.concatenate([tier_len, np.broadcast_to(recent_len[:, None, None], (*tier_len.shape[:3], 1))], axis=-1)
+    tokens = owned.copy()
+    if spec.merge is not None:
+        tokens[spec.unmerged_layers :: 2, ..., 1] = owned[spec.unmerged_layers + 1 :: 2, ..., 1]
     pages = np.stack([layout.pages_for(t, tier_len[..., t]) for t in range(layout.tiers)], axis=-1)
     channels = cache.recent_k.shape[-1] + cache.recent_v.shape[-1]  # of K and V of one token
     exact = channels * cache.recent_k.dtype.itemsize  # in the cache dtype
@@ -82,7 +85,7 @@ def memory_report(cache: KVCache) -> MemoryReport:
     head_bytes = np.broadcast_to(tree_bytes(fixed) // max(pages[..., :1].size, 1), (*tier_len.shape[:3], 1))
     ring_tokens = np.minimum(seq_len, spec.ring_len) * len(spec.window_layers) * attention.num_kv_heads
     plain_tokens = seq_len * len(spec.paged_layers) * attention.num_kv_heads + ring_tokens
-    logical_bytes, pool = tokens * token_bytes, tree_bytes(cache)
+    logical_bytes, pool = owned * token_bytes, tree_bytes(cache)
     return MemoryReport(
         tier_names=tuple(f.name for f in layout.formats),
         tokens=tokens,

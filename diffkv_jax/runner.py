@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from diffkv_jax.advance import after_decode, after_prefill
+from diffkv_jax.advance import after_decode, after_prefill, before_prefill
 from diffkv_jax.budget import most_pages
 from diffkv_jax.cache import KVCache
 from diffkv_jax.model_protocol import CausalLM
@@ -37,7 +37,8 @@ def prefill_chunk(model: CausalLM, params, cache: KVCache, tokens: Array, length
     step = PrefillStep(length, last | _runs_low(cache, length))
     index = jnp.arange(chunk_len) - (chunk_len - length[:, None])
     positions = jnp.where(index >= 0, cache.seq_len[:, None] + index, -1)
-    cache = begin_chunk(forget(note_classes(cache, tokens, positions), step.compress), index >= 0)
+    cache = forget(note_classes(cache, tokens, positions), step.compress)
+    cache = before_prefill(begin_chunk(cache, index >= 0), chunk_len)
     logits, cache = model.apply({"params": params}, tokens, positions, cache, step, last_only=True)
     return logits[:, -1], after_prefill(end_chunk(cache), step, chunk_len)
 

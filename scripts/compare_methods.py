@@ -51,6 +51,8 @@ AS_THEY_COME = {
     "DiffKV (1, 0) K4nV4n + K2nV2n rotated": dkv.diffkv(1.0, 0.0, tiers=("K4nV4n", "K2nV2n"), rotate=True),
     "DiffKV (1, 0.02)": dkv.diffkv(1.0, 0.02),
     "DiffKV (1, 0.1)": dkv.diffkv(1.0, 0.1),
+    "MiniCache": dkv.minicache(),
+    "MiniCache + K4V4": dkv.minicache(inner="K4V4"),
 }
 
 

@@ -4,13 +4,14 @@ Only the layout's numbers (blocks, lanes, bits, groups) are taken from the libra
 `oracles.quantiser`.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffkv_jax.pallas_kernels.codecs import Normal
+from diffkv_jax.pallas_kernels.codecs import Normal, read_by
 from oracles.blocks import read_block, stored_rows
 from oracles.normal_levels import dequantise_normal
 from oracles.quantiser import dequantise, unpack
@@ -26,6 +27,7 @@ def widths(layout, tier: int) -> tuple[int, int]:
 
 def payload_rows(codec, head_dim: int) -> int:
     """Bytes that a token's K or V takes."""
+    codec = getattr(codec, "inner", codec)
     if hasattr(codec, "tokens"):
         return stored_rows(codec, head_dim)[0]
     if hasattr(codec, "dtype"):
@@ -34,7 +36,10 @@ def payload_rows(codec, head_dim: int) -> int:
 
 
 def meta_rows(codec) -> int:
-    """float16 rows of a token's K or V: a scale and a zero point a group, one scale, or those of all channels over the lanes of a block."""
+    """float16 rows of a token's K or V: a scale and a zero point a group, one scale, or those of all channels over the lanes of a block;
+    and the norms of two layers that share it."""
+    if hasattr(codec, "inner"):
+        return meta_rows(codec.inner) + 2
     if hasattr(codec, "tokens"):
         return stored_rows(codec, codec.head_dim)[1]
     return 2 * codec.groups if hasattr(codec, "groups") else int(isinstance(codec, Normal))
@@ -43,6 +48,8 @@ def meta_rows(codec) -> int:
 def decode_tensor(codec, payload: np.ndarray, meta: np.ndarray, table: np.ndarray | None = None) -> np.ndarray:
     """Payload uint8 `[rows, T]` and metadata float16 `[meta_rows, T]` as float32 `[T, head_dim]`; `table` is a head's learned array."""
     meta = meta.view(np.float16)  # TPU caches keep the bits as int16
+    if hasattr(codec, "inner"):  # a direction, and the norms of the two layers that share it
+        return decode_tensor(codec.inner, payload, meta[:-2]) * meta[-2 + codec.reads].astype(np.float32)[:, None]
     if hasattr(codec, "tokens"):
         blocks = range(0, payload.shape[1], codec.tokens)
         parts = [read_block(codec, payload[:, at : at + codec.tokens], meta[:, at : at + codec.tokens]) for at in blocks]
@@ -113,9 +120,14 @@ def held_tokens(cache, layer: int, request: int, head: int) -> dict[int, tuple[s
     spec, held = cache.spec, {}
     at = (layer, request, head)
     for tier, name in zip(range(spec.layout.tiers), TIERS, strict=False):
-        length = int(np.asarray(cache.tier_len)[at][tier])
+        layout, owner = spec.layout, at
+        if spec.merge is not None and tier == 1 and layer >= len(cache.tier_len) - 2 * spec.pairs:  # the second of a pair has it
+            place = (layer - len(cache.tier_len)) % 2
+            owner = (layer + 1 - place, request, head)
+            layout = dataclasses.replace(layout, formats=tuple(read_by(fmt, place) for fmt in layout.formats))
+        length = int(np.asarray(cache.tier_len)[owner][tier])
         tables = [table if table is None else np.asarray(table)[layer, head] for table in cache.tables[tier]]
-        tokens = read_tier(cache.pages, spec.layout, np.asarray(cache.page_table)[at], tier, length, tables)
+        tokens = read_tier(cache.pages, layout, np.asarray(cache.page_table)[owner], tier, length, tables)
         for position, score, k, v in zip(tokens.position, tokens.significance, tokens.k, tokens.v, strict=True):
             assert int(position) not in held, f"position {position} is held twice"
             held[int(position)] = (name, k, v, float(score))

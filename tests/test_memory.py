@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffkv_jax import CacheSpec, CompressionPolicy, diffkv, expected_attention, h2o, make_cache, memory_report, snapkv
+from diffkv_jax import CacheSpec, CompressionPolicy, diffkv, expected_attention, h2o, make_cache, memory_report, minicache, snapkv
 from diffkv_jax.budget import tree_bytes
 from diffkv_jax.cache import KVCache, empty_cache
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
@@ -26,9 +26,10 @@ POLICIES = {
     "h2o": h2o(0.5),
     "snapkv": snapkv(0.5),
     "expected": expected_attention(0.5),
+    "minicache": minicache(),
 }
 SLOW = [("none", "prefill"), ("h2o", "decode"), ("snapkv", "prefill"), ("expected", "prefill")]
-SLOW += [(name, step) for name in ("diffkv", "flush 1", "windows") for step in ("decode", "prefill")]
+SLOW += [(name, step) for name in ("diffkv", "flush 1", "windows", "minicache") for step in ("decode", "prefill")]
 STEPS = [("none", "decode"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
@@ -68,6 +69,8 @@ def test_pool_is_updated_in_place(name, step, kernels):
 
     A prompt chunk needs room for its own 256 tokens, which no pool makes larger (see the test of its peak).
     """
+    if name == "minicache" and kernels != XLA:
+        pytest.skip("plain XLA runs it")
     windows = (32, None, 32, None) if name == "windows" else None  # every second layer has a sliding window
     model, params = tiny_model(layers=4, q_heads=6, kv_heads=2, windows=windows)
     cache = cache_shapes(model, POLICIES.get(name, POLICIES["diffkv"]), requests=2, max_len=4000, pool=256 * MIB, kernels=kernels)

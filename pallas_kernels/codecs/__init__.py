@@ -17,4 +17,8 @@ from .low_rank import LowRank as LowRank
 from .normal import Normal as Normal
 from .outliers import Outliers as Outliers
 from .per_channel import PerChannel as PerChannel
+from .shared import Shared as Shared
+from .shared import angle as angle
+from .shared import read_by as read_by
+from .shared import shared_format as shared_format
 from .uniform import Uniform as Uniform
