@@ -207,11 +207,12 @@ def table_shapes(spec: CacheSpec) -> tuple[tuple[tuple[int, ...] | None, ...], .
     attention = spec.attention
     heads = (len(spec.paged_layers), attention.num_kv_heads)
 
-    def of(codec: Any) -> tuple[int, ...] | None:
-        shape = table_shape(codec, attention.head_dim)
+    def of(codec: Any, width: int) -> tuple[int, ...] | None:
+        shape = table_shape(codec, width)
         return shape and (*heads, *shape)
 
-    return tuple((of(fmt.key), of(fmt.value)) for fmt in spec.layout.formats)
+    formats = ((fmt, *fmt.widths(attention.head_dim)) for fmt in spec.layout.formats)
+    return tuple((of(fmt.key, first), of(fmt.value, second)) for fmt, first, second in formats)
 
 
 def empty_cache(spec: CacheSpec, limits: np.ndarray | Array, tables: Tables | None = None) -> KVCache:

@@ -27,26 +27,29 @@ class Probe:
     @staticmethod
     def empty(attention: AttentionSpec, tokens: int) -> "Probe":
         """A probe of one sequence of N = `tokens` tokens that adds nothing."""
-        zeros = jnp.zeros((attention.num_layers, tokens, attention.num_kv_heads, attention.head_dim), jnp.float32)
-        return Probe(attention, zeros, zeros, zeros, zeros)
+        shape = (attention.num_layers, tokens, attention.num_kv_heads)
+        keys = jnp.zeros((*shape, attention.head_dim), jnp.float32)
+        values = keys if attention.latent is None else jnp.zeros((*shape, 0), jnp.float32)  # as `attend` is given them
+        return Probe(attention, keys, values, keys, values)
 
     def attend(self, layer: Array, q: Array, k: Array, v: Array) -> tuple[Array, "Probe"]:
         """`attend` of the cache for one sequence: `q [1, N, num_q_heads, d]`, `k`, `v [1, N, num_kv_heads, d]`, positions 0 to N - 1."""
         k, v = k.astype(jnp.float32) + self.add_k[layer], v.astype(jnp.float32) + self.add_v[layer]
         kept_k, kept_v = (lax.dynamic_update_slice_in_dim(x, lax.stop_gradient(new), layer, 0) for x, new in ((self.k, k), (self.v, v)))
         windows = jnp.asarray([q.shape[1] if window is None else window for window in self.attention.sliding_windows])
-        out = _causal_attention(self.attention, windows[layer], q[0].astype(jnp.float32), k[0], v[0])
+        mixed = v[0] if self.attention.latent is None else k[0, ..., : self.attention.latent]
+        out = _causal_attention(self.attention, windows[layer], q[0].astype(jnp.float32), k[0], mixed)
         return out[None].astype(q.dtype), replace(self, k=kept_k, v=kept_v)
 
 
 @partial(jax.checkpoint, static_argnums=0)  # the backward pass takes the weights anew: those of all layers would not fit
 def _causal_attention(attention: AttentionSpec, window: Array, q: Array, k: Array, v: Array) -> Array:
-    """softmax(cap(scale q k)) v over the `window` last tokens: `q [N, num_q_heads, d]`, `k`, `v [N, num_kv_heads, d]` to q's shape."""
+    """softmax(cap(scale q k)) v over the `window` last tokens: `q [N, num_q_heads, d]`, `k`, `v [N, num_kv_heads, d]`."""
     n, kv_heads, d = k.shape
     logits = jnp.einsum("tkgd,skd->kgts", q.reshape(n, kv_heads, -1, d), k) * attention.sm_scale
     behind = jnp.arange(n)[:, None] - jnp.arange(n)
     logits = jnp.where((behind >= 0) & (behind < window), soft_cap(logits, attention.logits_soft_cap), -jnp.inf)
-    return jnp.einsum("kgts,skd->tkgd", jax.nn.softmax(logits, axis=-1), v).reshape(q.shape)
+    return jnp.einsum("kgts,skd->tkgd", jax.nn.softmax(logits, axis=-1), v).reshape(*q.shape[:-1], -1)
 
 
 class Activations(NamedTuple):

@@ -201,4 +201,7 @@ def _shared_data(config: ModelConfig, positions: jax.Array, step: Any) -> Shared
     if config.rope_local_base_freq is not None:
         frequencies.append(inverse_frequencies(config.head_dim, config.rope_local_base_freq, None))
     cos, sin = rope_tables(positions, np.stack(frequencies))
+    if config.rope_scaling is not None and config.rope_scaling.attention_factor != 1.0:
+        factors = jnp.array([config.rope_scaling.attention_factor, 1.0])[: len(frequencies), None, None, None]
+        cos, sin = cos * factors, sin * factors
     return SharedData(positions, cos, sin, step)

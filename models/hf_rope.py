@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import LAYER_TYPES
-from .rope import ROPE_TYPES, RopeScaling
+from .rope import ROPE_TYPES, RopeScaling, yarn_mscale
 
 
 def read_rope(raw: Mapping[str, Any], theta: float, local_theta: float | None, context: int) -> dict[str, Any]:
@@ -62,11 +62,31 @@ def _scaling(block: Mapping[str, Any], context: int) -> RopeScaling | None:
     kind = _rope_type(block)
     if kind == "default":
         return None
-    needed = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
+    needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(kind, ("factor",))
     missing = [name for name in needed if block.get(name) is None]
     if missing:
         raise ValueError(f"rope_type={kind!r} needs {', '.join(missing)} beside it; add what is missing to config.json.")
     if kind == "linear":
         return RopeScaling(kind, float(block["factor"]))
+    original = int(block.get("original_max_position_embeddings") or context)
+    if kind == "yarn":
+        return _yarn(block, original)
     stretch = [float(block[name]) for name in needed]
-    return RopeScaling(kind, *stretch, original_max_position_embeddings=int(block.get("original_max_position_embeddings") or context))
+    return RopeScaling(kind, *stretch, original_max_position_embeddings=original)
+
+
+def _yarn(block: Mapping[str, Any], original: int) -> RopeScaling:
+    """The factor on cosines and sines is given, or follows from `factor`, with DeepSeek's two weights as their quotient."""
+    if block.get("truncate") is False:
+        raise ValueError("truncate=False is not supported for rope_type='yarn'; the blend goes between whole pairs.")
+    factor, weights = float(block["factor"]), (block.get("mscale"), block.get("mscale_all_dim"))
+    above, below = (yarn_mscale(factor, float(weight)) for weight in weights) if all(weights) else (yarn_mscale(factor), 1.0)
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_max_position_embeddings=original,
+        beta_fast=float(block.get("beta_fast") or 32.0),
+        beta_slow=float(block.get("beta_slow") or 1.0),
+        attention_factor=float(block.get("attention_factor") or above / below),
+        mscale_all_dim=float(block.get("mscale_all_dim") or 0.0),
+    )

@@ -1,9 +1,11 @@
-"""Rotary position embedding: unscaled, linear and llama3 frequencies, in Hugging Face's half-rotation layout.
+"""Rotary position embedding: unscaled, linear, llama3 and YaRN frequencies, in Hugging Face's half-rotation layout.
 
 Source: Su et al., arXiv:2104.09864; channel c is paired with channel c + head_dim/2, as checkpoints on the
-Hugging Face hub expect. Linear scaling divides every frequency; llama3 scaling is the piecewise rule of Llama 3.1.
+Hugging Face hub expect. Linear scaling divides every frequency; llama3 scaling is the piecewise rule of Llama 3.1; YaRN (arXiv:2309.00071)
+divides the slow ones, leaves the fast ones, and scales the logits.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -12,16 +14,18 @@ from jaxtyping import Array, Float, Int
 
 from diffkv_jax.pallas_kernels.rope import turn_pairs
 
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
 class RopeScaling:
     """How the frequencies are stretched for long contexts; field names are those of config.json.
 
-    `factor` is used by "linear" and "llama3". The last three are used by "llama3" only: wavelengths shorter than
-    original_max_position_embeddings / high_freq_factor stay, those longer than
-    original_max_position_embeddings / low_freq_factor are multiplied by `factor`, in between they are blended.
+    All use `factor`. "llama3": wavelengths shorter than original_max_position_embeddings / high_freq_factor stay, those longer than
+    original_max_position_embeddings / low_freq_factor are multiplied by `factor`, in between they are blended. "yarn": pairs that turn
+    more than `beta_fast` times in the original context stay, those that turn less than `beta_slow` times are slowed by `factor`, in between
+    they are blended; cosines and sines are multiplied by `attention_factor`, and the logits of latent attention, which has channels
+    without the embedding, by the square of 1 + 0.1 mscale_all_dim ln(factor).
     """
 
     rope_type: str
@@ -29,9 +33,13 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    mscale_all_dim: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rope_type not in ("linear", "llama3"):
+        if self.rope_type not in ROPE_TYPES[1:]:
             raise ValueError(
                 f"rope_type={self.rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}. "
                 "Use a checkpoint with one of these (leave the scaling out for 'default')."
@@ -43,11 +51,26 @@ class RopeScaling:
                 f"low_freq_factor={self.low_freq_factor} must be positive and below "
                 f"high_freq_factor={self.high_freq_factor}; check rope_scaling in config.json."
             )
+        if not (0.0 < self.beta_slow < self.beta_fast and self.attention_factor > 0.0):
+            raise ValueError(
+                f"beta_slow={self.beta_slow} must be positive and below beta_fast={self.beta_fast}, and "
+                f"attention_factor={self.attention_factor} positive; check rope_scaling in config.json."
+            )
         if self.original_max_position_embeddings < 1:
             raise ValueError(
                 f"original_max_position_embeddings={self.original_max_position_embeddings} must be at least 1; "
                 "it is the context length before scaling."
             )
+
+    @property
+    def latent_scale(self) -> float:
+        """The factor on the logits of latent attention."""
+        return yarn_mscale(self.factor, self.mscale_all_dim) ** 2
+
+
+def yarn_mscale(factor: float, weight: float = 1.0) -> float:
+    """1 + 0.1 weight ln(factor): how much larger logits must be in a context that is `factor` times as long (YaRN, section 3.4)."""
+    return 1.0 + 0.1 * weight * math.log(factor)
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[np.ndarray, "pairs"]:
@@ -57,10 +80,25 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
         return frequency.astype(np.float32)
     if scaling.rope_type == "linear":
         return (frequency / scaling.factor).astype(np.float32)
+    if scaling.rope_type == "yarn":
+        return _yarn(frequency, theta, scaling).astype(np.float32)
     turns = scaling.original_max_position_embeddings * frequency / (2.0 * np.pi)  # within the original context
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = np.clip(keep, 0.0, 1.0)  # 1: a short wavelength, left alone; 0: a long one, fully stretched
     return (frequency * (keep + (1.0 - keep) / scaling.factor)).astype(np.float32)
+
+
+def _yarn(frequency: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """YaRN's blend goes linearly over the pairs between those that turn `beta_fast` and `beta_slow` times, whole ones."""
+    pairs = len(frequency)
+
+    def pair(turns: float) -> float:
+        """Which one turns so many times in the original context."""
+        return pairs * math.log(scaling.original_max_position_embeddings / (turns * 2.0 * math.pi)) / math.log(theta)
+
+    first, last = max(math.floor(pair(scaling.beta_fast)), 0), min(math.ceil(pair(scaling.beta_slow)), 2 * pairs - 1)
+    slowed = np.clip((np.arange(pairs) - first) / max(last - first, 0.001), 0.0, 1.0)
+    return frequency * (1.0 - slowed + slowed / scaling.factor)
 
 
 def rope_tables(

@@ -147,6 +147,25 @@ def test_two_tiers_and_thresholds():
         np.testing.assert_allclose(rope, rotary[at], atol=1e-4)
 
 
+def test_latents_have_learned_codes():
+    """Coupled Quantization of the latent alone: what is kept are the nearest rows of its codebooks, and the rotary key."""
+    model, params = tiny_latent_model()
+    policy = dkv.CompressionPolicy("coupled", ("K4v2V4v2",), window=16, flush=8)  # four bits for two channels
+    text = np.random.default_rng(1).integers(0, 97, (2, 64))
+    calibration = dkv.calibrate(model, params, text, policy, samples=100, iterations=2, progress=False)
+    _, cache = prompted(policy, calibration=calibration)
+    ((books, nothing),) = cache.tables
+    assert books.shape == (2, 1, RANK // 2, 16, 2) and nothing is None
+    c, rotary = first_layers_keys()
+    held, rows = held_tokens(cache, 0, 0, 0), np.asarray(books[0, 0], np.float64)
+    for at in (0, 40, 80):
+        parts = c[at].reshape(-1, 1, 2)
+        nearest = rows[np.arange(len(rows)), np.square(parts - rows).sum(axis=-1).argmin(axis=1)].ravel()
+        assert np.isclose(held[at][1], nearest, atol=1e-6).mean() > 0.9  # rounding may choose between two rows as far away
+        np.testing.assert_allclose(held[at][2], rotary[at], atol=1e-4)
+        assert np.abs(nearest - c[at]).mean() > 0.01
+
+
 def test_key_norm_ranks_by_the_rotary_key_and_only_the_latent_is_rotated():
     """The latent has passed a norm: its length says nothing. The prompt is attended exactly, so that a rotation changes no logit."""
     c, rotary = first_layers_keys()

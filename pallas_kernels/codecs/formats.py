@@ -105,16 +105,22 @@ class KVFormat:
         Raises:
             ValueError: they cannot hold such blocks.
         """
-        return replace(self, key=self.key.for_block(head_dim, tokens), value=self.value.for_block(head_dim, tokens))
+        first, second = self.widths(head_dim)
+        return replace(self, key=self.key.for_block(first, tokens), value=self.value.for_block(second, tokens))
 
     @property
     def separable(self) -> bool:
         """Whether a token's lane can be moved, dropped or overwritten without touching others; if not, only whole blocks are encoded."""
         return self.key.separable and self.value.separable
 
+    def widths(self, head_dim: int) -> tuple[int, int]:
+        """Channels of a block's first half (`k_payload`) and of its second: those of K and of V."""
+        return head_dim, head_dim
+
     def rows(self, head_dim: int) -> tuple[int, int]:
-        """Payload rows (bytes a token) of a block's first half (`k_payload`) and of its second."""
-        return self.key.rows(head_dim), self.value.rows(head_dim)
+        """Payload rows (bytes a token) of a block's halves."""
+        first, second = self.widths(head_dim)
+        return self.key.rows(first), self.value.rows(second)
 
     def token_bytes(self, head_dim: int) -> int:
         """Payload and metadata bytes of one token of one head."""

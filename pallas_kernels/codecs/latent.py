@@ -1,6 +1,6 @@
 """The format of multi-head latent attention's one key a token: a latent, which is the value too, and a rotary part (arXiv:2405.04434)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import Array
@@ -37,13 +37,9 @@ class LatentFormat(KVFormat):
         """No."""
         return False
 
-    def for_block(self, head_dim: int, tokens: int) -> "LatentFormat":
-        """See `KVFormat.for_block`."""
-        return replace(self, key=self.key.for_block(self.rank, tokens), value=self.value.for_block(head_dim - self.rank, tokens))
-
-    def rows(self, head_dim: int) -> tuple[int, int]:
-        """Payload rows of the latent and of the rotary part."""
-        return self.key.rows(self.rank), self.value.rows(head_dim - self.rank)
+    def widths(self, head_dim: int) -> tuple[int, int]:
+        """Channels of the latent and of the rotary part."""
+        return self.rank, head_dim - self.rank
 
     def encode(self, k: Array, v: Array) -> Block:
         """Keys `[..., head_dim, T]` to an encoded block; there is no V."""

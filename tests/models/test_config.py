@@ -206,8 +206,8 @@ def test_gemma3_text_config_inside_a_multimodal_one():
     assert ModelConfig.from_hf({**GEMMA3_4B, "text_config": without_type}) == config
 
 
-def _yarn(factor: float = 4.0) -> dict[str, Any]:
-    return {"rope_type": "yarn", "factor": factor}
+def _longrope(factor: float = 4.0) -> dict[str, Any]:
+    return {"rope_type": "longrope", "factor": factor}
 
 
 BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -218,8 +218,15 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ),
     (LLAMA32, {"model_type": None}, r"must name its model_type"),
     (LLAMA32, {"hidden_size": None}, r"lacks hidden_size"),
-    (LLAMA32, {"rope_scaling": _yarn()}, r"rope_type='yarn' is not supported; supported are default, linear, llama3"),
-    (LLAMA32, {"rope_scaling": None, "rope_parameters": _yarn()}, r"rope_type='yarn' is not supported"),
+    (LLAMA32, {"rope_scaling": _longrope()}, r"rope_type='longrope' is not supported; supported are default, linear, llama3, yarn"),
+    (LLAMA32, {"rope_scaling": None, "rope_parameters": _longrope()}, r"rope_type='longrope' is not supported"),
+    (LLAMA32, {"rope_scaling": {"rope_type": "yarn"}}, r"rope_type='yarn' needs factor"),
+    (
+        LLAMA32,
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 40}},
+        r"beta_slow=40.0 must be positive and below",
+    ),
+    (LLAMA32, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, r"truncate=False is not supported"),
     (LLAMA32, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rope_type='dynamic' is not supported"),
     (LLAMA32, {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, r"needs low_freq_factor, high_freq_factor"),
     (LLAMA32, {"rope_scaling": {"rope_type": "linear"}}, r"rope_type='linear' needs factor"),

@@ -35,8 +35,17 @@ SIZES = dict(
     routed_scaling_factor=1.7,
 )
 GROUPS = dict(n_group=4, topk_group=2)
+YARN = dict(
+    rope_type="yarn",
+    rope_theta=10000.0,
+    factor=4.0,
+    original_max_position_embeddings=1024,
+    beta_fast=8.0,
+    mscale=0.9,
+    mscale_all_dim=0.5,
+)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "v2_lite": ("DeepseekV2", SIZES | dict(q_lora_rank=None, n_shared_experts=2)),
+    "v2_lite": ("DeepseekV2", SIZES | dict(q_lora_rank=None, n_shared_experts=2, rope_parameters=YARN)),
     "v2": ("DeepseekV2", SIZES | GROUPS | dict(q_lora_rank=16, topk_method="group_limited_greedy", attention_bias=True)),
     "v3": ("DeepseekV3", SIZES | GROUPS | dict(q_lora_rank=16, first_k_dense_replace=2)),
     "v3_half_rotation": ("DeepseekV3", SIZES | GROUPS | dict(q_lora_rank=None, first_k_dense_replace=0, rope_interleave=False)),
@@ -110,6 +119,9 @@ def test_logits_equal_the_reference(pairs, name):
     ("name", "part", "changes"),
     [
         ("v2_lite", "latent", dict(rope_interleave=False)),
+        ("v2_lite", "rope_scaling", dict(mscale_all_dim=0.0)),
+        ("v2_lite", "rope_scaling", dict(attention_factor=1.0)),
+        ("v2_lite", "rope_scaling", dict(beta_fast=32.0)),
         ("v2", "experts", dict(n_group=None, topk_group=None)),
         ("v3", "experts", dict(n_group=None, topk_group=None)),
         ("v3", "experts", dict(norm_topk_prob=False)),

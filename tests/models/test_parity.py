@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from diffkv_jax.models import build_model, load_pretrained
+from diffkv_jax.models.rope import RopeScaling
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -26,6 +27,7 @@ LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0}
 GEMMA_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -38,6 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_biases": ("Llama", {**SIZES, **QUARTER, "attention_bias": True, "mlp_bias": True}),
     "llama_linear_rope": ("Llama", {**SIZES, **QUARTER, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
     "llama3_rope": ("Llama", {**SIZES, **QUARTER, "head_dim": 16, "rope_parameters": LLAMA3_ROPE}),
+    "llama_yarn": ("Llama", {**SIZES, **QUARTER, "head_dim": 16, "rope_parameters": YARN}),
     "smollm2": (
         "Llama",
         {**SIZES, **QUARTER, "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
@@ -220,6 +223,7 @@ def test_a_wrong_window_is_rejected(pairs, name, change):
     [
         ("llama3_rope", dict(rope_scaling=None)),
         ("llama_linear_rope", dict(rope_scaling=None)),
+        ("llama_yarn", dict(rope_scaling=RopeScaling("yarn", 4.0, original_max_position_embeddings=64, beta_fast=8.0))),
         ("gemma3", dict(rope_local_base_freq=None)),
         ("gemma3", dict(rope_scaling=None)),
         ("gemma3", dict(query_pre_attn_scalar=None)),
