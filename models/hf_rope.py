@@ -62,7 +62,7 @@ def _scaling(block: Mapping[str, Any], context: int) -> RopeScaling | None:
     kind = _rope_type(block)
     if kind == "default":
         return None
-    needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(kind, ("factor",))
+    needed = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
     missing = [name for name in needed if block.get(name) is None]
     if missing:
         raise ValueError(f"rope_type={kind!r} needs {', '.join(missing)} beside it; add what is missing to config.json.")
