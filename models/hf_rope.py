@@ -79,14 +79,14 @@ def _yarn(block: Mapping[str, Any], original: int) -> RopeScaling:
     """The factor on cosines and sines is given, or follows from `factor`, with DeepSeek's two weights as their quotient."""
     if block.get("truncate") is False:
         raise ValueError("truncate=False is not supported for rope_type='yarn'; the blend goes between whole pairs.")
-    factor, weights = float(block["factor"]), [float(block.get(name) or 0.0) for name in ("mscale", "mscale_all_dim")]
-    above, below = (yarn_mscale(factor, weight) for weight in weights) if all(weights) else (yarn_mscale(factor), 1.0)
+    factor, above, below = float(block["factor"]), float(block.get("mscale") or 0.0), float(block.get("mscale_all_dim") or 0.0)
+    weighted = yarn_mscale(factor, above) / yarn_mscale(factor, below) if above and below else yarn_mscale(factor)
     return RopeScaling(
         "yarn",
         factor,
         original_max_position_embeddings=original,
         beta_fast=float(block.get("beta_fast") or 32.0),
         beta_slow=float(block.get("beta_slow") or 1.0),
-        attention_factor=float(block.get("attention_factor") or above / below),
-        mscale_all_dim=float(block.get("mscale_all_dim") or 0.0),
+        attention_factor=float(block.get("attention_factor") or weighted),
+        mscale_all_dim=below,
     )

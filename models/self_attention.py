@@ -42,8 +42,8 @@ class SharedData(NamedTuple):
 
 def score_scale(config: ModelConfig) -> float:
     """The factor on q . k before the softmax."""
-    scaling = config.rope_scaling if config.latent is not None else None
-    return float(config.query_pre_attn_scalar or config.head_dim) ** -0.5 * (scaling.latent_scale if scaling else 1.0)
+    scale = float(config.query_pre_attn_scalar or config.head_dim) ** -0.5
+    return scale if config.latent is None or config.rope_scaling is None else scale * config.rope_scaling.latent_scale
 
 
 class SelfAttention(nn.Module):
