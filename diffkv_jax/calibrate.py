@@ -119,8 +119,6 @@ def _stored(spec: CacheSpec, seen: Activations, at: np.ndarray, fisher: bool) ->
     if spec.layout.rope is not None:
         position, rope = jnp.asarray(at)[None, None], spec.layout.rope
         k, k_gradient = (jnp.swapaxes(at_positions(jnp.swapaxes(x, 1, 2), position, rope, back=True), 1, 2) for x in (k, k_gradient))
-    if spec.attention.latent is not None:  # codecs learn from what is both key and value
-        k, k_gradient = (x[..., : spec.attention.latent] for x in (k, k_gradient))
     if spec.rotate:
         k, v, k_gradient, v_gradient = (rotated(x) if x.shape[-1] else x for x in (k, v, k_gradient, v_gradient))
     return tuple(Samples(x, jnp.square(g) if fisher else jnp.ones_like(x)) for x, g in ((k, k_gradient), (v, v_gradient)))  # pyright: ignore

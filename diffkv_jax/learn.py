@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from diffkv_jax.kmeans import weighted_kmeans
-from diffkv_jax.pallas_kernels.codecs import Coupled, Levels, Outliers, StaticLevels, learned_part
+from diffkv_jax.pallas_kernels.codecs import Coupled, Levels, LowRank, Outliers, StaticLevels, learned_part
 from diffkv_jax.pallas_kernels.codecs.coupled import nearest
 from diffkv_jax.pallas_kernels.codecs.levels import normalised, token_range
 
@@ -28,6 +28,8 @@ def learn_table(codec: Any, x: Array, fisher: Array, key: Array, how: Learning) 
     Outliers, which are kept apart, do not count.
     """
     part = learned_part(codec)
+    if isinstance(codec, LowRank):  # fitted to what the codec loses, it does not change what the codec sees
+        codec = codec.codec
     share = codec.share if isinstance(codec, Outliers) else 0.0
     if isinstance(part, StaticLevels):
         return _static_levels(part, x, fisher, share, key, how).astype(jnp.float16)

@@ -12,7 +12,7 @@ import diffkv_jax as dkv
 from diffkv_jax.layer_state import layer_heads, layer_layout
 from diffkv_jax.learn import Learning, learn_table
 from diffkv_jax.pallas_kernels.attention import decode_attention
-from diffkv_jax.pallas_kernels.codecs import KVFormat, Levels, Outliers, StaticLevels, with_table
+from diffkv_jax.pallas_kernels.codecs import KVFormat, Levels, LowRank, Outliers, StaticLevels, with_table
 from oracles.quantiser import fake_quantise, pack
 from readback import held_tokens
 from tiny import tiny_model
@@ -151,6 +151,15 @@ def test_learned_levels_lose_less_than_even_ones():
     table = learn_table(Levels(3), block(x), jnp.ones((1, 64, 600)), jax.random.key(0), HOW)
     learned, even = (np.square(y - x).mean() for y in (run(Levels(3, table), x), fake_quantise(x, 3)))
     assert 0.1 * even < learned < 0.8 * even
+
+
+def test_a_low_rank_beside_changes_nothing_that_is_learned():
+    x = np.random.default_rng(0).laplace(size=(1, 32, 64)).astype(np.float32)
+    apart = Outliers(Levels(2), 0.05, fill="median").for_block(32, 64)
+    codecs = (apart, LowRank(apart, 2).for_block(32, 64), Levels(2))
+    with_rank, without, plain = (np.asarray(learn_table(c, jnp.asarray(x), jnp.ones_like(x), jax.random.key(0), HOW)) for c in codecs)
+    np.testing.assert_array_equal(with_rank, without)
+    assert (without != plain).any()
 
 
 @lru_cache
