@@ -22,6 +22,7 @@ TEST_EXTRAS := hf,test
 XDIST := -n 2 --dist worksteal
 # By file: the slow files keep the runs of the real model that their tests share.
 XDIST_SLOW := -n 2 --dist loadfile
+SLOW := slow and not compile
 FOLDERS := diffkv_jax models pallas_kernels scripts tests
 INSTALLED_BY := pyproject.toml requirements/constraints.txt requirements/data.txt requirements/kvpress.txt
 
@@ -40,7 +41,7 @@ test: lint
 	$(VENV)/bin/python -m pytest -m "not slow and not compile" $(XDIST) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -m "slow and not compile" $(XDIST_SLOW) $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m "$(SLOW)" $(XDIST_SLOW) $(PYTEST_ARGS)
 
 test-compile: $(VENV_COMPILE)/.installed
 	$(VENV_COMPILE)/bin/python -m pytest tests/aot -m compile $(XDIST) $(PYTEST_ARGS)

@@ -93,6 +93,7 @@ def test_arguments_are_refused_with_the_choices(arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_tiny_runs_every_section(tmp_path):
     path = tmp_path / "all.json"
     result = _runner().invoke(_app(), ["--tiny", "--json", str(path), "--seconds", "100"])

@@ -170,6 +170,8 @@ def systems(tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_copies_of_a_request_write_what_it_writes_alone(systems):
     """The pages are copied: shifting them changes the text."""
     ours = systems["diffkv"]
@@ -206,6 +208,7 @@ def test_arguments_are_refused_with_the_choices(arguments, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_quick_run_of_ours_on_the_real_model(tmp_path):
     arguments = ["--quick", "--systems", "ours-full,ours-diffkv", "--only", "decode,prefill,budget,attention", "--budgets", "64"]
     path = tmp_path / "out.json"

@@ -139,6 +139,7 @@ def dense(q: np.ndarray, held: dict, sm_scale: float) -> np.ndarray:
     return weights / weights.sum(axis=1, keepdims=True) @ np.stack([token[2] for token in held.values()])
 
 
+@pytest.mark.slow
 def test_a_latent_is_coded_and_its_rotary_part_is_not():
     """Multi-head latent attention: the one latent of all heads in codes of four channels; in layer 0 it depends on the tokens alone."""
     model, params = tiny_latent_model()

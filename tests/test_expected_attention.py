@@ -101,7 +101,16 @@ def scores(chunk: int, **options) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize(("chunk", "options"), [(512, {}), (64, {}), (64, {"rotate": True}), (64, {"un_rope": True})], ids=str)
+@pytest.mark.parametrize(
+    ("chunk", "options"),
+    [
+        (512, {}),
+        (64, {}),
+        pytest.param(64, {"rotate": True}, marks=pytest.mark.slow),
+        pytest.param(64, {"un_rope": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_scores_are_those_of_the_equations(chunk, options):
     """In one chunk and in several, where most keys are read from pages; turned, and without their rotary embedding."""
     found = scores(chunk, **options)
@@ -136,11 +145,14 @@ def test_statistics_join():
 WRAPPED = dkv.ada_kv(dkv.expected_attention(0.4, epsilon=0.001, window=32))
 
 
-@pytest.mark.parametrize("policy", [PLAIN, WRAPPED], ids=lambda policy: policy.name)
+@pytest.mark.parametrize(
+    "policy", [PLAIN, pytest.param(WRAPPED, marks=(pytest.mark.slow, pytest.mark.long))], ids=lambda policy: policy.name
+)
 def test_chunks_of_a_prompt_choose_as_one(policy):
     assert kept_once(policy, chunk=128) == kept_once(policy)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.why_unavailable() is not None, reason="native kernels cannot be built here")
 def test_keys_of_four_bits_are_scored_nearly_as_exact_ones():
     """On native kernels, in chunks: most keys are read from pages."""
@@ -158,6 +170,8 @@ def held_after(policy: dkv.CompressionPolicy, length: int, calibration: dkv.Cali
     return [set(held_tokens(cache, layer, 0, head)) for layer in range(2) for head in range(2)]
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_protected_classes_stay():
     ids = tuple(int(token) for token in PROMPT[:40:3])
     policy = dkv.expected_attention(0.5, window=8)
@@ -167,6 +181,8 @@ def test_protected_classes_stay():
         assert len(held) == 100 and classed <= held and not classed <= without
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_learned_codes_are_scored_nearly_as_exact_keys():
     """Codebooks of the layer's heads, and keys that are kept without their rotary embedding."""
     _, _, calibration = calibrated()
@@ -176,6 +192,8 @@ def test_learned_codes_are_scored_nearly_as_exact_keys():
         assert len(ours) == 100 and len(ours & theirs) > 80
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_rows_and_turns():
     """A row of a batch chooses as the request alone, also after a second prompt; the queries of both are counted."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)

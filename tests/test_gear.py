@@ -118,6 +118,7 @@ def test_bits_are_those_of_the_formula(bits, group, rank, outliers, backbone):
     assert layout.together == group
 
 
+@pytest.mark.slow
 def test_gear_goes_on_in_decode():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=HEAD_DIM)
     policy = dkv.gear(4, group=GROUP, buffer=GROUP)

@@ -39,6 +39,8 @@ def test_the_cache_is_as_large_as_said(name):
     assert report.allocated > 0.85 * said
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_more_bytes_hold_more_tokens():
     tokens = [int(np.asarray(cache_of(dkv.h2o(keep, **OPTIONS)).limits)[0, 0, 0, 1]) for keep in ("300KiB", "450KiB")]
     assert 80 < tokens[0] < tokens[1] - 60

@@ -168,6 +168,7 @@ def test_other_scores_that_decide_once_a_prompt(method):
     np.testing.assert_allclose(np.stack([held[at][1] for at in stored]), wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_snapkv_goes_on_in_decode():
     model, params = model_of()
     policy = dkv.snapkv(0.5, tiers=("K4cV4",), window=16, flush=32)

@@ -210,6 +210,8 @@ def test_attention_is_that_over_coded_tokens(name):
         assert errors[0] < 0.25 * min(errors[1:]), errors
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_sinks_stay_exact():
     """With `sinks` there is a tier for them alone; the calibration does not look at them."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)

@@ -179,7 +179,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ["key_norm", pytest.param("ada_kv", marks=pytest.mark.slow)])
 def test_a_row_chooses_as_the_request_alone(name):
     """Prompts of several lengths in chunks of 64, decode events, and a second turn."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32, windows=(None, 24, None), layers=3)
@@ -210,6 +210,7 @@ def test_equal_tokens_do_not_burst_a_budget():
     assert all({0, 1, *range(184, 200)} <= positions for positions in held)
 
 
+@pytest.mark.slow
 def test_two_tiers_with_budgets_on_native_kernels_too():
     policy = dkv.CompressionPolicy("l2 in tiers", ("K8V4", "K4V2"), score="key_norm", keep=0.5, keep_high=0.3, sinks=4, window=16)
     found = kept(policy)

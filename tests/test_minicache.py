@@ -325,6 +325,8 @@ def test_no_layer_merged_is_the_plain_cache():
     assert make_cache(MODEL, dkv.minicache(), [50]).spec != plain.spec
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_everything_retained_gives_the_same_text():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32, layers=4)
     prompts = np.random.default_rng(5).integers(0, 97, (2, 60))

@@ -132,6 +132,8 @@ def test_the_share_of_the_formula():
     assert 0.5 * bits / (576 * 16) == pytest.approx(0.17, abs=0.005)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_two_tiers_and_thresholds():
     """Latents of high tokens at eight bits, of low ones at four, as the quantiser gives them; rotary keys exact; some tokens dropped."""
     _, cache = prompted(dkv.diffkv(1.0, 0.6, tiers=("K8V8", "K4V4"), window=16, flush=8, observe=32))
@@ -147,6 +149,8 @@ def test_two_tiers_and_thresholds():
         np.testing.assert_allclose(rope, rotary[at], atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_latents_have_learned_codes():
     """Coupled Quantization of the latent alone: what is kept are the nearest rows of its codebooks, and the rotary key."""
     model, params = tiny_latent_model()

@@ -71,6 +71,7 @@ def test_without_nesting_every_layer_attends_to_all():
         np.testing.assert_allclose(logits[row], last, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_of_several_chunks_the_last_one_nests():
     _, cache = prefilled(POLICY, 32)
     assert cache.present.size == 0

@@ -25,6 +25,7 @@ def measured() -> dict[tuple[str, str], quality.Line]:
     return {(line.policy, line.text): line for line in lines}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("text", TEXTS)
 def test_keeping_everything_is_nearly_free(text):
     line = measured()[KEEP_ALL, text]

@@ -22,6 +22,7 @@ def cache_of(policy: dkv.CompressionPolicy) -> dkv.KVCache:
     return dkv.generate(model, params, TOKENS, policy=policy, max_new_tokens=1, prefill_chunk=512).cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPOSED)
 def test_a_composition_keeps_what_its_eviction_keeps(name):
     whole, eviction, codec = (cache_of(policy) for policy in COMPOSED[name])
