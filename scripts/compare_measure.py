@@ -4,6 +4,7 @@ import csv
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ import needle
 import quality
 from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.models import load_pretrained
+from diffkv_jax.pallas_kernels.codecs import learned_part
 from smollm2 import smollm2_gguf
 
 
@@ -40,14 +42,23 @@ class Yardstick:
         self.context, self.text = context, text
         self.tokens = quality.text_tokens(self.tokenizer, [text], context + steps + 1)
         self.run = {"cache_dtype": "bfloat16", "prefill_chunk": 1024}
-        self._full = None
+        self._full, self._learned = None, {}
+
+    def _learning(self, policy: dkv.CompressionPolicy) -> dict[str, Any]:
+        """The calibration of a policy whose codecs learn, from another text than it is measured on."""
+        if not any(learned_part(codec) for fmt in policy.formats("bfloat16") for codec in (fmt.key, fmt.value)):
+            return {}
+        if policy.tiers not in self._learned:
+            tokens = quality.text_tokens(self.tokenizer, ["hamlet"], 4 * 512).reshape(4, 512)
+            self._learned[policy.tiers] = dkv.calibrate(self.model, self.params, tokens, policy, samples=1024, iterations=12)
+        return {"calibration": self._learned[policy.tiers]}
 
     def quality(self, row: Row, policy: dkv.CompressionPolicy) -> Row:
         """`row` with bytes, perplexity, KL and top-1 of feeding what follows the context."""
         fed = self.tokens[:, :-1], self.context
         if self._full is None:
             self._full, _ = teacher_forced(self.model, self.params, *fed, dkv.CompressionPolicy.none(), **self.run)
-        log_probs, cache = teacher_forced(self.model, self.params, *fed, policy, **self.run)
+        log_probs, cache = teacher_forced(self.model, self.params, *fed, policy, **self.run, **self._learning(policy))
         measured = quality.quality(self._full, log_probs, self.tokens[:, self.context + 1 :])
         (line,) = quality.lines_of(row.method, [self.text], dkv.memory_report(cache), measured)
         both = {field.name for field in fields(quality.Line)} & {field.name for field in fields(Row)}
@@ -56,12 +67,23 @@ class Yardstick:
     def recall(self, row: Row, policy: dkv.CompressionPolicy, context: int, depths: int) -> Row:
         """`row` with how many of `depths` passkeys are found in `context` tokens."""
         prompts = needle.prompts(self.tokenizer, context, depths)
-        return replace(row, passkeys=sum(needle.found(self.model, self.params, self.tokenizer, prompts, policy, 1024)))
+        return replace(
+            row, passkeys=sum(needle.found(self.model, self.params, self.tokenizer, prompts, policy, 1024, **self._learning(policy)))
+        )
 
     def speed(self, row: Row, policy: dkv.CompressionPolicy, count: int = 64) -> Row:
         """`row` with tokens a second of one request behind the context: the better of two runs of `count`, compiled before."""
         prompt, seconds = self.tokens[:, : self.context], []
-        out = dkv.generate(self.model, self.params, prompt, policy=policy, max_new_tokens=1, max_len=self.context + 4 * count, **self.run)
+        out = dkv.generate(
+            self.model,
+            self.params,
+            prompt,
+            policy=policy,
+            max_new_tokens=1,
+            max_len=self.context + 4 * count,
+            **self.run,
+            **self._learning(policy),
+        )
         for _ in range(3):
             began = time.perf_counter()
             out = dkv.generate(self.model, self.params, prompt[:, :1], cache=out.cache, max_new_tokens=count)

@@ -51,6 +51,11 @@ AS_THEY_COME = {
     "DiffKV (1, 0) K4nV4n + K2nV2n rotated": dkv.diffkv(1.0, 0.0, tiers=("K4nV4n", "K2nV2n"), rotate=True),
     "DiffKV (1, 0.02)": dkv.diffkv(1.0, 0.02),
     "DiffKV (1, 0.1)": dkv.diffkv(1.0, 0.1),
+    **{f"KIVI {bits} bit": dkv.kivi(bits) for bits in (4, 2)},
+    **{f"GEAR {bits} bit": dkv.gear(bits) for bits in (4, 2)},
+    **{f"CQ {channels}c8b": dkv.coupled_quantization(channels) for channels in (2, 4, 8)},
+    **{f"KVQuant {bits} bit, a sink": dkv.kvquant(bits, sinks=1) for bits in (4, 2)},
+    "KVQuant with CQ keys": dkv.load_policy("kvquant_with_cq_keys"),
     "MiniCache": dkv.minicache(),
     "MiniCache + K4V4": dkv.minicache(inner="K4V4"),
 }

@@ -24,9 +24,9 @@ def prompts(tokenizer, context: int, depths: int, text: str = "king_james") -> n
     return np.array([hay[:at] + needle + hay[at:] + question for at in places], np.int32)
 
 
-def found(model, params, tokenizer, tokens: np.ndarray, policy: dkv.CompressionPolicy, chunk: int) -> list[bool]:
-    """Whether the greedy answer to each prompt holds the passkey; prints the answers."""
-    out = dkv.generate(model, params, tokens, policy=policy, max_new_tokens=8, cache_dtype="bfloat16", prefill_chunk=chunk)
+def found(model, params, tokenizer, tokens: np.ndarray, policy: dkv.CompressionPolicy, chunk: int, **more) -> list[bool]:
+    """Whether the greedy answer to each prompt holds the passkey; prints the answers. `more` goes to `generate`."""
+    out = dkv.generate(model, params, tokens, policy=policy, max_new_tokens=8, cache_dtype="bfloat16", prefill_chunk=chunk, **more)
     answers = [tokenizer.decode(row) for row in out.tokens]
     right = [str(PASSKEY) in answer for answer in answers]
     print(f"{policy.name:16s} {sum(right):2d} of {len(right)}  {''.join('x' if f else '.' for f in right)}  {answers}", flush=True)
