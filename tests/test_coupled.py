@@ -140,6 +140,7 @@ def dense(q: np.ndarray, held: dict, sm_scale: float) -> np.ndarray:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_latent_is_coded_and_its_rotary_part_is_not():
     """Multi-head latent attention: the one latent of all heads in codes of four channels; in layer 0 it depends on the tokens alone."""
     model, params = tiny_latent_model()

@@ -117,6 +117,7 @@ def test_bits_are_those_of_the_formula(bits, group, head_dim):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_row_is_the_request_alone():
     model, params = model_of()
     prompts = [TOKENS[0, :150], TOKENS[0, 30:70], TOKENS[0, 100:251]]

@@ -339,6 +339,7 @@ def test_everything_retained_gives_the_same_text():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_row_is_as_the_request_alone():
     """Prompts of several lengths in chunks of 64, decode events, and a second turn."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32, layers=4, windows=(None, 24, None, None))

@@ -72,6 +72,7 @@ def test_without_nesting_every_layer_attends_to_all():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_of_several_chunks_the_last_one_nests():
     _, cache = prefilled(POLICY, 32)
     assert cache.present.size == 0
