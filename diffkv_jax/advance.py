@@ -12,10 +12,10 @@ from diffkv_jax.layer_state import (
     all_heads,
     head_numbers,
     layer_clock,
-    layer_layout,
     per_head,
     stored_layer,
     take_layer,
+    unmerged_layout,
     when,
     with_stored,
 )
@@ -142,9 +142,8 @@ def _oldest(cache: KVCache, layer: Array | None) -> Tokens:
 def _carry_out(cache: KVCache, layer: Array | None, plan: Plan, going: Array) -> KVCache:
     """Let the oldest `going [R]` recent tokens of each request into the tiers of a layer (of all when None) as planned."""
     spec, tokens = cache.spec.unmerged, _oldest(cache, layer)
-    layout = layer_layout(cache, layer) if spec.merge is None else spec.layout
     going_on = per_head(cache, going > 0, tokens.k.shape[0] // spec.num_heads)
-    stored = apply_plan(spec, layout, stored_layer(cache, layer), plan, tokens, going_on, one_victim=spec.one_victim)
+    stored = apply_plan(spec, unmerged_layout(cache, layer), stored_layer(cache, layer), plan, tokens, going_on, one_victim=spec.one_victim)
     return _shifted(with_stored(cache, layer, stored), layer, going)
 
 

@@ -48,8 +48,12 @@ def in_whole_blocks(kept: Array, leaving: Array, scores: Array, together: int) -
     As many leave as fill blocks of `together` tokens, so there are always enough: no block is ever part-filled (docs/design.md 2).
     """
     wanted = -(-kept.sum(axis=1) // together) * together
-    order = jnp.argsort(jnp.where(leaving, jnp.where(kept, -jnp.inf, -scores), jnp.inf), axis=1)
-    return jnp.argsort(order, axis=1) < wanted[:, None]
+    return lowest(jnp.where(leaving, jnp.where(kept, -jnp.inf, -scores), jnp.inf), wanted)
+
+
+def lowest(x: Array, count: Array) -> Array:
+    """Where the `count` int32 [B] lowest numbers of each row are, of equal ones the first: `[B, n]` to bool [B, n]."""
+    return jnp.argsort(jnp.argsort(x, axis=1), axis=1) < count[:, None]
 
 
 def stored_scores(layout: PageLayout, stored: Stored, observed: Array, max_len: int) -> tuple[Array, Array]:

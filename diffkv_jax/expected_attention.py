@@ -15,7 +15,7 @@ from diffkv_jax.pallas_kernels.prefill_attention import Chunk
 from diffkv_jax.pallas_kernels.rope import at_positions, turn_pairs
 from diffkv_jax.query_statistics import QueryStatistics, with_queries
 from diffkv_jax.rotation import rotated
-from diffkv_jax.selection import PROTECTED
+from diffkv_jax.selection import is_protected
 
 
 def count_queries(cache: KVCache, layer: Array, chunk: Chunk) -> KVCache:
@@ -86,7 +86,7 @@ def expected_attention(
     scores = (jax.nn.softmax(logits, axis=-1).mean(axis=1) + spec.selection.epsilon) * jnp.concatenate(norms, axis=1)
     first = 0
     for tier, score in enumerate(before):
-        values = jnp.where(score >= PROTECTED / 2, score, scores[:, first : first + score.shape[1]])
+        values = jnp.where(is_protected(score), score, scores[:, first : first + score.shape[1]])
         significance = write_side(significance, layout, stored.page_table, tier, stored.tier_len[:, tier], values)
         first += score.shape[1]
     return significance, scores[:, first:]

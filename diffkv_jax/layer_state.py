@@ -139,6 +139,11 @@ def layer_layout(cache: KVCache, layer: Array | None) -> PageLayout:
     return dataclasses.replace(layout, formats=tuple(formats))
 
 
+def unmerged_layout(cache: KVCache, layer: Array | None) -> PageLayout:
+    """The layout by which a paged layer that is not merged stores its tokens (`CacheSpec.unmerged`)."""
+    return layer_layout(cache, layer) if cache.spec.merge is None else cache.spec.unmerged.layout  # with nothing learned
+
+
 def layer_clock(cache: KVCache, layer: Array | None, seq_len: Array, observed: Array, exact: Array, decides: Array) -> Clock:
     """Where the heads of a paged layer (all when None) stand.
 

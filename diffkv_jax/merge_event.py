@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from diffkv_jax.allocate import lowest
 from diffkv_jax.cache import CacheSpec, KVCache
 from diffkv_jax.layer_state import stored_layer, take_layer, with_stored
 from diffkv_jax.pallas_kernels.codecs import angle
@@ -45,5 +46,4 @@ def _most_different(spec: CacheSpec, tier_len: Array, first: Tokens, second: Tok
     assert spec.merge is not None
     after = spec.merge.retained(tier_len.sum(axis=-1) + leaving.sum(axis=-1))
     k, v = (angle(jnp.swapaxes(x, 1, 2), jnp.swapaxes(y, 1, 2))[:, 0] for x, y in zip(first[:2], second[:2], strict=True))
-    order = jnp.argsort(jnp.where(leaving, -k - v, jnp.inf), axis=1)
-    return leaving & (jnp.argsort(order, axis=1) < (after - tier_len[:, 0])[:, None])
+    return leaving & lowest(jnp.where(leaving, -k - v, jnp.inf), after - tier_len[:, 0])

@@ -21,6 +21,7 @@ from diffkv_jax.layer_state import (
     put_layer,
     stored_layer,
     take_layer,
+    unmerged_layout,
     when,
     with_stored,
 )
@@ -183,8 +184,8 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep,
     cache = note_dropped(cache, rows, dropped[:: spec.attention.num_kv_heads, -rows.shape[1] :])
     cache = make_room(cache, plan.pages.reshape(spec.num_requests, -1).sum(axis=1))
     admitted = per_head(cache, ~cache.overflow)
-    layout = layer_layout(cache, layer) if spec.merge is None else spec.layout
-    stored = apply_plan(spec, layout, stored_layer(cache, layer), plan, tokens, admitted, one_victim=False, pages_a_round=PAGES_A_ROUND)
+    held, layout = stored_layer(cache, layer), unmerged_layout(cache, layer)
+    stored = apply_plan(spec, layout, held, plan, tokens, admitted, one_victim=False, pages_a_round=PAGES_A_ROUND)
     return with_stored(cache, layer, stored)
 
 

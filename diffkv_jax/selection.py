@@ -116,6 +116,11 @@ def ranked_tokens(
     return tokens._replace(significance=score)
 
 
+def is_protected(scores: Array) -> Array:
+    """Which scores are those of tokens that always stay."""
+    return scores >= PROTECTED / 2
+
+
 def _told_apart(norm: Array, position: Array) -> Array:
     """Norms rounded to 15 bits, and below them the position, the later token with the smaller number.
 

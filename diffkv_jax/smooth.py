@@ -9,7 +9,7 @@ from diffkv_jax.cache import CacheSpec, KVCache
 from diffkv_jax.layer_state import when
 from diffkv_jax.pallas_kernels.compact import Stored
 from diffkv_jax.pallas_kernels.pages import read_sides, write_side
-from diffkv_jax.selection import PROTECTED
+from diffkv_jax.selection import is_protected
 
 
 def forget(cache: KVCache, decides: Array) -> KVCache:
@@ -18,7 +18,7 @@ def forget(cache: KVCache, decides: Array) -> KVCache:
         return cache
 
     def anew(scores: tuple[Array, Array]) -> tuple[Array, Array]:
-        stored, recent = (jnp.where(_protected(x), x, 0.0) for x in scores)
+        stored, recent = (jnp.where(is_protected(x), x, 0.0) for x in scores)
         return stored, recent
 
     stored, recent = when(cache.spec.kernels, decides, anew, (cache.pages.significance, cache.recent_significance))
@@ -39,11 +39,11 @@ def smooth(spec: CacheSpec, stored: Stored, significance: Array, entering: Array
     for tier in range(layout.tiers):
         scores, stored_position, live = read_sides(pages, layout, stored.page_table, stored.tier_len, tier, spec.max_len)
         places.append((scores, jnp.where(live, stored_position.astype(jnp.int32), spec.max_len)))
-        by_position = by_position.at[rows, places[-1][1]].set(jnp.where(_protected(scores), 0.0, scores), mode="drop")
+        by_position = by_position.at[rows, places[-1][1]].set(jnp.where(is_protected(scores), 0.0, scores), mode="drop")
     averaged = moving_average(by_position, spec.selection.pooling)
     for tier, (scores, stored_position) in enumerate(places):
         new = jnp.take_along_axis(averaged, jnp.minimum(stored_position, spec.max_len - 1), axis=1)
-        values = jnp.where(_protected(scores), scores, new)
+        values = jnp.where(is_protected(scores), scores, new)
         significance = write_side(significance, layout, stored.page_table, tier, stored.tier_len[:, tier], values)
     return significance, jnp.take_along_axis(averaged, jnp.clip(position, 0, spec.max_len - 1), axis=1)
 
@@ -66,7 +66,3 @@ def moving_average(x: Array, width: int) -> Array:
     """Mean over `width` neighbours of the last axis `[B, n]`, zeros beyond its ends."""
     before = (width - 1) // 2
     return lax.reduce_window(x, 0.0, lax.add, (1, width), (1, 1), ((0, 0), (before, width - 1 - before))) / width
-
-
-def _protected(scores: Array) -> Array:
-    return scores >= PROTECTED / 2

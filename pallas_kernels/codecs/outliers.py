@@ -74,18 +74,21 @@ class Outliers(PlainXLA):
 
     def encode(self, x: Array) -> tuple[Array, Array]:
         """`[..., d, T]` to payload uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows, T]`."""
-        vectors = self._as_vectors(x.astype(jnp.float32))
         index = self._largest(x)
-        values = jnp.take_along_axis(vectors, index, axis=-1)
-        payload, meta = self.codec.encode(self.without_outliers(x)[0])
+        values = jnp.take_along_axis(self._as_vectors(x.astype(jnp.float32)), index, axis=-1)
+        payload, meta = self.codec.encode(self._replaced(x, index)[0])
         payload = jnp.concatenate([payload, self._packed(index.astype(jnp.uint8))], axis=-2)
         return payload, jnp.concatenate([meta, self._packed(values.astype(jnp.float16))], axis=-2)
 
     def without_outliers(self, x: Array) -> tuple[Array, Array]:
         """`[..., d, T]` as the codec sees it, float32, and where the outliers are, bool."""
+        return self._replaced(x, self._largest(x))
+
+    def _replaced(self, x: Array, index: Array) -> tuple[Array, Array]:
+        """`without_outliers` of the outliers at `index [..., vectors, count]`."""
         vectors = self._as_vectors(x.astype(jnp.float32))
         middle = {"mean": jnp.mean, "median": jnp.median}[self.fill](vectors, axis=-1, keepdims=True)
-        taken = (jnp.arange(self._length) == self._largest(x)[..., None]).any(axis=-2)
+        taken = (jnp.arange(self._length) == index[..., None]).any(axis=-2)
         return self._as_vectors(jnp.where(taken, middle, vectors)), self._as_vectors(taken)
 
     def _largest(self, x: Array) -> Array:
