@@ -19,7 +19,7 @@ from diffkv_jax.layer_state import (
     when,
     with_stored,
 )
-from diffkv_jax.merge_event import merge_pair, pages_needed
+from diffkv_jax.merge_event import merge_pair, pages_of_pairs
 from diffkv_jax.observed import count_observed
 from diffkv_jax.pallas_kernels.append import shift_recent
 from diffkv_jax.pallas_kernels.compact import Tokens
@@ -98,7 +98,7 @@ def _compress_by_layer(cache: KVCache, leaving: Array) -> KVCache:
 
     needed = lax.fori_loop(0, layers, count_pages, jnp.zeros(spec.num_requests, jnp.int32))
     if spec.merge is not None:
-        needed = needed + pages_needed(spec, cache.tier_len[layers + 1 :: 2], leaving[:, None]).sum(axis=(0, 2))
+        needed = needed + pages_of_pairs(cache, leaving)
     admitted = admit(needed, cache.ring.count)
     going = jnp.where(admitted, leaving, 0)
     cache = lax.fori_loop(0, layers, lambda layer, cache: _carry_out(cache, layer, _plan(cache, layer, going), going), cache)

@@ -118,12 +118,10 @@ def check_pool(cache: KVCache, totals: Sequence[int]) -> None:
 
 def _least_pages(spec: CacheSpec, totals: Sequence[int], limits: np.ndarray) -> int:
     """Pages without which the tokens cannot fit: all in the cheapest tier; one page a head where thresholds may drop them; what budgets
-    keep. `limits` as in `KVCache`."""
-    if spec.merge is not None:
-        return most_pages(spec, totals)
-    layout, seen = spec.layout, np.asarray(totals)[:, None]
+    keep; all in merged layers. `limits` as in `KVCache`."""
+    layout, limits, seen = spec.unmerged.layout, limits[: spec.unmerged_layers], np.asarray(totals)[:, None]
     exact = spec.staying(seen)
-    stored = seen - exact
+    stored = merged = seen - exact
     if spec.selection.budgeted:
         kept = limits[..., 1] if spec.selection.in_tokens else limits[..., 1] * seen
         stored = np.minimum(stored, np.maximum(np.floor(kept).astype(np.int64) - exact, spec.selection.sinks))
@@ -132,14 +130,20 @@ def _least_pages(spec: CacheSpec, totals: Sequence[int], limits: np.ndarray) -> 
     elif np.any(limits[..., 1] > 0):
         stored = np.minimum(stored, 1)
     pages = np.min([layout.pages_for(tier, stored) for tier in range(layout.tiers)], axis=0)
-    return max(int(np.broadcast_to(pages, limits.shape[:3]).sum()), 1)
+    return max(int(np.broadcast_to(pages, limits.shape[:3]).sum()) + _merged_pages(spec, merged), 1)
 
 
 def most_pages(spec: CacheSpec, room: Sequence[int]) -> int:
     """Pages that always suffice: every token in the highest tier, and a part-filled page of the other one."""
-    stored = [max(total - spec.window, 0) for total in room]
-    if spec.merge is not None:  # nothing depends on the text
-        alone, paired = spec.layout.pages_for(0, np.asarray(stored)), np.asarray(pages_of_pair(spec, np.asarray(stored)))
-        return max(spec.attention.num_kv_heads * int((spec.unmerged_layers * alone + spec.pairs * paired).sum()), 1)
-    pages = sum(spec.layout.pages_for(0, n) + spec.layout.tiers - 1 if n else 0 for n in stored)
-    return max(len(spec.paged_layers) * spec.attention.num_kv_heads * pages, 1)  # an array must not be empty
+    layout, stored = spec.unmerged.layout, [max(total - spec.window, 0) for total in room]
+    pages = sum(layout.pages_for(0, n) + layout.tiers - 1 if n else 0 for n in stored)
+    pages = spec.unmerged_layers * spec.attention.num_kv_heads * pages + _merged_pages(spec, np.asarray(stored))
+    return max(pages, 1)  # an array must not be empty
+
+
+def _merged_pages(spec: CacheSpec, stored: np.ndarray) -> int:
+    """Pages of all merged layers for requests with so many `stored` tokens: nothing depends on the text."""
+    if spec.merge is None:
+        return 0
+    with jax.ensure_compile_time_eval():
+        return spec.pairs * spec.attention.num_kv_heads * int(pages_of_pair(spec, stored).sum())

@@ -68,7 +68,7 @@ class CacheSpec:
         if merge is not None and merge.pairs(attention) == 0:
             merge = None
         if merge is not None:
-            formats = (*formats, shared_format(*formats, merge.t))
+            formats = (*formats, shared_format(formats[0], merge.t))
         layout = PageLayout.solve(
             formats,
             attention.head_dim,
@@ -115,11 +115,11 @@ class CacheSpec:
 
     @property
     def unmerged(self) -> "CacheSpec":
-        """What holds for layers that are not merged: pages have no tier for what two layers share."""
+        """What holds for layers that are not merged: pages have no tier for what two layers share, the last one."""
         if self.merge is None:
             return self
         layout = self.layout
-        return replace(self, layout=replace(layout, formats=layout.formats[:1], blocks=layout.blocks[:1]))
+        return replace(self, layout=replace(layout, formats=layout.formats[:-1], blocks=layout.blocks[:-1]))
 
     @property
     def ring_len(self) -> int:
@@ -205,7 +205,7 @@ class KVCache:
     spec: CacheSpec = field(metadata={"static": True})
     pages: Pages  # the pool, shared by all layers, heads and requests
     ring: FreeRing  # ids of the pages that nobody owns
-    page_table: Array  # int32 [L, R, K, max_pages]; tier 0 grows from the left, tier 1 from the right; num_pages = none
+    page_table: Array  # int32 [L, R, K, max_pages]; tier 0 grows from the left, the other one of a layer from the right; num_pages = none
     tier_len: Array  # int32 [L, R, K, tiers] tokens
     present: Array  # bool [R, C] while a chunk of C tokens is read by a policy that nests: not dropped in a layer so far; else [R, 0]
     choice: Array  # int32 [L, R, K] the policy of each head, one of `HEAD_POLICIES`; [L, R, 0] unless heads choose

@@ -103,9 +103,9 @@ def _tables(cache: KVCache, layer: Array) -> tuple[Array, Array]:
     if spec.merge is None:
         return page_table, tier_len
     owner = jnp.where(layer < spec.unmerged_layers, layer, layer + 1 - place_in_pair(spec, layer))
-    theirs, shared = take_layer(cache.page_table, owner), take_layer(cache.tier_len, owner)[:, 1]
-    on_the_right = jnp.arange(spec.max_pages) >= spec.max_pages - spec.layout.pages_for(1, shared)[:, None]
-    return jnp.where(on_the_right, theirs, page_table), tier_len.at[:, 1].set(shared)
+    theirs, shared = take_layer(cache.page_table, owner), take_layer(cache.tier_len, owner)[:, -1]
+    on_the_right = jnp.arange(spec.max_pages) >= spec.max_pages - spec.layout.pages_for(spec.layout.tiers - 1, shared)[:, None]
+    return jnp.where(on_the_right, theirs, page_table), tier_len.at[:, -1].set(shared)
 
 
 def place_in_pair(spec: CacheSpec, layer: Array) -> Array:

@@ -69,7 +69,8 @@ class CompressionPolicy:
         pooling: width of the moving average over positions, of "window" scores (SnapKV).
         future: of "expected" scores: how many positions after the prompt the queries to come may have (ExpectedAttention).
         epsilon: of "expected" scores: what is added to attention before it is multiplied with the value's norm.
-        merge: deep layers share the directions of their keys and values in pairs (MiniCache), stored as `tiers` say: plain XLA only.
+        merge: deep layers share the directions of their keys and values in pairs (MiniCache), stored as the first of `tiers` says: plain
+            XLA only. Those hold all tokens: thresholds and budgets are for the layers before them.
 
     Raises:
         ValueError: the choices cannot work together; the message says why.

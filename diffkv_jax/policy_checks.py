@@ -189,19 +189,24 @@ def _counts(field: str, value: Any) -> np.ndarray:
 
 
 def check_merge(policy: "CompressionPolicy") -> None:
-    """Two layers that are merged hold the same tokens, in one form."""
-    if policy.score is not None:
+    """Two layers that are merged hold all tokens, in one form; what chooses tokens chooses those of each other layer alone."""
+    if policy.recover is not None or policy.nested:
+        field = "recover" if policy.recover is not None else "nested"
         raise ValueError(
-            f"merge={policy.merge} and score={policy.score!r}: layers choose their tokens apart, and merged ones must hold the same; "
-            "leave score, observe and keep out"
+            f"merge={policy.merge} and {field}={getattr(policy, field)}: merged layers hold all tokens, and that is every layer's choice; "
+            f"leave {field} out, or choose tokens by thresholds or keep="
         )
-    if len(policy.tiers) != 1:
-        raise ValueError(f"merge={policy.merge} makes the second tier itself, of what two layers share: tiers={policy.tiers} must be one")
-    fmt = KVFormat.parse(policy.tiers[0])
-    if not fmt.separable or learned_part(fmt.key) or learned_part(fmt.value):
+    if policy.layers != "uniform":
         raise ValueError(
-            f"merge={policy.merge} stores a direction for each token, and {policy.tiers[0]} shares numbers over tokens or learns them of "
-            "keys and values as they are: take 'full' or a codec such as 'K4V4'"
+            f"merge={policy.merge} and layers={policy.layers!r}: merged layers hold all tokens, and budgets would be spread over them too; "
+            "leave layers out or give each layer's keep="
         )
+    for tier in policy.tiers:
+        fmt = KVFormat.parse(tier)
+        if not fmt.separable or learned_part(fmt.key) or learned_part(fmt.value):
+            raise ValueError(
+                f"merge={policy.merge} stores a direction for each token, and {tier} shares numbers over tokens or learns them of "
+                "keys and values as they are: take 'full' or a codec such as 'K4V4'"
+            )
     if policy.un_rope:
         raise ValueError(f"merge={policy.merge} compares keys as attention reads them, and un_rope=True stores others: leave un_rope out")

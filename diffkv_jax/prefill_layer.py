@@ -162,7 +162,7 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep,
     protected = protected_tokens(cache, tokens.position)
     held, position = stored_layer(cache, layer), tokens.position
     if spec.selection.score == "expected":
-        layout, queries, outside = layer_layout(cache, layer), layer_queries(cache, layer), tokens
+        layout, queries, outside = unmerged_layout(cache, layer), layer_queries(cache, layer), tokens
         cache, tokens = _rescored(
             cache, tokens, step, lambda scores: expected_attention(spec, layout, held, queries, clock.seq_len, scores[0], outside, valid)
         )

@@ -1,5 +1,8 @@
 """Compositions that the literature asks for, by name: each is one `CompressionPolicy` (docs/methods/recipes.md)."""
 
+import dataclasses
+
+from diffkv_jax.merge import Merge
 from diffkv_jax.methods import ada_kv, diffkv, expected_attention, key_norm, snapkv
 from diffkv_jax.policy import Budget, CompressionPolicy
 
@@ -25,6 +28,11 @@ def diffkv_rotated(alpha_high: float = 1.0, alpha_low: float = 0.02, levels: boo
     return diffkv(alpha_high, alpha_low, tiers=("K8V4", "K4nV2n" if levels else "K4V2"), rotate=True)
 
 
+def diffkv_minicache(alpha_high: float = 1.0, alpha_low: float = 0.02, start: float = 0.5) -> CompressionPolicy:
+    """DiffKV's tiers in the shallow layers; the deep ones, from the share `start` on, keep all tokens, merged in pairs (MiniCache)."""
+    return dataclasses.replace(diffkv(alpha_high, alpha_low), name="diffkv_minicache", merge=Merge(start))
+
+
 def ada_kv_expected(keep: Budget = 0.5, tier: str = "K4V4") -> CompressionPolicy:
     """ExpectedAttention with budgets pooled over a layer's heads, what stays at four bits."""
     return ada_kv(expected_attention(keep, tiers=(tier,)))
@@ -35,4 +43,4 @@ def snapkv_then_kivi(keep: Budget = 0.5, bits: int = 4, group: int = 32) -> Comp
     return snapkv(keep, tiers=(f"K{bits}cV{bits}g{group}",))
 
 
-RECIPES = (kvquant_with_cq_keys, key_norm_and_window, latent_snapkv, diffkv_rotated, ada_kv_expected, snapkv_then_kivi)
+RECIPES = (kvquant_with_cq_keys, key_norm_and_window, latent_snapkv, diffkv_rotated, diffkv_minicache, ada_kv_expected, snapkv_then_kivi)

@@ -75,7 +75,7 @@ def memory_report(cache: KVCache) -> MemoryReport:
     owned = np.concatenate([tier_len, np.broadcast_to(recent_len[:, None, None], (*tier_len.shape[:3], 1))], axis=-1)
     tokens = owned.copy()
     if spec.merge is not None:
-        tokens[spec.unmerged_layers :: 2, ..., 1] = owned[spec.unmerged_layers + 1 :: 2, ..., 1]
+        tokens[spec.unmerged_layers :: 2, ..., -2] = owned[spec.unmerged_layers + 1 :: 2, ..., -2]
     pages = np.stack([layout.pages_for(t, tier_len[..., t]) for t in range(layout.tiers)], axis=-1)
     channels = cache.recent_k.shape[-1] + cache.recent_v.shape[-1]  # of K and V of one token
     exact = channels * cache.recent_k.dtype.itemsize  # in the cache dtype

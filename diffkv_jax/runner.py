@@ -9,6 +9,7 @@ from jax import Array
 from diffkv_jax.advance import after_decode, after_prefill, before_prefill
 from diffkv_jax.budget import most_pages
 from diffkv_jax.cache import KVCache
+from diffkv_jax.merge_event import pages_of_pairs
 from diffkv_jax.model_protocol import CausalLM
 from diffkv_jax.nested import begin_chunk, end_chunk
 from diffkv_jax.smooth import forget
@@ -50,7 +51,11 @@ def _runs_low(cache: KVCache, length: Array) -> Array:
     """
     spec = cache.spec
     pages = jnp.where(length > 0, spec.layout.pages_for(0, length) + 1, 0).sum()
-    low = cache.ring.count < pages * len(spec.paged_layers) * spec.attention.num_kv_heads
+    pages = pages * spec.unmerged_layers * spec.attention.num_kv_heads
+    if spec.merge is not None:
+        seen = cache.recent_len + length
+        pages = pages + pages_of_pairs(cache, jnp.where(length > 0, seen - spec.staying(seen), 0)).sum()
+    low = cache.ring.count < pages
     if not spec.selection.budgeted or spec.num_pages >= most_pages(spec, [spec.max_len] * spec.num_requests):
         return low
     return low | jnp.any(cache.limits[..., 1] != cache.limits[:1, ..., 1])

@@ -56,7 +56,7 @@ class PageLayout:
         """Choose `rows` between one and four of the largest blocks so that the worst waste of any tier is least.
 
         Raises:
-            ValueError: a format cannot pack `head_dim`, or a lower tier needs more payload than a higher one.
+            ValueError: a format cannot pack `head_dim`, or needs more payload than the first.
         """
         formats = [f.for_block(head_dim, tokens) for f in formats]
         block_rows = [sum(f.rows(head_dim)) for f in formats]
@@ -68,7 +68,7 @@ class PageLayout:
             position_dtype = "uint16" if narrow else "int32"
             return PageLayout(tuple(formats), head_dim, tokens, rows, blocks, meta_rows, position_dtype, scored, meta_dtype, group, rope)
 
-        if any(low > high for high, low in zip(block_rows, block_rows[1:], strict=False)):
+        if max(block_rows) > block_rows[0]:
             names = [f.name for f in formats]
             raise ValueError(f"tiers {names} take {block_rows} payload bytes a token at {head_dim=}; a lower tier must not take more")
         rows = least_waste(range(max(block_rows), 4 * max(block_rows) + 1), lambda rows: layout(rows).waste())
@@ -182,7 +182,7 @@ class Pages:
 
 
 def page_column(tier: int, index, max_pages: int):
-    """Column of a head's page table that holds page `index` of a tier: tier 0 from the left, tier 1 from the right."""
+    """Column of a head's page table that holds page `index` of a tier: tier 0 from the left, any other from the right."""
     return index if tier == 0 else max_pages - 1 - index
 
 

@@ -58,6 +58,7 @@ AS_THEY_COME = {
     "KVQuant with CQ keys": dkv.load_policy("kvquant_with_cq_keys"),
     "MiniCache": dkv.minicache(),
     "MiniCache + K4V4": dkv.minicache(inner="K4V4"),
+    "MiniCache + DiffKV (1, 0.02)": dkv.load_policy("diffkv_minicache"),
 }
 
 

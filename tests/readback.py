@@ -16,7 +16,7 @@ from oracles.blocks import read_block, stored_rows
 from oracles.normal_levels import dequantise_normal
 from oracles.quantiser import dequantise, unpack
 
-TIERS = ("high", "low")
+TIERS = ("high", "low", "shared")
 
 
 def widths(layout, tier: int) -> tuple[int, int]:
@@ -121,7 +121,7 @@ def held_tokens(cache, layer: int, request: int, head: int) -> dict[int, tuple[s
     at = (layer, request, head)
     for tier, name in zip(range(spec.layout.tiers), TIERS, strict=False):
         layout, owner = spec.layout, at
-        if spec.merge is not None and tier == 1 and layer >= len(cache.tier_len) - 2 * spec.pairs:  # the second of a pair has it
+        if spec.merge is not None and tier == layout.tiers - 1 and layer >= spec.unmerged_layers:  # the second of a pair has it
             place = (layer - len(cache.tier_len)) % 2
             owner = (layer + 1 - place, request, head)
             layout = dataclasses.replace(layout, formats=tuple(read_by(fmt, place) for fmt in layout.formats))
@@ -147,7 +147,8 @@ def page_ids_in_use(layout, page_table: np.ndarray, tier_len: np.ndarray, num_pa
     used = []
     for row, lengths in zip(rows, tier_len.reshape(len(rows), -1), strict=True):
         pages = [-(-int(n) // (layout.blocks[tier] * layout.tokens)) for tier, n in enumerate(lengths)]
-        right = pages[1] if len(pages) == 2 else 0
+        right = sum(pages[1:])
+        assert right == max(pages[1:], default=0), f"{pages}: one tier at the right end"
         assert pages[0] + right <= len(row)
         mine = [*row[: pages[0]], *row[len(row) - right :]]
         assert all(0 <= page < num_pages for page in mine), f"{row} must hold pages {pages}"
