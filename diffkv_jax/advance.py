@@ -81,7 +81,7 @@ def compress(cache: KVCache, due: Array) -> KVCache:
 
 
 def _compress(cache: KVCache, leaving: Array) -> KVCache:
-    if cache.spec.kernels.implementation == "xla":
+    if cache.spec.page_kernels.implementation == "xla":
         return _compress_by_layer(cache, leaving)
     plan = _plan(cache, None, leaving)
     needed = plan.pages.reshape(len(cache.spec.paged_layers), cache.spec.num_requests, -1).sum(axis=(0, 2))
@@ -172,6 +172,8 @@ def _without_oldest(cache: KVCache, layer: Array | None, going: Array) -> tuple[
             k, v, scores = windows
             return shift_recent(k, v, scores, layer, shift, kernels=kernels)
 
+        if layer is not None:
+            return shift_layer(layer, windows)
         return lax.fori_loop(0, len(cache.spec.paged_layers), shift_layer, windows)
     k, v, scores = (all_heads(x) if layer is not None else take_layer(x, None)[None] for x in windows)
     shift = per_head(cache, going, k.shape[1] // cache.spec.num_heads)

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax import Array
 from diffkv_jax.merge import Merge
 from diffkv_jax.model_protocol import AttentionSpec
 from diffkv_jax.observed import nothing_observed
+from diffkv_jax.pallas_kernels import rope
 from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, LatentFormat, shared_format, table_shape
 from diffkv_jax.pallas_kernels.compact import FreeRing
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
@@ -83,7 +84,7 @@ class CacheSpec:
             raise ValueError(
                 f"policy {policy.name!r}: nested=True needs a model without sliding-window layers, which would see dropped tokens"
             )
-        if kernels.implementation != "xla" and not _known_to_kernels(policy, attention):
+        if kernels.implementation != "xla" and _known(policy, attention, kernels.implementation) == "nothing":
             raise ValueError(f"policy {policy.name!r} runs in plain XLA only, not on {kernels.implementation!r} kernels: leave it to 'xla'")
         if selection.score == "expected" and attention.rope is None:
             raise ValueError(
@@ -92,6 +93,11 @@ class CacheSpec:
             )
         schedule = (policy.window, policy.flush, selection)
         return CacheSpec(attention, layout, num_requests, max_len, num_pages, *schedule, dtype, kernels, policy.rotate, merge)
+
+    @property
+    def page_kernels(self) -> Kernels:
+        """What runs prefill attention and events: `kernels`, or plain XLA where of those only decode attention knows the pages."""
+        return self.kernels if self.layout.in_kernels else XLA
 
     @cached_property
     def paged_layers(self) -> tuple[int, ...]:
@@ -150,23 +156,36 @@ class CacheSpec:
 def kernels_for(
     policy: CompressionPolicy, attention: AttentionSpec, implementation: str | None = None, *, interpret: bool = False
 ) -> Kernels:
-    """The kernels asked for, or those of the platform; plain XLA, said in the log, where only it can do what policy and model ask for.
+    """The kernels asked for, or those of the platform; plain XLA where only it can do what policy and model ask for.
+
+    The log says so, and also where of the kernels only decode attention can (`CacheSpec.page_kernels`).
 
     Raises:
         ValueError: the kernels asked for cannot run here, or do not know what policy and model ask for.
     """
-    if _known_to_kernels(policy, attention):
-        return Kernels.resolve(implementation, interpret=interpret)
-    if implementation not in (None, "xla"):
+    kernels = Kernels.resolve(implementation, interpret=interpret)
+    known, log = _known(policy, attention, kernels.implementation), logging.getLogger(__name__)
+    if kernels.implementation == "xla" or known == "all":
+        return kernels
+    if known == "decode attention":
+        log.info("policy %r: decode attention runs on %r, prefill attention and events in plain XLA", policy.name, kernels.implementation)
+        return kernels
+    if implementation is not None:
         raise ValueError(f"policy {policy.name!r} runs in plain XLA only: leave implementation={implementation!r} out or take 'xla'")
     reason = "its codecs or transforms, or the model's latent, are not in the platform's kernels"
-    logging.getLogger(__name__).info("policy %r runs in plain XLA: %s", policy.name, reason)
+    log.info("policy %r runs in plain XLA: %s", policy.name, reason)
     return XLA
 
 
-def _known_to_kernels(policy: CompressionPolicy, attention: AttentionSpec) -> bool:
-    plain = attention.latent is None and not policy.un_rope and policy.block is None and policy.merge is None
-    return plain and all(KVFormat.parse(tier).in_kernels for tier in policy.tiers)
+def _known(policy: CompressionPolicy, attention: AttentionSpec, implementation: str) -> Literal["all", "decode attention", "nothing"]:
+    """Which of an implementation's operations know what policy and model ask of the pages."""
+    if attention.latent is not None or policy.block is not None or policy.merge is not None:
+        return "nothing"
+    formats = [KVFormat.parse(tier) for tier in policy.tiers]
+    if not policy.un_rope and all(fmt.in_kernels for fmt in formats):
+        return "all"
+    attended = all(fmt.attended_by(implementation) for fmt in formats) and (not policy.un_rope or implementation in rope.ATTENDED_BY)
+    return "decode attention" if attended else "nothing"
 
 
 def _formats_of(attention: AttentionSpec, policy: CompressionPolicy, dtype: str) -> tuple[KVFormat, ...]:

@@ -57,7 +57,7 @@ def plan_event(
         rule,
         one_victim=one_victim,
         max_len=spec.max_len,
-        kernels=spec.kernels,
+        kernels=spec.page_kernels,
     )
     return Plan(entering, rule, moves, _pages_needed(layout, stored.tier_len, entering, moves))
 
@@ -131,5 +131,5 @@ def apply_plan(
         one_victim=one_victim,
         max_len=spec.max_len,
         pages_a_round=pages_a_round,
-        kernels=spec.kernels,
+        kernels=spec.page_kernels,
     )

@@ -93,6 +93,7 @@ def layer_heads(cache: KVCache, layer: Array, recent_len: Array) -> Heads:
         all_heads(cache.recent_v),
         per_head(cache, recent_len),
         layer,
+        jax.tree.map(jnp.asarray, cache.tables),
     )
 
 
@@ -117,7 +118,8 @@ def layer_layout(cache: KVCache, layer: Array | None) -> PageLayout:
     """The layout of the pages, its learned codecs holding the arrays of a paged layer's heads `[B, ...]`; what two layers share is read
     as this one's.
 
-    Codecs that learn are plain XLA's, which goes layer by layer; `layer` is None for kernels only.
+    For plain XLA, which goes layer by layer; decode attention on kernels reads what all layers have learned (`Heads.tables`), and events on
+    kernels, which know no such codecs, have `layer` None.
     """
     layout = cache.spec.layout
     if layer is not None and cache.spec.merge is not None:  # with nothing learned

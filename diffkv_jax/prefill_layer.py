@@ -54,7 +54,7 @@ def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, st
     chunk = _by_head(cache, q, k, v, present)
     scale = Scale(spec.attention.sm_scale, spec.attention.logits_soft_cap)
     layout = layer_layout(cache, layer)
-    out, lse = prefill_attention(chunk, cache.pages, layout, heads, scale, kernels=spec.kernels)
+    out, lse = prefill_attention(chunk, cache.pages, layout, heads, scale, kernels=spec.page_kernels)
     sums = _scores(cache, layout, chunk, lse, heads, scale, step)
     pages = dataclasses.replace(cache.pages, significance=sums.pages)
     cache = count_queries(dataclasses.replace(cache, pages=pages), layer, chunk)
@@ -114,7 +114,7 @@ def _scores(cache: KVCache, layout: PageLayout, chunk: Chunk, lse: Array, heads:
 
     def score(sums: ColumnSums) -> ColumnSums:
         pages = dataclasses.replace(cache.pages, significance=sums.pages)
-        return column_sums(chunk, lse, rows, pages, layout, heads, scale, kernels=spec.kernels)
+        return column_sums(chunk, lse, rows, pages, layout, heads, scale, kernels=spec.page_kernels)
 
     return when(spec.kernels, step.compress | (spec.selection.observe == "all"), score, silent)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from .codecs import Full, Normal
+from .codecs import Coupled, Full, Levels, Normal
 from .pages import PageLayout
 
 HEADERS = Path(__file__).parent / "native"
@@ -59,6 +59,10 @@ def format_codes(layout: PageLayout) -> np.ndarray:
     def codec(one) -> list[int]:
         if isinstance(one, Full):
             return [codes[one.dtype], 1]
+        if isinstance(one, Coupled):
+            return [128 + one.bits, one.channels]
+        if isinstance(one, Levels):
+            return [192 + one.bits, 1]
         return [64 + one.bits, 1] if isinstance(one, Normal) else [one.bits, one.groups]
 
     tiers = zip(layout.formats, layout.blocks, strict=True)

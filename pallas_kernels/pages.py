@@ -75,6 +75,11 @@ class PageLayout:
         return layout(rows)
 
     @property
+    def in_kernels(self) -> bool:
+        """Whether all operations of the native, Triton and TPU kernels know such pages, and not decode attention at most."""
+        return self.rope is None and all(fmt.in_kernels for fmt in self.formats)
+
+    @property
     def tiers(self) -> int:
         """Number of stored tiers."""
         return len(self.formats)

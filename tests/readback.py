@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffkv_jax.pallas_kernels.codecs import Normal, read_by
+from diffkv_jax.pallas_kernels.codecs import Levels, Normal, read_by
 from oracles.blocks import read_block, stored_rows
 from oracles.normal_levels import dequantise_normal
 from oracles.quantiser import dequantise, unpack
@@ -36,12 +36,14 @@ def payload_rows(codec, head_dim: int) -> int:
 
 
 def meta_rows(codec) -> int:
-    """float16 rows of a token's K or V: a scale and a zero point a group, one scale, or those of all channels over the lanes of a block;
-    and the norms of two layers that share it."""
+    """float16 rows of a token's K or V: a scale and a zero point a group, one scale, half and middle of its range, or those of all channels
+    over the lanes of a block; and the norms of two layers that share it."""
     if hasattr(codec, "inner"):
         return meta_rows(codec.inner) + 2
     if hasattr(codec, "tokens"):
         return stored_rows(codec, codec.head_dim)[1]
+    if isinstance(codec, Levels):
+        return 2
     return 2 * codec.groups if hasattr(codec, "groups") else int(isinstance(codec, Normal))
 
 
@@ -54,8 +56,11 @@ def decode_tensor(codec, payload: np.ndarray, meta: np.ndarray, table: np.ndarra
         blocks = range(0, payload.shape[1], codec.tokens)
         parts = [read_block(codec, payload[:, at : at + codec.tokens], meta[:, at : at + codec.tokens]) for at in blocks]
         return np.concatenate([np.zeros((0, codec.head_dim), np.float32), *parts])
+    if table is not None and table.ndim == 1:  # levels of the token's range
+        half, middle = meta.astype(np.float32)[..., None]
+        return table.astype(np.float32)[unpack_codes(payload, codec.bits).T] * half + middle
     if table is not None:  # one codebook a group of channels
-        codes = unpack(payload, codec.bits)
+        codes = unpack_codes(payload, codec.bits)
         return np.concatenate([book[code].astype(np.float32) for book, code in zip(table, codes, strict=True)], axis=1)
     if isinstance(codec, Normal):
         return dequantise_normal(unpack(payload, codec.bits).T, meta.T, codec.bits)
@@ -66,6 +71,14 @@ def decode_tensor(codec, payload: np.ndarray, meta: np.ndarray, table: np.ndarra
         dtype.itemsize, len(payload) // dtype.itemsize, -1 if payload.size else 0
     )  # byte i of every channel is plane i
     return np.ascontiguousarray(planes.transpose(2, 1, 0)).view(dtype)[..., 0].astype(np.float32)
+
+
+def unpack_codes(payload: np.ndarray, bits: int) -> np.ndarray:
+    """Codes `[n, T]` of bytes `[rows, T]`; three bits are the rows of the lower two, then those of the upper one."""
+    if bits != 3:
+        return unpack(payload, bits)
+    two = len(payload) * 2 // 3
+    return unpack(payload[:two], 2) | unpack(payload[two:], 1) << 2
 
 
 class TierTokens(NamedTuple):
@@ -219,10 +232,12 @@ def _draw_tokens(rng, pages: dict[str, Any], layout, table_row: np.ndarray, tier
         if hasattr(codec, "bits"):
             codes = rng.integers(0, 256, (length, payload[2]))
             scale = rng.uniform(0.5, 1.0, (length, getattr(codec, "groups", 1)))
+            if isinstance(codec, Levels):
+                scale = np.concatenate([scale, rng.normal(size=scale.shape)], axis=1)
             if hasattr(codec, "groups"):
                 scale *= 4 / (2**codec.bits - 1)
                 scale = np.concatenate([scale, rng.normal(size=scale.shape) - 2], axis=1)
-            numbers = scale
+            numbers = scale[:, : meta[2]]
         else:
             exact = rng.normal(size=(length, layout.head_dim)).astype(jnp.dtype(codec.dtype))
             codes = exact.view(np.uint8).reshape(length, layout.head_dim, exact.dtype.itemsize).swapaxes(1, 2).reshape(length, payload[2])

@@ -85,18 +85,41 @@ void plan(Problem& p) {
   }
 }
 
+// Sets `table` to what a codec has learned in a layer, float16 `[L, kv heads, ...]`; or says that it does not fit the codec and the heads.
+ffi::Error read_table(Table& table, const Codec& codec, const ffi::AnyBuffer& learned, int64_t layer, const Heads& heads) {
+  const int64_t numbers = codec.table_size(heads.d());
+  if (numbers == 0) return ffi::Error::Success();
+  const auto shape = learned.dimensions();
+  if (shape.size() < 3 || layer >= shape[0] || shape[1] < 1 || heads.count % shape[1] || learned.element_count() != size_t(shape[0] * shape[1] * numbers)) {
+    return ffi::Error::InvalidArgument("learned tables that do not fit the codec, the layers or the heads");
+  }
+  table = {static_cast<const uint16_t*>(learned.untyped_data()) + layer * shape[1] * numbers, numbers, shape[1]};
+  return ffi::Error::Success();
+}
+
 ffi::Error decode_attention(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::Buffer<ffi::U8> payload, ffi::AnyBuffer meta,
                             ffi::Buffer<ffi::F32> significance, ffi::AnyBuffer position, ffi::Buffer<ffi::S32> table,
                             ffi::Buffer<ffi::S32> lengths, ffi::AnyBuffer recent_k, ffi::AnyBuffer recent_v,
                             ffi::Buffer<ffi::S32> recent_lengths, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> query_position,
+                            ffi::AnyBuffer keys0, ffi::AnyBuffer values0, ffi::AnyBuffer keys1, ffi::AnyBuffer values1,
                             ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> significance_out,
-                            ffi::ResultBuffer<ffi::F32> recent_scores, ffi::Span<const int64_t> formats, float sm_scale, float cap,
-                            int64_t sliding, bool mean) {
+                            ffi::ResultBuffer<ffi::F32> recent_scores, ffi::Span<const int64_t> formats,
+                            ffi::Span<const float> frequencies, float sm_scale, float cap, int64_t sliding, bool mean) {
   (void)significance;  // the result lies in its memory
   Problem p{};
   auto error = Heads::read(p.heads, formats, payload, meta, position.dimensions()[1], table, lengths, recent_k, recent_v, recent_lengths,
                            layer);
   if (error.failure()) return error;
+  const ffi::AnyBuffer* learned[2][2] = {{&keys0, &values0}, {&keys1, &values1}};
+  for (int t = 0; t < p.layout().tiers; ++t) {
+    const Codec* codecs[2] = {&p.layout().tier[t].key, &p.layout().tier[t].value};
+    for (int i = 0; i < 2; ++i) {
+      error = read_table(p.tables[t][i], *codecs[i], *learned[t][i], layer.typed_data()[0], p.heads);
+      if (error.failure()) return error;
+    }
+  }
+  if (frequencies.size() && frequencies.size() * 2 != size_t(p.d())) return ffi::Error::InvalidArgument("a frequency for each pair of channels");
+  p.frequencies = frequencies;
   const Numbers numbers = Numbers::of(q);
   const int64_t count = q.element_count();
   float* queries = scratch<struct QueryNumbers, float>(count);
@@ -134,10 +157,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(decode_attention_cpu, decode_attention,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<ffi::Span<const int64_t>>("formats")
+                                  .Attr<ffi::Span<const float>>("frequencies")
                                   .Attr<float>("sm_scale")
                                   .Attr<float>("cap")
                                   .Attr<int64_t>("sliding")

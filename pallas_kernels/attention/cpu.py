@@ -32,6 +32,8 @@ def decode_attention(
     slots = heads.recent_k.shape[2]
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         q = q.astype(jnp.float32)
+    learned = [table for tier in heads.tables for table in tier] + [None] * 4
+    tables = [jnp.zeros(0, jnp.float16) if table is None else table for table in learned[:4]]
     run = native.call(
         "attention",
         "decode_attention_cpu",
@@ -53,7 +55,9 @@ def decode_attention(
         heads.recent_len,
         jnp.asarray(heads.layer, jnp.int32),
         jnp.zeros(b, jnp.int32) if sliding is None else sliding.position,
+        *tables,
         formats=native.format_codes(layout),
+        frequencies=np.asarray(layout.rope or (), np.float32),
         sm_scale=np.float32(sm_scale),
         cap=np.float32(logits_soft_cap or 0),
         sliding=np.int64(0 if sliding is None else sliding.size),

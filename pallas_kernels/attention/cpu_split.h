@@ -6,7 +6,9 @@
 #include <vector>
 
 #include "cpu_strips.h"
+#include "decode.h"
 #include "layer_heads.h"
+#include "rope.h"
 #include "scratch.h"
 
 namespace diffkv {
@@ -21,8 +23,18 @@ struct Split {
   float *p, *state;        // [G, slots]; maximum, total [G] each and output [G, d]
 };
 
+// What a codec has learned: a table float16 for each KV head of the layer.
+struct Table {
+  const uint16_t* data;
+  int64_t numbers, kv_heads;
+
+  const uint16_t* of(int head) const { return numbers ? data + head % kv_heads * numbers : nullptr; }
+};
+
 struct Problem {
   Heads heads;
+  Table tables[2][2];                     // of K and V in each tier
+  xla::ffi::Span<const float> frequencies;  // of the rotary embedding that stored keys still need; none when empty
   int group;            // query heads a KV head
   bool pairs, scored;   // multiply in bfloat16; add to the significance
   bool mean;            // over the group, else the maximum
@@ -75,9 +87,31 @@ inline void finish(const Problem& p, float* logits, Ints seen) {
   store(logits, select(seen, x, splat(-INFINITY)));
 }
 
-inline void key_strip(const Problem& p, const Queries& q, int head, const Strip& strip, float* logits, int64_t pitch) {
+// key_products of keys that are decoded first.
+inline void decoded_keys(const Problem& p, const Queries& q, int head, const Strip& strip, float* logits, int64_t pitch) {
+  const int d = p.d();
+  Floats* k = decoded(p.layout().tier[strip.tier].key, strip.key, p.layout().tokens, d, p.tables[strip.tier][0].of(head), strip.live);
+  if (p.frequencies.size()) {
+    turn_pairs(k, d, p.frequencies.begin(), {p.sides.position_at(strip.side), p.sides.position_at(strip.side + kLanes)});
+  }
+  over_heads(p.group, [&](int first, auto heads) {
+    Floats total[heads][2] = {};
+    for (int c = 0; c < d; ++c) {
+      for (int h = 0; h < heads; ++h) {
+        const float factor = q.exact[(first + h) * d + c];
+        for (int half = 0; half < 2; ++half) total[h][half] += factor * k[2 * c + half];
+      }
+    }
+    for (int h = 0; h < heads; ++h) {
+      for (int half = 0; half < 2; ++half) store(logits + (first + h) * pitch + half * kLanes, total[h][half]);
+    }
+  });
+}
+
+inline void stored_keys(const Problem& p, const Queries& q, int head, const Strip& strip, float* logits, int64_t pitch) {
   const Codec& codec = p.layout().tier[strip.tier].key;
   const int stride = p.layout().tokens;
+  if (codec.channels || p.frequencies.size()) return decoded_keys(p, q, head, strip, logits, pitch);
   with_reader(codec, [&](auto reader) {
     using Reader = decltype(reader);
     over_heads(p.group, [&](int first, auto count) {
@@ -90,6 +124,10 @@ inline void key_strip(const Problem& p, const Queries& q, int head, const Strip&
       key_products<Reader, false, count>(q, first, codec, strip.key, stride, to, pitch);
     });
   });
+}
+
+inline void key_strip(const Problem& p, const Queries& q, int head, const Strip& strip, float* logits, int64_t pitch) {
+  stored_keys(p, q, head, strip, logits, pitch);
   for (int half = 0; half < 2; ++half) {
     Ints seen = lanes() + half * kLanes < strip.live;
     if (p.sliding) seen &= p.sides.position_at(strip.side + half * kLanes) > p.query_position[head] - p.sliding;
@@ -160,8 +198,28 @@ inline PanelWeights weigh(const Problem& p, const Codec& codec, bool pairs, cons
   return {exact, rounded, rounded + n};
 }
 
-inline void value_panel(const Problem& p, const Strip* strips, int count, const float* weights, int64_t pitch, Floats* out, float* constant) {
+// value_products of values that are decoded first.
+inline void decoded_values(const Problem& p, int head, const Strip& strip, const float* weights, int64_t pitch, Floats* out) {
+  const int d = p.d();
+  const Floats* v = decoded(p.layout().tier[strip.tier].value, strip.value, p.layout().tokens, d, p.tables[strip.tier][1].of(head), strip.live);
+  over_heads(p.group, [&](int first, auto heads) {
+    Floats weight[heads][2];
+    for (int h = 0; h < heads; ++h) {
+      for (int half = 0; half < 2; ++half) weight[h][half] = load<Floats>(weights + (first + h) * pitch + half * kLanes);
+    }
+    for (int c = 0; c < d; ++c) {
+      for (int h = 0; h < heads; ++h) out[(first + h) * d + c] += weight[h][0] * v[2 * c] + weight[h][1] * v[2 * c + 1];
+    }
+  });
+}
+
+inline void value_panel(const Problem& p, int head, const Strip* strips, int count, const float* weights, int64_t pitch, Floats* out,
+                        float* constant) {
   const Codec& codec = p.layout().tier[strips[0].tier].value;
+  if (codec.channels) {
+    for (int s = 0; s < count; ++s) decoded_values(p, head, strips[s], weights + s * kStrip, pitch, out);
+    return;
+  }
   const bool pairs = p.pairs && pairs_fit(codec, p.d());
   const PanelWeights panel = weigh(p, codec, pairs, strips, count, weights, pitch, constant);
   const int stride = p.layout().tokens;
@@ -239,7 +297,7 @@ inline void attend(const Problem& p, const Split& split) {
     for (int next = i + count; next < std::min(i + count + kPanel, split.count); ++next) {
       prefetch(strips[next].value, layout.tier[strips[next].tier].value, layout.tokens);
     }
-    value_panel(p, strips + i, count, split.p + i * kStrip, split.slots, partial, out);
+    value_panel(p, split.head, strips + i, count, split.p + i * kStrip, split.slots, partial, out);
   }
   if (split.last) recent_values(p, split.head, split.p + stored, split.slots, out);
   for (int i = 0; i < n; ++i) out[i] += sum(partial[i]);

@@ -4,9 +4,6 @@
 // A payload row is loaded once for all the channels that its planes hold; planes are unrolled, so every shift is a constant.
 #pragma once
 
-#include <type_traits>
-#include <utility>
-
 #include "pages.h"
 
 #if DIFFKV_BF16 && defined(__AVX512VBMI__)
@@ -37,17 +34,7 @@ struct Queries {
 template <typename Reader>
 constexpr bool pairs_possible = DIFFKV_PAIRS && (Reader::type == Exact::no || Reader::type == Exact::bfloat16);
 inline bool pairs_fit(const Codec& codec, int head_dim) {
-  return DIFFKV_PAIRS && codec.exact != Exact::float16 && codec.exact != Exact::float32 && codec.rows % 2 == 0 && head_dim / codec.groups % 2 == 0;
-}
-
-// Calls body(std::integral_constant) for 0 to N - 1.
-template <typename Body, int... I>
-inline void unrolled(const Body& body, std::integer_sequence<int, I...>) {
-  (body(std::integral_constant<int, I>{}), ...);
-}
-template <int N, typename Body>
-inline void unrolled(const Body& body) {
-  unrolled(body, std::make_integer_sequence<int, N>{});
+  return DIFFKV_PAIRS && !codec.channels && codec.exact != Exact::float16 && codec.exact != Exact::float32 && codec.rows % 2 == 0 && head_dim / codec.groups % 2 == 0;
 }
 
 // Biased codes of bfloat16 products: what the bias adds to a sum of codes, times the sum of the factors: eight bits are two codes of four, the upper one sixteenfold.

@@ -127,8 +127,7 @@ def decode_attention(
     task = Task(layout, Scale(sm_scale, logits_soft_cap), None if sliding is None else sliding.size, blocks)
     meta = pages.meta if pages.meta.size else jnp.zeros((1, 1, layout.tokens), pages.meta.dtype)  # an empty array is no Ref
     seen = heads.recent_len if sliding is None else sliding.position
-    flat = heads._replace(layer=jnp.reshape(heads.layer, 1))
-    inputs = Inputs(q, *flat, seen, pages.position, pages.payload, meta)
+    inputs = Inputs(q, *heads[:5], jnp.reshape(heads.layer, 1), seen, pages.position, pages.payload, meta)
     float32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     steps, kept = (blocks.steps, g) if layout.scored else (1, 1)
     partials = Partials(

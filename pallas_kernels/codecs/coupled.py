@@ -16,8 +16,11 @@ class Coupled(PlainXLA):
     """Codec of one tensor (K or V): `channels` contiguous channels become one code of `bits` bits, a row of their codebook.
 
     A block is `[B, ..., head_dim, T]`; its payload is uint8 `[B, ..., rows, T]`, and there is no metadata. `table` float16
-    `[B, head_dim / channels, 2**bits, channels]` holds the codebooks of the `B` heads (`learned.with_table` sets it). Plain XLA runs it.
+    `[B, head_dim / channels, 2**bits, channels]` holds the codebooks of the `B` heads (`learned.with_table` sets it). Plain XLA runs
+    it, and native decode attention reads it.
     """
+
+    attended_by = ("cpu",)
 
     bits: int
     channels: int

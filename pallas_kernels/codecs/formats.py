@@ -14,6 +14,7 @@ from .low_rank import LowRank
 from .normal import Normal
 from .outliers import Outliers
 from .per_channel import PerChannel
+from .plain import PlainXLA
 from .uniform import Grouped, Uniform
 
 Codec = Uniform | Normal | Full  # and in formats that kernels never meet (`KVFormat.in_kernels`) `PlainXLA`, typed as Any
@@ -153,6 +154,10 @@ class KVFormat:
     def in_kernels(self) -> bool:
         """Whether the native, Triton and TPU kernels know both codecs."""
         return self.key.in_kernels and self.value.in_kernels
+
+    def attended_by(self, implementation: str) -> bool:
+        """Whether decode attention of an implementation knows both codecs."""
+        return all(not isinstance(codec, PlainXLA) or implementation in codec.attended_by for codec in (self.key, self.value))
 
     def demote(self, target: "KVFormat", block: Block) -> Block:
         """Requantise a block of this format to `target`: on the integer codes where the groups match, else through float32."""

@@ -15,8 +15,11 @@ class Levels(PlainXLA):
     """Codec of one tensor (V): each channel takes the nearest of `2**bits` levels, ascending in -1 to 1, of the token's range.
 
     A block is `[B, ..., head_dim, T]`; its payload is uint8 `[B, ..., rows, T]`, its metadata float16 `[B, ..., 2, T]`: half of the
-    range, and its middle. `table` float16 `[B, 2**bits]` holds the levels (`learned.with_table` sets it). Plain XLA runs it.
+    range, and its middle. `table` float16 `[B, 2**bits]` holds the levels (`learned.with_table` sets it). Plain XLA runs it,
+    and native decode attention reads it.
     """
+
+    attended_by = ("cpu",)
 
     bits: int
     table: Array | None = field(default=None, repr=False)
@@ -86,7 +89,7 @@ class StaticLevels(Coupled):
     """Codec of one tensor (K): learned levels of the range that each channel had in the calibration, no metadata.
 
     The layer's levels, spread over each channel's range, are a codebook a channel: `table` float16 `[B, head_dim, 2**bits, 1]`, each
-    ascending. Plain XLA runs it.
+    ascending. Where it runs: as `Coupled`.
     """
 
     channels: int = field(default=1, init=False)

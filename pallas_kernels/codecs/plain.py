@@ -1,4 +1,4 @@
-"""What codecs that only plain XLA runs have in common: attention reads the decoded block."""
+"""What codecs that plain XLA runs have in common: its attention reads the decoded block."""
 
 from abc import ABC, abstractmethod
 
@@ -10,6 +10,7 @@ class PlainXLA(ABC):
     """A codec whose products are taken with what `decode` gives. Frozen dataclasses derive from it."""
 
     in_kernels = False  # the native, Triton and TPU kernels do not know it
+    attended_by: tuple[str, ...] = ()  # but for decode attention of these implementations
     separable = True  # a token's lane can be moved, dropped or overwritten without touching others
 
     @abstractmethod

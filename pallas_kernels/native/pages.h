@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "levels.h"
 
@@ -11,21 +12,28 @@ namespace diffkv {
 constexpr int kStrip = 32;  // tokens that are handled at once; divides the lanes of a page
 
 // How K or V is stored: `bits` a channel with `groups` scales and zero points, or with one scale as numbers of levels of the normal
-// distribution, or exactly in a floating type.
+// distribution, or exactly in a floating type; or `bits` for `channels` neighbouring channels, looked up in a learned table.
 enum class Exact { no, bfloat16, float16, float32 };
 
 struct Codec {
   int bits, groups, rows;
   Exact exact;
   bool normal;
+  int channels;  // that share a code of a table; 0 = there is no table
+  bool ranged;   // one table for all channels, of levels of the range that the token's scale and zero point tell
 
-  // `code` as native.py's format_codes gives it: 1, 2, 4, 8 bits; 16 bfloat16, 17 float16, 32 float32; 64 + bits for normal levels.
-  static Codec make(int64_t code, int64_t groups, int64_t head_dim) {
+  // `code` as native.py's format_codes gives it: 1, 2, 4, 8 bits; 16 bfloat16, 17 float16, 32 float32; 64 + bits for normal levels,
+  // 128 + bits for a table a group of `number` channels, 192 + bits for a table of levels of the token's range.
+  static Codec make(int64_t code, int64_t number, int64_t head_dim) {
     const Exact exact = code == 16 ? Exact::bfloat16 : code == 17 ? Exact::float16 : code == 32 ? Exact::float32 : Exact::no;
-    const int bits = static_cast<int>(code == 17 ? 16 : code > 64 ? code - 64 : code);
-    return {bits, exact == Exact::no ? static_cast<int>(groups) : 1, static_cast<int>(head_dim * bits / 8), exact, code > 64};
+    const int bits = static_cast<int>(code == 17 ? 16 : code > 64 ? code % 64 : code);
+    const bool ranged = code > 192, table = code > 128;
+    const int channels = ranged ? 1 : table ? static_cast<int>(number) : 0, groups = exact != Exact::no || table ? 1 : static_cast<int>(number);
+    return {bits, groups, static_cast<int>(head_dim / (table ? channels : 1) * bits / 8), exact, code > 64 && !table, channels, ranged};
   }
-  bool scaled() const { return exact == Exact::no; }
+  // Numbers of a head's table.
+  int64_t table_size(int head_dim) const { return ranged ? 1 << bits : channels ? int64_t{head_dim} << bits : 0; }
+  bool scaled() const { return exact == Exact::no && (!channels || ranged); }
   bool zeroed() const { return scaled() && !normal; }
   int meta_rows() const { return (scaled() + zeroed()) * groups; }
 };
@@ -135,6 +143,16 @@ struct Kept {
     return from_float16(__builtin_convertvector((plane(1) << 8) | plane(0), Shorts));
   }
 };
+
+// Calls body(std::integral_constant) for 0 to N - 1.
+template <typename Body, int... I>
+inline void unrolled(const Body& body, std::integer_sequence<int, I...>) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+template <int N, typename Body>
+inline void unrolled(const Body& body) {
+  unrolled(body, std::make_integer_sequence<int, N>{});
+}
 
 // Calls body(channel, row, plane) for the channels [from, to), plane by plane.
 template <typename Reader, int Step = 1, typename Body>

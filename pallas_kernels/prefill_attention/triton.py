@@ -72,7 +72,7 @@ class Inputs(NamedTuple):
         """The arrays in the order of the Refs. Raises ValueError where a pool's size is beyond Triton."""
         check_pool(pages)
         meta = pages.meta if pages.meta.size else jnp.zeros((1, 1, pages.meta.shape[2]), pages.meta.dtype)  # an empty array is no Ref
-        return Inputs(*chunk, *heads._replace(layer=jnp.reshape(heads.layer, 1)), pages.payload, meta)
+        return Inputs(*chunk, *heads[:5], jnp.reshape(heads.layer, 1), pages.payload, meta)
 
 
 def prefill_attention(
