@@ -12,6 +12,7 @@ import pytest
 from diffkv_jax import (
     CacheSpec,
     CompressionPolicy,
+    coupled_quantization,
     diffkv,
     expected_attention,
     fastgen,
@@ -43,9 +44,11 @@ POLICIES = {
     "diffkv_minicache": load_policy("diffkv_minicache"),
     "fastgen": fastgen(protect=(1,), punctuation=(5, 6)),
     "pyramidinfer": pyramidinfer(0.5),
+    "coupled": coupled_quantization(),
 }
 SLOW = [("none", "prefill"), ("h2o", "decode"), ("snapkv", "prefill"), ("expected", "prefill"), ("pyramidinfer", "prefill")]
 IN_BOTH = ("diffkv", "flush 1", "windows", "minicache", "diffkv_minicache", "fastgen")
+SLOW += [("coupled", "decode")]
 SLOW += [(name, step) for name in IN_BOTH for step in ("decode", "prefill")]
 STEPS = [("none", "decode"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
