@@ -19,6 +19,7 @@ from diffkv_jax.methods import key_difference as key_difference
 from diffkv_jax.methods import key_norm as key_norm
 from diffkv_jax.methods import kivi as kivi
 from diffkv_jax.methods import kvquant as kvquant
+from diffkv_jax.methods import kvzip as kvzip
 from diffkv_jax.methods import minicache as minicache
 from diffkv_jax.methods import pyramidinfer as pyramidinfer
 from diffkv_jax.methods import pyramidkv as pyramidkv
@@ -32,6 +33,8 @@ from diffkv_jax.model_protocol import AttentionSpec as AttentionSpec
 from diffkv_jax.model_protocol import CausalLM as CausalLM
 from diffkv_jax.named import load_policy as load_policy
 from diffkv_jax.policy import CompressionPolicy as CompressionPolicy
+from diffkv_jax.replay import Replay as Replay
+from diffkv_jax.replay import replay_words as replay_words
 from diffkv_jax.report import MemoryReport as MemoryReport
 from diffkv_jax.report import memory_report as memory_report
 from diffkv_jax.sampling import Greedy as Greedy

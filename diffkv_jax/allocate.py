@@ -16,14 +16,14 @@ def uniform_thresholds(alpha: Array, seq_len: Array) -> Array:
     return alpha / jnp.maximum(seq_len, 1)[:, None]
 
 
-def budget_thresholds(selection: Selection, budget: Array, exact: Array, scores: Array, live: Array, kv_heads: int) -> Array:
+def budget_thresholds(selection: Selection, budget: Array, exact: Array, scores: Array, live: Array, sharing: int) -> Array:
     """The scores that as many tokens of each head reach as its budget has room for; of equal scores at the line none does.
 
     Args:
         budget: float32 [B], tokens of a head; those that stay exact in the recent window count.
         exact: int32 [B], how many those are.
         scores, live: float32 and bool [B, n], the others.
-        kv_heads: KV heads of a layer, the fastest axis of B; with `selection.pooled` they share their room.
+        sharing: with `selection.pooled`, how many neighbours share their room: the KV heads of a layer, or of all layers.
 
     Returns:
         float32 [B].
@@ -34,12 +34,12 @@ def budget_thresholds(selection: Selection, budget: Array, exact: Array, scores:
 
     if selection.pooled is None:
         return reached_by(scores, live, room(budget))
-    # Ada-KV (arXiv:2407.11550): every head keeps a share of its own budget, the rest goes to the best of all heads of the layer.
+    # Ada-KV (arXiv:2407.11550): every head keeps a share of its own budget, the rest goes to the best of all heads that share.
     floor = reached_by(scores, live, room(budget * selection.pooled))
     boosted = jnp.where(scores >= floor[:, None], PROTECTED, scores)
-    scores, live = (x.reshape(-1, kv_heads * x.shape[1]) for x in (boosted, live))
-    shared = reached_by(scores, live, room(budget).reshape(-1, kv_heads).sum(axis=1))
-    return jnp.minimum(jnp.repeat(shared, kv_heads), floor)
+    scores, live = (x.reshape(-1, sharing * x.shape[1]) for x in (boosted, live))
+    shared = reached_by(scores, live, room(budget).reshape(-1, sharing).sum(axis=1))
+    return jnp.minimum(jnp.repeat(shared, sharing), floor)
 
 
 def in_whole_blocks(kept: Array, leaving: Array, scores: Array, together: int) -> Array:

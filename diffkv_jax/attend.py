@@ -12,12 +12,12 @@ from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.prefill_layer import prefill_layer
 from diffkv_jax.probe import Probe
 from diffkv_jax.rotation import rotated, rotated_first
-from diffkv_jax.steps import DecodeStep, PrefillStep
+from diffkv_jax.steps import DecodeStep, PrefillStep, ReplayStep
 from diffkv_jax.window_layer import window_layer
 
 
 def attend(
-    cache: KVCache | Probe, layer: Array, q: Array, k: Array, v: Array, positions: Array, step: DecodeStep | PrefillStep
+    cache: KVCache | Probe, layer: Array, q: Array, k: Array, v: Array, positions: Array, step: DecodeStep | PrefillStep | ReplayStep
 ) -> tuple[Array, KVCache | Probe]:
     """Attention of one layer of one step over the cache, which takes the new tokens in.
 
@@ -27,7 +27,7 @@ def attend(
         q: [R, T, num_q_heads, head_dim] after RoPE.
         k, v: [R, T, num_kv_heads, head_dim], K after RoPE; with `AttentionSpec.latent` V has no channels.
         positions: unused here (the cache knows the positions); part of the call so that a model needs no other channel.
-        step: `DecodeStep` (T = 1) or `PrefillStep` (right-aligned chunk).
+        step: `DecodeStep` (T = 1), `PrefillStep` (right-aligned chunk) or `ReplayStep` (likewise; its tokens are not taken in).
 
     Returns:
         The output [R, T, num_q_heads, head_dim (or latent)] in q's dtype, and the cache. `seq_len` and its like change after the last
@@ -54,7 +54,9 @@ def kernels_of(cache: Any) -> Kernels:
     return cache.spec.kernels if isinstance(cache, KVCache) else XLA
 
 
-def _paged(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: DecodeStep | PrefillStep) -> tuple[Array, KVCache]:
+def _paged(
+    cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: DecodeStep | PrefillStep | ReplayStep
+) -> tuple[Array, KVCache]:
     """One step of a layer with global attention."""
     rotate, latent = cache.spec.rotate, cache.spec.attention.latent
     if rotate and latent is not None:  # the rotary part stays as it is

@@ -41,7 +41,8 @@ def with_pool(
             with which they can, and the one that always suffices.
     """
     limits = policy.limits(len(spec.paged_layers), spec.num_requests, spec.attention.num_kv_heads)
-    least, most = _least_pages(spec, totals, limits), most_pages(spec, room)
+    once_whole = spec.selection.replay is not None  # a prompt is stored as it is before anything is dropped
+    least, most = most_pages(spec, totals) if once_whole else _least_pages(spec, totals, limits), most_pages(spec, room)
     if budget is None:
         return _addressable(dataclasses.replace(spec, num_pages=most))
     amount = parse_bytes(budget)

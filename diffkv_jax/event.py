@@ -75,9 +75,7 @@ def _thresholds(spec: CacheSpec, stored: Stored, clock: Clock, mean: Array, leav
         held = stored._replace(page_table=page_table, tier_len=tier_len)
         scores, live = stored_scores(spec.layout, held, observed, spec.max_len)
         scores, live = jnp.concatenate([scores, entering], axis=1), jnp.concatenate([live, enters], axis=1)
-        kv_heads = spec.attention.num_kv_heads
-        columns = [budget_thresholds(selection, budget, exact, scores, live, kv_heads) for budget in budgets.T[-spec.layout.tiers :]]
-        return jnp.stack([columns[0], columns[-1]], axis=-1)
+        return tier_thresholds(spec, budgets, exact, scores, live, spec.attention.num_kv_heads)
 
     def decide(_: int, tau: Array) -> Array:
         budgets = clock.limits if selection.in_tokens else clock.limits * clock.seq_len[:, None]
@@ -86,6 +84,12 @@ def _thresholds(spec: CacheSpec, stored: Stored, clock: Clock, mean: Array, leav
         return lax.map(layer_thresholds, by_layer).reshape(tau.shape)  # one layer's scores at a time
 
     return lax.fori_loop(0, clock.decides.astype(jnp.int32), decide, jnp.full(clock.limits.shape, ALL))
+
+
+def tier_thresholds(spec: CacheSpec, budgets: Array, exact: Array, scores: Array, live: Array, sharing: int) -> Array:
+    """`budget_thresholds` of both columns of `budgets` [B, 2]; `sharing` neighbours may share theirs."""
+    columns = [budget_thresholds(spec.selection, budget, exact, scores, live, sharing) for budget in budgets.T[-spec.layout.tiers :]]
+    return jnp.stack([columns[0], columns[-1]], axis=-1)
 
 
 def _pages_needed(layout: PageLayout, tier_len: Array, entering: Array, moves: Moves) -> Array:

@@ -18,7 +18,7 @@ from diffkv_jax.model_protocol import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.policy import CompressionPolicy
 from diffkv_jax.prompt import as_batch, check_context, check_evicts_once, chunk_size, chunks
-from diffkv_jax.runner import decode_step, prefill_chunk
+from diffkv_jax.runner import decode_step, end_replay, prefill_chunk, replay_chunk
 from diffkv_jax.sampling import Greedy, Sample, next_token
 
 RUNNING, EOS, LENGTH, CACHE_FULL = range(4)
@@ -179,14 +179,25 @@ _empty = jax.jit(empty_cache, static_argnames="spec")
 def prefill(model: CausalLM, params, cache: KVCache, tokens: np.ndarray, lengths: np.ndarray, size: int) -> tuple[Array, KVCache]:
     """Feed prompts `[R, N]` in chunks of `size`; logits [R, vocab] of each prompt's last token and the cache (donated).
 
+    A policy that ranks by replay has the first prompt of a request gone over again and then drops; later prompts stay as they are.
+
     Raises:
-        ValueError: the policy drops tokens before they are encoded, and the prompt takes more than one chunk or is not the first.
+        ValueError: the policy drops tokens before they are encoded, and the prompt takes more than one chunk or is not the first; or going
+            over a prompt again would outgrow the model's context or vocabulary.
     """
-    check_evicts_once(cache.spec, np.asarray(cache.seq_len), lengths, size)
+    seen, replay = np.asarray(cache.seq_len), cache.spec.selection.replay
+    check_evicts_once(cache.spec, seen, lengths, size)
+    again = np.where(seen == 0, lengths, 0)
+    if replay is not None:
+        replay.check(cache.spec.attention, again)
     logits = None
     cache = dataclasses.replace(cache, overflow=jnp.zeros_like(cache.overflow))
     for part, real, last in chunks(tokens, lengths, size):
         logits, cache = prefill_chunk(model, params, cache, jnp.asarray(part), jnp.asarray(real), jnp.asarray(last))
+    if replay is not None and again.any():
+        for part, real, first in replay.passes(tokens, again):
+            cache = replay_chunk(model, params, cache, jnp.asarray(part), jnp.asarray(real), jnp.int32(first))
+        cache = end_replay(cache, jnp.asarray(again > 0))
     assert logits is not None  # as_batch refuses empty prompts
     return logits, cache
 

@@ -5,6 +5,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from diffkv_jax.merge import Merge
 from diffkv_jax.policy import Budget, CompressionPolicy, Threshold
+from diffkv_jax.replay import Replay
 from diffkv_jax.selection import Score
 
 
@@ -157,6 +158,15 @@ def expected_attention(keep: Budget = 0.5, *, future: int = 512, epsilon: float 
     return _evicting("expected_attention", "expected", keep, options, future=future, epsilon=epsilon)
 
 
+def kvzip(keep: Budget = 0.5, *, replay: Replay | None = None, **options: Unpack[Options]) -> CompressionPolicy:
+    """KVzip (arXiv:2505.23416): the largest attention that a token gets while the model goes over the prompt again; one threshold for the
+    heads of all layers. Decides once, after the first prompt of a request: what comes later stays.
+
+    `replay` says in which words the model is asked to repeat the prompt (`diffkv_jax.replay_words`), and in which chunks.
+    """
+    return _evicting("kvzip", "replay", keep, options, replay=replay, pooled=0.0, layers="pooled")
+
+
 def fastgen(
     recover: Threshold = 0.95,
     *,
@@ -229,6 +239,7 @@ METHODS = (
     key_norm,
     key_difference,
     expected_attention,
+    kvzip,
     fastgen,
     random_eviction,
     minicache,

@@ -16,10 +16,12 @@ from diffkv_jax.policy_checks import (
     check_classes,
     check_merge,
     check_ranking,
+    check_replay,
     check_schedule,
     check_thresholds,
     check_tiers,
 )
+from diffkv_jax.replay import Replay
 from diffkv_jax.selection import Score, Selection
 
 Threshold = float | tuple[Any, ...]
@@ -50,7 +52,7 @@ class CompressionPolicy:
         keep_high: with two tiers, how many stay in the high one, likewise.
         layers: how `keep` is spread over the layers: "uniform"; "pyramid", linearly from nearly twice as much in the first to
             1 / `PYRAMID_STEEPNESS` of it in the last (PyramidKV, arXiv:2406.02069); "cosine", each layer a share of the one before it
-            (PyramidInfer, arXiv:2405.12532).
+            (PyramidInfer, arXiv:2405.12532); "pooled", by scores: the heads of all layers share (KVzip), of "replay" scores.
         whole_layers: layers (counted as `keep` counts them) that keep everything.
         pooled: the KV heads of a layer share their budgets; each keeps at least this share of its own (Ada-KV, arXiv:2407.11550).
         sinks: first tokens that always stay.
@@ -69,6 +71,7 @@ class CompressionPolicy:
         pooling: width of the moving average over positions, of "window" scores (SnapKV).
         future: of "expected" scores: how many positions after the prompt the queries to come may have (ExpectedAttention).
         epsilon: of "expected" scores: what is added to attention before it is multiplied with the value's norm.
+        replay: of "replay" scores: what the model reads when it goes over the prompt again (KVzip, arXiv:2505.23416); `Replay()` when None.
         merge: deep layers share the directions of their keys and values in pairs (MiniCache), stored as the first of `tiers` says: plain
             XLA only. Those hold all tokens: thresholds and budgets are for the layers before them.
 
@@ -87,7 +90,7 @@ class CompressionPolicy:
     group: Literal["max", "mean"] = "max"
     keep: Budget | None = None
     keep_high: Budget | None = None
-    layers: Literal["uniform", "pyramid", "cosine"] = "uniform"
+    layers: Literal["uniform", "pyramid", "cosine", "pooled"] = "uniform"
     whole_layers: tuple[int, ...] = ()
     pooled: float | None = None
     sinks: int = 0
@@ -105,6 +108,7 @@ class CompressionPolicy:
     frequent: float = 0.3
     local: float = 0.3
     block: int | None = None
+    replay: Replay | None = None
     merge: Merge | None = None
 
     def __post_init__(self):
@@ -123,8 +127,11 @@ class CompressionPolicy:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if self.score is None and self.observe is not None:
             object.__setattr__(self, "score", "attention")
+        if self.replay is not None or self.score == "replay":
+            object.__setattr__(self, "replay", Replay() if self.replay is None else Replay.of(self.replay))
         check_tiers(self.tiers)
         check_schedule(self)
+        check_replay(self)
         check_ranking(self)
         check_classes(self)
         if self.block is None and not all(fmt.separable for fmt in self.formats("float32")):
@@ -159,6 +166,7 @@ class CompressionPolicy:
         """What the compiler must know of the ranking and the budgets."""
         in_tokens = isinstance(self.keep, str) or (self.keep is not None and np.issubdtype(np.asarray(self.keep).dtype, np.integer))
         found: dict[str, Any] = {"budgeted": self.keep is not None, "in_tokens": in_tokens, "profiled": self.recover is not None}
+        found["across_layers"] = self.layers == "pooled"
         same = {name: getattr(self, name) for name in (field.name for field in dataclasses.fields(Selection)) if name not in found}
         return Selection(**same, **found)
 
@@ -185,8 +193,8 @@ class CompressionPolicy:
             raise ValueError(
                 f"thresholds, budgets or recover of policy {self.name!r} must broadcast to [layers, requests, kv_heads] = {shape}: {error}"
             ) from None
-        if self.layers != "uniform" and layers:
-            spread = {"pyramid": pyramid, "cosine": cosine}[self.layers]
+        spread = {"pyramid": pyramid, "cosine": cosine}.get(self.layers)
+        if spread is not None and layers:
             both = both * spread(layers, None if in_tokens else both[..., 1].max())[:, None, None, None]
         if beyond := [layer for layer in self.whole_layers if not 0 <= layer < shape[0]]:
             raise ValueError(f"whole_layers={self.whole_layers} of policy {self.name!r}: there is no layer {beyond[0]} of {shape[0]}")

@@ -6,7 +6,7 @@ import numpy as np
 
 from diffkv_jax.amounts import parse_bytes
 from diffkv_jax.pallas_kernels.codecs import KVFormat, learned_part
-from diffkv_jax.selection import BY_ATTENTION, BY_FORECAST, BY_KEY
+from diffkv_jax.selection import BY_ATTENTION, BY_FORECAST, BY_KEY, BY_REPLAY
 
 if TYPE_CHECKING:
     from diffkv_jax.policy import CompressionPolicy
@@ -42,7 +42,7 @@ def check_blocks(policy: "CompressionPolicy") -> None:
         return
     if len(policy.tiers) == 2:
         raise ValueError(f"tiers={policy.tiers}: {shared[0]} is not separable, a token cannot move between tiers; give it alone")
-    if policy.selection.in_decode:
+    if policy.selection.in_decode or policy.score in BY_REPLAY:
         raise ValueError(
             f"score={policy.score!r} drops stored tokens one at a time, and {shared[0]} is not separable: its tokens share numbers. "
             "Rank by score='window' or 'expected', which decide before they are encoded, or take a codec for each token such as 'K4V4'"
@@ -75,8 +75,9 @@ def check_thresholds(policy: "CompressionPolicy") -> None:
 
 def check_ranking(policy: "CompressionPolicy") -> None:
     """The score is known and has what it needs; what only some scores have is given to those alone."""
-    if policy.score not in (None, *BY_ATTENTION, *BY_KEY, *BY_FORECAST):
-        raise ValueError(f"score={policy.score!r} must be one of {', '.join((*BY_ATTENTION, *BY_KEY, *BY_FORECAST))}, or None")
+    known = (*BY_ATTENTION, *BY_KEY, *BY_FORECAST, *BY_REPLAY)
+    if policy.score not in (None, *known):
+        raise ValueError(f"score={policy.score!r} must be one of {', '.join(known)}, or None")
     if policy.score in BY_ATTENTION and policy.observe is None:
         raise ValueError(f"score={policy.score!r} ranks by attention and needs observe=64 or another number of queries, or 'all'")
     if policy.score in (*BY_KEY, *BY_FORECAST) and policy.observe is not None:
@@ -102,6 +103,24 @@ def check_ranking(policy: "CompressionPolicy") -> None:
         raise ValueError("nested=True drops a token for all heads of the deeper layers: it needs shared=True")
     if policy.score not in (None, "attention") and policy.keep is None and policy.recover is None:
         raise ValueError(f"score={policy.score!r} needs keep=: thresholds in units of uniform attention belong to score='attention'")
+
+
+def check_replay(policy: "CompressionPolicy") -> None:
+    """Going over the prompt again is a score of its own, and alone knows all layers' scores before anything is dropped."""
+    if policy.score not in BY_REPLAY:
+        if policy.replay is not None:
+            raise ValueError(f"replay={policy.replay} belongs to score='replay', given {policy.score!r}: leave it out")
+        if policy.layers == "pooled":
+            raise ValueError(f"layers='pooled' needs the scores of all layers at once: score='replay', given {policy.score!r}")
+        return
+    if policy.observe is not None:
+        raise ValueError(f"score='replay' comes from queries that go over the prompt again: leave observe={policy.observe!r} out")
+    if policy.merge is not None:
+        raise ValueError(f"merge={policy.merge} keeps all tokens of merged layers, and score='replay' decides on all layers: leave one out")
+    if policy.layers == "pooled" and policy.pooled is None:
+        raise ValueError("layers='pooled' shares budgets between layers, and so between heads: give pooled= too, such as 0.0")
+    if policy.layers == "pooled" and policy.whole_layers:
+        raise ValueError(f"whole_layers={policy.whole_layers} keep everything, and layers='pooled' shares their budgets: leave one out")
 
 
 def check_classes(policy: "CompressionPolicy") -> None:
@@ -149,8 +168,8 @@ def check_budgets(policy: "CompressionPolicy") -> None:
         high = _counts("keep_high", policy.keep_high)
         if high.dtype.kind != keep.dtype.kind or np.any(high > keep):
             raise ValueError(f"keep_high={policy.keep_high} must be of the kind of keep={policy.keep} and not exceed it")
-    if policy.layers not in ("uniform", "pyramid", "cosine"):
-        raise ValueError(f"layers={policy.layers!r} must be 'uniform', 'pyramid' or 'cosine'")
+    if policy.layers not in ("uniform", "pyramid", "cosine", "pooled"):
+        raise ValueError(f"layers={policy.layers!r} must be 'uniform', 'pyramid' or 'cosine', or 'pooled' with score='replay'")
     if policy.nested and policy.whole_layers:
         raise ValueError(f"whole_layers={policy.whole_layers} cannot keep what layers before them drop: leave them or nested=True out")
     if policy.shared and (policy.pooled is not None or (keep.ndim and keep.shape[-1] > 1)):

@@ -34,18 +34,19 @@ from diffkv_jax.pallas_kernels.compact import Tokens, ranked
 from diffkv_jax.pallas_kernels.pages import PageLayout
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk, ColumnSums, Scale, column_sums, prefill_attention
 from diffkv_jax.pallas_kernels.prune import DROPPED
+from diffkv_jax.replay_layer import score_replayed
 from diffkv_jax.selection import ranked_tokens
 from diffkv_jax.smooth import average_heads, smooth
-from diffkv_jax.steps import PrefillStep
+from diffkv_jax.steps import PrefillStep, ReplayStep
 from diffkv_jax.token_classes import protected_tokens
 
 PAGES_A_ROUND = 8  # after a prompt most tokens change tier
 
 
-def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: PrefillStep) -> tuple[Array, KVCache]:
+def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: PrefillStep | ReplayStep) -> tuple[Array, KVCache]:
     """`q [R, C, num_q_heads, d]`, `k`, `v [R, C, num_kv_heads, d]` to the output and the cache; `layer` counts paged layers.
 
-    K and V of the chunk exist exactly for this one layer only: they are in pages and window when it returns.
+    K and V of the chunk exist exactly for this one layer only: they are in pages and window when it returns, or nowhere (`ReplayStep`).
     """
     spec = cache.spec
     heads = layer_heads(cache, layer, cache.recent_len)
@@ -55,6 +56,9 @@ def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, st
     scale = Scale(spec.attention.sm_scale, spec.attention.logits_soft_cap)
     layout = layer_layout(cache, layer)
     out, lse = prefill_attention(chunk, cache.pages, layout, heads, scale, kernels=spec.page_kernels)
+    out = jnp.moveaxis(out.reshape(*_grouped(spec), *out.shape[2:]), 3, 1).reshape(*q.shape[:-1], -1)  # [R, C, Hq, d]
+    if isinstance(step, ReplayStep):
+        return out.astype(q.dtype), score_replayed(cache, layout, chunk, heads, scale, step)
     sums = _scores(cache, layout, chunk, lse, heads, scale, step)
     pages = dataclasses.replace(cache.pages, significance=sums.pages)
     cache = count_queries(dataclasses.replace(cache, pages=pages), layer, chunk)
@@ -67,8 +71,7 @@ def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, st
         cache = when(spec.kernels, attended & second, lambda cache: _store_pair(cache, layer, gathered, step), cache)
         cache = dataclasses.replace(cache, waiting=Waiting(*(x.astype(spec.dtype) for x in gathered.tokens[:2])))
     cache = _keep_window(cache, layer, gathered, step)
-    out = jnp.moveaxis(out.reshape(*_grouped(spec), *out.shape[2:]), 3, 1)  # [R, C, K, G, d]
-    return put_back(cache, out.reshape(*q.shape[:-1], -1), rows).astype(q.dtype), cache
+    return put_back(cache, out, rows).astype(q.dtype), cache
 
 
 def observing_rows(spec: CacheSpec, chunk_len: int) -> int:

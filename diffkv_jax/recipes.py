@@ -3,7 +3,7 @@
 import dataclasses
 
 from diffkv_jax.merge import Merge
-from diffkv_jax.methods import ada_kv, diffkv, expected_attention, key_norm, snapkv
+from diffkv_jax.methods import ada_kv, diffkv, expected_attention, key_norm, kvzip, snapkv
 from diffkv_jax.policy import Budget, CompressionPolicy
 
 
@@ -43,4 +43,9 @@ def snapkv_then_kivi(keep: Budget = 0.5, bits: int = 4, group: int = 32) -> Comp
     return snapkv(keep, tiers=(f"K{bits}cV{bits}g{group}",))
 
 
-RECIPES = (kvquant_with_cq_keys, key_norm_and_window, latent_snapkv, diffkv_rotated, diffkv_minicache, ada_kv_expected, snapkv_then_kivi)
+def kvzip_4bit(keep: Budget = 0.6, tier: str = "K4V4") -> CompressionPolicy:
+    """KVzip, what stays at four bits; the prompt is stored so before it is gone over again."""
+    return kvzip(keep, tiers=(tier,))
+
+
+RECIPES = (kvquant_with_cq_keys, key_norm_and_window, latent_snapkv, diffkv_rotated, diffkv_minicache, ada_kv_expected, snapkv_then_kivi, kvzip_4bit)

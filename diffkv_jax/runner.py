@@ -12,8 +12,9 @@ from diffkv_jax.cache import KVCache
 from diffkv_jax.merge_event import pages_of_pairs
 from diffkv_jax.model_protocol import CausalLM
 from diffkv_jax.nested import begin_chunk, end_chunk
+from diffkv_jax.replay_event import drop_least
 from diffkv_jax.smooth import forget
-from diffkv_jax.steps import DecodeStep, PrefillStep
+from diffkv_jax.steps import DecodeStep, PrefillStep, ReplayStep
 from diffkv_jax.token_classes import note_classes
 
 
@@ -35,13 +36,36 @@ def prefill_chunk(model: CausalLM, params, cache: KVCache, tokens: Array, length
     Returns logits float32 [R, vocab] of the last token and the cache, which is donated.
     """
     chunk_len = tokens.shape[1]
-    step = PrefillStep(length, last | _runs_low(cache, length))
-    index = jnp.arange(chunk_len) - (chunk_len - length[:, None])
-    positions = jnp.where(index >= 0, cache.seq_len[:, None] + index, -1)
+    decides = last | _runs_low(cache, length) if cache.spec.selection.replay is None else jnp.asarray(False)  # else `end_replay` does
+    step = PrefillStep(length, decides)
+    index, positions = _places(cache, chunk_len, length)
     cache = forget(note_classes(cache, tokens, positions), step.compress)
     cache = before_prefill(begin_chunk(cache, index >= 0), chunk_len)
     logits, cache = model.apply({"params": params}, tokens, positions, cache, step, last_only=True)
     return logits[:, -1], after_prefill(end_chunk(cache), step, chunk_len)
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def replay_chunk(model: CausalLM, params, cache: KVCache, tokens: Array, length: Array, first: Array) -> KVCache:
+    """Score the prompt's tokens from position `first` int32 [] on by a right-aligned pass that repeats them (`Replay.passes`).
+
+    `tokens` int32 [R, C], `length` int32 [R]. Returns the cache (donated), in which only scores have changed.
+    """
+    step = ReplayStep(jnp.where(cache.overflow, 0, length), first)
+    _, positions = _places(cache, tokens.shape[1], step.length)
+    return model.apply({"params": params}, tokens, positions, cache, step, last_only=True)[1]
+
+
+@partial(jax.jit, donate_argnames="cache")
+def end_replay(cache: KVCache, replayed: Array) -> KVCache:
+    """Drop what scored too low of the requests `replayed` (bool [R]). The cache is donated."""
+    return drop_least(cache, replayed & ~cache.overflow)
+
+
+def _places(cache: KVCache, chunk_len: int, length: Array) -> tuple[Array, Array]:
+    """Number of each row of a right-aligned chunk (negative: padded) and its position (-1: padded), int32 [R, C]."""
+    index = jnp.arange(chunk_len) - (chunk_len - length[:, None])
+    return index, jnp.where(index >= 0, cache.seq_len[:, None] + index, -1)
 
 
 def _runs_low(cache: KVCache, length: Array) -> Array:

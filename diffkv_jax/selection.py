@@ -7,11 +7,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from diffkv_jax.pallas_kernels.compact import Tokens
+from diffkv_jax.replay import Replay
 
-Score = Literal["attention", "attention_sum", "window", "last_query", "key_norm", "key_difference", "recency", "random", "expected"]
+Score = Literal[
+    "attention", "attention_sum", "window", "last_query", "key_norm", "key_difference", "recency", "random", "expected", "replay"
+]
 BY_ATTENTION = ("attention", "attention_sum", "window", "last_query")
 BY_KEY = ("key_norm", "key_difference", "recency", "random")
 BY_FORECAST = ("expected",)
+BY_REPLAY = ("replay",)
 PROTECTED = 1e30  # the score of tokens that always stay: finite, so that kernels may divide it
 
 
@@ -23,7 +27,8 @@ class Selection:
         score: what a token's stored significance is. Attention that it got from scoring queries: "attention" their mean (DiffKV),
             "attention_sum" (H2O), "window" that of the prompt's last queries alone (SnapKV), "last_query" (TOVA). Without queries:
             "key_norm" (the smaller the better), "key_difference" (unlike the mean key), "recency", "random". "expected":
-            by the attention that queries to come can be expected to give, once a prompt (ExpectedAttention). None: no ranking.
+            by the attention that queries to come can be expected to give, once a prompt (ExpectedAttention). "replay": by the largest
+            attention while the prompt is gone over again (KVzip). None: no ranking.
         group: how the query heads of a KV head are reduced to one score.
         observe: how many of the last prompt queries score, "all", or None.
         sinks: first tokens of a request that always stay.
@@ -31,6 +36,8 @@ class Selection:
         budgeted: budgets decide how many tokens stay, else thresholds on the mean attention.
         in_tokens: budgets are numbers of tokens, else shares of the tokens seen.
         pooled: the heads of a layer share a budget, each has at least this share of its own part (Ada-KV); None: a budget a head.
+        across_layers: the heads of all layers share it (KVzip).
+        replay: what the model reads when it goes over the prompt again.
         future: how many positions after the prompt "expected" queries may have.
         epsilon: what "expected" adds to attention before it is multiplied with the value's norm.
         newest_weight: what the last of the prompt queries that score counts, the first of them 1 (PyramidInfer).
@@ -48,6 +55,8 @@ class Selection:
     budgeted: bool = False
     in_tokens: bool = False
     pooled: float | None = None
+    across_layers: bool = False
+    replay: Replay | None = None
     future: int = 512
     epsilon: float = 0.0
     newest_weight: float = 1.0
@@ -87,7 +96,7 @@ class Selection:
     @property
     def in_decode(self) -> bool:
         """Whether tokens leave their tier after the prompt too."""
-        return self.score not in (None, "window", *BY_FORECAST)
+        return self.score not in (None, "window", *BY_FORECAST, *BY_REPLAY)
 
 
 def ranked_tokens(

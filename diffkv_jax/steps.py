@@ -26,3 +26,14 @@ class PrefillStep:
 
     length: Array
     compress: Array
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["length", "first"], meta_fields=[])
+@dataclass(frozen=True)
+class ReplayStep:
+    """A right-aligned chunk that has `length` int32 [R] tokens at its end and goes over part of the prompt again: it attends and scores the
+    prompt's tokens from position `first` int32 [] on (`diffkv_jax.replay_layer`). None of its own tokens is stored.
+    """
+
+    length: Array
+    first: Array

@@ -8,13 +8,16 @@ from jax import Array, lax
 
 from diffkv_jax.cache import KVCache
 from diffkv_jax.pallas_kernels.attention.stream import soft_cap
-from diffkv_jax.steps import DecodeStep, PrefillStep
+from diffkv_jax.steps import DecodeStep, PrefillStep, ReplayStep
 
 ROWS = 256  # query rows that one step holds
 
 
-def window_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: DecodeStep | PrefillStep) -> tuple[Array, KVCache]:
-    """Attention of `q [R, T, num_q_heads, d]` over the ring and the T new tokens (right-aligned), which then enter the ring.
+def window_layer(
+    cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: DecodeStep | PrefillStep | ReplayStep
+) -> tuple[Array, KVCache]:
+    """Attention of `q [R, T, num_q_heads, d]` over the ring and the T new tokens (right-aligned), which then enter the ring; those of a
+    replay do not.
 
     `layer` counts sliding-window layers; a token sees itself and the `window - 1` before it.
     """
@@ -29,6 +32,8 @@ def window_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, ste
     keys, values = (jnp.concatenate(pair, axis=2).astype(jnp.float32) for pair in ((ring_k, k), (ring_v, v)))
     values = jnp.where((position >= 0)[:, None, :, None], values, 0)
     out = _attend(cache, q, keys, values, new_position, position, jnp.asarray(windows)[layer])
+    if isinstance(step, ReplayStep):
+        return out, cache
     cache = dataclasses.replace(
         cache,
         ring_k=_enter(cache.ring_k, layer, k, new_position, cache.seq_len + length),

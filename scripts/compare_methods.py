@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import typer
 from tqdm.auto import tqdm
@@ -25,6 +26,19 @@ from smollm2 import smollm2_gguf
 SHARES = (0.5, 0.25, 0.12)
 RECOVERED = (0.95, 0.8, 0.6)  # of each head's attention, by FastGen
 HEAD_DIM, SIDE_BYTES = 64, 6
+
+
+def kvzip(keep: float, **options: Any) -> dkv.CompressionPolicy:
+    """KVzip in the words that its authors ask for a repetition in."""
+    return dkv.kvzip(keep, replay=dkv.replay_words(smollm2_tokenizer()), **options)
+
+
+@lru_cache
+def smollm2_tokenizer() -> Any:
+    """The tokenizer of SmolLM2's file."""
+    return GGUFSource(smollm2_gguf()).tokenizer()
+
+
 EXACT = {
     "random": dkv.random_eviction,
     "StreamingLLM": dkv.streaming_llm,
@@ -38,8 +52,9 @@ EXACT = {
     "Ada-KV(SnapKV)": lambda keep, **options: dkv.ada_kv(dkv.snapkv(keep, **options)),
     "ExpectedAttention": dkv.expected_attention,
     "Ada-KV(ExpectedAttention)": lambda keep, **options: dkv.ada_kv(dkv.expected_attention(keep, **options)),
+    "KVzip": kvzip,
 }
-QUANTISED = (("SnapKV", "K4V4"), ("L2 norm", "K8V4"), ("Ada-KV(SnapKV)", "K4V4"), ("Ada-KV(ExpectedAttention)", "K4V4"))
+QUANTISED = (("SnapKV", "K4V4"), ("L2 norm", "K8V4"), ("Ada-KV(SnapKV)", "K4V4"), ("Ada-KV(ExpectedAttention)", "K4V4"), ("KVzip", "K4V4"))
 AS_THEY_COME = {
     "full cache": dkv.CompressionPolicy.none(),
     **{f"{codec}{' rotated' * turn}": dkv.quantized(codec, rotate=turn) for codec in ("K8V4", "K4V4", "K4V2") for turn in (False, True)},
@@ -70,7 +85,7 @@ def size_of(codec: str) -> float:
 @lru_cache
 def smollm2_classes() -> dkv.TokenClasses:
     """The token ids that FastGen's heads may keep."""
-    return dkv.token_classes(GGUFSource(smollm2_gguf()).tokenizer())
+    return dkv.token_classes(smollm2_tokenizer())
 
 
 def policies() -> dict[tuple[str, float | None], dkv.CompressionPolicy]:

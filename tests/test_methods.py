@@ -34,7 +34,7 @@ def models(kv_heads: int):
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         tie_word_embeddings=False,
         initializer_range=0.1,
     )

@@ -86,12 +86,18 @@ def num_chunks(layout: PageLayout, tier: int, tokens):
 def read_chunk(pages: Pages, layout: PageLayout, tier: int, page_table: Array, tier_len: Array, chunk: Array) -> PageChunk:
     """Chunk number `chunk` of a tier of each head. `page_table [B, max_pages]`, `tier_len [B, tiers]`."""
     n = chunk_pages(layout, tier)
+    return read_pages(pages, layout, tier, page_table, tier_len, chunk * n, n)
+
+
+def read_pages(pages: Pages, layout: PageLayout, tier: int, page_table: Array, tier_len: Array, first: Array, n: int) -> PageChunk:
+    """`n` pages of a tier of each head, from number `first` int32 [] on."""
     lanes = n * layout.tokens_per_page(tier)
-    ids = tier_page_ids(page_table, tier, jnp.full(page_table.shape[:1], chunk * n, jnp.int32), n)
+    ids = tier_page_ids(page_table, tier, jnp.full(page_table.shape[:1], first, jnp.int32), n)
     block = layout.split(tier, pages.payload.at[ids].get(mode="clip"), pages.meta.at[ids].get(mode="clip"))
     rows_first = (jnp.moveaxis(part, 3, 1).reshape(part.shape[0], part.shape[3], lanes) for part in block)
     position = pages.position.at[ids].get(mode="clip")[:, :, : layout.blocks[tier]].astype(jnp.int32).reshape(-1, lanes)
-    return PageChunk(ids, Block(*rows_first), chunk * lanes + jnp.arange(lanes) < tier_len[:, tier, None], position)
+    slot = first * layout.tokens_per_page(tier) + jnp.arange(lanes)
+    return PageChunk(ids, Block(*rows_first), slot < tier_len[:, tier, None], position)
 
 
 def chunk_logits(q: Array, chunk: PageChunk, layout: PageLayout, tier: int, sm_scale: float, cap: float | None) -> Array:
