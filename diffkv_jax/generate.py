@@ -185,7 +185,7 @@ def prefill(model: CausalLM, params, cache: KVCache, tokens: np.ndarray, lengths
         ValueError: the policy drops tokens before they are encoded, and the prompt takes more than one chunk or is not the first; or going
             over a prompt again would outgrow the model's context or vocabulary.
     """
-    seen, replay = np.asarray(cache.seq_len), cache.spec.selection.replay
+    seen, replay = np.asarray(cache.seq_len), cache.spec.selection.replay if cache.spec.paged_layers else None
     check_evicts_once(cache.spec, seen, lengths, size)
     again = np.where(seen == 0, lengths, 0)
     if replay is not None:
