@@ -48,4 +48,13 @@ def kvzip_4bit(keep: Budget = 0.6, tier: str = "K4V4") -> CompressionPolicy:
     return kvzip(keep, tiers=(tier,))
 
 
-RECIPES = (kvquant_with_cq_keys, key_norm_and_window, latent_snapkv, diffkv_rotated, diffkv_minicache, ada_kv_expected, snapkv_then_kivi, kvzip_4bit)
+RECIPES = (
+    kvquant_with_cq_keys,
+    key_norm_and_window,
+    latent_snapkv,
+    diffkv_rotated,
+    diffkv_minicache,
+    ada_kv_expected,
+    snapkv_then_kivi,
+    kvzip_4bit,
+)
