@@ -1,6 +1,7 @@
 """KVzip: its scores, and the tokens that it keeps, against kvpress on torch; what is freed, and what cannot work."""
 
 import dataclasses
+import re
 from functools import lru_cache, partial
 from types import SimpleNamespace
 
@@ -209,6 +210,23 @@ def test_pool_is_updated_in_place(name, kernels):
     memory, text = compiled.memory_analysis(), compiled.as_text() or ""
     assert memory.alias_size_in_bytes >= pool and memory.temp_size_in_bytes < 0.1 * pool
     assert f"u8[{cache.pages.num_pages}," in text and not copies_of_pool(text, cache.pages.num_pages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiers", [("K8V4",), ("K8V4", "K4V2")], ids=str)
+def test_the_smallest_budget_is_enough(tiers):
+    """It holds the whole prompts; what they leave takes a second turn in, which their own tokens would have no room for beside it."""
+    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
+    policy = kvzip(0.3, 128, 16, tiers=tiers, keep_high=0.1 if len(tiers) == 2 else None, flush=8)
+    run = partial(dkv.generate, model, params, [PROMPT, PROMPT[:170]], policy=policy, max_new_tokens=9, prefill_chunk=64, max_len=600)
+    with pytest.raises(ValueError, match="the smallest budget") as told:
+        run(memory_budget="100kB")
+    out, free = run(memory_budget=int(re.findall(r"is (\d+) bytes", str(told.value))[0])), run()
+    np.testing.assert_array_equal(out.tokens, free.tokens)
+    assert out.cache.spec.num_pages < 0.6 * free.cache.spec.num_pages and out.finish_reason == ("length",) * 2
+    more = dkv.generate(model, params, [PROMPT[:120], PROMPT[:60]], cache=out.cache, max_new_tokens=9, prefill_chunk=64)
+    assert more.finish_reason == ("length",) * 2
+    check_pool(more.cache.spec.layout, more.cache.page_table, more.cache.tier_len, more.cache.ring)
 
 
 def test_its_words():
