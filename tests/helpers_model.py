@@ -222,3 +222,20 @@ def same_trees(a: Any, b: Any) -> bool:
         return isinstance(b, Mapping) and set(a) == set(b) and all(same_trees(a[key], b[key]) for key in a)
     a, b = np.asarray(a), np.asarray(b)
     return a.dtype == b.dtype and np.array_equal(a, b)
+
+
+def randomize(reference: Any, seed: int) -> None:
+    """Weights of a torch model large enough for every part to matter; norm weights, biases and corrections away from their 1 and 0."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    corrections = [(name, value) for name, value in reference.named_buffers() if "correction" in name]
+    with torch.no_grad():
+        for name, value in [*reference.named_parameters(), *corrections]:
+            noise = torch.randn(value.shape, generator=generator)
+            if "norm" in name:
+                value.add_(0.3 * noise)
+            elif value.ndim == 1:
+                value.copy_(0.5 * noise)
+            else:
+                value.copy_(noise * (1.0 if "embed" in name else 1.5 / value.shape[-1] ** 0.5))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from diffkv_jax.models import ModelConfig, build_model, load_pretrained
+from helpers_model import randomize
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -78,17 +79,7 @@ def _build(name: str, folder: Path) -> Pair:
     config = getattr(transformers, f"{family}Config")(**fields)
     config._attn_implementation = "eager"
     reference = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
-    generator = torch.Generator().manual_seed(5)
-    biases = [(key, value) for key, value in reference.named_buffers() if "correction" in key]
-    with torch.no_grad():
-        for key, value in [*reference.named_parameters(), *biases]:
-            noise = torch.randn(value.shape, generator=generator)
-            if "norm" in key:
-                value.add_(0.3 * noise)
-            elif value.ndim == 1:
-                value.copy_(0.5 * noise)
-            else:
-                value.copy_(noise * (1.0 if "embed" in key else 1.5 / value.shape[-1] ** 0.5))
+    randomize(reference, seed=5)
     reference.save_pretrained(folder)
     tokens = np.random.default_rng(3).integers(0, fields["vocab_size"], (2, 24)).astype(np.int32)
     with torch.no_grad():

@@ -12,6 +12,7 @@ import pytest
 
 from diffkv_jax.models import build_model, load_pretrained
 from diffkv_jax.models.rope import RopeScaling
+from helpers_model import randomize
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -101,26 +102,12 @@ def _build(name: str, folder: Path) -> Pair:
     config = getattr(transformers, f"{family}Config")(**fields)
     config._attn_implementation = "eager"
     reference = getattr(transformers, TORCH_MODEL.get(family, f"{family}ForCausalLM"))(config).float().eval()
-    _randomize(reference, seed=sum(map(ord, name)))
+    randomize(reference, seed=sum(map(ord, name)))
     reference.save_pretrained(folder)
     tokens = np.random.default_rng(3).integers(0, fields["vocab_size"], (2, LENGTH))
     logits, hidden = _run_reference(reference, tokens)
     model, params = load_pretrained(folder)[:2]
     return Pair(model, params, jnp.asarray(tokens, jnp.int32), logits, hidden)
-
-
-def _randomize(reference: Any, seed: int) -> None:
-    """Weights large enough for every part to matter; norm weights and biases away from their 1 and 0."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in reference.named_parameters():
-            noise = torch.randn(value.shape, generator=generator)
-            if "norm" in name:
-                value.add_(0.3 * noise)
-            elif value.ndim == 1:
-                value.copy_(0.5 * noise)
-            else:
-                value.copy_(noise * (1.0 if "embed" in name else 1.5 / value.shape[1] ** 0.5))
 
 
 def _run_reference(reference: Any, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
