@@ -1,0 +1,45 @@
+"""Learned codebooks on a real model: the order of the Coupled Quantization paper (arXiv:2405.03917, tables 1 and 5) at one bit."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+import diffkv_jax as dkv
+import quality
+from diffkv_jax.evaluate import teacher_forced
+from diffkv_jax.models import load_pretrained
+from helpers_model import smollm2_gguf_path
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+CONTEXT, STEPS = 64, 448
+TEXTS = ("king_james", "stdlib_source")
+
+
+@cache
+def smollm2():
+    """Model, params, tokens to be scored [2, CONTEXT + STEPS + 1] and, of another text, tokens to learn from [4, 512]."""
+    model, params, tokenizer = load_pretrained(smollm2_gguf_path())
+    scored = np.concatenate([quality.text_tokens(tokenizer, [text], CONTEXT + STEPS + 1) for text in TEXTS])
+    return model, params, scored, quality.text_tokens(tokenizer, ["hamlet"], 4 * 512).reshape(4, 512)
+
+
+@cache
+def perplexity(channels: int, bits: int, fisher: bool) -> np.ndarray:
+    """Of each text, float64 [2], all but the latest tokens coded."""
+    model, params, scored, text = smollm2()
+    policy = dkv.coupled_quantization(channels, bits, window=16, flush=16)
+    learned = dkv.calibrate(model, params, text, policy, fisher=fisher, samples=2048, iterations=20)
+    log_probs, _ = teacher_forced(model, params, scored[:, :-1], CONTEXT, policy, cache_dtype="bfloat16", calibration=learned)
+    right = np.take_along_axis(np.asarray(log_probs, np.float64), scored[:, CONTEXT + 1 :, None], axis=-1)
+    found = np.exp(-right[..., 0].mean(axis=1))
+    print(f"\n{channels}c{bits}b, fisher={fisher}: perplexity {dict(zip(TEXTS, np.round(found, 2).tolist(), strict=True))}")
+    return found
+
+
+def test_fisher_weights_beat_plain_codebooks_at_one_bit():
+    assert (perplexity(8, 8, True) < 0.95 * perplexity(8, 8, False)).all()
+
+
+def test_coupled_channels_beat_independent_ones_at_equal_bits():
+    assert (perplexity(8, 8, True) < 0.7 * perplexity(1, 1, True)).all()
