@@ -41,8 +41,11 @@ class Yardstick:
         assert self.tokenizer is not None  # a GGUF file carries one
         self.context, self.text = context, text
         self.tokens = quality.text_tokens(self.tokenizer, [text], context + steps + 1)
-        self.run = {"cache_dtype": "bfloat16", "prefill_chunk": 1024}
         self._full, self._learned = None, {}
+
+    def _run(self, policy: dkv.CompressionPolicy) -> dict[str, Any]:
+        """How a policy is run: prompts in chunks of 1,024 where it takes chunks."""
+        return {"cache_dtype": "bfloat16", "prefill_chunk": self.context if _in_one_chunk(policy) else 1024, **self._learning(policy)}
 
     def _learning(self, policy: dkv.CompressionPolicy) -> dict[str, Any]:
         """The calibration of a policy whose codecs learn, from another text than it is measured on."""
@@ -57,8 +60,9 @@ class Yardstick:
         """`row` with bytes, perplexity, KL and top-1 of feeding what follows the context."""
         fed = self.tokens[:, :-1], self.context
         if self._full is None:
-            self._full, _ = teacher_forced(self.model, self.params, *fed, dkv.CompressionPolicy.none(), **self.run)
-        log_probs, cache = teacher_forced(self.model, self.params, *fed, policy, **self.run, **self._learning(policy))
+            full = dkv.CompressionPolicy.none()
+            self._full, _ = teacher_forced(self.model, self.params, *fed, full, **self._run(full))
+        log_probs, cache = teacher_forced(self.model, self.params, *fed, policy, **self._run(policy))
         measured = quality.quality(self._full, log_probs, self.tokens[:, self.context + 1 :])
         (line,) = quality.lines_of(row.method, [self.text], dkv.memory_report(cache), measured)
         both = {field.name for field in fields(quality.Line)} & {field.name for field in fields(Row)}
@@ -74,21 +78,21 @@ class Yardstick:
     def speed(self, row: Row, policy: dkv.CompressionPolicy, count: int = 64) -> Row:
         """`row` with tokens a second of one request behind the context: the better of two runs of `count`, compiled before."""
         prompt, seconds = self.tokens[:, : self.context], []
-        out = dkv.generate(
-            self.model,
-            self.params,
-            prompt,
-            policy=policy,
-            max_new_tokens=1,
-            max_len=self.context + 4 * count,
-            **self.run,
-            **self._learning(policy),
-        )
+        fresh = {"policy": policy, "max_len": self.context + 4 * count, **self._run(policy)}
+        out = dkv.generate(self.model, self.params, prompt, max_new_tokens=1, **fresh)
         for _ in range(3):
             began = time.perf_counter()
-            out = dkv.generate(self.model, self.params, prompt[:, :1], cache=out.cache, max_new_tokens=count)
+            if _in_one_chunk(policy):  # takes no second prompt
+                out = dkv.generate(self.model, self.params, prompt, max_new_tokens=count, **fresh)
+            else:
+                out = dkv.generate(self.model, self.params, prompt[:, :1], cache=out.cache, max_new_tokens=count)
             seconds.append(time.perf_counter() - began - out.prefill_seconds)
         return replace(row, tokens_per_second=count / min(seconds[1:]))
+
+
+def _in_one_chunk(policy: dkv.CompressionPolicy) -> bool:
+    """Whether tokens are dropped before they are encoded in blocks."""
+    return policy.block is not None and policy.score is not None
 
 
 def read(path: Path) -> dict[tuple[str, float | None], Row]:

@@ -54,7 +54,14 @@ EXACT = {
     "Ada-KV(ExpectedAttention)": lambda keep, **options: dkv.ada_kv(dkv.expected_attention(keep, **options)),
     "KVzip": kvzip,
 }
-QUANTISED = (("SnapKV", "K4V4"), ("L2 norm", "K8V4"), ("Ada-KV(SnapKV)", "K4V4"), ("Ada-KV(ExpectedAttention)", "K4V4"), ("KVzip", "K4V4"))
+QUANTISED = (
+    ("SnapKV", "K4V4"),
+    ("SnapKV", "K4cV4g32"),  # KIVI's
+    ("L2 norm", "K8V4"),
+    ("Ada-KV(SnapKV)", "K4V4"),
+    ("Ada-KV(ExpectedAttention)", "K4V4"),
+    ("KVzip", "K4V4"),
+)
 AS_THEY_COME = {
     "full cache": dkv.CompressionPolicy.none(),
     **{f"{codec}{' rotated' * turn}": dkv.quantized(codec, rotate=turn) for codec in ("K8V4", "K4V4", "K4V2") for turn in (False, True)},
@@ -65,6 +72,7 @@ AS_THEY_COME = {
     "DiffKV (1, 0) K8V4 + K4nV2n rotated": dkv.diffkv(1.0, 0.0, tiers=("K8V4", "K4nV2n"), rotate=True),
     "DiffKV (1, 0) K4nV4n + K2nV2n rotated": dkv.diffkv(1.0, 0.0, tiers=("K4nV4n", "K2nV2n"), rotate=True),
     "DiffKV (1, 0.02)": dkv.diffkv(1.0, 0.02),
+    "DiffKV (1, 0.02) K8V4 + K4nV2n rotated": dkv.load_policy("diffkv_rotated"),
     "DiffKV (1, 0.1)": dkv.diffkv(1.0, 0.1),
     **{f"KIVI {bits} bit": dkv.kivi(bits) for bits in (4, 2)},
     **{f"GEAR {bits} bit": dkv.gear(bits) for bits in (4, 2)},
@@ -79,7 +87,7 @@ AS_THEY_COME = {
 
 def size_of(codec: str) -> float:
     """Bytes of a token, its position and score included, as a share of bf16."""
-    return (KVFormat.parse(codec, "bfloat16").token_bytes(HEAD_DIM) + SIDE_BYTES) / (4 * HEAD_DIM)
+    return (KVFormat.parse(codec, "bfloat16").for_block(HEAD_DIM, 32).token_bytes(HEAD_DIM) + SIDE_BYTES) / (4 * HEAD_DIM)
 
 
 @lru_cache
