@@ -17,7 +17,7 @@ def decode_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, ste
     spec = cache.spec
     cache = _append(cache, layer, k, v, step)
     heads = layer_heads(cache, layer, cache.recent_len + step.active)
-    layout = layer_layout(cache, layer)
+    layout = layer_layout(cache, layer, learned=spec.kernels.implementation == "xla")
     live, scores_too = per_head(cache, step.active), spec.selection.accumulates
     heads = heads._replace(tier_len=jnp.where(live[:, None], heads.tier_len, 0), recent_len=jnp.where(live, heads.recent_len, 0))
     out, significance, recent_scores = decode_attention(

@@ -114,18 +114,18 @@ def place_in_pair(spec: CacheSpec, layer: Array) -> Array:
     return (layer - spec.unmerged_layers) % 2
 
 
-def layer_layout(cache: KVCache, layer: Array | None) -> PageLayout:
+def layer_layout(cache: KVCache, layer: Array | None, *, learned: bool = True) -> PageLayout:
     """The layout of the pages, its learned codecs holding the arrays of a paged layer's heads `[B, ...]`; what two layers share is read
     as this one's.
 
-    For plain XLA, which goes layer by layer; decode attention on kernels reads what all layers have learned (`Heads.tables`), and events on
+    Without `learned` the codecs hold nothing: decode attention on kernels reads what all layers have learned from `Heads.tables`. Events on
     kernels, which know no such codecs, have `layer` None.
     """
     layout = cache.spec.layout
     if layer is not None and cache.spec.merge is not None:  # with nothing learned
         place = place_in_pair(cache.spec, layer)
         return dataclasses.replace(layout, formats=tuple(read_by(fmt, place) for fmt in layout.formats))
-    if layer is None or not jax.tree.leaves(cache.tables):
+    if layer is None or not learned or not jax.tree.leaves(cache.tables):
         return layout
 
     def of_heads(table: Table) -> Array | None:

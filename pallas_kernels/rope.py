@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-ATTENDED_BY = ("cpu",)  # beside plain XLA, whose decode attention embeds keys that are stored without it
+ATTENDED_BY = ("cpu", "triton")  # beside plain XLA, whose decode attention embeds keys that are stored without it
 
 
 def turn_pairs(x: Array, cos: Array, sin: Array) -> Array:

@@ -25,7 +25,6 @@ POLICIES = {
     "CQ of what H2O keeps": dkv.h2o(0.5, tiers=("K4v2V4v2",), **SHORT),
     "uniform, without rope": dkv.CompressionPolicy("bare", ("K8V4",), un_rope=True, **SHORT),
 }
-NAMES = ["CQ", *(pytest.param(name, marks=pytest.mark.slow) for name in list(POLICIES)[1:])]
 
 
 def random_calibration(model, params, policy: dkv.CompressionPolicy, seed: int) -> dkv.Calibration | None:
@@ -43,20 +42,27 @@ def random_calibration(model, params, policy: dkv.CompressionPolicy, seed: int) 
 
 
 @lru_cache
-def run(name: str, implementation: str | None, seed: int = 1) -> GenerateOutput:
+def run(name: str, implementation: str, seed: int = 1) -> GenerateOutput:
     """Two prompts, then enough tokens for two compression events."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     policy = POLICIES[name]
     options = dict(policy=policy, max_new_tokens=20, max_len=128, calibration=random_calibration(model, params, policy, seed))
-    return dkv.generate(model, params, PROMPTS, implementation=implementation, **options)
+    return dkv.generate(model, params, PROMPTS, implementation=implementation, interpret=implementation == "triton", **options)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_same_tokens(name: str):
-    got, wanted = run(name, "cpu"), run(name, "xla")
+CASES = [("CQ", "cpu"), *(pytest.param(name, "cpu", marks=pytest.mark.slow) for name in list(POLICIES)[1:])]
+CASES += [pytest.param(name, "triton", marks=pytest.mark.slow) for name in ("CQ", "KVQuant")]
+
+
+@pytest.mark.parametrize(("name", "implementation"), CASES)
+def test_the_same_tokens(name: str, implementation: str):
+    got, wanted = run(name, implementation), run(name, "xla")
     np.testing.assert_array_equal(got.tokens, wanted.tokens)
     cache, plain = got.cache, wanted.cache
-    assert (cache.spec.kernels, cache.spec.page_kernels) == (Kernels("cpu"), XLA) and plain.spec.kernels == XLA
+    assert (cache.spec.kernels, cache.spec.page_kernels) == (
+        Kernels(implementation, implementation == "triton"),
+        XLA,
+    ) and plain.spec.kernels == XLA
     for part in ("tier_len", "seq_len", "recent_len"):
         np.testing.assert_array_equal(getattr(cache, part), getattr(plain, part))
     np.testing.assert_allclose(cache.recent_k, plain.recent_k, rtol=1e-4, atol=1e-4)
@@ -87,4 +93,4 @@ def test_what_no_kernel_knows_is_refused():
             dkv.generate(model, params, PROMPTS, policy=policy, implementation="cpu", max_new_tokens=1)
         assert kernels_for(policy, model.attention) == XLA
     with pytest.raises(ValueError, match="plain XLA only"):
-        kernels_for(POLICIES["CQ"], model.attention, "triton", interpret=True)
+        kernels_for(POLICIES["CQ"], model.attention, "mosaic_tpu", interpret=True)

@@ -27,8 +27,8 @@ def decode_attention(
     Args:
         q: float32 or bfloat16; the kernels multiply in this type and add in float32, the reference does all in float32.
         pages: the pool; only `significance` changes.
-        layout: static geometry of the pages.
-        heads: page tables, lengths and recent windows; what lies beyond the lengths is never used.
+        layout: static geometry of the pages; for plain XLA, learned codecs hold the tables of the layer's heads.
+        heads: page tables, lengths, recent windows, and the learned tables that kernels read; what lies beyond the lengths is never used.
         max_len: bounds the tokens of a head.
         sm_scale: factor of the dot products.
         logits_soft_cap: `cap * tanh(logit / cap)` when given.

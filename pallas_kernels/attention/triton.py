@@ -16,7 +16,6 @@ from .stream import Scale
 from .triton_keys import (
     KeyTile,
     State,
-    StoredBlocks,
     check_pool,
     gathered,
     key_pieces,
@@ -50,7 +49,8 @@ class Blocks:
         Logits of bfloat16 queries are kept in float16, relative to the largest of their step: half a per cent of a probability at most.
         """
         exact, small = itemsize > 2, layout.head_dim < 128
-        keys = max(layout.tokens, 32 if exact or small or layout.head_dim > 128 else 64)
+        few = exact or small or layout.head_dim > 128 or not layout.in_kernels  # look-ups and rotary embeddings take registers
+        keys = max(layout.tokens, 32 if few else 64)
         splits = max(1, min(pl.cdiv(PROGRAMS, heads), pl.cdiv(max_len, TOKENS_A_SPLIT)))
         return Blocks(
             rows=max(16, pl.next_power_of_2(group)),
@@ -74,9 +74,11 @@ class Inputs(NamedTuple):
     recent_len: Any  # int32 [B]
     layer: Any  # int32 [1]
     query_position: Any  # int32 [B]; read with a sliding window only
-    position: Any  # uint16 or int32 [num_pages, blocks, T]; read with a sliding window only
+    position: Any  # uint16 or int32 [num_pages, blocks, T]; read with a sliding window, or to embed keys
     payload: Any  # uint8 [num_pages, rows, T]
     meta: Any  # float16 [num_pages, meta_rows, T]
+    tables: Any  # `Heads.tables`
+    frequencies: Any  # float32 [d / 2] of the rotary embedding that keys still need, else None
 
 
 class Partials(NamedTuple):
@@ -127,7 +129,8 @@ def decode_attention(
     task = Task(layout, Scale(sm_scale, logits_soft_cap), None if sliding is None else sliding.size, blocks)
     meta = pages.meta if pages.meta.size else jnp.zeros((1, 1, layout.tokens), pages.meta.dtype)  # an empty array is no Ref
     seen = heads.recent_len if sliding is None else sliding.position
-    inputs = Inputs(q, *heads[:5], jnp.reshape(heads.layer, 1), seen, pages.position, pages.payload, meta)
+    frequencies = None if layout.rope is None else jnp.asarray(layout.rope, jnp.float32)
+    inputs = Inputs(q, *heads[:5], jnp.reshape(heads.layer, 1), seen, pages.position, pages.payload, meta, heads.tables, frequencies)
     float32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     steps, kept = (blocks.steps, g) if layout.scored else (1, 1)
     partials = Partials(
@@ -214,7 +217,7 @@ def _add_step(step, state: State, *, q, inputs: Inputs, out: Partials, task: Tas
     stored = stored_blocks(inputs, task.layout, tier, head, inputs.tier_len[head, tier], step, task.blocks.keys)
     bias = stored.bias()
     if task.window is not None:
-        bias = jnp.where(_positions(inputs, stored) > inputs.query_position[head] - task.window, bias, -jnp.inf)
+        bias = jnp.where(stored.positions() > inputs.query_position[head] - task.window, bias, -jnp.inf)
     logits = logits_of(q, stored.keys(), bias, task.scale)
     if task.layout.scored:
         at, largest = (head, _place(tier, step, task.blocks)), logits.max(axis=1)
@@ -223,12 +226,6 @@ def _add_step(step, state: State, *, q, inputs: Inputs, out: Partials, task: Tas
         plgpu.store(gathered(out.base, *at, member), largest, mask=member < out.base.shape[2])
         _keep(out.logits, at, logits - largest[:, None], jnp.arange(task.blocks.keys, dtype=jnp.int32), None)
     return state.add(logits, stored.mix)
-
-
-def _positions(inputs: Inputs, stored: StoredBlocks) -> Array:
-    """int32 `[keys]` positions of stored tokens."""
-    lanes = jnp.arange(stored.layout.tokens, dtype=jnp.int32)[None, :]
-    return plgpu.load(gathered(inputs.position, stored.page[:, None], stored.block[:, None], lanes)).astype(jnp.int32).reshape(-1)
 
 
 def _keep(ref, at: tuple, logits: Array, column: Array, live: Array | None) -> None:

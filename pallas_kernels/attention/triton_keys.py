@@ -6,12 +6,14 @@ Triton cannot slice or join values, so everything with channels is a list of pie
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
 from operator import add
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
+from ..codecs import Levels, Uniform
+from ..codecs.packing import code_of
 from ..codecs.tiles import Tile
 from ..pages import PageLayout, Pages, page_column
 from .stream import Scale
@@ -26,6 +28,11 @@ class KeyTile(NamedTuple):
     group: int | None = None  # tiles of one group have the same scale and zero point
     scale: Array | None = None  # float32 [n]
     zero: Array | None = None  # float32 [n]
+
+    def values(self) -> Array:
+        """The keys float32 `[channels, n]`."""
+        scaled = self.codes if self.scale is None else self.codes * self.scale[None, :]
+        return scaled if self.zero is None else scaled + self.zero[None, :]
 
 
 class State(NamedTuple):
@@ -69,7 +76,8 @@ def value_pieces(layout: PageLayout) -> list[tuple[int, int]]:
 
 def _tiles(layout: PageLayout, tensor: str) -> tuple[tuple[Tile, ...], ...]:
     codecs = [getattr(fmt, tensor) for fmt in layout.formats]
-    tiles = tuple(codec.tiles(layout.head_dim, *codecs) for codec in codecs)
+    halves = [Uniform(4)] if layout.rope and tensor == "key" else []  # cut where pairs of channels are, as four bits are
+    tiles = tuple(codec.tiles(layout.head_dim, *codecs, *halves) for codec in codecs)
     for tile in tiles[0]:
         if tile.channels < 16 or tile.channels & (tile.channels - 1):
             names = "+".join(fmt.name for fmt in layout.formats)
@@ -143,9 +151,10 @@ def chunk_key_index(first, count: int, head, chunk_len: int) -> tuple[Array, tup
 class StoredBlocks(NamedTuple):
     """`n // T` successive blocks of a tier of one head: which, and how they are read."""
 
-    inputs: Any  # Refs: payload, meta and q
+    inputs: Any  # Refs: payload, meta and q; for learned codecs tables and layer, for keys that need their rotary embedding also position
     layout: PageLayout
     tier: int
+    head: Any
     live: Array  # bool [blocks] whether a block holds a token
     page: Array  # int32 [blocks] page ids, 0 where there is no token
     block: Array  # int32 [blocks] number of the block in its page
@@ -161,7 +170,26 @@ class StoredBlocks(NamedTuple):
         tiles, planes = key_tiles(self.layout)[self.tier], {}
         first, first_meta = self.block * rows.rows(self.layout.head_dim), self.block * rows.meta_rows
         numbers = {tile.scale_row: self._scale_zero(tile, first_meta) for tile in tiles}
-        return [KeyTile(self._codes(tile, first, planes), tile.scale_row, *numbers[tile.scale_row]) for tile in tiles]
+        found = [KeyTile(self._codes(tile, first, planes, "key"), tile.scale_row, *numbers[tile.scale_row]) for tile in tiles]
+        if self.layout.rope is not None:
+            found = [KeyTile(key) for key in self._embedded([tile.values() for tile in found])]
+        return [tile._replace(codes=tile.codes.astype(self.inputs.q.dtype)) for tile in found]
+
+    def positions(self) -> Array:
+        """int32 `[n]`; what lies in dead lanes means nothing."""
+        at = gathered(self.inputs.position, self.page[:, None], self.block[:, None], self._lanes())
+        return plgpu.load(at).astype(jnp.int32).reshape(-1)
+
+    def _embedded(self, keys: Sequence[Array]) -> list[Array]:
+        """Pieces of keys float32 `[channels, n]` turned as their positions ask: those of the first half are paired with the second's."""
+        position, half = self.positions().astype(jnp.float32), len(keys) // 2
+        turned = []
+        for (channel, channels), first, second in zip(key_pieces(self.layout), keys[:half], keys[half:], strict=False):
+            frequency = plgpu.load(gathered(self.inputs.frequencies, channel + jnp.arange(channels, dtype=jnp.int32)))
+            angle = frequency[:, None] * position[None, :]
+            cos, sin = jnp.cos(angle), jnp.sin(angle)
+            turned.append((first * cos - second * sin, second * cos + first * sin))
+        return [first for first, _ in turned] + [second for _, second in turned]
 
     def mix(self, weights: Array) -> list[Array]:
         """`weights [rows, n]` times the values: pieces `[rows, channels]`."""
@@ -178,7 +206,7 @@ class StoredBlocks(NamedTuple):
         mixed = []
         for tile in tiles:
             factors, shift = scaled[tile.scale_row]
-            codes = self._codes(tile, first, planes)
+            codes = self._codes(tile, first, planes, "value").astype(dtype)
             part = matmul(factors, codes.T)
             mixed.append(part if shift is None else part + shift[:, None])
         return mixed
@@ -186,19 +214,35 @@ class StoredBlocks(NamedTuple):
     def _lanes(self) -> Array:
         return jnp.arange(self.layout.tokens, dtype=jnp.int32)[None, :]
 
-    def _codes(self, tile: Tile, first: Array, planes: dict) -> Array:
-        """Codes `[channels, n]` of a tile; `first [blocks]` payload row of the tensor, `planes` keeps what was loaded."""
+    def _codes(self, tile: Tile, first: Array, planes: dict, tensor: Literal["key", "value"]) -> Array:
+        """Codes float32 `[channels, n]` of a tile; `first [blocks]` payload row of the tensor, `planes` keeps what was loaded."""
+        if not tile.rows:
+            return self._looked_up(tile, first, tensor)
         loaded = []
         for row in tile.rows:
             if (row, tile.channels) not in planes:
-                rows = first[:, None, None] + row + jnp.arange(tile.channels, dtype=jnp.int32)[None, :, None]
-                plane = plgpu.load(gathered(self.inputs.payload, self.page[:, None, None], rows, self._lanes()[None]))
-                planes[row, tile.channels] = plane.transpose(1, 0, 2).reshape(tile.channels, self.valid.size)
+                planes[row, tile.channels] = self._bytes(first, row + jnp.arange(tile.channels, dtype=jnp.int32))
             loaded.append(planes[row, tile.channels].astype(jnp.int32))
         codes = tile.unpack(loaded)
         if tile.scale_row is None:  # an exact number of a dead lane may be NaN
             codes = jnp.where(self.valid.reshape(1, -1), codes, 0.0)
-        return codes.astype(self.inputs.q.dtype)
+        return codes
+
+    def _bytes(self, first: Array, rows: Array) -> Array:
+        """Payload rows `first [blocks]` + `rows [m]` of all blocks, uint8 `[m, n]`."""
+        at = first[:, None, None] + rows[None, :, None]
+        plane = plgpu.load(gathered(self.inputs.payload, self.page[:, None, None], at, self._lanes()[None]))
+        return plane.transpose(1, 0, 2).reshape(rows.size, self.valid.size)
+
+    def _looked_up(self, tile: Tile, first: Array, tensor: Literal["key", "value"]) -> Array:
+        """What the codes of a tile name in the head's learned table, float32 `[channels, n]`: numbers, or levels of the token's range."""
+        codec, table = getattr(self.layout.formats[self.tier], tensor), self.inputs.tables[self.tier][tensor == "value"]
+        channel, together = tile.channel + jnp.arange(tile.channels, dtype=jnp.int32), jnp.int32(codec.channels)
+        group, within = lax.div(channel, together), lax.rem(channel, together)
+        codes = code_of(group, codec.bits, self.layout.head_dim // codec.channels, lambda row: self._bytes(first, row).astype(jnp.int32))
+        at = (self.inputs.layer[0], lax.rem(self.head, jnp.int32(table.shape[1])))
+        at = (*at, codes) if isinstance(codec, Levels) else (*at, group[:, None], codes, within[:, None])
+        return plgpu.load(gathered(table, *at)).astype(jnp.float32)
 
     def _scale_zero(self, tile: Tile, first: Array) -> tuple[Array | None, Array | None]:
         """float32 `[n]` scale and zero point of a tile, zeros where there is no token; `first [blocks]` metadata row of the tensor."""
@@ -220,4 +264,4 @@ def stored_blocks(inputs, layout: PageLayout, tier: int, head, length, step, key
     column = jnp.where(live, page_column(tier, index, inputs.page_table.shape[1]), 0)
     page = plgpu.load(gathered(inputs.page_table, head, column), mask=live, other=0)
     valid = number[:, None] * lanes + jnp.arange(lanes, dtype=jnp.int32)[None, :] < length
-    return StoredBlocks(inputs, layout, tier, live, page, number - index * layout.blocks[tier], valid)
+    return StoredBlocks(inputs, layout, tier, head, live, page, number - index * layout.blocks[tier], valid)

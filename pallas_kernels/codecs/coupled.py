@@ -7,6 +7,7 @@ from jax import Array, lax
 
 from .packing import fills_bytes, pack_planes, packed_rows, unpack_planes
 from .plain import PlainXLA
+from .tiles import Tile, looked_up_tiles
 
 BITS = (1, 2, 3, 4, 8)
 
@@ -17,10 +18,11 @@ class Coupled(PlainXLA):
 
     A block is `[B, ..., head_dim, T]`; its payload is uint8 `[B, ..., rows, T]`, and there is no metadata. `table` float16
     `[B, head_dim / channels, 2**bits, channels]` holds the codebooks of the `B` heads (`learned.with_table` sets it). Plain XLA runs
-    it, and native decode attention reads it.
+    it, and decode attention of some kernels reads it.
     """
 
-    attended_by = ("cpu",)
+    attended_by = ("cpu", "triton")
+    scale_groups = 1
 
     bits: int
     channels: int
@@ -49,6 +51,14 @@ class Coupled(PlainXLA):
     def table_shape(self, head_dim: int) -> tuple[int, ...]:
         """Shape of one head's table."""
         return head_dim // self.channels, 2**self.bits, self.channels
+
+    def plane_channels(self, head_dim: int) -> int:
+        """All channels: each is looked up by itself."""
+        return head_dim
+
+    def tiles(self, head_dim: int, *others) -> tuple[Tile, ...]:
+        """The tiles of a block, cut as those of the codecs `others`; what they hold is looked up."""
+        return looked_up_tiles(head_dim, (self, *others))
 
     def encode(self, x: Array) -> tuple[Array, Array]:
         """`[B, ..., d, T]` to (payload, empty metadata): the code of the nearest row, of equally near ones the first."""

@@ -5,10 +5,10 @@ lowest bits. Unpacking is a shift and a mask of whole rows, and each plane is a 
 those of the upper one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from .tiles import Tile
 
@@ -43,6 +43,15 @@ def unpack_planes(packed: Array, bits: int) -> Array:
         return unpack_planes(low, 2) | (unpack_planes(high, 1) << 2)
     mask = jnp.uint8(2**bits - 1)
     return jnp.concatenate([(packed >> (i * bits)) & mask for i in range(8 // bits)], axis=-2)
+
+
+def code_of(number: Array, bits: int, codes: int, byte: Callable[[Array], Array]) -> Array:
+    """Codes int32 `[m, n]` of the numbers `[m]` out of `codes` packed ones; `byte` reads payload rows `[m]` as int32 `[m, n]`."""
+    if bits == 3:
+        upper = code_of(number, 1, codes, lambda row: byte(packed_rows(2, codes) + row))
+        return code_of(number, 2, codes, byte) | upper << 2
+    rows = jnp.int32(packed_rows(bits, codes))
+    return (byte(lax.rem(number, rows)) >> (lax.div(number, rows) * bits)[:, None]) & (2**bits - 1)
 
 
 def pack_tiles(tiles: Sequence[Tile], codes: Sequence[Array], bits: int) -> dict[int, Array]:

@@ -15,7 +15,8 @@ from jax import Array, lax
 class Tile:
     """Channels `[channel, channel + channels)` of one tensor (K or V) of a block.
 
-    `rows`: the first payload row of each byte plane that the tile reads, `channels` rows each (one plane, or one a byte for exact types).
+    `rows`: the first payload row of each byte plane that the tile reads, `channels` rows each (one plane, or one a byte for exact types);
+    none where codes are looked up in a learned table (`packing.code_of`).
     `scale_row`, `zero_row`: metadata rows of scale and zero point, None where there is none: the value is `scale * code + zero`.
     """
 
@@ -46,6 +47,16 @@ def cut_points(head_dim: int, codecs: Iterable) -> tuple[int, ...]:
         if more == points:
             return (*sorted(points), head_dim)
         points = more
+
+
+def looked_up_tiles(head_dim: int, codecs: Iterable, scale_row: int | None = None, zero_row: int | None = None) -> tuple[Tile, ...]:
+    """Tiles of codes that are looked up in a learned table, cut as `codecs` want: no byte planes, nothing to unpack."""
+
+    def unpack(planes: Sequence[Array]) -> Array:
+        raise TypeError("codes of a learned table are looked up, not unpacked")
+
+    points = cut_points(head_dim, codecs)
+    return tuple(Tile(a, b - a, (), scale_row, zero_row, unpack) for a, b in zip(points, points[1:], strict=False))
 
 
 def round_half_even(x: Array) -> Array:

@@ -11,7 +11,7 @@ from diffkv_jax import diffkv
 from diffkv_jax.cache import CacheSpec, KVCache, empty_cache
 from diffkv_jax.models import ModelConfig, build_model
 from diffkv_jax.pallas_kernels.attention import Heads
-from diffkv_jax.pallas_kernels.codecs import KVFormat
+from diffkv_jax.pallas_kernels.codecs import KVFormat, table_shape
 from diffkv_jax.pallas_kernels.compact import FreeRing, Stored
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
@@ -26,9 +26,10 @@ def int32(*shape: int) -> Shape:
     return Shape(shape, jnp.int32)
 
 
-def layout(kernels: Kernels, formats=("K8V4", "K4V2"), head_dim: int = HEAD_DIM, over="max") -> PageLayout:
-    """The pages of the cache as the kernels want them."""
+def layout(kernels: Kernels, formats=("K8V4", "K4V2"), head_dim: int = HEAD_DIM, over="max", rope: bool = False) -> PageLayout:
+    """The pages of the cache as the kernels want them; with `rope` keys are stored without their rotary embedding."""
     options = dict(tokens=kernels.tokens_per_block, max_len=CONTEXT, meta_dtype=kernels.meta_dtype, group=over)
+    options |= dict(rope=tuple(10000.0 ** (-2 * i / head_dim) for i in range(head_dim // 2))) if rope else {}
     return PageLayout.solve(tuple(map(KVFormat.parse, formats)), head_dim, **options)
 
 
@@ -47,7 +48,13 @@ def max_pages(of: PageLayout) -> int:
 def heads(of: PageLayout) -> Heads:
     """What attention reads of one layer."""
     window = Shape((LAYERS, HEADS, SLOTS, of.head_dim), jnp.bfloat16)
-    return Heads(int32(HEADS, max_pages(of)), int32(HEADS, of.tiers), window, window, int32(HEADS), int32())
+
+    def table(codec) -> Shape | None:
+        shape = table_shape(codec, of.head_dim)
+        return None if shape is None else Shape((LAYERS, KV_HEADS, *shape), jnp.float16)
+
+    tables = tuple((table(fmt.key), table(fmt.value)) for fmt in of.formats)
+    return Heads(int32(HEADS, max_pages(of)), int32(HEADS, of.tiers), window, window, int32(HEADS), int32(), tables)
 
 
 def stored(of: PageLayout, count: int) -> Stored:

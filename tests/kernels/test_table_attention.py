@@ -82,7 +82,8 @@ class Case:
 
     def _attend(self, q, pages: Pages, heads: Heads, tables, kernels: Kernels) -> tuple:
         def of_heads(table):
-            return None if table is None else jnp.tile(table[1], (2, *(1,) * (table.ndim - 2)))
+            of_kernels = table is None or kernels.implementation != "xla"  # they read heads.tables
+            return None if of_kernels else jnp.tile(table[1], (2, *(1,) * (table.ndim - 2)))
 
         formats = tuple(
             dataclasses.replace(fmt, key=with_table(fmt.key, of_heads(key)), value=with_table(fmt.value, of_heads(value)))
@@ -164,7 +165,7 @@ def other_tables(tables, mistake: str):
     return tuple((value, key) for key, value in tables)
 
 
-@pytest.mark.parametrize("kernels", [IMPLEMENTATIONS[0], *NATIVE])
+@pytest.mark.parametrize("kernels", [*IMPLEMENTATIONS[:2], *NATIVE])
 @pytest.mark.parametrize("mistake", ["the table of the head beside", "the table of the layer before", "the value's table for the key"])
 def test_the_comparison_sees_wrong_tables(mistake: str, kernels: Kernels):
     for name in ("CQ 4c8b, G=3", "KVQuant of 4 bits, G=3"):
@@ -175,7 +176,7 @@ def test_the_comparison_sees_wrong_tables(mistake: str, kernels: Kernels):
             same(this.run(tables=other_tables(this.tables, mistake)), this.dense(), this.pool.pages["significance"])
 
 
-@pytest.mark.parametrize("kernels", [IMPLEMENTATIONS[0], *NATIVE])
+@pytest.mark.parametrize("kernels", [*IMPLEMENTATIONS[:2], *NATIVE])
 @pytest.mark.parametrize("mistake", ["no rope", "rope of the slots", "a token too many", "a token too few", "ranges swapped"])
 def test_the_comparison_sees_mistakes(mistake: str, kernels: Kernels):
     this = case("KVQuant of 4 bits, G=3", kernels)
@@ -192,11 +193,16 @@ def test_the_comparison_sees_mistakes(mistake: str, kernels: Kernels):
         same(this.run(bad), this.dense(turned=mistake != "no rope"), pool.pages["significance"])
 
 
-@pytest.mark.parametrize("kernels", NATIVE)
-def test_bfloat16_queries(kernels: Kernels):
-    this = case("CQ 4c8b, G=3", kernels)
+@pytest.mark.parametrize("kernels", [IMPLEMENTATIONS[1], *NATIVE])
+@pytest.mark.parametrize("name", ["CQ 4c8b, G=3", "KVQuant of 4 bits, G=3"])
+def test_bfloat16_queries(name: str, kernels: Kernels):
+    """Triton rounds what it has looked up to bfloat16; another head's table is further away than that. Native code does not round."""
+    this = case(name, kernels)
     q = jnp.asarray(this.q, jnp.bfloat16)
-    same(this.run(q=q), this.dense(np.asarray(q, np.float32)), this.pool.pages["significance"])
+    wanted = this.dense(np.asarray(q, np.float32)).output
+    assert np.abs(this.run(q=q).output - wanted).max() < (1e-4 if kernels.implementation == "cpu" else 0.03)
+    beside = other_tables(this.tables, "the table of the head beside")
+    assert np.abs(this.run(tables=beside, q=q).output - wanted).max() > 0.3
 
 
 @pytest.mark.parametrize("kernels", NATIVE)
