@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from .codecs import Coupled, Full, Levels, Normal
+from .codecs import Coupled, Full, Levels, Normal, Outliers
 from .pages import PageLayout
 
 HEADERS = Path(__file__).parent / "native"
@@ -59,6 +59,9 @@ def format_codes(layout: PageLayout) -> np.ndarray:
     def codec(one) -> list[int]:
         if isinstance(one, Full):
             return [codes[one.dtype], 1]
+        if isinstance(one, Outliers):
+            code, number = codec(one.codec)
+            return [code + 256 * one.count, number]
         if isinstance(one, Coupled):
             return [128 + one.bits, one.channels]
         if isinstance(one, Levels):

@@ -25,9 +25,16 @@ def widths(layout, tier: int) -> tuple[int, int]:
     return (layout.head_dim, layout.head_dim) if rank is None else (rank, layout.head_dim - rank)
 
 
+def outliers_of_tokens(codec) -> bool:
+    """Whether the codec keeps a few values of each token beside another codec, and nothing that belongs to a block."""
+    return getattr(codec, "axis", None) == "token"
+
+
 def payload_rows(codec, head_dim: int) -> int:
     """Bytes that a token's K or V takes."""
     codec = getattr(codec, "inner", codec)
+    if outliers_of_tokens(codec):
+        return payload_rows(codec.codec, head_dim) + codec.count
     if hasattr(codec, "tokens"):
         return stored_rows(codec, head_dim)[0]
     if hasattr(codec, "dtype"):
@@ -40,6 +47,8 @@ def meta_rows(codec) -> int:
     over the lanes of a block; and the norms of two layers that share it."""
     if hasattr(codec, "inner"):
         return meta_rows(codec.inner) + 2
+    if outliers_of_tokens(codec):
+        return meta_rows(codec.codec) + codec.count
     if hasattr(codec, "tokens"):
         return stored_rows(codec, codec.head_dim)[1]
     if isinstance(codec, Levels):
@@ -52,6 +61,11 @@ def decode_tensor(codec, payload: np.ndarray, meta: np.ndarray, table: np.ndarra
     meta = meta.view(np.float16)  # TPU caches keep the bits as int16
     if hasattr(codec, "inner"):  # a direction, and the norms of the two layers that share it
         return decode_tensor(codec.inner, payload, meta[:-2]) * meta[-2 + codec.reads].astype(np.float32)[:, None]
+    if outliers_of_tokens(codec):  # of another codec's numbers, the values of the channels that the last rows name
+        n = codec.count
+        x = decode_tensor(codec.codec, payload[:-n], meta[:-n], table)
+        x[np.arange(len(x)), payload[-n:]] = meta[-n:]
+        return x
     if hasattr(codec, "tokens"):
         blocks = range(0, payload.shape[1], codec.tokens)
         parts = [read_block(codec, payload[:, at : at + codec.tokens], meta[:, at : at + codec.tokens]) for at in blocks]
@@ -229,19 +243,24 @@ def _draw_tokens(rng, pages: dict[str, Any], layout, table_row: np.ndarray, tier
     page, block, lane = slot_addresses(layout, table_row, tier, length)
     fmt = layout.formats[tier]
     for codec, payload, meta in zip((fmt.key, fmt.value), tensor_rows(layout, tier)[:2], tensor_rows(layout, tier)[2:], strict=True):
+        count = codec.count if outliers_of_tokens(codec) else 0
+        codec = codec.codec if count else codec
         if hasattr(codec, "bits"):
-            codes = rng.integers(0, 256, (length, payload[2]))
+            codes = rng.integers(0, 256, (length, payload[2] - count))
             scale = rng.uniform(0.5, 1.0, (length, getattr(codec, "groups", 1)))
             if isinstance(codec, Levels):
                 scale = np.concatenate([scale, rng.normal(size=scale.shape)], axis=1)
             if hasattr(codec, "groups"):
                 scale *= 4 / (2**codec.bits - 1)
                 scale = np.concatenate([scale, rng.normal(size=scale.shape) - 2], axis=1)
-            numbers = scale[:, : meta[2]]
+            numbers = scale[:, : meta[2] - count]
         else:
             exact = rng.normal(size=(length, layout.head_dim)).astype(jnp.dtype(codec.dtype))
             codes = exact.view(np.uint8).reshape(length, layout.head_dim, exact.dtype.itemsize).swapaxes(1, 2).reshape(length, payload[2])
             numbers = np.zeros((length, 0))
+        if count:  # in different channels, and larger than the others
+            channels = rng.permuted(np.tile(np.arange(layout.head_dim), (length, 1)), axis=1)[:, :count]
+            codes, numbers = np.hstack([codes, channels]), np.hstack([numbers, rng.normal(size=(length, count)) * 4])
         for (name, first, rows), values in ((payload, codes), (meta, numbers)):
             row = first + block[:, None] * rows + np.arange(rows)
             kept = values.astype(np.float16).view(pages[name].dtype) if name == "meta" else values

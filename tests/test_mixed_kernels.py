@@ -21,7 +21,8 @@ PROMPTS = [prompt(90, 1), prompt(37, 2)]
 SHORT = {"window": 16, "flush": 8}
 POLICIES = {
     "CQ": dkv.coupled_quantization(4, 8, **SHORT),
-    "KVQuant": dkv.kvquant(3, 0, **SHORT),
+    "KVQuant": dkv.kvquant(3, **SHORT),
+    "KVQuant without outliers": dkv.kvquant(3, 0, **SHORT),
     "CQ of what H2O keeps": dkv.h2o(0.5, tiers=("K4v2V4v2",), **SHORT),
     "uniform, without rope": dkv.CompressionPolicy("bare", ("K8V4",), un_rope=True, **SHORT),
 }
@@ -51,7 +52,7 @@ def run(name: str, implementation: str, seed: int = 1) -> GenerateOutput:
 
 
 CASES = [("CQ", "cpu"), *(pytest.param(name, "cpu", marks=pytest.mark.slow) for name in list(POLICIES)[1:])]
-CASES += [pytest.param(name, "triton", marks=pytest.mark.slow) for name in ("CQ", "KVQuant")]
+CASES += [pytest.param(name, "triton", marks=pytest.mark.slow) for name in ("CQ", "KVQuant without outliers")]
 
 
 @pytest.mark.parametrize(("name", "implementation"), CASES)
@@ -88,9 +89,10 @@ def test_the_log_says_what_runs_where(caplog: pytest.LogCaptureFixture):
 
 def test_what_no_kernel_knows_is_refused():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
-    for policy in (dkv.kivi(), dkv.kvquant(4)):
+    for policy in (dkv.kivi(), dkv.gear()):
         with pytest.raises(ValueError, match="plain XLA only"):
             dkv.generate(model, params, PROMPTS, policy=policy, implementation="cpu", max_new_tokens=1)
         assert kernels_for(policy, model.attention) == XLA
-    with pytest.raises(ValueError, match="plain XLA only"):
-        kernels_for(POLICIES["CQ"], model.attention, "mosaic_tpu", interpret=True)
+    for name, implementation in (("CQ", "mosaic_tpu"), ("KVQuant", "triton")):
+        with pytest.raises(ValueError, match="plain XLA only"):
+            kernels_for(POLICIES[name], model.attention, implementation, interpret=True)

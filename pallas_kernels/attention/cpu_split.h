@@ -111,7 +111,7 @@ inline void decoded_keys(const Problem& p, const Queries& q, int head, const Str
 inline void stored_keys(const Problem& p, const Queries& q, int head, const Strip& strip, float* logits, int64_t pitch) {
   const Codec& codec = p.layout().tier[strip.tier].key;
   const int stride = p.layout().tokens;
-  if (codec.channels || p.frequencies.size()) return decoded_keys(p, q, head, strip, logits, pitch);
+  if (codec.decoded_first() || p.frequencies.size()) return decoded_keys(p, q, head, strip, logits, pitch);
   with_reader(codec, [&](auto reader) {
     using Reader = decltype(reader);
     over_heads(p.group, [&](int first, auto count) {
@@ -216,7 +216,7 @@ inline void decoded_values(const Problem& p, int head, const Strip& strip, const
 inline void value_panel(const Problem& p, int head, const Strip* strips, int count, const float* weights, int64_t pitch, Floats* out,
                         float* constant) {
   const Codec& codec = p.layout().tier[strips[0].tier].value;
-  if (codec.channels) {
+  if (codec.decoded_first()) {
     for (int s = 0; s < count; ++s) decoded_values(p, head, strips[s], weights + s * kStrip, pitch, out);
     return;
   }

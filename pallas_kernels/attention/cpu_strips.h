@@ -34,7 +34,7 @@ struct Queries {
 template <typename Reader>
 constexpr bool pairs_possible = DIFFKV_PAIRS && (Reader::type == Exact::no || Reader::type == Exact::bfloat16);
 inline bool pairs_fit(const Codec& codec, int head_dim) {
-  return DIFFKV_PAIRS && !codec.channels && codec.exact != Exact::float16 && codec.exact != Exact::float32 && codec.rows % 2 == 0 && head_dim / codec.groups % 2 == 0;
+  return DIFFKV_PAIRS && !codec.decoded_first() && codec.exact != Exact::float16 && codec.exact != Exact::float32 && codec.rows % 2 == 0 && head_dim / codec.groups % 2 == 0;
 }
 
 // Biased codes of bfloat16 products: what the bias adds to a sum of codes, times the sum of the factors: eight bits are two codes of four, the upper one sixteenfold.

@@ -22,7 +22,7 @@ class Outliers(PlainXLA):
 
     A vector is one token's channels (`axis="token"`) or one channel over the tokens of a block (`axis="channel"`). Its largest and its
     smallest values, `share` of it in all and at least one of each, are replaced by the vector's mean or median before the codec
-    encodes it. Plain XLA runs it.
+    encodes it. Where it runs: plain XLA, and `attended_by`.
 
     Rows: those of the codec first, then the outliers': with "token" `count` rows of indices and of values, lane t for token t; with
     "channel" the numbers of one channel after the other, `lanes.as_rows`.
@@ -49,6 +49,12 @@ class Outliers(PlainXLA):
     def separable(self) -> bool:
         """Whether a token's lane stands for itself."""
         return self.axis == "token" and self.codec.separable
+
+    @property
+    def attended_by(self) -> tuple[str, ...]:
+        """Native decode attention reads those of tokens, beside codecs that it knows."""
+        known = not isinstance(self.codec, PlainXLA) or "cpu" in self.codec.attended_by
+        return ("cpu",) if known and self.axis == "token" else ()
 
     @property
     def count(self) -> int:

@@ -114,6 +114,18 @@ inline void look_up(const Codec& codec, const Stored& at, int stride, int head_d
   with_bits(std::integral_constant<int, 1>{});
 }
 
+// Puts the outliers of the first `live` tokens in their places in `x [head_dim, 32]`.
+inline void place_outliers(const Codec& codec, const Stored& at, int stride, int head_dim, int live, float* x) {
+  for (int i = 0; i < codec.outliers; ++i) {
+    const uint8_t* channel = at.payload + int64_t{codec.rows - codec.outliers + i} * stride;
+    float values[kStrip];
+    for (int half = 0; half < 2; ++half) store(values + half * kLanes, metadata(at, codec.meta_rows() - codec.outliers + i, stride, half));
+    for (int t = 0; t < live; ++t) {
+      if (channel[t] < head_dim) x[channel[t] * kStrip + t] = values[t];
+    }
+  }
+}
+
 // Channels `[head_dim, 2]` of a strip's keys or values; `table` is the head's learned one. Lanes from `live` on are zeros.
 inline Floats* decoded(const Codec& codec, const Stored& at, int stride, int head_dim, const uint16_t* table, int live) {
   Floats* x = scratch<struct DecodedStrip, Floats>(2 * head_dim);
@@ -138,6 +150,7 @@ inline Floats* decoded(const Codec& codec, const Stored& at, int stride, int hea
       for (int c = group * width; c < (group + 1) * width; ++c) x[2 * c + half] = select(real, x[2 * c + half] * scale + zero, Floats{});
     }
   }
+  place_outliers(codec, at, stride, head_dim, live, reinterpret_cast<float*>(x));
   return x;
 }
 

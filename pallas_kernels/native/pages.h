@@ -21,21 +21,27 @@ struct Codec {
   bool normal;
   int channels;  // that share a code of a table; 0 = there is no table
   bool ranged;   // one table for all channels, of levels of the range that the token's scale and zero point tell
+  int outliers;  // of a token, kept beside: rows of their channels behind the codes, rows of their values behind scale and zero point
 
   // `code` as native.py's format_codes gives it: 1, 2, 4, 8 bits; 16 bfloat16, 17 float16, 32 float32; 64 + bits for normal levels,
-  // 128 + bits for a table a group of `number` channels, 192 + bits for a table of levels of the token's range.
+  // 128 + bits for a table a group of `number` channels, 192 + bits for a table of levels of the token's range; 256 more an outlier.
   static Codec make(int64_t code, int64_t number, int64_t head_dim) {
+    const int outliers = static_cast<int>(code / 256);
+    code %= 256;
     const Exact exact = code == 16 ? Exact::bfloat16 : code == 17 ? Exact::float16 : code == 32 ? Exact::float32 : Exact::no;
     const int bits = static_cast<int>(code == 17 ? 16 : code > 64 ? code % 64 : code);
     const bool ranged = code > 192, table = code > 128;
     const int channels = ranged ? 1 : table ? static_cast<int>(number) : 0, groups = exact != Exact::no || table ? 1 : static_cast<int>(number);
-    return {bits, groups, static_cast<int>(head_dim / (table ? channels : 1) * bits / 8), exact, code > 64 && !table, channels, ranged};
+    const int rows = static_cast<int>(head_dim / (table ? channels : 1) * bits / 8);
+    return {bits, groups, rows + outliers, exact, code > 64 && !table, channels, ranged, outliers};
   }
   // Numbers of a head's table.
   int64_t table_size(int head_dim) const { return ranged ? 1 << bits : channels ? int64_t{head_dim} << bits : 0; }
   bool scaled() const { return exact == Exact::no && (!channels || ranged); }
   bool zeroed() const { return scaled() && !normal; }
-  int meta_rows() const { return (scaled() + zeroed()) * groups; }
+  int meta_rows() const { return (scaled() + zeroed()) * groups + outliers; }
+  // Whether products are taken with decoded numbers.
+  bool decoded_first() const { return channels || outliers; }
 };
 
 struct Tier {

@@ -16,7 +16,7 @@ from diffkv_jax.pallas_kernels.attention import Heads, Sliding, decode_attention
 from diffkv_jax.pallas_kernels.codecs import KVFormat, table_shape, with_table
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
-from readback import Pool, on_device, random_pool, read_tier, slot_addresses
+from readback import Pool, on_device, random_pool, read_tier, slot_addresses, tensor_rows
 
 SLOTS, MAX_LEN, KV_HEADS = 9, 640, 3  # of two requests
 LENGTHS = [(0, 0), (0, 70), (130, 0), (33, 65), (540, 5), (1, 520)]
@@ -46,6 +46,8 @@ CASES = {
     "KVQuant of 3 and 2 bits, capped": Shape(("K3sV3t", "K2sV1t"), 64, 2, cap=3.0),
     "KVQuant of 8 bits, sliding": Shape(("K8sV8t",), 32, 2, window=90),
     "exact sinks and KVQuant": Shape(("full", "K4sV4t"), 64, 3),
+    "KVQuant of 3 bits, outliers": Shape(("K3sV3t+o5",), 64, 3),
+    "outliers of CQ and of uniform numbers": Shape(("K8v4V4:1,2+o1", "K2V2n+o3"), 64, 2, rope=False),
     "CQ keys, uniform values": Shape(("K8v4V4:1,2",), 64, 2),
     "uniform and normal keys without rope": Shape(("K8V4:2,1", "K4nV2n"), 64, 3),
 }
@@ -191,6 +193,18 @@ def test_the_comparison_sees_mistakes(mistake: str, kernels: Kernels):
     }[mistake]
     with pytest.raises(AssertionError):
         same(this.run(bad), this.dense(turned=mistake != "no rope"), pool.pages["significance"])
+
+
+@pytest.mark.parametrize("kernels", [IMPLEMENTATIONS[0], *NATIVE])
+@pytest.mark.parametrize("part", ["payload", "meta"])  # channels, values
+@pytest.mark.parametrize("tensor", [0, 1])  # K, V
+def test_the_comparison_sees_exchanged_outliers(tensor: int, part: str, kernels: Kernels):
+    this = case("KVQuant of 3 bits, outliers", kernels)
+    name, first, rows = tensor_rows(this.layout, 0)[tensor + 2 * (part == "meta")]
+    array = this.pool.pages[name].copy()
+    array[:, first + rows - 2 : first + rows] = array[:, first + rows - 2 : first + rows][:, ::-1]
+    with pytest.raises(AssertionError):
+        same(this.run(this.pool._replace(pages={**this.pool.pages, name: array})), this.dense(), this.pool.pages["significance"])
 
 
 @pytest.mark.parametrize("kernels", [IMPLEMENTATIONS[1], *NATIVE])
