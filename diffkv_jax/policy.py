@@ -66,7 +66,7 @@ class CompressionPolicy:
         punctuation: token ids of that class.
         frequent, local: how many tokens those classes hold, as shares of the tokens seen: the most attended, the most recent.
         rotate: keys and values are kept turned by an orthogonal matrix, which helps codecs of few bits (`diffkv_jax.rotation`).
-        un_rope: keys are kept without their rotary embedding and get it back where attention reads them: plain XLA only.
+        un_rope: keys are kept without their rotary embedding and get it back where attention reads them; of kernels, only decode attention.
         block: tokens of a block, where a codec shares numbers over the tokens of one ("K2cV2"): a multiple of 32 up to 256, 32 when None.
         pooling: width of the moving average over positions, of "window" scores (SnapKV).
         future: of "expected" scores: how many positions after the prompt the queries to come may have (ExpectedAttention).
