@@ -111,8 +111,17 @@ def policies() -> dict[tuple[str, float | None], dkv.CompressionPolicy]:
     return compared
 
 
+def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of (bytes, KL) that no other has fewer of both, the fewest bytes first."""
+    front: list[tuple[float, float]] = []
+    for size, kl in sorted(points):
+        if not front or kl < front[-1][1]:
+            front.append((size, kl))
+    return front
+
+
 def plot(rows: list[Row], path: Path) -> None:
-    """KL against bytes, a line a method."""
+    """KL against bytes, a line a method; the broad line joins those that no other beats in both."""
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("svg")
     plt = importlib.import_module("matplotlib.pyplot")
@@ -120,9 +129,11 @@ def plot(rows: list[Row], path: Path) -> None:
     families = defaultdict(list)
     for row in rows:
         if row.of_bf16 and row.mean_kl:
-            families[row.method.partition(" (")[0]].append((row.of_bf16, row.mean_kl))
+            families[re.split(r" \(| \d", row.method)[0]].append((row.of_bf16, row.mean_kl))
     for i, (name, points) in enumerate(families.items()):
         panel.plot(*zip(*sorted(points), strict=True), "osd^v"[i // 10 % 5] + "-", label=name, markersize=4, linewidth=0.8)
+    front = pareto([point for points in families.values() for point in points])
+    panel.plot(*zip(*front, strict=True), color="0.85", linewidth=6, zorder=0)
     panel.set(xlabel="allocated bytes, share of a bf16 cache", ylabel="mean KL to the full cache", yscale="log")
     panel.legend(fontsize=6, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, bbox_inches="tight")
