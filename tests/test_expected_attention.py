@@ -107,7 +107,7 @@ def scores(chunk: int, **options) -> np.ndarray:
         (512, {}),
         (64, {}),
         pytest.param(64, {"rotate": True}, marks=pytest.mark.slow),
-        pytest.param(64, {"un_rope": True}, marks=pytest.mark.slow),
+        pytest.param(64, {"un_rope": True}, marks=(pytest.mark.slow, pytest.mark.long)),
     ],
     ids=str,
 )
@@ -153,6 +153,7 @@ def test_chunks_of_a_prompt_choose_as_one(policy):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(native.why_unavailable() is not None, reason="native kernels cannot be built here")
 def test_keys_of_four_bits_are_scored_nearly_as_exact_ones():
     """On native kernels, in chunks: most keys are read from pages."""

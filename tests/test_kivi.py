@@ -170,6 +170,7 @@ def test_other_scores_that_decide_once_a_prompt(method):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_snapkv_goes_on_in_decode():
     model, params = model_of()
     policy = dkv.snapkv(0.5, tiers=("K4cV4",), window=16, flush=32)

@@ -98,7 +98,7 @@ def test_scores_are_those_of_kvpress(chunk, window, read):
     [
         pytest.param(kvzip(0.5), (2048,), id="one pass"),
         pytest.param(kvzip(0.3, 100), (100, 0.7), id="three passes", marks=pytest.mark.slow),
-        pytest.param(kvzip(0.5, layers="uniform"), (2048, 0.5, True), id="layer by layer", marks=pytest.mark.slow),
+        pytest.param(kvzip(0.5, layers="uniform"), (2048, 0.5, True), id="layer by layer", marks=(pytest.mark.slow, pytest.mark.long)),
     ],
 )
 def test_the_tokens_that_kvpress_keeps(policy, options):
@@ -125,6 +125,7 @@ def test_transforms_change_no_score_and_words_do(change):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_numbers_of_tokens_and_a_floor():
     counts = [[len(head) for layer in kept(policy) for head in layer] for policy in (kvzip(90), dkv.ada_kv(kvzip(0.5), floor=0.45))]
     assert sum(counts[0]) == 90 * len(HEADS) and min(counts[0]) < 40
@@ -213,6 +214,7 @@ def test_pool_is_updated_in_place(name, kernels):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("tiers", [("K8V4",), ("K8V4", "K4V2")], ids=str)
 def test_the_smallest_budget_is_enough(tiers):
     """It holds the whole prompts; what they leave takes a second turn in, which their own tokens would have no room for beside it."""

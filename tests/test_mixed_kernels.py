@@ -52,7 +52,7 @@ def run(name: str, implementation: str, seed: int = 1) -> GenerateOutput:
 
 
 CASES = [("CQ", "cpu"), *(pytest.param(name, "cpu", marks=pytest.mark.slow) for name in list(POLICIES)[1:])]
-CASES += [pytest.param(name, "triton", marks=pytest.mark.slow) for name in ("CQ", "KVQuant without outliers")]
+CASES += [pytest.param(name, "triton", marks=(pytest.mark.slow, pytest.mark.long)) for name in ("CQ", "KVQuant without outliers")]
 
 
 @pytest.mark.parametrize(("name", "implementation"), CASES)

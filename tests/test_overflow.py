@@ -25,7 +25,8 @@ POLICIES = {
     "all rows": diffkv(tiers=("K8V4:2,2", "K4V2"), observe="all", window=WINDOW, flush=FLUSH),
     "none": CompressionPolicy.none(window=WINDOW, flush=FLUSH),
 }
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in POLICIES if name != "diffkv"]
+LONG = pytest.param("flush 1", marks=(pytest.mark.slow, pytest.mark.long))
+OTHERS = [*(pytest.param(name, marks=pytest.mark.slow) for name in ("all rows", "none")), LONG]
 
 
 class Program(NamedTuple):
@@ -157,8 +158,7 @@ def test_random_operations(alpha, free, operations):
     run_operations(program("diffkv"), alpha, free, operations)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [*OTHERS, pytest.param("diffkv", marks=(pytest.mark.slow, pytest.mark.long))])
 @settings(max_examples=40, deadline=None)
 @given(**OPERATIONS)
 def test_more_random_operations(name, alpha, free, operations):

@@ -23,7 +23,7 @@ def cache_of(policy: dkv.CompressionPolicy) -> dkv.KVCache:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long if i < 2 else ()) for i, name in enumerate(COMPOSED)])
 def test_a_composition_keeps_what_its_eviction_keeps(name):
     whole, eviction, codec = (cache_of(policy) for policy in COMPOSED[name])
     for layer in range(3):

@@ -111,6 +111,7 @@ def differing(one: dkv.KVCache, other: dkv.KVCache, layers, scores: bool = False
     return count
 
 
+@pytest.mark.slow
 def test_shallow_layers_are_those_of_diffkv():
     """Tokens, tiers, codes and scores in pages and windows, and what attention gives, after every prompt chunk and event."""
     lengths = whole_run("both")[-1].cache.tier_len
@@ -124,6 +125,7 @@ def test_shallow_layers_are_those_of_diffkv():
     assert differing(both.cache, tiers.cache, DEEP) > 200
 
 
+@pytest.mark.slow
 def test_deep_layers_are_those_of_minicache():
     for both, pairs in zip(whole_run("both"), whole_run("pairs"), strict=True):
         assert not differing(both.cache, pairs.cache, DEEP)
@@ -162,6 +164,7 @@ def test_the_tokens_that_pairs_share_are_those_of_the_equations(retain, right):
     assert (worst[0] < 5e-3 and worst[1] < 0.05) == right and (right or worst[0] > 0.3)
 
 
+@pytest.mark.slow
 def test_without_thresholds_it_is_minicache():
     for both, pairs in zip(whole_run("both", (0.0, 0.0)), whole_run("pairs"), strict=True):
         assert not differing(both.cache, pairs.cache, range(LAYERS))
@@ -183,6 +186,7 @@ def owners(cache: dkv.KVCache) -> list[set[int]]:
     return [set(page_ids_in_use(cache.spec.layout, *part, cache.spec.num_pages)) for part in zip(*parts, strict=True)]
 
 
+@pytest.mark.slow
 def test_pages_are_owned_once_and_change_hands():
     """In a pool of just as many pages as are ever in use those that shallow layers give back serve deep ones later."""
     for moment in whole_run("both"):
@@ -239,6 +243,7 @@ def with_rubbish(cache: dkv.KVCache) -> dkv.KVCache:
     return dataclasses.replace(cache, pages=rubbish)
 
 
+@pytest.mark.slow
 def test_dead_pages_are_never_read():
     for clean, rubbish in zip(whole_run("both"), follow(empty("both"), change=with_rubbish), strict=True):
         assert not differing(clean.cache, rubbish.cache, range(LAYERS), scores=True)
@@ -254,6 +259,7 @@ def test_dead_pages_are_never_read():
 FULL = ((32, 32), True)
 
 
+@pytest.mark.slow
 def test_a_prompt_without_pages_leaves_no_trace():
     """Without its last page, one of the merged layers', a request gives up and gives back what its shallow layers have."""
     everything = follow(empty("both", (0.0, 0.0)), [FULL])[0].cache
@@ -268,6 +274,7 @@ def test_a_prompt_without_pages_leaves_no_trace():
         assert stored(cache, layer, 0, head, True) == stored(everything, layer, 0, head, True)
 
 
+@pytest.mark.slow
 def test_decode_without_pages_leaves_a_request_as_it_was():
     rng = np.random.default_rng(4)
     _, cache = operate(empty("both", (0.0, 0.0)), rng, FULL)
