@@ -68,5 +68,22 @@ def nearest(error: Array, rank: int) -> tuple[Array, Array]:
     back = jnp.swapaxes(error, -1, -2)
     for _ in range(ITERATIONS - 1):
         p = back @ (error @ p)
-    q = jnp.linalg.qr(error @ jnp.linalg.qr(p)[0])[0]
+    q = _orthonormal(error @ _orthonormal(p))
     return q, back @ q
+
+
+def _orthonormal(x: Array) -> Array:
+    """`x [..., n, rank]` with orthonormal columns instead that span as much; one that adds nothing becomes 0.
+
+    Gram-Schmidt, each projection taken off twice. Not LAPACK's QR, which on CPUs never came back from batches of a few thousand blocks
+    (jaxlib 0.10.2).
+    """
+    columns: list[Array] = []
+    for i in range(x.shape[-1]):
+        column = x[..., i]
+        least = 1e-6 * jnp.linalg.norm(column, axis=-1, keepdims=True)
+        for before in columns * 2:
+            column = column - (before * column).sum(axis=-1, keepdims=True) * before
+        norm = jnp.linalg.norm(column, axis=-1, keepdims=True)
+        columns.append(jnp.where(norm > least, column / jnp.where(norm > least, norm, 1.0), 0.0))
+    return jnp.stack(columns, axis=-1)
