@@ -75,8 +75,8 @@ def nearest(error: Array, rank: int) -> tuple[Array, Array]:
 def _orthonormal(x: Array) -> Array:
     """`x [..., n, rank]` with orthonormal columns instead that span as much; one that adds nothing becomes 0.
 
-    Gram-Schmidt, each projection taken off twice. Not LAPACK's QR, which on CPUs never came back from batches of a few thousand blocks
-    (jaxlib 0.10.2).
+    Gram-Schmidt, each projection taken off twice. With LAPACK's QR the prompts of ten requests never came back on two cores
+    (jaxlib 0.10.2; docs/log.md).
     """
     columns: list[Array] = []
     for i in range(x.shape[-1]):
