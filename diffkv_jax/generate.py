@@ -17,7 +17,7 @@ from diffkv_jax.calibration import Calibration, tables_for
 from diffkv_jax.model_protocol import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.policy import CompressionPolicy
-from diffkv_jax.prompt import as_batch, check_context, check_evicts_once, chunk_size, chunks
+from diffkv_jax.prompt import as_batch, check_context, check_evicts_once, chunk_size, chunks, replay_passes
 from diffkv_jax.runner import decode_step, end_replay, prefill_chunk, replay_chunk
 from diffkv_jax.sampling import Greedy, Sample, next_token
 
@@ -195,7 +195,7 @@ def prefill(model: CausalLM, params, cache: KVCache, tokens: np.ndarray, lengths
     for part, real, last in chunks(tokens, lengths, size):
         logits, cache = prefill_chunk(model, params, cache, jnp.asarray(part), jnp.asarray(real), jnp.asarray(last))
     if replay is not None and again.any():
-        for part, real, first in replay.passes(tokens, again):
+        for part, real, first in replay_passes(replay, tokens, again):
             cache = replay_chunk(model, params, cache, jnp.asarray(part), jnp.asarray(real), jnp.int32(first))
         cache = end_replay(cache, jnp.asarray(again > 0))
     assert logits is not None  # as_batch refuses empty prompts

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, fields
 from math import ceil
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,20 +32,6 @@ class Merge:
             value = getattr(self, field.name)
             if not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"merge.{field.name}={value!r} must be a number from 0 to 1")
-
-    @staticmethod
-    def of(value: Any) -> "Merge":
-        """A `Merge`, or one from the mapping that JSON makes of it.
-
-        Raises:
-            ValueError: neither.
-        """
-        names = {field.name for field in fields(Merge)}
-        if isinstance(value, dict) and set(value) <= names:
-            value = Merge(**value)
-        if not isinstance(value, Merge):
-            raise ValueError(f"merge={value!r} must be a Merge, or a mapping with any of {sorted(names)}")
-        return value
 
     def pairs(self, attention: AttentionSpec) -> int:
         """How many pairs there are: the last layers of the model.

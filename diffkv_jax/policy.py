@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from diffkv_jax.policy_checks import (
 from diffkv_jax.replay import Replay
 from diffkv_jax.selection import Score, Selection
 
+Part = TypeVar("Part", Merge, Replay)
 Threshold = float | tuple[Any, ...]
 Budget = float | int | str | tuple[Any, ...]
 PYRAMID_STEEPNESS = 20.0
@@ -128,7 +129,7 @@ class CompressionPolicy:
         if self.score is None and self.observe is not None:
             object.__setattr__(self, "score", "attention")
         if self.replay is not None or self.score == "replay":
-            object.__setattr__(self, "replay", Replay() if self.replay is None else Replay.of(self.replay))
+            object.__setattr__(self, "replay", Replay() if self.replay is None else _part(Replay, "replay", self.replay))
         check_tiers(self.tiers)
         check_schedule(self)
         check_replay(self)
@@ -138,7 +139,7 @@ class CompressionPolicy:
             object.__setattr__(self, "block", 32)
         check_blocks(self)
         if self.merge is not None:
-            object.__setattr__(self, "merge", Merge.of(self.merge))
+            object.__setattr__(self, "merge", _part(Merge, "merge", self.merge))
             check_merge(self)
         if self.keep is None:
             check_thresholds(self)
@@ -218,6 +219,16 @@ class CompressionPolicy:
             given = sorted(data) if isinstance(data, dict) else data
             raise ValueError(f"a policy must be a JSON object with 'name', 'tiers' and any of {sorted(known)}, given {given}")
         return CompressionPolicy(**data)
+
+
+def _part(kind: type[Part], field: str, value: Any) -> Part:
+    """A part of a policy that is data itself, or one from the mapping that JSON makes of it."""
+    names = {one.name for one in dataclasses.fields(kind)}
+    if isinstance(value, dict) and set(value) <= names:
+        return kind(**value)
+    if not isinstance(value, kind):
+        raise ValueError(f"{field}={value!r} must be a {kind.__name__}, or a mapping with any of {sorted(names)}")
+    return value
 
 
 def _frozen(value: Any) -> Threshold:

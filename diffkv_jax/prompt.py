@@ -6,8 +6,10 @@ import numpy as np
 
 from diffkv_jax.cache import CacheSpec
 from diffkv_jax.model_protocol import AttentionSpec
+from diffkv_jax.replay import Replay
 
 MIN_CHUNK = 16
+PASS_ROWS = 512  # a pass of more rows has a multiple of them, as attention wants
 
 
 def as_batch(
@@ -96,15 +98,36 @@ def chunk_size(longest: int, prefill_chunk: int, observe: int) -> int:
         raise ValueError(f"prefill_chunk={prefill_chunk} must be a power of two of at least {MIN_CHUNK}")
     if longest > prefill_chunk and prefill_chunk < observe:
         raise ValueError(f"prefill_chunk={prefill_chunk} must be at least observe={observe}: the last chunk holds all observing queries")
-    return min(prefill_chunk, max(MIN_CHUNK, 1 << (longest - 1).bit_length()))
+    return min(prefill_chunk, _power_of_two(longest))
 
 
 def chunks(tokens: np.ndarray, lengths: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     """Right-aligned chunks: int32 [R, size], real tokens int32 [R] at their end, and whether it is the last."""
     count = -(-int(lengths.max()) // size)
-    padded = np.zeros((len(lengths), count * size), np.int32)
-    for i, n in enumerate(lengths):
-        padded[i, count * size - n :] = tokens[i, :n]
+    padded = _right_aligned([row[:n] for row, n in zip(tokens, lengths, strict=True)], count * size)
     for c in range(count):
         real = np.clip(lengths - (count - 1 - c) * size, 0, size).astype(np.int32)
         yield padded[:, c * size : (c + 1) * size], real, c == count - 1
+
+
+def replay_passes(replay: Replay, tokens: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Right-aligned passes over prompts `tokens` [R, N] of `lengths` [R]: int32 [R, C], real tokens int32 [R], first position."""
+    starts = range(0, int(lengths.max()), replay.chunk)
+    passes = [[replay.row(row[:n], at) for row, n in zip(tokens, lengths, strict=True)] for at in starts]
+    longest = max(len(row) for rows in passes for row in rows)
+    width = -(-longest // PASS_ROWS) * PASS_ROWS if longest > PASS_ROWS else _power_of_two(longest)
+    for at, rows in zip(starts, passes, strict=True):
+        yield _right_aligned(rows, width), np.array([len(row) for row in rows], np.int32), at
+
+
+def _power_of_two(longest: int) -> int:
+    """The power of two that holds `longest` tokens, at least `MIN_CHUNK`."""
+    return max(MIN_CHUNK, 1 << (longest - 1).bit_length())
+
+
+def _right_aligned(rows: Sequence[Sequence[int] | np.ndarray], width: int) -> np.ndarray:
+    """int32 [R, width], zeros before each row."""
+    padded = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        padded[i, width - len(row) :] = row
+    return padded

@@ -1,14 +1,13 @@
 """`Replay`: what a model is given to read when it goes over a prompt again, chunk by chunk (KVzip, arXiv:2505.23416), as data."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from diffkv_jax.model_protocol import AttentionSpec
 
-ROWS = 512  # a pass of more rows has a multiple of them, as attention wants
 FIRST = "\n\nRepeat the previous context exactly."
 LATER = "\n\nRepeat the part of the previous context exactly, starting with"
 
@@ -43,20 +42,6 @@ class Replay:
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"replay.{name}={value!r} must be an integer of at least {least}")
 
-    @staticmethod
-    def of(value: Any) -> "Replay":
-        """A `Replay`, or one from the mapping that JSON makes of it.
-
-        Raises:
-            ValueError: neither.
-        """
-        names = {field.name for field in fields(Replay)}
-        if isinstance(value, dict) and set(value) <= names:
-            value = Replay(**value)
-        if not isinstance(value, Replay):
-            raise ValueError(f"replay={value!r} must be a Replay, or a mapping with any of {sorted(names)}")
-        return value
-
     def check(self, attention: AttentionSpec, lengths: np.ndarray) -> None:
         """Refuse ids that the model does not have, and prompts of `lengths` int [R] whose passes would outgrow its context.
 
@@ -67,26 +52,14 @@ class Replay:
         if beyond := [i for i in words if i >= attention.vocab_size]:
             raise ValueError(f"replay={self} holds token id {beyond[0]}, outside the vocabulary [0, {attention.vocab_size})")
         longest = int(lengths.max())
-        total = longest + max((len(self._row(np.zeros(longest), at)) for at in range(0, longest, self.chunk)), default=0)
+        total = longest + max((len(self.row(np.zeros(longest), at)) for at in range(0, longest, self.chunk)), default=0)
         if total > attention.max_position_embeddings:
             raise ValueError(
                 f"a prompt of {longest} tokens and a pass that repeats {min(self.chunk, longest)} of them come to {total} tokens, and the "
                 f"model's context is {attention.max_position_embeddings}; shorten the prompt or lower replay.chunk"
             )
 
-    def passes(self, tokens: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-        """Right-aligned passes over prompts `tokens` [R, N] of `lengths` [R]: int32 [R, C], real tokens int32 [R], first position."""
-        starts = range(0, int(lengths.max()), self.chunk)
-        passes = [[self._row(row[:n], at) for row, n in zip(tokens, lengths, strict=True)] for at in starts]
-        longest = max(len(row) for rows in passes for row in rows)
-        width = -(-longest // ROWS) * ROWS if longest > ROWS else max(16, 1 << (longest - 1).bit_length())
-        for at, rows in zip(starts, passes, strict=True):
-            padded = np.zeros((len(rows), width), np.int32)
-            for i, row in enumerate(rows):
-                padded[i, width - len(row) :] = row
-            yield padded, np.array([len(row) for row in rows], np.int32), at
-
-    def _row(self, prompt: np.ndarray, at: int) -> tuple[int, ...]:
+    def row(self, prompt: np.ndarray, at: int) -> tuple[int, ...]:
         """What the pass over the chunk at position `at` reads; nothing where the prompt has ended."""
         if at >= len(prompt):
             return ()

@@ -14,6 +14,7 @@ from diffkv_jax.budget import tree_bytes
 from diffkv_jax.generate import make_cache, prefill
 from diffkv_jax.pallas_kernels import native
 from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.prompt import replay_passes
 from diffkv_jax.replay import FIRST, LATER
 from diffkv_jax.runner import end_replay, replay_chunk
 from readback import check_pool, held_tokens
@@ -178,7 +179,8 @@ def test_what_is_scored_are_the_keys_that_attention_reads():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "implementation", ["xla", pytest.param("cpu", marks=pytest.mark.skipif(bool(native.why_unavailable()), reason="built here"))]
+    "implementation",
+    ["xla", pytest.param("cpu", marks=pytest.mark.skipif(bool(native.why_unavailable()), reason="native kernels cannot be built here"))],
 )
 def test_two_tiers(implementation):
     """The best stay at eight bits, the next at four; a tier's line is one for all heads."""
@@ -243,8 +245,8 @@ def test_its_words():
 
     assert dkv.replay_words(Tokenizer()) == REPLAY
     assert dkv.replay_words(Chat(), chunk=64) == dataclasses.replace(REPLAY, suffix=(5, 6), chunk=64)
-    (first, _, at), (second, real, then) = dataclasses.replace(REPLAY, chunk=12, overlap=3).passes(
-        np.arange(100, 140).reshape(2, 20), np.array([20, 9])
+    (first, _, at), (second, real, then) = replay_passes(
+        dataclasses.replace(REPLAY, chunk=12, overlap=3), np.arange(100, 140).reshape(2, 20), np.array([20, 9])
     )
     assert (at, then) == (0, 12) and first.shape == second.shape == (2, 16) and real.tolist() == [4 + 3 + 1 + 8, 0]
     assert first[0].tolist() == [11, 7, 90, 8, *range(100, 112)] and first[1].tolist() == [0, 0, 0, 11, 7, 90, 8, *range(120, 129)]

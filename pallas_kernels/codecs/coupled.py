@@ -5,24 +5,19 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .looked_up import LookedUp
 from .packing import fills_bytes, pack_planes, packed_rows, unpack_planes
-from .plain import PlainXLA
-from .tiles import Tile, looked_up_tiles
 
 BITS = (1, 2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
-class Coupled(PlainXLA):
+class Coupled(LookedUp):
     """Codec of one tensor (K or V): `channels` contiguous channels become one code of `bits` bits, a row of their codebook.
 
     A block is `[B, ..., head_dim, T]`; its payload is uint8 `[B, ..., rows, T]`, and there is no metadata. `table` float16
-    `[B, head_dim / channels, 2**bits, channels]` holds the codebooks of the `B` heads (`learned.with_table` sets it). Plain XLA runs
-    it, and decode attention of some kernels reads it.
+    `[B, head_dim / channels, 2**bits, channels]` holds the codebooks of the `B` heads (`learned.with_table` sets it).
     """
-
-    attended_by = ("cpu", "triton")
-    scale_groups = 1
 
     bits: int
     channels: int
@@ -51,14 +46,6 @@ class Coupled(PlainXLA):
     def table_shape(self, head_dim: int) -> tuple[int, ...]:
         """Shape of one head's table."""
         return head_dim // self.channels, 2**self.bits, self.channels
-
-    def plane_channels(self, head_dim: int) -> int:
-        """All channels: each is looked up by itself."""
-        return head_dim
-
-    def tiles(self, head_dim: int, *others) -> tuple[Tile, ...]:
-        """The tiles of a block, cut as those of the codecs `others`; what they hold is looked up."""
-        return looked_up_tiles(head_dim, (self, *others))
 
     def encode(self, x: Array) -> tuple[Array, Array]:
         """`[B, ..., d, T]` to (payload, empty metadata): the code of the nearest row, of equally near ones the first."""

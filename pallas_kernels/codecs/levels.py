@@ -6,22 +6,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .coupled import BITS, Coupled
+from .looked_up import LookedUp
 from .packing import fills_bytes, pack_planes, packed_rows, unpack_planes
-from .plain import PlainXLA
-from .tiles import Tile, looked_up_tiles
 
 
 @dataclass(frozen=True)
-class Levels(PlainXLA):
+class Levels(LookedUp):
     """Codec of one tensor (V): each channel takes the nearest of `2**bits` levels, ascending in -1 to 1, of the token's range.
 
     A block is `[B, ..., head_dim, T]`; its payload is uint8 `[B, ..., rows, T]`, its metadata float16 `[B, ..., 2, T]`: half of the
-    range, and its middle. `table` float16 `[B, 2**bits]` holds the levels (`learned.with_table` sets it). Plain XLA runs it,
-    and decode attention of some kernels reads it.
+    range, and its middle. `table` float16 `[B, 2**bits]` holds the levels (`learned.with_table` sets it).
     """
 
-    attended_by = ("cpu", "triton")
-    scale_groups = 1
+    scale_row, zero_row = 0, 1
     channels = 1  # that share a code
 
     bits: int
@@ -46,14 +43,6 @@ class Levels(PlainXLA):
         """Shape of one head's table."""
         del head_dim
         return (2**self.bits,)
-
-    def plane_channels(self, head_dim: int) -> int:
-        """All channels: each is looked up by itself."""
-        return head_dim
-
-    def tiles(self, head_dim: int, *others) -> tuple[Tile, ...]:
-        """The tiles of a block, cut as those of the codecs `others`; what they hold is looked up."""
-        return looked_up_tiles(head_dim, (self, *others), 0, 1)
 
     def encode(self, x: Array) -> tuple[Array, Array]:
         """`[B, ..., d, T]` to (payload, metadata): of equally near levels the lower."""

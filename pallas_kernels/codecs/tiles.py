@@ -49,16 +49,6 @@ def cut_points(head_dim: int, codecs: Iterable) -> tuple[int, ...]:
         points = more
 
 
-def looked_up_tiles(head_dim: int, codecs: Iterable, scale_row: int | None = None, zero_row: int | None = None) -> tuple[Tile, ...]:
-    """Tiles of codes that are looked up in a learned table, cut as `codecs` want: no byte planes, nothing to unpack."""
-
-    def unpack(planes: Sequence[Array]) -> Array:
-        raise TypeError("codes of a learned table are looked up, not unpacked")
-
-    points = cut_points(head_dim, codecs)
-    return tuple(Tile(a, b - a, (), scale_row, zero_row, unpack) for a, b in zip(points, points[1:], strict=False))
-
-
 def round_half_even(x: Array) -> Array:
     """`round` for backends that lack it; x float32, below 2**22 in size."""
     up = jnp.floor(x + 0.5)
