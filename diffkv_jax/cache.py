@@ -13,7 +13,6 @@ from jax import Array
 from diffkv_jax.merge import Merge
 from diffkv_jax.model_protocol import AttentionSpec
 from diffkv_jax.observed import nothing_observed
-from diffkv_jax.pallas_kernels import rope
 from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, LatentFormat, shared_format, table_shape
 from diffkv_jax.pallas_kernels.compact import FreeRing
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
@@ -84,7 +83,7 @@ class CacheSpec:
             raise ValueError(
                 f"policy {policy.name!r}: nested=True needs a model without sliding-window layers, which would see dropped tokens"
             )
-        if kernels.implementation != "xla" and _known(policy, attention, kernels.implementation) == "nothing":
+        if kernels.implementation != "xla" and _known(policy, attention) == "nothing":
             raise ValueError(f"policy {policy.name!r} runs in plain XLA only, not on {kernels.implementation!r} kernels: leave it to 'xla'")
         if selection.score == "expected" and attention.rope is None:
             raise ValueError(
@@ -164,7 +163,7 @@ def kernels_for(
         ValueError: the kernels asked for cannot run here, or do not know what policy and model ask for.
     """
     kernels = Kernels.resolve(implementation, interpret=interpret)
-    known, log = _known(policy, attention, kernels.implementation), logging.getLogger(__name__)
+    known, log = _known(policy, attention), logging.getLogger(__name__)
     if kernels.implementation == "xla" or known == "all":
         return kernels
     if known == "decode attention":
@@ -177,15 +176,14 @@ def kernels_for(
     return XLA
 
 
-def _known(policy: CompressionPolicy, attention: AttentionSpec, implementation: str) -> Literal["all", "decode attention", "nothing"]:
-    """Which of an implementation's operations know what policy and model ask of the pages."""
+def _known(policy: CompressionPolicy, attention: AttentionSpec) -> Literal["all", "decode attention", "nothing"]:
+    """Which of the kernels' operations know what policy and model ask of the pages."""
     if attention.latent is not None or policy.block is not None or policy.merge is not None:
         return "nothing"
     formats = [KVFormat.parse(tier) for tier in policy.tiers]
     if not policy.un_rope and all(fmt.in_kernels for fmt in formats):
         return "all"
-    attended = all(fmt.attended_by(implementation) for fmt in formats) and (not policy.un_rope or implementation in rope.ATTENDED_BY)
-    return "decode attention" if attended else "nothing"
+    return "decode attention" if all(fmt.attended for fmt in formats) else "nothing"
 
 
 def _formats_of(attention: AttentionSpec, policy: CompressionPolicy, dtype: str) -> tuple[KVFormat, ...]:

@@ -3,8 +3,6 @@
 import jax.numpy as jnp
 from jax import Array
 
-ATTENDED_BY = ("cpu", "triton")  # beside plain XLA, whose decode attention embeds keys that are stored without it
-
 
 def turn_pairs(x: Array, cos: Array, sin: Array) -> Array:
     """`x [..., d]` with every pair of channels turned by the angles of `cos`, `sin [..., d / 2]`; float32 sums, x's dtype."""

@@ -14,6 +14,13 @@ jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly(request):
+    """On a CPU most of the time of tests would be LLVM's: it optimises only where a module is marked `optimized` or `compile`."""
+    optimized = any(request.node.get_closest_marker(name) for name in ("optimized", "compile"))
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_PLATFORMS"] == "cpu" and not optimized)
+
+
 @pytest.fixture
 def key() -> jax.Array:
     """A fixed random key; split it rather than use it twice."""

@@ -11,7 +11,7 @@ from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.models import load_pretrained
 from helpers_model import smollm2_gguf_path
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.optimized]
 CONTEXT, STEPS = 64, 448
 TEXTS = ("king_james", "stdlib_source")
 

@@ -31,6 +31,7 @@ from diffkv_jax.pallas_kernels.native import why_unavailable
 from diffkv_jax.runner import decode_step, prefill_chunk
 from tiny import tiny_model
 
+pytestmark = pytest.mark.optimized
 MIB = 2**20
 KERNELS = [XLA] if why_unavailable() else [XLA, Kernels("cpu")]
 POLICIES = {

@@ -17,6 +17,7 @@ from readback import check_pool
 from tiny import prompt, tiny_model
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+PALLAS = ("triton", "mosaic_tpu")
 PROMPTS = [prompt(90, 1), prompt(37, 2)]
 SHORT = {"window": 16, "flush": 8}
 POLICIES = {
@@ -48,11 +49,12 @@ def run(name: str, implementation: str, seed: int = 1) -> GenerateOutput:
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     policy = POLICIES[name]
     options = dict(policy=policy, max_new_tokens=20, max_len=128, calibration=random_calibration(model, params, policy, seed))
-    return dkv.generate(model, params, PROMPTS, implementation=implementation, interpret=implementation == "triton", **options)
+    return dkv.generate(model, params, PROMPTS, implementation=implementation, interpret=implementation in PALLAS, **options)
 
 
 CASES = [("CQ", "cpu"), *(pytest.param(name, "cpu", marks=pytest.mark.slow) for name in list(POLICIES)[1:])]
-CASES += [pytest.param(name, "triton", marks=(pytest.mark.slow, pytest.mark.long)) for name in ("CQ", "KVQuant without outliers")]
+CASES += [pytest.param(name, "triton", marks=(pytest.mark.slow, pytest.mark.long)) for name in ("CQ", "KVQuant")]
+CASES += [pytest.param("KVQuant", "mosaic_tpu", marks=(pytest.mark.slow, pytest.mark.long))]
 
 
 @pytest.mark.parametrize(("name", "implementation"), CASES)
@@ -61,7 +63,7 @@ def test_the_same_tokens(name: str, implementation: str):
     np.testing.assert_array_equal(got.tokens, wanted.tokens)
     cache, plain = got.cache, wanted.cache
     assert (cache.spec.kernels, cache.spec.page_kernels) == (
-        Kernels(implementation, implementation == "triton"),
+        Kernels(implementation, implementation in PALLAS),
         XLA,
     ) and plain.spec.kernels == XLA
     for part in ("tier_len", "seq_len", "recent_len"):
@@ -93,6 +95,3 @@ def test_what_no_kernel_knows_is_refused():
         with pytest.raises(ValueError, match="plain XLA only"):
             dkv.generate(model, params, PROMPTS, policy=policy, implementation="cpu", max_new_tokens=1)
         assert kernels_for(policy, model.attention) == XLA
-    for name, implementation in (("CQ", "mosaic_tpu"), ("KVQuant", "triton")):
-        with pytest.raises(ValueError, match="plain XLA only"):
-            kernels_for(POLICIES[name], model.attention, implementation, interpret=True)

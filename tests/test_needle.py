@@ -5,7 +5,7 @@ import pytest
 import needle
 from helpers_model import smollm2_gguf_path
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.optimized]
 
 
 def test_passkey_recall():

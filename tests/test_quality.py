@@ -9,7 +9,7 @@ import diffkv_jax as dkv
 import quality
 from helpers_model import smollm2_gguf_path
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 CONTEXT, STEPS = 4096, 256
 KEEP_ALL, DROPPING = "alpha (1, 0)", "alpha (1, 0.02)"
 TEXTS = ("hamlet", "king_james", "stdlib_source")

@@ -7,8 +7,9 @@ import pytest
 
 from helpers_model import smollm2_gguf_path
 
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
-@pytest.mark.slow
+
 def test_the_python_example_runs(capsys):
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)

@@ -11,7 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..kernels import tpu_interpreter
-from ..pages import PageLayout, Pages
+from ..pages import PageLayout, Pages, meta_as_bits
+from .mosaic_tpu_block import LANES
 from .mosaic_tpu_kernel import attend_head
 from .mosaic_tpu_stream import Plan
 from .reference import Heads, Sliding
@@ -80,12 +81,12 @@ def decode_attention(
     _check_memory(plan, batch, group, max_len, blocks)
     scalars = [heads.page_table, heads.tier_len, heads.recent_len, heads.layer.reshape(1)]
     scalars += [] if sliding is None else [sliding.position]
-    names, call = _build(plan, q, pages, heads, max_len, blocks, interpret, len(scalars))
-    bits = pages.meta if pages.meta.dtype == jnp.int16 else lax.bitcast_convert_type(pages.meta, jnp.int16)  # TPU kernels take no float16
-    arrays = dict(q=q, recent_k=heads.recent_k, recent_v=heads.recent_v, payload=pages.payload, meta=bits)
-    arrays |= dict(position=pages.position, old_significance=pages.significance)
+    arrays: dict = dict(q=q, recent_k=heads.recent_k, recent_v=heads.recent_v, payload=pages.payload, meta=meta_as_bits(pages.meta))
+    arrays |= dict(position=pages.position, old_significance=pages.significance, tables=_tables(layout, heads))
+    arrays |= {} if layout.rope is None else dict(frequencies=jnp.asarray(layout.rope, jnp.float32)[:, None])
     if not interpret:
         arrays |= {name: pltpu.with_memory_space_constraint(arrays[name], pltpu.HBM) for name in LARGE}
+    names, call = _build(plan, q, pages, heads, arrays["tables"], max_len, blocks, interpret, len(scalars))
     output, recent, *significance = call(*scalars, *(arrays[name] for name in names))
     return output, significance[0] if layout.scored else pages.significance, recent[:, 0]
 
@@ -129,7 +130,29 @@ def _score_scratch(plan: Plan, group: int, max_len: int) -> dict:
     )
 
 
-def _build(plan: Plan, q: Array, pages: Pages, heads: Heads, max_len: int, blocks: Blocks, interpret, num_scalars: int):
+def _tables(layout: PageLayout, heads: Heads) -> dict[tuple[int, int], Array]:
+    """Learned tables by tier and tensor as int16 bits `[L, KV heads, d or 1, levels]`, the levels in lanes; loops need it done once."""
+    found = {}
+    for tier, tables in enumerate(heads.tables):
+        for tensor, table in enumerate(tables):
+            if table is None:
+                continue
+            bits = lax.bitcast_convert_type(table, jnp.int16)
+            if bits.ndim == 5:  # codebooks [L, KV heads, d / channels, levels, channels]
+                bits = jnp.swapaxes(bits, -1, -2).reshape(*bits.shape[:2], layout.head_dim, bits.shape[3])
+            else:
+                bits = bits[:, :, None]
+            found[tier, tensor] = jnp.pad(bits, [(0, 0)] * 3 + [(0, -bits.shape[-1] % LANES)])
+    return found
+
+
+def _of_table(plan: Plan, table: Array) -> pl.BlockSpec:
+    """The table of a head's layer and KV head."""
+    kv_heads, block = table.shape[1], (None, None, *table.shape[2:])
+    return pl.BlockSpec(block, lambda core, step, *s: (s[3][0], lax.rem(core * plan.heads + step, kv_heads), 0, 0))
+
+
+def _build(plan: Plan, q: Array, pages: Pages, heads: Heads, tables: dict, max_len: int, blocks: Blocks, interpret, num_scalars: int):
     """The names of the kernel's array operands and the call `(*scalars, *operands) -> (output, recent scores[, significance])`."""
     layout, (batch, group, head_dim), slots = plan.layout, q.shape, heads.recent_k.shape[2]
     hbm, used = pl.BlockSpec(memory_space=pltpu.HBM), max(plan.pages)
@@ -138,8 +161,8 @@ def _build(plan: Plan, q: Array, pages: Pages, heads: Heads, max_len: int, block
         return pl.BlockSpec((None, *shape), lambda core, step, *_: (core * plan.heads + step, *(0 for _ in shape)))
 
     recent = pl.BlockSpec((None, None, slots, head_dim), lambda core, step, *s: (s[3][0], core * plan.heads + step, 0, 0))
-    inputs = dict(q=of_head(group, head_dim), recent_k=recent, recent_v=recent, payload=hbm)
-    scratch = dict(
+    inputs: dict = dict(q=of_head(group, head_dim), recent_k=recent, recent_v=recent, payload=hbm)
+    scratch: dict = dict(
         payload_buffer=pltpu.VMEM((plan.buffers, used, layout.rows, layout.tokens), jnp.uint8),
         arrived=pltpu.SemaphoreType.DMA((plan.buffers,)),
         cursor=pltpu.SMEM((3,), jnp.int32),
@@ -147,7 +170,7 @@ def _build(plan: Plan, q: Array, pages: Pages, heads: Heads, max_len: int, block
     if layout.meta_rows:
         inputs["meta"] = hbm
         scratch["meta_buffer"] = pltpu.VMEM((plan.buffers, used, layout.meta_rows, layout.tokens), jnp.int16)
-    if plan.window is not None:
+    if plan.positions:
         inputs["position"] = hbm
         scratch["position_buffer"] = pltpu.VMEM((plan.buffers, used, layout.side_rows, layout.tokens), pages.position.dtype)
     outputs = dict(output=of_head(group, head_dim), recent_scores=of_head(1, slots))
@@ -158,6 +181,11 @@ def _build(plan: Plan, q: Array, pages: Pages, heads: Heads, max_len: int, block
         inputs["old_significance"], outputs["significance"] = hbm, hbm
         shapes.append(pltpu.HBM(pages.significance.shape, jnp.float32))
         scratch |= _score_scratch(plan, group, max_len) | dict(scores_read=pltpu.SemaphoreType.DMA, scores_written=pltpu.SemaphoreType.DMA)
+    if layout.rope is not None:
+        inputs["frequencies"] = pl.BlockSpec((head_dim // 2, 1), lambda *_: (0, 0))
+    if tables:
+        inputs["tables"] = {which: _of_table(plan, table) for which, table in tables.items()}
+        scratch["levels"] = {which: pltpu.VMEM(table.shape[2:], jnp.float32) for which, table in tables.items()}
     scalar_names = ("page_table", "tier_len", "recent_len", "layer", "query_position")[:num_scalars]
     call = pl.pallas_call(
         partial(attend_head, names=(*scalar_names, *inputs, *outputs, *scratch), plan=plan),

@@ -1,6 +1,6 @@
 """The TPU kernel of decode attention: what one program does for one head."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -8,7 +8,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..codecs.tiles import Tile, half_to_float
+from ..codecs.tiles import half_to_float
+from .mosaic_tpu_block import StoredBlock, logits_of, matmul, mix_of, runs_of
 from .mosaic_tpu_stream import Plan, Refs, Stream
 from .stream import group_score, soft_cap
 
@@ -46,6 +47,8 @@ def attend_head(*refs, names: tuple[str, ...], plan: Plan) -> None:
     head = first + pl.program_id(1)
     stream = Stream(r, plan, first + plan.heads)
     pl.when(head == first)(lambda: stream.open(first))
+    for which, table in r.tables.items():
+        r.levels[which][...] = half_to_float(table[...].astype(jnp.int32))
 
     group, head_dim = r.q.shape
     state = Softmax(jnp.full((group, 1), -jnp.inf), jnp.zeros((group, 1)), jnp.zeros((group, head_dim)))
@@ -61,13 +64,6 @@ def attend_head(*refs, names: tuple[str, ...], plan: Plan) -> None:
         r.recent_scores[...] = jnp.zeros(r.recent_scores.shape)
 
 
-def _matmul(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """Product in the type of `a`, sums in float32."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b.astype(a.dtype), dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _recent(r: Refs, plan: Plan, head) -> tuple[Array, Callable[[Array], Array]]:
     """Logits `[G, N]` of the recent window and the product of weights with its values."""
     slots, length = r.recent_k.shape[0], r.recent_len[head]
@@ -75,10 +71,10 @@ def _recent(r: Refs, plan: Plan, head) -> tuple[Array, Callable[[Array], Array]]
     seen = slot < length
     if plan.window is not None:
         seen &= length - 1 - slot < plan.window
-    logits = soft_cap(_matmul(r.q[...], r.recent_k[...], (1, 1)) * plan.sm_scale, plan.soft_cap)
+    logits = soft_cap(matmul(r.q[...], r.recent_k[...], (1, 1)) * plan.sm_scale, plan.soft_cap)
     live = lax.broadcasted_iota(jnp.int32, (slots, 1), 0) < length
     values = jnp.where(live, r.recent_v[...].astype(jnp.float32), 0.0)
-    return jnp.where(seen, logits, -jnp.inf), lambda weights: _matmul(weights.astype(r.q.dtype), values, (1, 0))
+    return jnp.where(seen, logits, -jnp.inf), lambda weights: matmul(weights.astype(r.q.dtype), values, (1, 0))
 
 
 def _live(r: Refs, plan: Plan, head, tier: int, chunk) -> Array:
@@ -103,7 +99,7 @@ def _first_block(plan: Plan, stream: Stream, head, tier: int, chunk):
 def _chunk_step(r: Refs, plan: Plan, stream: Stream, head, tier: int) -> Callable:
     """The body of the loop over the chunks of a tier."""
     layout, codecs = plan.layout, plan.layout.formats[tier]
-    k_runs, v_runs = (_runs(codec.tiles(layout.head_dim)) for codec in (codecs.key, codecs.value))
+    k_runs, v_runs = (runs_of(codec, layout.head_dim) for codec in (codecs.key, codecs.value))
     queries = [r.q[:, run.channels] for run in k_runs]
     sums = [q.astype(jnp.float32).sum(axis=1, keepdims=True) for q in queries]
 
@@ -112,8 +108,8 @@ def _chunk_step(r: Refs, plan: Plan, stream: Stream, head, tier: int) -> Callabl
         if layout.scored:
             _read_scores(r, stream, head, tier, chunk)
         live = _live(r, plan, head, tier, chunk)
-        blocks = [_Block(r, plan, tier, buffer, page, block) for page, block, _ in _blocks(plan, tier)]
-        logits = jnp.concatenate([_block_logits(block, k_runs, queries, sums) for block in blocks], axis=1)
+        blocks = [StoredBlock(r, plan, tier, buffer, page, block) for page, block, _ in _blocks(plan, tier)]
+        logits = jnp.concatenate([logits_of(block, k_runs, queries, sums) for block in blocks], axis=1)
         logits = jnp.where(live, soft_cap(logits * plan.sm_scale, plan.soft_cap), -jnp.inf)
         if plan.window is not None:
             position = jnp.concatenate([block.position() for block in blocks], axis=1)
@@ -125,94 +121,13 @@ def _chunk_step(r: Refs, plan: Plan, stream: Stream, head, tier: int) -> Callabl
 
         def mix(weights: Array) -> Array:
             parts = [
-                _block_mix(b, v_runs, weights[:, t], live[:, t], r.q.dtype)
-                for b, (_, _, t) in zip(blocks, _blocks(plan, tier), strict=True)
+                mix_of(b, v_runs, weights[:, t], live[:, t], r.q.dtype) for b, (_, _, t) in zip(blocks, _blocks(plan, tier), strict=True)
             ]
             return jnp.concatenate([sum(part[1:], start=part[0]) for part in zip(*parts, strict=True)], axis=1)
 
         return state.add(logits, mix)
 
     return body
-
-
-class _Run(NamedTuple):
-    """Adjacent tiles that share scale and zero point, or have none: one product takes them all."""
-
-    tiles: tuple[Tile, ...]
-
-    @property
-    def channels(self) -> slice:
-        return slice(self.tiles[0].channel, self.tiles[-1].channel + self.tiles[-1].channels)
-
-
-def _runs(tiles: Iterable[Tile]) -> list[_Run]:
-    runs: list[list[Tile]] = []
-    for tile in tiles:
-        if runs and runs[-1][0].scale_row == tile.scale_row:
-            runs[-1].append(tile)
-        else:
-            runs.append([tile])
-    return [_Run(tuple(run)) for run in runs]
-
-
-class _Block:
-    """A block of a chunk in VMEM. Every plane is read once."""
-
-    def __init__(self, r: Refs, plan: Plan, tier: int, buffer, page: int, block: int):
-        self._r, self._at, self._index = r, (buffer, page), block
-        fmt, count, head_dim = plan.layout.formats[tier], plan.layout.blocks[tier], plan.layout.head_dim
-        k_rows, v_rows = fmt.key.rows(head_dim), fmt.value.rows(head_dim)
-        self.payload = (block * k_rows, count * k_rows + block * v_rows)
-        self.metadata = (block * fmt.key.meta_rows, count * fmt.key.meta_rows + block * fmt.value.meta_rows)
-
-    def codes(self, run: _Run, tensor: int) -> Array:
-        """Float32 codes `[channels, T]` of K (0) or V (1)."""
-        planes: dict[tuple[int, int], Array] = {}
-        parts = []
-        for tile in run.tiles:
-            keys = [(row, tile.channels) for row in tile.rows]
-            planes |= {key: self._plane(self.payload[tensor] + key[0], key[1]) for key in keys if key not in planes}
-            parts.append(tile.unpack([planes[key] for key in keys]))
-        return jnp.concatenate(parts, axis=0)
-
-    def meta(self, row: int, tensor: int) -> Array:
-        """Metadata row of K (0) or V (1), float32 `[1, T]`."""
-        return half_to_float(self._r.meta_buffer[(*self._at, pl.ds(self.metadata[tensor] + row, 1))].astype(jnp.int32))
-
-    def position(self) -> Array:
-        """int32 `[1, T]`."""
-        return self._r.position_buffer[(*self._at, pl.ds(self._index, 1))].astype(jnp.int32)
-
-    def _plane(self, row: int, rows: int) -> Array:
-        return self._r.payload_buffer[(*self._at, pl.ds(row, rows))].astype(jnp.int32)
-
-
-def _block_logits(block: _Block, runs: Sequence[_Run], queries: Sequence[Array], sums: Sequence[Array]) -> Array:
-    """Products `[G, T]` of the queries with the keys of a block: `scale (q . codes) + zero sum(q)`."""
-    logits = []
-    for run, q, q_sum in zip(runs, queries, sums, strict=True):
-        product, tile = _matmul(q, block.codes(run, 0), (1, 0)), run.tiles[0]
-        if tile.scale_row is not None:
-            product = product * block.meta(tile.scale_row, 0)
-        if tile.zero_row is not None:
-            product = product + q_sum * block.meta(tile.zero_row, 0)
-        logits.append(product)
-    return sum(logits[1:], start=logits[0])
-
-
-def _block_mix(block: _Block, runs: Sequence[_Run], weights: Array, live: Array, dtype) -> list[Array]:
-    """Weights `[G, T]` times the values of a block, `[G, channels]` of each run: `(w scale) . codes + sum(w zero)`."""
-    parts = []
-    for run in runs:
-        codes, tile = block.codes(run, 1), run.tiles[0]
-        if tile.scale_row is None:
-            parts.append(_matmul(weights.astype(dtype), jnp.where(live, codes, 0.0), (1, 1)))
-            continue
-        part = _matmul((weights * jnp.where(live, block.meta(tile.scale_row, 1), 0.0)).astype(dtype), codes, (1, 1))
-        if tile.zero_row is not None:
-            part = part + (weights * jnp.where(live, block.meta(tile.zero_row, 1), 0.0)).sum(axis=1, keepdims=True)
-        parts.append(part)
-    return parts
 
 
 def _read_scores(r: Refs, stream: Stream, head, tier: int, chunk) -> None:

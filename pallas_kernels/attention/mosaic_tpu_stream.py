@@ -25,6 +25,11 @@ class Plan:
     soft_cap: float | None
     window: int | None
 
+    @property
+    def positions(self) -> bool:
+        """Whether positions are read: for a sliding window, or for keys that are stored without their rotary embedding."""
+        return self.window is not None or self.layout.rope is not None
+
     def chunk_tokens(self, tier: int) -> int:
         """Tokens of a full chunk."""
         return self.pages[tier] * self.layout.tokens_per_page(tier)
@@ -55,8 +60,14 @@ class Refs(NamedTuple):
     meta_buffer: Any = None  # int16 [buffers, C, meta_rows, T]
     # with a sliding window
     query_position: Any = None  # int32 [B] in SMEM
+    # where positions are read
     position: Any = None  # [P, blocks, T]
     position_buffer: Any = None  # [buffers, C, blocks, T]
+    # where keys are stored without their rotary embedding
+    frequencies: Any = None  # float32 [d / 2, 1]
+    # of tier and tensor (K = 0, V = 1), where codes are looked up: int16 (bits of float16) [d or 1, levels filled up to 128], and float32
+    tables: Any = {}
+    levels: Any = {}
     # when the layout is scored
     old_significance: Any = None  # the same memory as significance
     significance: Any = None  # float32 [P, blocks, T] in HBM

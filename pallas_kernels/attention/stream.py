@@ -93,7 +93,8 @@ def read_pages(pages: Pages, layout: PageLayout, tier: int, page_table: Array, t
     """`n` pages of a tier of each head, from number `first` int32 [] on."""
     lanes = n * layout.tokens_per_page(tier)
     ids = tier_page_ids(page_table, tier, jnp.full(page_table.shape[:1], first, jnp.int32), n)
-    block = layout.split(tier, pages.payload.at[ids].get(mode="clip"), pages.meta.at[ids].get(mode="clip"))
+    payload, meta = (array.at[ids].get(mode="clip") for array in (pages.payload, pages.meta))
+    block = layout.split(tier, payload, lax.bitcast_convert_type(meta, jnp.float16))
     rows_first = (jnp.moveaxis(part, 3, 1).reshape(part.shape[0], part.shape[3], lanes) for part in block)
     position = pages.position.at[ids].get(mode="clip")[:, :, : layout.blocks[tier]].astype(jnp.int32).reshape(-1, lanes)
     slot = first * layout.tokens_per_page(tier) + jnp.arange(lanes)
@@ -111,9 +112,7 @@ def chunk_logits(q: Array, chunk: PageChunk, layout: PageLayout, tier: int, sm_s
 
 def chunk_tokens(chunk: PageChunk, layout: PageLayout, tier: int) -> tuple[Array, Array]:
     """K and V of a chunk as attention reads them, float32 `[B, lanes, d]`; what is not valid is meaningless."""
-    k_payload, v_payload, *meta = chunk.block
-    block = Block(k_payload, v_payload, *(lax.bitcast_convert_type(x, jnp.float16) if x.dtype == jnp.int16 else x for x in meta))
-    k, v = (jnp.swapaxes(x, -1, -2) for x in layout.formats[tier].decode(block))
+    k, v = (jnp.swapaxes(x, -1, -2) for x in layout.formats[tier].decode(chunk.block))
     return k if layout.rope is None else at_positions(k, chunk.position, layout.rope), v
 
 

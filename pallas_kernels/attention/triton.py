@@ -14,7 +14,7 @@ from ..pages import PageLayout, Pages
 from .reference import Heads, Sliding
 from .stream import Scale
 from .triton_keys import (
-    KeyTile,
+    CodeTile,
     State,
     check_pool,
     gathered,
@@ -247,7 +247,7 @@ def _add_recent(state: State, q, inputs: Inputs, out: Partials, task: Task, head
         live = slot < length
         seen = live if task.window is None else live & (length - 1 - slot < task.window)
         at = (layer, head, jnp.minimum(slot, slots - 1))
-        tiles = [KeyTile(load_rows(inputs.recent_k, at, piece, live, dtype).T) for piece in key_pieces(task.layout)]
+        tiles = [CodeTile(load_rows(inputs.recent_k, at, piece, live, dtype).T) for piece in key_pieces(task.layout)]
         logits = logits_of(q, tiles, jnp.where(seen, 0.0, -jnp.inf), task.scale)
         if task.layout.scored:
             _keep(out.recent_logits, (head,), logits, slot, live)

@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
 from ..codecs import Levels, Uniform
+from ..codecs.outliers import Outliers, beneath
 from ..codecs.packing import code_of
 from ..codecs.tiles import Tile
 from ..pages import PageLayout, Pages, page_column
@@ -21,8 +22,8 @@ from .stream import Scale
 LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
 
 
-class KeyTile(NamedTuple):
-    """Codes of some channels of `n` keys; the keys are `scale * codes + zero`, as far as there are any."""
+class CodeTile(NamedTuple):
+    """Codes of some channels of `n` keys or values, which are `scale * codes + zero`, as far as there are any."""
 
     codes: Array  # float32 or bfloat16 [channels, n]
     group: int | None = None  # tiles of one group have the same scale and zero point
@@ -30,7 +31,7 @@ class KeyTile(NamedTuple):
     zero: Array | None = None  # float32 [n]
 
     def values(self) -> Array:
-        """The keys float32 `[channels, n]`."""
+        """The keys or values float32 `[channels, n]`."""
         scaled = self.codes if self.scale is None else self.codes * self.scale[None, :]
         return scaled if self.zero is None else scaled + self.zero[None, :]
 
@@ -75,7 +76,7 @@ def value_pieces(layout: PageLayout) -> list[tuple[int, int]]:
 
 
 def _tiles(layout: PageLayout, tensor: str) -> tuple[tuple[Tile, ...], ...]:
-    codecs = [getattr(fmt, tensor) for fmt in layout.formats]
+    codecs = [beneath(getattr(fmt, tensor)) for fmt in layout.formats]
     halves = [Uniform(4)] if layout.rope and tensor == "key" else []  # cut where pairs of channels are, as four bits are
     tiles = tuple(codec.tiles(layout.head_dim, *codecs, *halves) for codec in codecs)
     for tile in tiles[0]:
@@ -108,7 +109,7 @@ def matmul(a: Array, b: Array) -> Array:
     return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def logits_of(q: Sequence[Array], keys: Sequence[KeyTile], bias: Array, scale: Scale) -> Array:
+def logits_of(q: Sequence[Array], keys: Sequence[CodeTile], bias: Array, scale: Scale) -> Array:
     """Base-2 logits `[rows, n]` of `q` (pieces `[rows, channels]`) against `keys`; `bias [n]` is -inf where there is no key, else 0."""
     factor = scale.sm_scale * (LOG2_E if scale.soft_cap is None else 1 / scale.soft_cap)
     logits = jnp.zeros((1, 1), jnp.float32) if scale.soft_cap is not None else bias[None, :]
@@ -164,15 +165,11 @@ class StoredBlocks(NamedTuple):
         """-inf where there is no token, else 0: `[n]`."""
         return jnp.where(self.valid, 0.0, -jnp.inf).reshape(-1)
 
-    def keys(self) -> list[KeyTile]:
+    def keys(self) -> list[CodeTile]:
         """The keys of all blocks side by side."""
-        rows = self.layout.formats[self.tier].key
-        tiles, planes = key_tiles(self.layout)[self.tier], {}
-        first, first_meta = self.block * rows.rows(self.layout.head_dim), self.block * rows.meta_rows
-        numbers = {tile.scale_row: self._scale_zero(tile, first_meta) for tile in tiles}
-        found = [KeyTile(self._codes(tile, first, planes, "key"), tile.scale_row, *numbers[tile.scale_row]) for tile in tiles]
+        found = self._read("key")
         if self.layout.rope is not None:
-            found = [KeyTile(key) for key in self._embedded([tile.values() for tile in found])]
+            found = [CodeTile(key) for key in self._embedded([tile.values() for tile in found])]
         return [tile._replace(codes=tile.codes.astype(self.inputs.q.dtype)) for tile in found]
 
     def positions(self) -> Array:
@@ -193,23 +190,43 @@ class StoredBlocks(NamedTuple):
 
     def mix(self, weights: Array) -> list[Array]:
         """`weights [rows, n]` times the values: pieces `[rows, channels]`."""
-        fmt, n, head_dim = self.layout.formats[self.tier], self.layout.blocks[self.tier], self.layout.head_dim
-        tiles, planes, dtype = value_tiles(self.layout)[self.tier], {}, self.inputs.q.dtype
-        first = n * fmt.key.rows(head_dim) + self.block * fmt.value.rows(head_dim)
-        first_meta = n * fmt.key.meta_rows + self.block * fmt.value.meta_rows
-        scaled: dict[int | None, tuple[Array, Array | None]] = {}
-        for tile in tiles:
-            if tile.scale_row not in scaled:
-                factor, zero = self._scale_zero(tile, first_meta)
-                factors = weights if factor is None else weights * factor[None, :]
-                scaled[tile.scale_row] = factors.astype(dtype), None if zero is None else (weights * zero[None, :]).sum(axis=1)
-        mixed = []
-        for tile in tiles:
-            factors, shift = scaled[tile.scale_row]
-            codes = self._codes(tile, first, planes, "value").astype(dtype)
-            part = matmul(factors, codes.T)
+        dtype, scaled, mixed = self.inputs.q.dtype, {}, []
+        for tile in self._read("value"):
+            if tile.group not in scaled:
+                factors = weights if tile.scale is None else weights * tile.scale[None, :]
+                scaled[tile.group] = factors.astype(dtype), None if tile.zero is None else (weights * tile.zero[None, :]).sum(axis=1)
+            factors, shift = scaled[tile.group]
+            part = matmul(factors, tile.codes.astype(dtype).T)
             mixed.append(part if shift is None else part + shift[:, None])
         return mixed
+
+    def _read(self, tensor: Literal["key", "value"]) -> list[CodeTile]:
+        """Keys or values of all blocks side by side; decoded where outliers are kept beside."""
+        fmt, count, head_dim = self.layout.formats[self.tier], self.layout.blocks[self.tier], self.layout.head_dim
+        codec, tiles, planes = getattr(fmt, tensor), (key_tiles if tensor == "key" else value_tiles)(self.layout)[self.tier], {}
+        first, first_meta = self.block * codec.rows(head_dim), self.block * codec.meta_rows
+        if tensor == "value":
+            first, first_meta = first + count * fmt.key.rows(head_dim), first_meta + count * fmt.key.meta_rows
+        numbers = {tile.scale_row: self._scale_zero(tile, first_meta) for tile in tiles}
+        found = [CodeTile(self._codes(tile, first, planes, tensor), tile.scale_row, *numbers[tile.scale_row]) for tile in tiles]
+        return self._with_outliers(codec, tiles, found, first, first_meta) if isinstance(codec, Outliers) else found
+
+    def _with_outliers(
+        self, codec: Outliers, tiles: Sequence[Tile], found: Sequence[CodeTile], first: Array, first_meta: Array
+    ) -> list[CodeTile]:
+        """Decoded tiles whose outliers are in their places."""
+        rows, meta_rows = codec.codec.rows(self.layout.head_dim), codec.codec.meta_rows
+        outliers = [
+            (self._bytes(first, rows + i + jnp.zeros(1, jnp.int32)).astype(jnp.int32), self._meta_row(first_meta, meta_rows + i))
+            for i in range(codec.count)
+        ]
+        placed = []
+        for tile, coded in zip(tiles, found, strict=True):
+            values, channel = coded.values(), tile.channel + jnp.arange(tile.channels, dtype=jnp.int32)[:, None]
+            for index, value in outliers:
+                values = jnp.where(channel == index, value[None, :], values)
+            placed.append(CodeTile(values))
+        return placed
 
     def _lanes(self) -> Array:
         return jnp.arange(self.layout.tokens, dtype=jnp.int32)[None, :]
@@ -236,7 +253,7 @@ class StoredBlocks(NamedTuple):
 
     def _looked_up(self, tile: Tile, first: Array, tensor: Literal["key", "value"]) -> Array:
         """What the codes of a tile name in the head's learned table, float32 `[channels, n]`: numbers, or levels of the token's range."""
-        codec, table = getattr(self.layout.formats[self.tier], tensor), self.inputs.tables[self.tier][tensor == "value"]
+        codec, table = beneath(getattr(self.layout.formats[self.tier], tensor)), self.inputs.tables[self.tier][tensor == "value"]
         channel, together = tile.channel + jnp.arange(tile.channels, dtype=jnp.int32), jnp.int32(codec.channels)
         group, within = lax.div(channel, together), lax.rem(channel, together)
         codes = code_of(group, codec.bits, self.layout.head_dim // codec.channels, lambda row: self._bytes(first, row).astype(jnp.int32))
@@ -246,11 +263,10 @@ class StoredBlocks(NamedTuple):
 
     def _scale_zero(self, tile: Tile, first: Array) -> tuple[Array | None, Array | None]:
         """float32 `[n]` scale and zero point of a tile, zeros where there is no token; `first [blocks]` metadata row of the tensor."""
-        return self._meta_row(first, tile.scale_row), self._meta_row(first, tile.zero_row)
+        scale, zero = (None if row is None else self._meta_row(first, row) for row in (tile.scale_row, tile.zero_row))
+        return scale, zero
 
-    def _meta_row(self, first: Array, row: int | None) -> Array | None:
-        if row is None:
-            return None
+    def _meta_row(self, first: Array, row: int) -> Array:
         at = gathered(self.inputs.meta, self.page[:, None], (first + row)[:, None], self._lanes())
         return plgpu.load(at, mask=self.valid, other=0.0).astype(jnp.float32).reshape(-1)
 

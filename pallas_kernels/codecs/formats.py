@@ -155,9 +155,10 @@ class KVFormat:
         """Whether the native, Triton and TPU kernels know both codecs."""
         return self.key.in_kernels and self.value.in_kernels
 
-    def attended_by(self, implementation: str) -> bool:
-        """Whether decode attention of an implementation knows both codecs."""
-        return all(not isinstance(codec, PlainXLA) or implementation in codec.attended_by for codec in (self.key, self.value))
+    @property
+    def attended(self) -> bool:
+        """Whether their decode attention knows both."""
+        return all(not isinstance(codec, PlainXLA) or codec.attended for codec in (self.key, self.value))
 
     def demote(self, target: "KVFormat", block: Block) -> Block:
         """Requantise a block of this format to `target`: on the integer codes where the groups match, else through float32."""

@@ -9,9 +9,9 @@ from .tiles import Tile, cut_points
 
 
 class LookedUp(PlainXLA):
-    """A codec of learned numbers: plain XLA runs it, and decode attention of some kernels reads it. Frozen dataclasses derive from it."""
+    """A codec of learned numbers: plain XLA runs it, and decode attention of all kernels reads it. Frozen dataclasses derive from it."""
 
-    attended_by = ("cpu", "triton")
+    attended = True
     scale_groups = 1
     scale_row: int | None = None
     zero_row: int | None = None

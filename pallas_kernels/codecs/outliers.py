@@ -5,7 +5,7 @@ GEAR (arXiv:2403.05527, sec. 3) and KVQuant (arXiv:2401.18079, sec. 3.4): per-ve
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -22,7 +22,7 @@ class Outliers(PlainXLA):
 
     A vector is one token's channels (`axis="token"`) or one channel over the tokens of a block (`axis="channel"`). Its largest and its
     smallest values, `share` of it in all and at least one of each, are replaced by the vector's mean or median before the codec
-    encodes it. Where it runs: plain XLA, and `attended_by`.
+    encodes it. Where it runs: plain XLA, and decode attention of the kernels where `attended`.
 
     Rows: those of the codec first, then the outliers': with "token" `count` rows of indices and of values, lane t for token t; with
     "channel" the numbers of one channel after the other, `lanes.as_rows`.
@@ -51,10 +51,9 @@ class Outliers(PlainXLA):
         return self.axis == "token" and self.codec.separable
 
     @property
-    def attended_by(self) -> tuple[str, ...]:
-        """Native decode attention reads those of tokens, beside codecs that it knows."""
-        known = not isinstance(self.codec, PlainXLA) or "cpu" in self.codec.attended_by
-        return ("cpu",) if known and self.axis == "token" else ()
+    def attended(self) -> bool:
+        """Decode attention of the kernels reads those of tokens, beside codecs that it knows."""
+        return self.axis == "token" and (not isinstance(self.codec, PlainXLA) or self.codec.attended)
 
     @property
     def count(self) -> int:
@@ -123,3 +122,8 @@ class Outliers(PlainXLA):
 
     def _unpacked(self, rows: Array) -> Array:
         return jnp.swapaxes(rows, -1, -2) if self.axis == "token" else from_rows(rows, self.head_dim, self.count)
+
+
+def beneath(codec: Any) -> Any:
+    """The codec without the outliers that are kept beside it."""
+    return codec.codec if isinstance(codec, Outliers) else codec

@@ -31,18 +31,19 @@ def locate(layout: PageLayout, page_table: Array, tier: int, slot: Array, valid:
 def read_tokens(pages: Pages, layout: PageLayout, tier: int, slots: Slots) -> tuple[Block, Array, Array]:
     """Encoded tokens at `slots [...]` as a block of one-token columns `[..., rows]`, their significance and position `[...]`."""
     parts = [_read_column(array, slots, first, rows) for array, first, rows in _parts(pages, layout, tier, slots)]
-    return Block(*parts), _read_side(pages.significance, slots), _read_side(pages.position, slots)
+    halves = [lax.bitcast_convert_type(part, jnp.float16) for part in parts[2:]]
+    return Block(parts[0], parts[1], *halves), _read_side(pages.significance, slots), _read_side(pages.position, slots)
 
 
 def write_tokens(pages: Pages, layout: PageLayout, tier: int, slots: Slots, tokens: tuple[Block, Array, Array]) -> Pages:
     """Put tokens as returned by `read_tokens` at `slots`; those on page `num_pages` are dropped."""
-    block, significance, position = tokens
+    (block, significance, position), meta_dtype = tokens, pages.meta.dtype
     k_payload, v_payload, k_meta, v_meta = _parts(pages, layout, tier, slots)
     payload = _write_column(pages.payload, slots, k_payload[1], block.k_payload)
-    meta = _write_column(pages.meta, slots, k_meta[1], block.k_meta)
+    meta = _write_column(pages.meta, slots, k_meta[1], lax.bitcast_convert_type(block.k_meta, meta_dtype))
     return Pages(
         payload=_write_column(payload, slots, v_payload[1], block.v_payload),
-        meta=_write_column(meta, slots, v_meta[1], block.v_meta),
+        meta=_write_column(meta, slots, v_meta[1], lax.bitcast_convert_type(block.v_meta, meta_dtype)),
         significance=_write_side(pages.significance, slots, significance),
         position=_write_side(pages.position, slots, position),
     )

@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 from ..attention.reference import Heads
 from ..attention.triton_keys import (
     LN_2,
-    KeyTile,
+    CodeTile,
     State,
     check_pool,
     chunk_key_index,
@@ -150,7 +150,7 @@ def _add_recent(state: State, q, inputs: Inputs, layout: PageLayout, head, scale
         slot = step * blocks.keys + jnp.arange(blocks.keys, dtype=jnp.int32)
         live = slot < length
         at = (layer, head, jnp.minimum(slot, slots - 1))
-        keys = [KeyTile(load_rows(inputs.recent_k, at, piece, live, dtype).T) for piece in key_pieces(layout)]
+        keys = [CodeTile(load_rows(inputs.recent_k, at, piece, live, dtype).T) for piece in key_pieces(layout)]
         logits = logits_of(q, keys, jnp.where(live, 0.0, -jnp.inf), scale)
         return state.add(logits, _mix_rows(inputs.recent_v, at, live, layout, dtype))
 
@@ -164,7 +164,7 @@ def _add_own(state: State, q, inputs: Inputs, layout: PageLayout, head, scale, b
 
     def body(step, state: State) -> State:
         key, at = chunk_key_index(step * blocks.keys, blocks.keys, head, c)
-        keys = [KeyTile(load_rows(inputs.k, at, piece, key < c, dtype).T) for piece in key_pieces(layout)]
+        keys = [CodeTile(load_rows(inputs.k, at, piece, key < c, dtype).T) for piece in key_pieces(layout)]
         logits = logits_of(q, keys, jnp.where(key >= first_key, 0.0, -jnp.inf), scale)
         logits = jnp.where(key[None, :] <= row[:, None], logits, -jnp.inf)
         return state.add(logits, _mix_rows(inputs.v, at, key < c, layout, dtype))

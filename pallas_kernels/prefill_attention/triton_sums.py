@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ..attention.reference import Heads
-from ..attention.triton_keys import LOG2_E, KeyTile, chunk_key_index, gathered, key_pieces, load_rows, logits_of, stored_blocks
+from ..attention.triton_keys import LOG2_E, CodeTile, chunk_key_index, gathered, key_pieces, load_rows, logits_of, stored_blocks
 from ..pages import PageLayout, Pages
 from .reference import Chunk, Scale
 from .sums_reference import ColumnSums
@@ -124,7 +124,7 @@ def _exact_kernel(*refs, source: Literal["recent", "chunk"], observe: int, layou
         key = first + jnp.arange(blocks.keys, dtype=jnp.int32)
         at, live = (inputs.layer[0], head, jnp.minimum(key, slots - 1)), key < jnp.minimum(inputs.recent_len[head], slots)
         ref, causal = inputs.recent_k, None
-    keys = [KeyTile(load_rows(ref, at, piece, live, dtype).T) for piece in key_pieces(layout)]
+    keys = [CodeTile(load_rows(ref, at, piece, live, dtype).T) for piece in key_pieces(layout)]
     sums = _sums(inputs, lse, keys, jnp.where(live, 0.0, -jnp.inf), layout, scale, observe, blocks, head, causal)
     plgpu.store(gathered(out, head, key), sums, mask=key < out.shape[1])
 
@@ -132,7 +132,7 @@ def _exact_kernel(*refs, source: Literal["recent", "chunk"], observe: int, layou
 def _sums(
     inputs: Inputs,
     lse,
-    keys: Sequence[KeyTile],
+    keys: Sequence[CodeTile],
     bias: Array,
     layout: PageLayout,
     scale: Scale,

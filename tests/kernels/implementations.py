@@ -6,7 +6,6 @@ import pytest
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.pallas_kernels.native import why_unavailable
 
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling takes longer than running
 INTERPRETED = {
     "xla": Kernels("xla"),
     "triton": Kernels("triton", True),
@@ -22,8 +21,3 @@ IMPLEMENTATIONS = [pytest.param(k, id=name) for name, k in (INTERPRETED | ON_DEV
 
 
 NATIVE = [] if why_unavailable() else [pytest.param(Kernels("cpu"), id="cpu")]
-
-
-def compiler_options(kernels: Kernels) -> dict | None:
-    """For `jax.jit` of an interpreted kernel: most of the time would be LLVM's."""
-    return QUICKLY if kernels.interpret else None

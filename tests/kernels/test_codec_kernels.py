@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from codec_oracle import codes_of, expected, ordinary, parse, same_codes, same_meta
-from implementations import IMPLEMENTATIONS, compiler_options
+from implementations import IMPLEMENTATIONS
 
 from diffkv_jax.pallas_kernels import codecs
 from diffkv_jax.pallas_kernels.codecs import Block, KVFormat, Uniform, mosaic_tpu, triton
@@ -51,7 +51,7 @@ def check_encode(kernels: Kernels, name: str, tokens: int, head_dim: int, dtype=
     """Encode values of a dtype and compare."""
     fmt = parse(name)
     k, v = (values(tokens, head_dim, seed).astype(jnp.dtype(dtype)) for seed in (1, 2))
-    got = _quickly(lambda k, v: codecs.encode(fmt, k, v, kernels=kernels), kernels)(k.swapaxes(1, 2), v.swapaxes(1, 2))
+    got = jax.jit(lambda k, v: codecs.encode(fmt, k, v, kernels=kernels))(k.swapaxes(1, 2), v.swapaxes(1, 2))
     same_blocks(fmt, got, k.astype(np.float32), v.astype(np.float32))
 
 
@@ -80,7 +80,7 @@ def check_demotion(kernels: Kernels, source: str, target: str, tokens: int, head
     block = encoded(high, values(tokens, head_dim, 3), values(tokens, head_dim, 4))
     got = jax.tree.map(
         np.asarray,
-        _quickly(lambda block: codecs.demote(high, low, block, kernels=kernels), kernels)(block),
+        jax.jit(lambda block: codecs.demote(high, low, block, kernels=kernels))(block),
     )
     for a, b, parts, back in ((high.key, low.key, block[0::2], got[0::2]), (high.value, low.value, block[1::2], got[1::2])):
         for i in range(COUNT):
@@ -209,7 +209,3 @@ def test_the_comparison_sees_mistakes(kind: str):
     }[kind]
     with pytest.raises(AssertionError):
         same_blocks(fmt, wrong, k, v)
-
-
-def _quickly(function, kernels):
-    return jax.jit(function, compiler_options=compiler_options(kernels))

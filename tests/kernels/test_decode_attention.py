@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from implementations import IMPLEMENTATIONS, NATIVE, compiler_options
+from implementations import IMPLEMENTATIONS, NATIVE
 
 from diffkv_jax.pallas_kernels.attention import Heads, Sliding, decode_attention
 from diffkv_jax.pallas_kernels.codecs import KVFormat
@@ -91,7 +91,7 @@ class Case:
         self.q = np.random.default_rng(9).normal(size=(len(LENGTHS), shape.group, shape.head_dim)).astype(np.float32)
         options = dict(layout=self.layout, max_len=MAX_LEN, sm_scale=self.scale, logits_soft_cap=shape.cap, kernels=kernels)
         sliding = None if shape.window is None else Sliding(shape.window, jnp.asarray(self.position))
-        self._kernel = jax.jit(partial(decode_attention, sliding=sliding, **options), compiler_options=compiler_options(kernels))
+        self._kernel = jax.jit(partial(decode_attention, sliding=sliding, **options))
 
     def run(self, pool: Pool, q: np.ndarray | jax.Array | None = None) -> Attended:
         pages, heads = on_device(pool, Pages, Heads)

@@ -18,8 +18,6 @@ from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from diffkv_jax.pallas_kernels.prune import Rule, count_moves
 from readback import check_pool, slot_addresses
 
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # most of the time is LLVM's
-
 CASES = [
     Case("K8V4+K4V2"),
     Case("K8V4+K4V2", one_victim=True),
@@ -62,7 +60,7 @@ def compiled(case: Case, kernels: Kernels):
         moves = count_moves(stored.pages, layout, stored.page_table, stored.tier_len, rule, **how)
         return moves, apply_event(stored, layout, rule, moves, tokens, entering, admitted, pages_a_round=1, **how)
 
-    return jax.jit(event, compiler_options=QUICKLY if jax.default_backend() == "cpu" else None)
+    return jax.jit(event)
 
 
 def run(case: Case, world: World, kernels: Kernels):

@@ -77,10 +77,7 @@ class Case:
         rng = np.random.default_rng(5)
         q, k, v = (self.rounded(rng.normal(size=(len(STORED), n, chunk_len, head_dim))) for n in (group, 1, 1))
         self.chunk = Chunk(q, k[:, 0], v[:, 0], np.array(lengths, np.int32))  # padded rows hold draws like the others
-        self._kernel = jax.jit(
-            partial(_both, layout=self.layout, observe=self.observe, scale=self.scale, kernels=kernels),
-            compiler_options={"xla_backend_optimization_level": 0} if kernels.interpret else None,  # compiling takes longer than running
-        )
+        self._kernel = jax.jit(partial(_both, layout=self.layout, observe=self.observe, scale=self.scale, kernels=kernels))
 
     def rounded(self, x: np.ndarray) -> np.ndarray:
         """Numbers that the case's type holds exactly, in float32."""

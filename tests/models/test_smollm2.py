@@ -15,7 +15,7 @@ from diffkv_jax.models import load_pretrained
 from diffkv_jax.models.load import convert_pretrained
 from helpers_model import same_trees, smollm2_gguf_path, transformers_from_gguf
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 MESSAGES = [{"role": "user", "content": "Explain in a few sentences why the sky is blue."}]
 NEW_TOKENS = 64
 LENGTH = 128

@@ -1,0 +1,149 @@
+"""A block of T tokens in VMEM: what the TPU kernel of decode attention makes of its bytes."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from ..codecs.looked_up import LookedUp
+from ..codecs.outliers import Outliers, beneath
+from ..codecs.packing import unpack_planes
+from ..codecs.tiles import Tile, half_to_float
+from .mosaic_tpu_stream import Plan, Refs
+
+LANES = 128  # of a register, among which a look-up chooses
+
+
+class Run(NamedTuple):
+    """Adjacent tiles that share scale and zero point, or have none: one product takes them all."""
+
+    tiles: tuple[Tile, ...]
+
+    @property
+    def channels(self) -> slice:
+        """Where they lie."""
+        return slice(self.tiles[0].channel, self.tiles[-1].channel + self.tiles[-1].channels)
+
+
+def runs_of(codec: Any, head_dim: int) -> list[Run]:
+    """The runs of one tensor's tiles, outliers left aside."""
+    runs: list[list[Tile]] = []
+    for tile in beneath(codec).tiles(head_dim):
+        if runs and runs[-1][0].scale_row == tile.scale_row:
+            runs[-1].append(tile)
+        else:
+            runs.append([tile])
+    return [Run(tuple(run)) for run in runs]
+
+
+def matmul(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Product in the type of `a`, sums in float32."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b.astype(a.dtype), dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+class StoredBlock:
+    """A block of a chunk in VMEM. Every plane is read once."""
+
+    def __init__(self, r: Refs, plan: Plan, tier: int, buffer, page: int, block: int):
+        self.refs, self._at, self._tier, self._index, self.layout = r, (buffer, page), tier, block, plan.layout
+        fmt, count, head_dim = plan.layout.formats[tier], plan.layout.blocks[tier], plan.layout.head_dim
+        k_rows, v_rows = fmt.key.rows(head_dim), fmt.value.rows(head_dim)
+        self._codecs = beneath(fmt.key), beneath(fmt.value)
+        self.outliers = tuple(c.count if isinstance(c, Outliers) else 0 for c in (fmt.key, fmt.value))  # rows behind those of the codec
+        self._payload = (block * k_rows, count * k_rows + block * v_rows)
+        self._metadata = (block * fmt.key.meta_rows, count * fmt.key.meta_rows + block * fmt.value.meta_rows)
+
+    def codes(self, run: Run, tensor: int) -> Array:
+        """Float32 codes `[channels, T]` of K (0) or V (1), or what the learned table has for them."""
+        if isinstance(self._codecs[tensor], LookedUp):
+            return self._looked_up(tensor)
+        planes: dict[tuple[int, int], Array] = {}
+        parts = []
+        for tile in run.tiles:
+            keys = [(row, tile.channels) for row in tile.rows]
+            planes |= {key: self._plane(self._payload[tensor] + key[0], key[1]) for key in keys if key not in planes}
+            parts.append(tile.unpack([planes[key] for key in keys]))
+        return jnp.concatenate(parts, axis=0)
+
+    def meta(self, row: int, tensor: int) -> Array:
+        """Metadata row of K (0) or V (1), float32 `[1, T]`."""
+        return half_to_float(self.refs.meta_buffer[(*self._at, pl.ds(self._metadata[tensor] + row, 1))].astype(jnp.int32))
+
+    def values(self, runs: Sequence[Run], tensor: int) -> Array:
+        """K (0) or V (1) float32 `[d, T]`, meaningless in dead lanes."""
+        parts = []
+        for run in runs:
+            part, tile = self.codes(run, tensor), run.tiles[0]
+            part = part if tile.scale_row is None else part * self.meta(tile.scale_row, tensor)
+            parts.append(part if tile.zero_row is None else part + self.meta(tile.zero_row, tensor))
+        values, codec = jnp.concatenate(parts, axis=0), self._codecs[tensor]
+        channel = lax.broadcasted_iota(jnp.int32, values.shape, 0)
+        for i in range(self.outliers[tensor]):
+            here = self._plane(self._payload[tensor] + codec.rows(len(values)) + i, 1)
+            values = jnp.where(channel == here, self.meta(codec.meta_rows + i, tensor), values)
+        return values
+
+    def position(self) -> Array:
+        """int32 `[1, T]`."""
+        return self.refs.position_buffer[(*self._at, pl.ds(self._index, 1))].astype(jnp.int32)
+
+    def _plane(self, row: int, rows: int) -> Array:
+        return self.refs.payload_buffer[(*self._at, pl.ds(row, rows))].astype(jnp.int32)
+
+    def _looked_up(self, tensor: int) -> Array:
+        codec, table, head_dim = self._codecs[tensor], self.refs.levels[self._tier, tensor], self.layout.head_dim
+        codes = unpack_planes(self._plane(self._payload[tensor], codec.rows(head_dim)), codec.bits)
+        groups, tokens = codes.shape
+        codes = jnp.broadcast_to(codes[:, None, :], (groups, codec.channels, tokens)).reshape(head_dim, tokens)
+        found = jnp.zeros(codes.shape, jnp.float32)
+        for part in range(table.shape[1] // LANES):  # a register holds part of a table of 256
+            levels = jnp.broadcast_to(table[:, part * LANES : (part + 1) * LANES], (head_dim, LANES))
+            taken = jnp.take_along_axis(levels, codes & (LANES - 1), axis=1, mode="promise_in_bounds")
+            found = jnp.where(codes >> 7 == part, taken, found)
+        return found
+
+
+def logits_of(block: StoredBlock, runs: Sequence[Run], queries: Sequence[Array], sums: Sequence[Array]) -> Array:
+    """Products `[G, T]` of the queries with the keys of a block: `scale (q . codes) + zero sum(q)` where decoded keys are not needed."""
+    if block.layout.rope is not None:
+        return matmul(block.refs.q[...], _turned(block, block.values(runs, 0)), (1, 0))
+    if block.outliers[0]:
+        return matmul(block.refs.q[...], block.values(runs, 0), (1, 0))
+    logits = []
+    for run, q, q_sum in zip(runs, queries, sums, strict=True):
+        product, tile = matmul(q, block.codes(run, 0), (1, 0)), run.tiles[0]
+        if tile.scale_row is not None:
+            product = product * block.meta(tile.scale_row, 0)
+        if tile.zero_row is not None:
+            product = product + q_sum * block.meta(tile.zero_row, 0)
+        logits.append(product)
+    return sum(logits[1:], start=logits[0])
+
+
+def mix_of(block: StoredBlock, runs: Sequence[Run], weights: Array, live: Array, dtype) -> list[Array]:
+    """Weights `[G, T]` times the values of a block, `[G, channels]` of each run: `(w scale) . codes + sum(w zero)`."""
+    if block.outliers[1]:
+        return [matmul(weights.astype(dtype), jnp.where(live, block.values(runs, 1), 0.0), (1, 1))]
+    parts = []
+    for run in runs:
+        codes, tile = block.codes(run, 1), run.tiles[0]
+        if tile.scale_row is None:
+            parts.append(matmul(weights.astype(dtype), jnp.where(live, codes, 0.0), (1, 1)))
+            continue
+        part = matmul((weights * jnp.where(live, block.meta(tile.scale_row, 1), 0.0)).astype(dtype), codes, (1, 1))
+        if tile.zero_row is not None:
+            part = part + (weights * jnp.where(live, block.meta(tile.zero_row, 1), 0.0)).sum(axis=1, keepdims=True)
+        parts.append(part)
+    return parts
+
+
+def _turned(block: StoredBlock, keys: Array) -> Array:
+    """Keys `[d, T]` with the rotary embedding of their positions."""
+    half = block.layout.head_dim // 2
+    angle = block.refs.frequencies[...] * block.position().astype(jnp.float32)
+    (first, second), cos, sin = (keys[:half], keys[half:]), jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=0)
