@@ -183,7 +183,7 @@ def _known(policy: CompressionPolicy, attention: AttentionSpec) -> Literal["all"
     formats = [KVFormat.parse(tier) for tier in policy.tiers]
     if not policy.un_rope and all(fmt.in_kernels for fmt in formats):
         return "all"
-    return "decode attention" if all(fmt.attended for fmt in formats) else "nothing"
+    return "decode attention" if all(fmt.in_decode_kernels for fmt in formats) else "nothing"
 
 
 def _formats_of(attention: AttentionSpec, policy: CompressionPolicy, dtype: str) -> tuple[KVFormat, ...]:

@@ -121,10 +121,10 @@ class PageLayout:
         return tuple(1 - self.tokens_per_page(t) * self.token_bytes(t) / self.page_bytes for t in range(self.tiers))
 
     def split(self, tier: int, payload: Array, meta: Array) -> Block:
-        """Pages `[..., rows, T]` and `[..., meta_rows, T]` as the tier's blocks `[..., blocks, rows of one tensor, T]`."""
+        """Pages `[..., rows, T]`, `[..., meta_rows, T]` as the tier's blocks `[..., blocks, rows of one tensor, T]`, float16 metadata."""
         fmt, n = self.formats[tier], self.blocks[tier]
         k_rows, v_rows = fmt.rows(self.head_dim)
-        part = partial(_blocks, n=n)
+        part, meta = partial(_blocks, n=n), jax.lax.bitcast_convert_type(meta, jnp.float16)
         return Block(
             part(payload, 0, k_rows),
             part(payload, n * k_rows, v_rows),
@@ -135,7 +135,7 @@ class PageLayout:
     def join(self, tier: int, block: Block, payload: Array, meta: Array) -> tuple[Array, Array]:
         """Inverse of `split`: the blocks laid over the pages `payload`, `meta`, whose remaining rows stay."""
         new_payload = jnp.concatenate([_rows(block.k_payload), _rows(block.v_payload)], axis=-2)
-        new_meta = jnp.concatenate([_rows(block.k_meta), _rows(block.v_meta)], axis=-2)
+        new_meta = jax.lax.bitcast_convert_type(jnp.concatenate([_rows(block.k_meta), _rows(block.v_meta)], axis=-2), meta.dtype)
         return (
             jnp.concatenate([new_payload, payload[..., new_payload.shape[-2] :, :]], axis=-2),
             jnp.concatenate([new_meta, meta[..., new_meta.shape[-2] :, :]], axis=-2),

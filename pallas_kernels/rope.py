@@ -4,10 +4,15 @@ import jax.numpy as jnp
 from jax import Array
 
 
+def turned(first: Array, second: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
+    """Pairs of channels turned by an angle."""
+    return first * cos - second * sin, second * cos + first * sin
+
+
 def turn_pairs(x: Array, cos: Array, sin: Array) -> Array:
     """`x [..., d]` with every pair of channels turned by the angles of `cos`, `sin [..., d / 2]`; float32 sums, x's dtype."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate(turned(first, second, cos, sin), axis=-1).astype(x.dtype)
 
 
 def at_positions(x: Array, position: Array, frequencies: tuple[float, ...], *, back: bool = False) -> Array:

@@ -18,7 +18,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 def _compile_quickly(request):
     """On a CPU most of the time of tests would be LLVM's: it optimises only where a module is marked `optimized` or `compile`."""
     optimized = any(request.node.get_closest_marker(name) for name in ("optimized", "compile"))
-    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_PLATFORMS"] == "cpu" and not optimized)
+    quickly = os.environ["JAX_PLATFORMS"] == "cpu" and not optimized
+    if quickly != jax.config.values["jax_disable_most_optimizations"]:
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        jax.clear_caches()  # of programs compiled the other way
 
 
 @pytest.fixture

@@ -175,8 +175,6 @@ def test_what_cannot_work():
     model, params, _ = calibrated()
     with pytest.raises(ValueError, match="calibrate"):
         dkv.generate(model, params, TOKENS, policy=POLICY, max_new_tokens=1)
-    with pytest.raises(ValueError, match="plain XLA only"):
-        dkv.generate(model, params, TOKENS, policy=POLICY, implementation="mosaic_tpu", interpret=True, max_new_tokens=1)
     with pytest.raises(ValueError, match="bits=6"):
         dkv.coupled_quantization(4, 6)
     with pytest.raises(ValueError, match="head_dim=32 must be a multiple of channels=5"):

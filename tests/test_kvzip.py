@@ -5,20 +5,16 @@ import re
 from functools import lru_cache, partial
 from types import SimpleNamespace
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.budget import tree_bytes
 from diffkv_jax.generate import make_cache, prefill
 from diffkv_jax.pallas_kernels import native
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.prompt import replay_passes
 from diffkv_jax.replay import FIRST, LATER
-from diffkv_jax.runner import end_replay, replay_chunk
 from readback import check_pool, held_tokens
-from test_memory import KERNELS, MIB, array, cache_shapes, copies_of_pool
 from test_methods import LAYERS, LENGTH, PROMPT, kept, models
 from tiny import tiny_model
 
@@ -195,24 +191,6 @@ def test_two_tiers(implementation):
             tiers[tier].append(score)
     assert [len(tiers[name]) for name in tiers] == [59 * 8, 90 * 8, 8]
     assert min(tiers["high"]) >= max(tiers["low"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.implementation)
-@pytest.mark.parametrize("name", ["replay", "event"])
-def test_pool_is_updated_in_place(name, kernels):
-    """The pool of 256 MiB is an alias of the input, never copied."""
-    model, params = tiny_model(layers=4, q_heads=6, kv_heads=2)
-    cache = cache_shapes(model, kvzip(0.5, 256), requests=2, max_len=4000, pool=256 * MIB, kernels=kernels)
-    pool = tree_bytes(cache.pages)
-    if name == "event":
-        lowered = end_replay.lower(cache, array((2,), bool))
-    else:
-        lowered = replay_chunk.lower(model, params, cache, array((2, 256), jnp.int32), array((2,), jnp.int32), array((), jnp.int32))
-    compiled = lowered.compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text() or ""
-    assert memory.alias_size_in_bytes >= pool and memory.temp_size_in_bytes < 0.1 * pool
-    assert f"u8[{cache.pages.num_pages}," in text and not copies_of_pool(text, cache.pages.num_pages)
 
 
 @pytest.mark.slow

@@ -12,11 +12,13 @@ import pytest
 from diffkv_jax import (
     CacheSpec,
     CompressionPolicy,
+    Replay,
     coupled_quantization,
     diffkv,
     expected_attention,
     fastgen,
     h2o,
+    kvzip,
     load_policy,
     make_cache,
     memory_report,
@@ -28,7 +30,7 @@ from diffkv_jax.budget import tree_bytes
 from diffkv_jax.cache import KVCache, empty_cache
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.pallas_kernels.native import why_unavailable
-from diffkv_jax.runner import decode_step, prefill_chunk
+from diffkv_jax.runner import decode_step, end_replay, prefill_chunk, replay_chunk
 from tiny import tiny_model
 
 pytestmark = pytest.mark.optimized
@@ -48,10 +50,15 @@ POLICIES = {
     "coupled": coupled_quantization(),
 }
 SLOW = [("none", "prefill"), ("h2o", "decode"), ("snapkv", "prefill"), ("expected", "prefill"), ("pyramidinfer", "prefill")]
-IN_BOTH = ("diffkv", "flush 1", "windows", "minicache", "diffkv_minicache", "fastgen")
-SLOW += [("coupled", "decode")]
-SLOW += [(name, step) for name in IN_BOTH for step in ("decode", "prefill")]
+SLOW += [("coupled", "decode"), ("flush 1", "decode"), ("fastgen", "decode")]
+SLOW += [(name, step) for name in ("diffkv", "diffkv_minicache") for step in ("decode", "prefill")]
+LONG = [
+    ("flush 1", "prefill"),
+    ("fastgen", "prefill"),
+    *((name, step) for name in ("windows", "minicache") for step in ("decode", "prefill")),
+]
 STEPS = [("none", "decode"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+STEPS += [pytest.param(*case, marks=(pytest.mark.slow, pytest.mark.long)) for case in LONG]
 
 
 def array(shape, dtype) -> jax.ShapeDtypeStruct:
@@ -105,6 +112,24 @@ def test_pool_is_updated_in_place(name, step, kernels):
     text = compiled.as_text() or ""
     assert f"u8[{cache.pages.num_pages}," in text, "the search must be able to find the payload"
     assert not copies_of_pool(text, cache.pages.num_pages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.implementation)
+@pytest.mark.parametrize("name", ["replay", "event"])
+def test_replay_updates_the_pool_in_place(name, kernels):
+    """The pool of 256 MiB is an alias of the input, never copied."""
+    model, params = tiny_model(layers=4, q_heads=6, kv_heads=2)
+    cache = cache_shapes(model, kvzip(0.5, replay=Replay(chunk=256)), requests=2, max_len=4000, pool=256 * MIB, kernels=kernels)
+    pool = tree_bytes(cache.pages)
+    if name == "event":
+        lowered = end_replay.lower(cache, array((2,), bool))
+    else:
+        lowered = replay_chunk.lower(model, params, cache, array((2, 256), jnp.int32), array((2,), jnp.int32), array((), jnp.int32))
+    compiled = lowered.compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+    assert memory.alias_size_in_bytes >= pool and memory.temp_size_in_bytes < 0.1 * pool
+    assert f"u8[{cache.pages.num_pages}," in text and not copies_of_pool(text, cache.pages.num_pages)
 
 
 def test_the_account_sees_a_copied_pool():

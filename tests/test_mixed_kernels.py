@@ -11,13 +11,12 @@ import diffkv_jax as dkv
 from diffkv_jax import GenerateOutput
 from diffkv_jax.cache import kernels_for, table_shapes
 from diffkv_jax.calibration import fingerprint
-from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
+from diffkv_jax.pallas_kernels.kernels import PALLAS, XLA, Kernels
 from diffkv_jax.pallas_kernels.native import why_unavailable
 from readback import check_pool
 from tiny import prompt, tiny_model
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
-PALLAS = ("triton", "mosaic_tpu")
 PROMPTS = [prompt(90, 1), prompt(37, 2)]
 SHORT = {"window": 16, "flush": 8}
 POLICIES = {

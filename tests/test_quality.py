@@ -11,16 +11,17 @@ from helpers_model import smollm2_gguf_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 CONTEXT, STEPS = 4096, 256
+SIMULATED = 2048, 128  # context and steps: in torch it takes minutes
 KEEP_ALL, DROPPING = "alpha (1, 0)", "alpha (1, 0.02)"
 TEXTS = ("hamlet", "king_james", "stdlib_source")
 
 
 @cache
-def measured(text: str) -> dict[str, quality.Line]:
+def measured(text: str, context: int = CONTEXT, steps: int = STEPS) -> dict[str, quality.Line]:
     """Every policy on one text, prompt in one chunk: attended exactly, compressed once, as the simulation does."""
     smollm2_gguf_path()  # skips, with the reason, where the model's package is missing
     policies = {KEEP_ALL: dkv.diffkv(1.0, 0.0), DROPPING: dkv.diffkv(1.0, 0.02)}
-    lines = quality.measure(CONTEXT, STEPS, (text,), policies, chunk=CONTEXT)
+    lines = quality.measure(context, steps, (text,), policies, chunk=context)
     print("\n" + quality.markdown(lines))
     return {line.policy: line for line in lines}
 
@@ -49,9 +50,10 @@ def test_nothing_is_lost_beyond_codec_and_drops(policy, alpha_low):
     """The independent simulation (torch, dense tensors, fake quantisation) makes the same decisions and comes to the same KL."""
     simulation = pytest.importorskip("oracles.fake_quant_simulation", reason="needs torch", exc_type=ImportError)
     model, tokens, prefilled, full = simulated_prompt("hamlet")
-    run = simulation.decode(model, prefilled, tokens[CONTEXT:-1], simulation.Policy(1.0, alpha_low))
-    figures = simulation.metrics(full.logits, run.logits, tokens[CONTEXT + 1 :])
-    line = measured("hamlet")[policy]
+    context = SIMULATED[0]
+    run = simulation.decode(model, prefilled, tokens[context:-1], simulation.Policy(1.0, alpha_low))
+    figures = simulation.metrics(full.logits, run.logits, tokens[context + 1 :])
+    line = measured("hamlet", *SIMULATED)[policy]
     print(f"\n{policy}: KL {line.mean_kl:.4f}, simulated {figures['mean_kl']:.4f}; fractions {run.fractions.mean(axis=(0, 1))}")
     assert line.mean_kl == pytest.approx(figures["mean_kl"], rel=0.25)
     assert line.perplexity_full == pytest.approx(figures["perplexity_full"], rel=0.01)
@@ -67,6 +69,7 @@ def simulated_prompt(text: str):
     from oracles import fake_quant_simulation as simulation
 
     model, tokenizer = simulation.load(smollm2_gguf_path())
-    tokens = quality.text_tokens(tokenizer, [text], CONTEXT + STEPS + 1)[0]
-    prefilled = simulation.prefill(model, tokens[:CONTEXT], CONTEXT + STEPS + 1, cache_dtype=torch.bfloat16)
-    return model, tokens, prefilled, simulation.decode(model, prefilled, tokens[CONTEXT:-1])
+    context, steps = SIMULATED
+    tokens = quality.text_tokens(tokenizer, [text], context + steps + 1)[0]
+    prefilled = simulation.prefill(model, tokens[:context], context + steps + 1, cache_dtype=torch.bfloat16)
+    return model, tokens, prefilled, simulation.decode(model, prefilled, tokens[context:-1])

@@ -11,6 +11,7 @@ from ..codecs.looked_up import LookedUp
 from ..codecs.outliers import Outliers, beneath
 from ..codecs.packing import unpack_planes
 from ..codecs.tiles import Tile, half_to_float
+from ..rope import turned
 from .mosaic_tpu_stream import Plan, Refs
 
 LANES = 128  # of a register, among which a look-up chooses
@@ -99,20 +100,21 @@ class StoredBlock:
         codes = unpack_planes(self._plane(self._payload[tensor], codec.rows(head_dim)), codec.bits)
         groups, tokens = codes.shape
         codes = jnp.broadcast_to(codes[:, None, :], (groups, codec.channels, tokens)).reshape(head_dim, tokens)
-        found = jnp.zeros(codes.shape, jnp.float32)
-        for part in range(table.shape[1] // LANES):  # a register holds part of a table of 256
-            levels = jnp.broadcast_to(table[:, part * LANES : (part + 1) * LANES], (head_dim, LANES))
-            taken = jnp.take_along_axis(levels, codes & (LANES - 1), axis=1, mode="promise_in_bounds")
-            found = jnp.where(codes >> 7 == part, taken, found)
-        return found
+
+        def of_levels(first: int) -> Array:
+            """What a register holds: all of a table, or half of one of 256."""
+            levels = jnp.broadcast_to(table[:, first : first + LANES], (head_dim, LANES))
+            return jnp.take_along_axis(levels, codes & (LANES - 1), axis=1, mode="promise_in_bounds")
+
+        found = of_levels(0)
+        return found if table.shape[1] == LANES else jnp.where(codes < LANES, found, of_levels(LANES))
 
 
 def logits_of(block: StoredBlock, runs: Sequence[Run], queries: Sequence[Array], sums: Sequence[Array]) -> Array:
     """Products `[G, T]` of the queries with the keys of a block: `scale (q . codes) + zero sum(q)` where decoded keys are not needed."""
-    if block.layout.rope is not None:
-        return matmul(block.refs.q[...], _turned(block, block.values(runs, 0)), (1, 0))
-    if block.outliers[0]:
-        return matmul(block.refs.q[...], block.values(runs, 0), (1, 0))
+    if block.layout.rope is not None or block.outliers[0]:
+        keys = block.values(runs, 0)
+        return matmul(block.refs.q[...], keys if block.layout.rope is None else _turned(block, keys), (1, 0))
     logits = []
     for run, q, q_sum in zip(runs, queries, sums, strict=True):
         product, tile = matmul(q, block.codes(run, 0), (1, 0)), run.tiles[0]
@@ -145,5 +147,4 @@ def _turned(block: StoredBlock, keys: Array) -> Array:
     """Keys `[d, T]` with the rotary embedding of their positions."""
     half = block.layout.head_dim // 2
     angle = block.refs.frequencies[...] * block.position().astype(jnp.float32)
-    (first, second), cos, sin = (keys[:half], keys[half:]), jnp.cos(angle), jnp.sin(angle)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=0)
+    return jnp.concatenate(turned(keys[:half], keys[half:], jnp.cos(angle), jnp.sin(angle)), axis=0)

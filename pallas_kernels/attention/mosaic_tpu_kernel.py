@@ -38,8 +38,8 @@ class Softmax(NamedTuple):
 def attend_head(*refs, names: tuple[str, ...], plan: Plan) -> None:
     """One head: softmax attention of its G query heads over its window and its pages, then the significance of its pages.
 
-    DiffKV, arXiv 2412.03131 sec. 4 and 6. Of the pool it reads the head's live pages whole and once: payload, metadata, with a sliding
-    window positions; when scored it reads their significance and writes it back, lanes that are not live with the bits they had.
+    DiffKV, arXiv 2412.03131 sec. 4 and 6. Of the pool it reads the head's live pages whole and once: payload, metadata, where needed
+    positions; when scored it reads their significance and writes it back, lanes that are not live with the bits they had.
     Bytes of a page: T (rows + 2 meta_rows), when scored + 8 T blocks. Pages of later heads are on their way meanwhile (`Stream`).
     """
     r = Refs(**dict(zip(names, refs, strict=True)))

@@ -94,7 +94,7 @@ def read_pages(pages: Pages, layout: PageLayout, tier: int, page_table: Array, t
     lanes = n * layout.tokens_per_page(tier)
     ids = tier_page_ids(page_table, tier, jnp.full(page_table.shape[:1], first, jnp.int32), n)
     payload, meta = (array.at[ids].get(mode="clip") for array in (pages.payload, pages.meta))
-    block = layout.split(tier, payload, lax.bitcast_convert_type(meta, jnp.float16))
+    block = layout.split(tier, payload, meta)
     rows_first = (jnp.moveaxis(part, 3, 1).reshape(part.shape[0], part.shape[3], lanes) for part in block)
     position = pages.position.at[ids].get(mode="clip")[:, :, : layout.blocks[tier]].astype(jnp.int32).reshape(-1, lanes)
     slot = first * layout.tokens_per_page(tier) + jnp.arange(lanes)

@@ -176,7 +176,8 @@ def _attend_kernel(*refs, task: Task):
     """Program (head, split): the query heads of one KV head against its share of the stored tokens; the last split takes the window.
 
     Reads q, the page ids, K and V rows and metadata of its share of the live pages once, and the live recent slots of the layer
-    (positions with a sliding window only); writes `Partials`. DiffKV, arXiv 2412.03131 sec. 6; split and merge as in flash decoding.
+    (positions with a sliding window, or to embed keys; what learned tables have for its codes); writes `Partials`. DiffKV, arXiv
+    2412.03131 sec. 6; split and merge as in flash decoding.
     """
     count = len(Inputs._fields)
     inputs, out = Inputs(*refs[:count]), Partials(*refs[count:])

@@ -17,6 +17,7 @@ from ..codecs.outliers import Outliers, beneath
 from ..codecs.packing import code_of
 from ..codecs.tiles import Tile
 from ..pages import PageLayout, Pages, page_column
+from ..rope import turned
 from .stream import Scale
 
 LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
@@ -180,13 +181,12 @@ class StoredBlocks(NamedTuple):
     def _embedded(self, keys: Sequence[Array]) -> list[Array]:
         """Pieces of keys float32 `[channels, n]` turned as their positions ask: those of the first half are paired with the second's."""
         position, half = self.positions().astype(jnp.float32), len(keys) // 2
-        turned = []
+        pairs = []
         for (channel, channels), first, second in zip(key_pieces(self.layout), keys[:half], keys[half:], strict=False):
             frequency = plgpu.load(gathered(self.inputs.frequencies, channel + jnp.arange(channels, dtype=jnp.int32)))
             angle = frequency[:, None] * position[None, :]
-            cos, sin = jnp.cos(angle), jnp.sin(angle)
-            turned.append((first * cos - second * sin, second * cos + first * sin))
-        return [first for first, _ in turned] + [second for _, second in turned]
+            pairs.append(turned(first, second, jnp.cos(angle), jnp.sin(angle)))
+        return [first for first, _ in pairs] + [second for _, second in pairs]
 
     def mix(self, weights: Array) -> list[Array]:
         """`weights [rows, n]` times the values: pieces `[rows, channels]`."""

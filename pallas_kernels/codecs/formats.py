@@ -14,10 +14,9 @@ from .low_rank import LowRank
 from .normal import Normal
 from .outliers import Outliers
 from .per_channel import PerChannel
-from .plain import PlainXLA
 from .uniform import Grouped, Uniform
 
-Codec = Uniform | Normal | Full  # and in formats that kernels never meet (`KVFormat.in_kernels`) `PlainXLA`, typed as Any
+Codec = Uniform | Normal | Full  # and in formats of which kernels know decode attention at most `PlainXLA`, typed as Any
 
 
 class Kind(NamedTuple):
@@ -156,9 +155,9 @@ class KVFormat:
         return self.key.in_kernels and self.value.in_kernels
 
     @property
-    def attended(self) -> bool:
-        """Whether their decode attention knows both."""
-        return all(not isinstance(codec, PlainXLA) or codec.attended for codec in (self.key, self.value))
+    def in_decode_kernels(self) -> bool:
+        """Whether decode attention of the native, Triton and TPU kernels knows both codecs."""
+        return self.key.in_decode_kernels and self.value.in_decode_kernels
 
     def demote(self, target: "KVFormat", block: Block) -> Block:
         """Requantise a block of this format to `target`: on the integer codes where the groups match, else through float32."""

@@ -16,7 +16,7 @@ class Full:
 
     dtype: str
 
-    in_kernels = True  # and not in plain XLA only
+    in_kernels = in_decode_kernels = True  # and not in plain XLA only
     separable = True  # a token's lane stands for itself
 
     def __post_init__(self):

@@ -11,7 +11,7 @@ from .tiles import Tile, cut_points
 class LookedUp(PlainXLA):
     """A codec of learned numbers: plain XLA runs it, and decode attention of all kernels reads it. Frozen dataclasses derive from it."""
 
-    attended = True
+    in_decode_kernels = True
     scale_groups = 1
     scale_row: int | None = None
     zero_row: int | None = None

@@ -30,7 +30,7 @@ class Normal:
 
     bits: int
 
-    in_kernels = True  # and not in plain XLA only
+    in_kernels = in_decode_kernels = True  # and not in plain XLA only
     separable = True  # a token's lane stands for itself
     meta_rows = 1  # float16 metadata rows of one block: the scale
     scale_groups = 1  # groups of channels with their own scale

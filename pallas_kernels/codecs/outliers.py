@@ -22,7 +22,7 @@ class Outliers(PlainXLA):
 
     A vector is one token's channels (`axis="token"`) or one channel over the tokens of a block (`axis="channel"`). Its largest and its
     smallest values, `share` of it in all and at least one of each, are replaced by the vector's mean or median before the codec
-    encodes it. Where it runs: plain XLA, and decode attention of the kernels where `attended`.
+    encodes it. Where it runs: plain XLA, and decode attention of the kernels where `in_decode_kernels`.
 
     Rows: those of the codec first, then the outliers': with "token" `count` rows of indices and of values, lane t for token t; with
     "channel" the numbers of one channel after the other, `lanes.as_rows`.
@@ -51,9 +51,9 @@ class Outliers(PlainXLA):
         return self.axis == "token" and self.codec.separable
 
     @property
-    def attended(self) -> bool:
+    def in_decode_kernels(self) -> bool:
         """Decode attention of the kernels reads those of tokens, beside codecs that it knows."""
-        return self.axis == "token" and (not isinstance(self.codec, PlainXLA) or self.codec.attended)
+        return self.axis == "token" and self.codec.in_decode_kernels
 
     @property
     def count(self) -> int:

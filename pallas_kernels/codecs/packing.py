@@ -35,7 +35,7 @@ def pack_planes(codes: Array, bits: int) -> Array:
 
 
 def unpack_planes(packed: Array, bits: int) -> Array:
-    """Unpack uint8 rows `[..., d * bits / 8, T]` into uint8 codes `[..., d, T]`."""
+    """Unpack rows of bytes `[..., d * bits / 8, T]` into codes `[..., d, T]` of their type."""
     if bits == 8:
         return packed
     if bits == 3:

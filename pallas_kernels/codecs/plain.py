@@ -10,7 +10,7 @@ class PlainXLA(ABC):
     """A codec whose products are taken with what `decode` gives. Frozen dataclasses derive from it."""
 
     in_kernels = False  # the native, Triton and TPU kernels do not know it
-    attended = False  # nor does their decode attention
+    in_decode_kernels = False  # nor does their decode attention
     separable = True  # a token's lane can be moved, dropped or overwritten without touching others
 
     @abstractmethod

@@ -24,7 +24,7 @@ class Uniform:
     bits: int
     groups: int = 1
 
-    in_kernels = True  # and not in plain XLA only
+    in_kernels = in_decode_kernels = True  # and not in plain XLA only
     separable = True  # a token's lane stands for itself
 
     def __post_init__(self):
@@ -167,7 +167,7 @@ class Grouped:
     bits: int
     channels: int
 
-    in_kernels = True
+    in_kernels = in_decode_kernels = True
     separable = True
 
     def for_block(self, head_dim: int, tokens: int) -> Uniform:

@@ -165,13 +165,12 @@ def _overlay(pages: Pages, layout: PageLayout, tier: int, ids: Array, fresh: Arr
     """Write the lanes `fresh [B, n, blocks, T]` of pages `ids [B, n]`."""
     block, significance, position = tokens
     payload, meta = (array.at[ids].get(mode="clip") for array in (pages.payload, pages.meta))
-    meta = lax.bitcast_convert_type(meta, jnp.float16)
     old = layout.split(tier, payload, meta)
     merged = Block(*(jnp.where(fresh[..., None, :], new, kept) for new, kept in zip(block, old, strict=True)))
     payload, meta = layout.join(tier, merged, payload, meta)
     return Pages(
         payload=pages.payload.at[ids].set(payload, mode="drop"),
-        meta=pages.meta.at[ids].set(lax.bitcast_convert_type(meta, pages.meta.dtype), mode="drop"),
+        meta=pages.meta.at[ids].set(meta, mode="drop"),
         significance=_overlay_side(pages.significance, ids, fresh, significance),
         position=_overlay_side(pages.position, ids, fresh, position),
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct as Shape
 
-from diffkv_jax import diffkv
+from diffkv_jax import CompressionPolicy, diffkv
 from diffkv_jax.cache import CacheSpec, KVCache, empty_cache
 from diffkv_jax.models import ModelConfig, build_model
 from diffkv_jax.pallas_kernels.attention import Heads
@@ -92,9 +92,9 @@ def model(layers: int = LAYERS):
     return built, jax.tree.map(lambda x: Shape(x.shape, jnp.bfloat16), params)
 
 
-def cache(built, kernels: Kernels, requests: int = REQUESTS) -> KVCache:
-    """The shapes of a DiffKV cache of `built`."""
-    policy = diffkv(alpha_high=1.0, alpha_low=0.02)
+def cache(built, kernels: Kernels, requests: int = REQUESTS, policy: CompressionPolicy | None = None) -> KVCache:
+    """The shapes of a cache of `built`, DiffKV's where no policy is given."""
+    policy = policy or diffkv(alpha_high=1.0, alpha_low=0.02)
     options = dict(num_requests=requests, max_len=CONTEXT, num_pages=0, dtype="bfloat16", kernels=kernels)
     spec = CacheSpec.build(built.attention, policy, **options)
     layers = len(spec.paged_layers)

@@ -136,6 +136,8 @@ PROGRAMS = {
     "decode attention, mean of G=3": partial(attention, group=3, over="mean"),
     "decode attention, codebooks": partial(attention, formats=("K8v4V8v4",), rope=True),
     "decode attention, learned levels and outliers, d=64": partial(attention, formats=("K4sV4t+o1",), head_dim=64, group=3, rope=True),
+    "decode attention, few learned levels and outliers": partial(attention, formats=("K3sV3t+o1", "K2sV1t"), rope=True),
+    "decode attention, turned integers and outliers": partial(attention, formats=("K8V4+o1", "K4V4"), head_dim=64, rope=True),
     "append": new_tokens,
     "shift": shift,
     "encode": quantise,

@@ -11,6 +11,7 @@ from jax import ShapeDtypeStruct as Shape
 
 import chips
 from chips import Compiled, compile_for
+from diffkv_jax import CompressionPolicy, kvquant
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.pallas_kernels.pages import Pages
 from diffkv_jax.runner import decode_step, prefill_chunk
@@ -22,10 +23,10 @@ CHUNK = 1024
 FITS = {"v5e": 16}  # layers where the whole model does not fit the chip's memory; the programs are the same but for the loop's end
 
 
-def compiled(chip: chips.Chip, step: str) -> tuple[Compiled, Pages]:
+def compiled(chip: chips.Chip, step: str, policy: CompressionPolicy | None = None) -> tuple[Compiled, Pages]:
     """The compiled step and the shapes of the pool."""
     model, params = llama8b.model(FITS.get(chip.name, llama8b.LAYERS))
-    cache = llama8b.cache(model, KERNELS[chip.platform])
+    cache = llama8b.cache(model, KERNELS[chip.platform], policy=policy)
     requests = cache.spec.num_requests
     ints, flags = partial(Shape, dtype=jnp.int32), partial(Shape, dtype=bool)
 
@@ -48,9 +49,12 @@ def pool_copies(program: Compiled, shapes: list[tuple[int, ...]]) -> list[str]:
     return [line.strip()[:160] for line in program.hlo.splitlines() if any(re.search(pattern, line) for pattern in patterns)]
 
 
-@pytest.mark.parametrize("step", ["decode", "prefill"])
-def test_pool_is_updated_in_place(chip: chips.Chip, step: str):
-    program, pages = compiled(chip, step)
+@pytest.mark.parametrize(
+    ("step", "policy"), [("decode", None), ("prefill", None), ("decode", kvquant(4))], ids=["decode", "prefill", "decode, KVQuant"]
+)
+def test_pool_is_updated_in_place(chip: chips.Chip, step: str, policy: CompressionPolicy | None):
+    """KVQuant's prompts and events are plain XLA beside kernels."""
+    program, pages = compiled(chip, step, policy)
     arrays = jax.tree.leaves(pages)
     pool_bytes, memory = sum(x.size * x.dtype.itemsize for x in arrays), program.memory
     assert memory.alias_size_in_bytes > pool_bytes

@@ -137,18 +137,7 @@ def case(name: str, kernels: Kernels = XLA) -> Case:
     return Case(CASES[name], kernels)
 
 
-QUICK = ("CQ 4c8b, G=3", "KVQuant of 3 bits, outliers")  # on the TPU's interpreters, which take longest
-
-
-def marks(name: str, kernels: Kernels) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.slow] if kernels.implementation == "mosaic_tpu" and (name not in QUICK or kernels.interpret == "checked") else []
-
-
-PAIRS = [
-    pytest.param(name, *param.values, id=f"{name}-{param.id}", marks=marks(name, param.values[0]))
-    for name in CASES
-    for param in IMPLEMENTATIONS
-]
+PAIRS = [pytest.param(name, *param.values, id=f"{name}-{param.id}") for name in CASES for param in IMPLEMENTATIONS]
 
 
 @pytest.mark.parametrize(("name", "kernels"), PAIRS)
