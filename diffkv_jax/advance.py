@@ -16,12 +16,12 @@ from diffkv_jax.layer_state import (
     stored_layer,
     take_layer,
     unmerged_layout,
-    when,
     with_stored,
 )
 from diffkv_jax.merge_event import merge_pair, pages_of_pairs
 from diffkv_jax.observed import count_observed
 from diffkv_jax.pallas_kernels.append import shift_recent
+from diffkv_jax.pallas_kernels.branch import when
 from diffkv_jax.pallas_kernels.compact import Tokens
 from diffkv_jax.prefill_layer import observed_after, recent_after
 from diffkv_jax.selection import ranked_tokens
@@ -44,7 +44,7 @@ def after_decode(cache: KVCache, step: DecodeStep) -> KVCache:
         return dataclasses.replace(cache, recent_len=jnp.minimum(cache.recent_len, spec.window))
     full = (cache.recent_len >= spec.window + spec.flush) & ~cache.overflow  # between events only after a pause
     due = (step.active & (cache.steps % spec.flush == 0)) | full
-    return when(spec.kernels, due.any(), lambda cache: compress(cache, due), cache)
+    return when(due.any(), lambda cache: compress(cache, due), cache)
 
 
 def before_prefill(cache: KVCache, chunk_len: int) -> KVCache:

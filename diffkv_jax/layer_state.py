@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +13,9 @@ from diffkv_jax.event import Clock
 from diffkv_jax.pallas_kernels.attention import Heads
 from diffkv_jax.pallas_kernels.codecs import read_by, with_table
 from diffkv_jax.pallas_kernels.compact import Stored
-from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout
 
-State = TypeVar("State")
 _LAYERED = ("page_table", "tier_len")
-
-
-def when(kernels: Kernels, condition: Array, change: Callable[[State], State], state: State) -> State:
-    """`change(state)` if the condition (bool []) holds, else `state`, which holds the pool.
-
-    A loop of one turn or none: XLA for CPU and GPU updates the pool in place in a loop, but copies it in the branches of a condition.
-    XLA for TPU copies in neither, and takes minutes to compile such loops inside the loop over layers.
-    """
-    if kernels.implementation == "mosaic_tpu":
-        return lax.cond(condition, change, lambda state: state, state)
-    return lax.fori_loop(0, condition.astype(jnp.int32), lambda _, state: change(state), state)
 
 
 def take_layer(array: Array, layer: Array | None) -> Array:

@@ -22,7 +22,6 @@ from diffkv_jax.layer_state import (
     stored_layer,
     take_layer,
     unmerged_layout,
-    when,
     with_stored,
 )
 from diffkv_jax.merge_event import merge_pair, pages_needed
@@ -30,6 +29,7 @@ from diffkv_jax.nested import note_dropped, present_rows, put_back, take_rows
 from diffkv_jax.observed import count_observed
 from diffkv_jax.overflow import make_room
 from diffkv_jax.pallas_kernels.attention import Heads
+from diffkv_jax.pallas_kernels.branch import when
 from diffkv_jax.pallas_kernels.compact import Tokens, ranked
 from diffkv_jax.pallas_kernels.pages import PageLayout
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk, ColumnSums, Scale, column_sums, prefill_attention
@@ -65,10 +65,10 @@ def prefill_layer(cache: KVCache, layer: Array, q: Array, k: Array, v: Array, st
     gathered = _gather(cache, layer, chunk, heads, sums, rows - (q.shape[1] - step.length[:, None]))
     attended = lse[0, 0, 0] > -jnp.inf  # always so, but the compiler cannot know: the event waits for attention's reads of the pool
     alone = attended if spec.merge is None else attended & (layer < spec.unmerged_layers)
-    cache = when(spec.kernels, alone, lambda cache: _store(cache, layer, gathered, step, rows), cache)
+    cache = when(alone, lambda cache: _store(cache, layer, gathered, step, rows), cache)
     if spec.merge is not None:
         second = (layer >= spec.unmerged_layers) & (place_in_pair(spec, layer) == 1)
-        cache = when(spec.kernels, attended & second, lambda cache: _store_pair(cache, layer, gathered, step), cache)
+        cache = when(attended & second, lambda cache: _store_pair(cache, layer, gathered, step), cache)
         cache = dataclasses.replace(cache, waiting=Waiting(*(x.astype(spec.dtype) for x in gathered.tokens[:2])))
     cache = _keep_window(cache, layer, gathered, step)
     return put_back(cache, out, rows).astype(q.dtype), cache
@@ -119,7 +119,7 @@ def _scores(cache: KVCache, layout: PageLayout, chunk: Chunk, lse: Array, heads:
         pages = dataclasses.replace(cache.pages, significance=sums.pages)
         return column_sums(chunk, lse, rows, pages, layout, heads, scale, kernels=spec.page_kernels)
 
-    return when(spec.kernels, step.compress | (spec.selection.observe == "all"), score, silent)
+    return when(step.compress | (spec.selection.observe == "all"), score, silent)
 
 
 def _weights(newest: float, rows: int, chunk: Chunk) -> Array:
@@ -179,7 +179,7 @@ def _store(cache: KVCache, layer: Array, gathered: _Gathered, step: PrefillStep,
         def choose(state: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
             return choose_and_mark(state[0], layer, state[1], tokens.position, valid, leaving, step.length)
 
-        cache, scores = when(spec.kernels, step.compress, choose, (cache, tokens.significance))
+        cache, scores = when(step.compress, choose, (cache, tokens.significance))
         tokens = tokens._replace(significance=scores)
     tokens = ranked_tokens(spec.selection, tokens, valid, head_numbers(cache, layer), protected, spec.attention.latent)
     plan = plan_event(spec, stored_layer(cache, layer), clock, tokens.significance, tokens.position, leaving, one_victim=False)
@@ -196,7 +196,7 @@ def _rescored(
     cache: KVCache, tokens: Tokens, step: PrefillStep, change: Callable[[tuple[Array, Array]], tuple[Array, Array]]
 ) -> tuple[KVCache, Tokens]:
     """Where the policy decides, the scores in the pool and those of `tokens` changed."""
-    significance, entering = when(cache.spec.kernels, step.compress, change, (cache.pages.significance, tokens.significance))
+    significance, entering = when(step.compress, change, (cache.pages.significance, tokens.significance))
     pages = dataclasses.replace(cache.pages, significance=significance)
     return dataclasses.replace(cache, pages=pages), tokens._replace(significance=entering)
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from diffkv_jax.cache import CacheSpec, KVCache
-from diffkv_jax.layer_state import when
+from diffkv_jax.pallas_kernels.branch import when
 from diffkv_jax.pallas_kernels.compact import Stored
 from diffkv_jax.pallas_kernels.pages import read_sides, write_side
 from diffkv_jax.selection import is_protected
@@ -21,7 +21,7 @@ def forget(cache: KVCache, decides: Array) -> KVCache:
         stored, recent = (jnp.where(is_protected(x), x, 0.0) for x in scores)
         return stored, recent
 
-    stored, recent = when(cache.spec.kernels, decides, anew, (cache.pages.significance, cache.recent_significance))
+    stored, recent = when(decides, anew, (cache.pages.significance, cache.recent_significance))
     return dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, significance=stored), recent_significance=recent)
 
 

@@ -1,8 +1,9 @@
 """A compression event in plain jax.numpy: victims leave their tiers, entering tokens are encoded, pages change hands."""
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
+from ..branch import when
 from ..pages import PageLayout
 from ..prune.reference import DROPPED, Rule, stored_victims
 from .reference import Stored, Tokens, append_tokens, remove_tokens
@@ -45,4 +46,4 @@ def apply_event(
         return stored
 
     busy = jnp.any(entering != DROPPED) | jnp.any(jnp.stack([victim.any() for victim in victims]))
-    return lax.cond(busy, change, lambda stored: stored, stored)
+    return when(busy, change, stored)

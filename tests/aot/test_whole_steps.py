@@ -43,23 +43,28 @@ def compiled(chip: chips.Chip, step: str, policy: CompressionPolicy | None = Non
     return program, cache.pages
 
 
-def pool_copies(program: Compiled, shapes: list[tuple[int, ...]]) -> list[str]:
-    """Instructions of the optimised HLO that copy, transpose or fuse something of the shape of an array of the pool."""
-    patterns = [rf"= \(?\w+\[{','.join(map(str, shape))}\]\S* (?:copy|transpose|fusion|copy-start)\(" for shape in shapes]
+def pool_copies(program: Compiled, shapes: list[tuple[int, ...]], *, plain_xla: bool) -> list[str]:
+    """Instructions of the optimised HLO that copy, transpose or fuse something of the shape of an array of the pool.
+
+    Plain XLA's fusions that scatter into the pool are no copies: copies stand before them.
+    """
+    kinds = "copy|transpose|copy-start" if plain_xla else "copy|transpose|fusion|copy-start"
+    patterns = [rf"= \(?\w+\[{','.join(map(str, shape))}\]\S* (?:{kinds})\(" for shape in shapes if 0 not in shape]
     return [line.strip()[:160] for line in program.hlo.splitlines() if any(re.search(pattern, line) for pattern in patterns)]
 
 
 @pytest.mark.parametrize(
-    ("step", "policy"), [("decode", None), ("prefill", None), ("decode", kvquant(4))], ids=["decode", "prefill", "decode, KVQuant"]
+    ("step", "policy"), [("decode", None), ("prefill", None), ("decode", kvquant(4))], ids=["decode", "prefill", "decode KVQuant"]
 )
 def test_pool_is_updated_in_place(chip: chips.Chip, step: str, policy: CompressionPolicy | None):
-    """KVQuant's prompts and events are plain XLA beside kernels."""
+    """KVQuant's events are plain XLA, which encodes what enters a whole layer at once."""
     program, pages = compiled(chip, step, policy)
     arrays = jax.tree.leaves(pages)
     pool_bytes, memory = sum(x.size * x.dtype.itemsize for x in arrays), program.memory
     assert memory.alias_size_in_bytes > pool_bytes
-    assert memory.temp_size_in_bytes < min(LARGEST_TEMPORARY[step], pool_bytes)  # so that none of it is a copy of the pool
-    assert not pool_copies(program, [x.shape for x in arrays])
+    largest = LARGEST_TEMPORARY[step] * (1 if policy is None else 3)
+    assert memory.temp_size_in_bytes < min(largest, pool_bytes)  # so that none of it is a copy of the pool
+    assert not pool_copies(program, [x.shape for x in arrays], plain_xla=policy is not None)
     for name, kernel in program.kernels.items():
         assert kernel.spill_stores <= MOST_SPILLED, f"{name} spills {kernel.spill_stores} bytes a thread"
 
