@@ -14,6 +14,7 @@ from diffkv_jax.cache import KVCache
 from diffkv_jax.calibration import Calibration
 from diffkv_jax.generate import make_cache, prefill
 from diffkv_jax.model_protocol import CausalLM
+from diffkv_jax.pallas_kernels.branch import when
 from diffkv_jax.policy import CompressionPolicy
 from diffkv_jax.prompt import as_batch, check_context, chunk_size
 from diffkv_jax.runner import decode_step
@@ -101,15 +102,14 @@ def _feed(model: CausalLM, params, cache: KVCache, tokens: Array, real: Array) -
     def step(cache, inputs):
         token, live = inputs
 
-        def feed(cache):
+        def feed(fed):
+            _, cache = fed
             active = jnp.full(token.shape, True) & ~cache.overflow
             logits, cache = decode_step(model, params, cache, token, active)
             return jax.nn.log_softmax(logits), cache
 
-        def skip(cache):
-            return jnp.zeros((*token.shape, model.attention.vocab_size), jnp.float32), cache
-
-        log_probs, cache = lax.cond(live, feed, skip, cache)
+        nothing = jnp.zeros((*token.shape, model.attention.vocab_size), jnp.float32)
+        log_probs, cache = when(live, feed, (nothing, cache))
         return cache, log_probs
 
     cache, log_probs = lax.scan(step, cache, (tokens, real))
