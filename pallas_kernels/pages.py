@@ -120,16 +120,21 @@ class PageLayout:
         """Fraction of a full page that each tier leaves unused, all arrays counted."""
         return tuple(1 - self.tokens_per_page(t) * self.token_bytes(t) / self.page_bytes for t in range(self.tiers))
 
+    def value_start(self, tier: int) -> tuple[int, int]:
+        """First payload row and first metadata row of V in a page of a tier: behind K of all blocks."""
+        key, count = self.formats[tier].key, self.blocks[tier]
+        return count * key.rows(self.head_dim), count * key.meta_rows
+
     def split(self, tier: int, payload: Array, meta: Array) -> Block:
         """Pages `[..., rows, T]`, `[..., meta_rows, T]` as the tier's blocks `[..., blocks, rows of one tensor, T]`, float16 metadata."""
         fmt, n = self.formats[tier], self.blocks[tier]
-        k_rows, v_rows = fmt.rows(self.head_dim)
+        (k_rows, v_rows), (v_start, v_meta_start) = fmt.rows(self.head_dim), self.value_start(tier)
         part, meta = partial(_blocks, n=n), jax.lax.bitcast_convert_type(meta, jnp.float16)
         return Block(
             part(payload, 0, k_rows),
-            part(payload, n * k_rows, v_rows),
+            part(payload, v_start, v_rows),
             part(meta, 0, fmt.key.meta_rows),
-            part(meta, n * fmt.key.meta_rows, fmt.value.meta_rows),
+            part(meta, v_meta_start, fmt.value.meta_rows),
         )
 
     def join(self, tier: int, block: Block, payload: Array, meta: Array) -> tuple[Array, Array]:

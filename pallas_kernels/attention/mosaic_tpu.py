@@ -131,7 +131,7 @@ def _score_scratch(plan: Plan, group: int, max_len: int) -> dict:
 
 
 def _tables(layout: PageLayout, heads: Heads) -> dict[tuple[int, int], Array]:
-    """Learned tables by tier and tensor as int16 bits `[L, KV heads, d or 1, levels]`, the levels in lanes; loops need it done once."""
+    """Learned tables by tier and tensor as int16 bits `[L, KV heads, d or 1, levels]`, the levels in lanes."""
     found = {}
     for tier, tables in enumerate(heads.tables):
         for tensor, table in enumerate(tables):
@@ -142,7 +142,7 @@ def _tables(layout: PageLayout, heads: Heads) -> dict[tuple[int, int], Array]:
                 bits = jnp.swapaxes(bits, -1, -2).reshape(*bits.shape[:2], layout.head_dim, bits.shape[3])
             else:
                 bits = bits[:, :, None]
-            found[tier, tensor] = jnp.pad(bits, [(0, 0)] * 3 + [(0, -bits.shape[-1] % LANES)])
+            found[tier, tensor] = bits
     return found
 
 
@@ -150,6 +150,10 @@ def _of_table(plan: Plan, table: Array) -> pl.BlockSpec:
     """The table of a head's layer and KV head."""
     kv_heads, block = table.shape[1], (None, None, *table.shape[2:])
     return pl.BlockSpec(block, lambda core, step, *s: (s[3][0], lax.rem(core * plan.heads + step, kv_heads), 0, 0))
+
+
+def _whole_registers(rows: int, levels: int) -> tuple[int, int]:
+    return rows, levels + -levels % LANES
 
 
 def _build(plan: Plan, q: Array, pages: Pages, heads: Heads, tables: dict, max_len: int, blocks: Blocks, interpret, num_scalars: int):
@@ -185,7 +189,7 @@ def _build(plan: Plan, q: Array, pages: Pages, heads: Heads, tables: dict, max_l
         inputs["frequencies"] = pl.BlockSpec((head_dim // 2, 1), lambda *_: (0, 0))
     if tables:
         inputs["tables"] = {which: _of_table(plan, table) for which, table in tables.items()}
-        scratch["levels"] = {which: pltpu.VMEM(table.shape[2:], jnp.float32) for which, table in tables.items()}
+        scratch["levels"] = {which: pltpu.VMEM(_whole_registers(*table.shape[2:]), jnp.float32) for which, table in tables.items()}
     scalar_names = ("page_table", "tier_len", "recent_len", "layer", "query_position")[:num_scalars]
     call = pl.pallas_call(
         partial(attend_head, names=(*scalar_names, *inputs, *outputs, *scratch), plan=plan),

@@ -51,12 +51,12 @@ class StoredBlock:
 
     def __init__(self, r: Refs, plan: Plan, tier: int, buffer, page: int, block: int):
         self.refs, self._at, self._tier, self._index, self.layout = r, (buffer, page), tier, block, plan.layout
-        fmt, count, head_dim = plan.layout.formats[tier], plan.layout.blocks[tier], plan.layout.head_dim
-        k_rows, v_rows = fmt.key.rows(head_dim), fmt.value.rows(head_dim)
+        fmt, (k_rows, v_rows) = plan.layout.formats[tier], plan.layout.formats[tier].rows(plan.layout.head_dim)
+        v_start, v_meta_start = plan.layout.value_start(tier)
         self._codecs = beneath(fmt.key), beneath(fmt.value)
         self.outliers = tuple(c.count if isinstance(c, Outliers) else 0 for c in (fmt.key, fmt.value))  # rows behind those of the codec
-        self._payload = (block * k_rows, count * k_rows + block * v_rows)
-        self._metadata = (block * fmt.key.meta_rows, count * fmt.key.meta_rows + block * fmt.value.meta_rows)
+        self._payload = (block * k_rows, v_start + block * v_rows)
+        self._metadata = (block * fmt.key.meta_rows, v_meta_start + block * fmt.value.meta_rows)
 
     def codes(self, run: Run, tensor: int) -> Array:
         """Float32 codes `[channels, T]` of K (0) or V (1), or what the learned table has for them."""

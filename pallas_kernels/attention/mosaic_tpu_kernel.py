@@ -48,7 +48,7 @@ def attend_head(*refs, names: tuple[str, ...], plan: Plan) -> None:
     stream = Stream(r, plan, first + plan.heads)
     pl.when(head == first)(lambda: stream.open(first))
     for which, table in r.tables.items():
-        r.levels[which][...] = half_to_float(table[...].astype(jnp.int32))
+        r.levels[which][:, : table.shape[1]] = half_to_float(table[...].astype(jnp.int32))  # no code names the lanes behind
 
     group, head_dim = r.q.shape
     state = Softmax(jnp.full((group, 1), -jnp.inf), jnp.zeros((group, 1)), jnp.zeros((group, head_dim)))

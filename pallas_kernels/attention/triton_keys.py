@@ -202,11 +202,10 @@ class StoredBlocks(NamedTuple):
 
     def _read(self, tensor: Literal["key", "value"]) -> list[CodeTile]:
         """Keys or values of all blocks side by side; decoded where outliers are kept beside."""
-        fmt, count, head_dim = self.layout.formats[self.tier], self.layout.blocks[self.tier], self.layout.head_dim
-        codec, tiles, planes = getattr(fmt, tensor), (key_tiles if tensor == "key" else value_tiles)(self.layout)[self.tier], {}
-        first, first_meta = self.block * codec.rows(head_dim), self.block * codec.meta_rows
-        if tensor == "value":
-            first, first_meta = first + count * fmt.key.rows(head_dim), first_meta + count * fmt.key.meta_rows
+        codec, planes = getattr(self.layout.formats[self.tier], tensor), {}
+        tiles = (key_tiles if tensor == "key" else value_tiles)(self.layout)[self.tier]
+        start, meta_start = (0, 0) if tensor == "key" else self.layout.value_start(self.tier)
+        first, first_meta = start + self.block * codec.rows(self.layout.head_dim), meta_start + self.block * codec.meta_rows
         numbers = {tile.scale_row: self._scale_zero(tile, first_meta) for tile in tiles}
         found = [CodeTile(self._codes(tile, first, planes, tensor), tile.scale_row, *numbers[tile.scale_row]) for tile in tiles]
         return self._with_outliers(codec, tiles, found, first, first_meta) if isinstance(codec, Outliers) else found

@@ -51,14 +51,14 @@ def write_tokens(pages: Pages, layout: PageLayout, tier: int, slots: Slots, toke
 
 def _parts(pages: Pages, layout: PageLayout, tier: int, slots: Slots):
     """(array, first row of the token's block, rows) of K payload, V payload, K metadata, V metadata."""
-    fmt, n = layout.formats[tier], layout.blocks[tier]
+    fmt, (v_start, v_meta_start) = layout.formats[tier], layout.value_start(tier)
     k_rows, v_rows = fmt.rows(layout.head_dim)
     k_meta, v_meta = fmt.key.meta_rows, fmt.value.meta_rows
     return (
         (pages.payload, slots.block * k_rows, k_rows),
-        (pages.payload, n * k_rows + slots.block * v_rows, v_rows),
+        (pages.payload, v_start + slots.block * v_rows, v_rows),
         (pages.meta, slots.block * k_meta, k_meta),
-        (pages.meta, n * k_meta + slots.block * v_meta, v_meta),
+        (pages.meta, v_meta_start + slots.block * v_meta, v_meta),
     )
 
 

@@ -242,10 +242,10 @@ class Tier:
 
     def _parts(self) -> list[tuple[str, int, int, int]]:
         """(array, its first row, first row of the column, rows) of each part of the tier's blocks; block b is `b * rows` further."""
-        fmt, c, n, d = self.layout.formats[self.tier], self.columns, self.blocks, self.layout.head_dim
-        k_rows, v_rows, k_meta, v_meta = fmt.key.rows(d), fmt.value.rows(d), fmt.key.meta_rows, fmt.value.meta_rows
-        parts = [("payload", 0, c.payload[0], k_rows), ("payload", n * k_rows, c.payload[1], v_rows)]
-        parts += [("meta", 0, c.meta[0], k_meta), ("meta", n * k_meta, c.meta[1], v_meta)]
+        fmt, c, (start, meta_start) = self.layout.formats[self.tier], self.columns, self.layout.value_start(self.tier)
+        k_rows, v_rows = fmt.rows(self.layout.head_dim)
+        parts = [("payload", 0, c.payload[0], k_rows), ("payload", start, c.payload[1], v_rows)]
+        parts += [("meta", 0, c.meta[0], fmt.key.meta_rows), ("meta", meta_start, c.meta[1], fmt.value.meta_rows)]
         parts += [("significance", 0, c.significance, int(self.layout.scored)), ("position", 0, c.position, 1)]
         return [part for part in parts if part[3]]
 

@@ -74,11 +74,10 @@ def _range(first: int, count: int) -> Array:
 
 def _parts(pool: Pool, layout: PageLayout, tier: int) -> tuple[tuple[_Part, _Part], tuple[_Part, _Part]]:
     """(payload, metadata) of K and of V."""
-    fmt, n, d = layout.formats[tier], layout.blocks[tier], layout.head_dim
-    k_rows, k_meta = fmt.key.rows(d), fmt.key.meta_rows
+    fmt, (k_rows, v_rows), (start, meta_start) = layout.formats[tier], layout.formats[tier].rows(layout.head_dim), layout.value_start(tier)
     return (
-        (_Part(pool.payload, 0, k_rows), _Part(pool.meta, 0, k_meta)),
-        (_Part(pool.payload, n * k_rows, fmt.value.rows(d)), _Part(pool.meta, n * k_meta, fmt.value.meta_rows)),
+        (_Part(pool.payload, 0, k_rows), _Part(pool.meta, 0, fmt.key.meta_rows)),
+        (_Part(pool.payload, start, v_rows), _Part(pool.meta, meta_start, fmt.value.meta_rows)),
     )
 
 

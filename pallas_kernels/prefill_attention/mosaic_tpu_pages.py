@@ -148,8 +148,7 @@ class Tier(NamedTuple):
 
     def values(self, slot, valid: Array, dtype) -> list[tuple[Group, Array, Array | None, Array | None]]:
         """The same of the values."""
-        fmt, n = self.layout.formats[self.number], self.layout.blocks[self.number]
-        return self._read(fmt.value, slot, valid, dtype, n * fmt.key.rows(self.layout.head_dim), n * fmt.key.meta_rows)
+        return self._read(self.layout.formats[self.number].value, slot, valid, dtype, *self.layout.value_start(self.number))
 
     def _read(self, codec: Codec, slot, valid: Array, dtype, first_row: int, first_meta: int) -> list:
         blocks = [(page, block) for page in range(self.pages) for block in range(self.layout.blocks[self.number])]

@@ -160,7 +160,7 @@ def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks, observe: in
     for number, pages in enumerate(pages_of_step(layout, blocks.keys)):
         stored = jnp.where(count > 0, inputs.tier_len[head, number], 0)
         tier = Tier(layout, number, head, stored, pages, inputs.page_table, inputs.payload, inputs.meta, buffers)
-        k_rows = layout.blocks[number] * layout.formats[number].key.rows(layout.head_dim)
+        k_rows, _ = layout.value_start(number)
         _score_tier(tier, k_rows, scratch, significance, sums, scale, dtype)
 
     slots = inputs.recent_k.shape[0]
