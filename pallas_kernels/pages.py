@@ -122,8 +122,8 @@ class PageLayout:
 
     def value_start(self, tier: int) -> tuple[int, int]:
         """First payload row and first metadata row of V in a page of a tier: behind K of all blocks."""
-        key, count = self.formats[tier].key, self.blocks[tier]
-        return count * key.rows(self.head_dim), count * key.meta_rows
+        (k_rows, _), count = self.formats[tier].rows(self.head_dim), self.blocks[tier]
+        return count * k_rows, count * self.formats[tier].key.meta_rows
 
     def split(self, tier: int, payload: Array, meta: Array) -> Block:
         """Pages `[..., rows, T]`, `[..., meta_rows, T]` as the tier's blocks `[..., blocks, rows of one tensor, T]`, float16 metadata."""
