@@ -29,8 +29,10 @@ def budget_thresholds(selection: Selection, budget: Array, exact: Array, scores:
         float32 [B].
     """
 
+    most = scores.shape[1]  # budgets of whole layers are larger, and a sum of them would overflow
+
     def room(tokens: Array) -> Array:
-        return jnp.maximum(jnp.floor(tokens + 1e-3).astype(jnp.int32) - exact, 0)
+        return jnp.clip(jnp.floor(tokens + 1e-3) - exact, 0, most).astype(jnp.int32)
 
     if selection.pooled is None:
         return reached_by(scores, live, room(budget))

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -58,8 +59,8 @@ def with_pool(
     return _addressable(dataclasses.replace(spec, num_pages=min(pages, most)))
 
 
-def kept_within(spec: CacheSpec, policy: CompressionPolicy, totals: Sequence[int]) -> CompressionPolicy:
-    """`policy`, whose `keep` is memory for the whole cache, with the most tokens a head that fit it. `totals` as in `with_pool`.
+def kept_within(spec: CacheSpec, policy: CompressionPolicy, room: Sequence[int]) -> CompressionPolicy:
+    """`policy`, whose `keep` is memory for the whole cache, with the most tokens a head that fit it. `room` as in `with_pool`.
 
     A prompt for which that is too little room is compressed chunk by chunk.
 
@@ -67,17 +68,21 @@ def kept_within(spec: CacheSpec, policy: CompressionPolicy, totals: Sequence[int
         ValueError: not even the recent window, the sinks and a page a head fit; names the smallest amount.
     """
 
+    def limits(tokens: int) -> np.ndarray:
+        return dataclasses.replace(policy, keep=tokens).limits(len(spec.paged_layers), spec.num_requests, spec.attention.num_kv_heads)
+
     def pages(tokens: int) -> int:
-        limits = dataclasses.replace(policy, keep=tokens).limits(len(spec.paged_layers), spec.num_requests, spec.attention.num_kv_heads)
-        return _least_pages(spec, totals, limits)
+        return _least_pages(spec, room, limits(tokens))
 
     fixed, per_page = _fixed_and_page_bytes(spec)
     least = policy.window + policy.sinks + 1
-    room = (parse_bytes(str(policy.keep)) - fixed) // per_page
-    if pages(least) > room:
+    most_of_pool = (parse_bytes(str(policy.keep), "keep") - fixed) // per_page
+    if pages(least) > most_of_pool:
         needs = fixed + pages(least) * per_page
         raise ValueError(f"keep={policy.keep!r} is too little: the smallest cache of policy {policy.name!r} takes {needs} bytes; raise it")
-    return dataclasses.replace(policy, keep=bisect.bisect_right(range(max(*totals, least) + 1), room, lo=least, key=pages) - 1)
+    smallest_share = limits(1000)[..., 1].min() / 1000  # of the layers that get fewer than the mean
+    everything = max(least, math.ceil(max(room) / smallest_share))
+    return dataclasses.replace(policy, keep=bisect.bisect_right(range(everything + 1), most_of_pool, lo=least, key=pages) - 1)
 
 
 def _fixed_and_page_bytes(spec: CacheSpec) -> tuple[int, int]:

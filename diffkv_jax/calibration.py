@@ -34,16 +34,12 @@ class Calibration:
     rotate: bool
     fingerprint: str
 
-    def check(self, model: CausalLM, params: Mapping[str, Any], policy: CompressionPolicy) -> None:
-        """Refuse another model or a policy that stores other things.
+    def check(self, model: CausalLM, params: Mapping[str, Any]) -> None:
+        """Refuse another model or other parameters.
 
         Raises:
-            ValueError: says what differs.
+            ValueError: they are not those that it was made with.
         """
-        for field in ("tiers", "un_rope", "rotate"):
-            mine, given = getattr(self, field), getattr(policy, field)
-            if mine != given:
-                raise ValueError(f"the calibration was made for {field}={mine!r}, policy {policy.name!r} has {given!r}: calibrate with it")
         if self.fingerprint != fingerprint(model, params):
             raise ValueError("the calibration was made with another model or other parameters: calibrate with this one")
 
@@ -80,7 +76,7 @@ def tables_for(spec: CacheSpec, policy: CompressionPolicy, calibration: Calibrat
     """The arrays that a new cache gets; None where nothing is learned.
 
     Raises:
-        ValueError: something is learned and there is no calibration, or that of another geometry; or there is one for nothing.
+        ValueError: something is learned and there is no calibration, or that of other tiers, transforms or geometry; or one for nothing.
     """
     shapes = table_shapes(spec)
     learns = any(shape is not None for pair in shapes for shape in pair)
@@ -93,8 +89,12 @@ def tables_for(spec: CacheSpec, policy: CompressionPolicy, calibration: Calibrat
         return None
     if not learns:
         raise ValueError(f"policy {policy.name!r} has no learned codec: leave calibration= out")
-    if (given := tuple(tuple(x if x is None else x.shape for x in pair) for pair in calibration.tables)) != shapes:
-        raise ValueError(f"the calibration's arrays have shapes {given}, the cache needs {shapes}: calibrate with this model and policy")
+    for field in ("tiers", "un_rope", "rotate"):
+        learned, given = getattr(calibration, field), getattr(policy, field)
+        if learned != given:
+            raise ValueError(f"the calibration was made for {field}={learned!r}, policy {policy.name!r} has {given!r}: calibrate with it")
+    if (found := tuple(tuple(x if x is None else x.shape for x in pair) for pair in calibration.tables)) != shapes:
+        raise ValueError(f"the calibration's arrays have shapes {found}, the cache needs {shapes}: calibrate with this model and policy")
     return calibration.tables
 
 

@@ -76,7 +76,7 @@ def teacher_forced(
         raise ValueError(f"context={context} must be at least 1 and leave something of the {batch.shape[1]} tokens to feed")
     check_context(model.attention, sizes, batch.shape[1] if max_len is None else max_len)
     if calibration is not None:
-        calibration.check(model, params, policy)
+        calibration.check(model, params)
     cache = make_cache(model, policy, sizes, max_len=max_len, memory_budget=memory_budget, cache_dtype=cache_dtype, calibration=calibration)
     observe = policy.observe if isinstance(policy.observe, int) else 0
     size = chunk_size(context, prefill_chunk, observe)

@@ -59,7 +59,7 @@ def plan_event(
         max_len=spec.max_len,
         kernels=spec.page_kernels,
     )
-    return Plan(entering, rule, moves, _pages_needed(layout, stored.tier_len, entering, moves))
+    return Plan(entering, rule, moves, pages_beyond(layout, stored.tier_len, entering, moves))
 
 
 def _thresholds(spec: CacheSpec, stored: Stored, clock: Clock, mean: Array, leaving: Array) -> Array:
@@ -92,7 +92,7 @@ def tier_thresholds(spec: CacheSpec, budgets: Array, exact: Array, scores: Array
     return jnp.stack([columns[0], columns[-1]], axis=-1)
 
 
-def _pages_needed(layout: PageLayout, tier_len: Array, entering: Array, moves: Moves) -> Array:
+def pages_beyond(layout: PageLayout, tier_len: Array, entering: Array, moves: Moves) -> Array:
     """Pages beyond the present ones that each head will hold after the event (never more in between: see `apply_event`)."""
     before, after = jnp.zeros_like(moves.demoted), jnp.zeros_like(moves.demoted)
     for tier in range(layout.tiers):

@@ -110,7 +110,7 @@ def generate(
         policy = policy or CompressionPolicy.none()
         kernels = kernels_for(policy, attention, implementation, interpret=interpret)
         if calibration is not None:
-            calibration.check(model, params, policy)
+            calibration.check(model, params)
         cache = make_cache(
             model,
             policy,
@@ -146,6 +146,7 @@ def make_cache(
     """An empty cache for requests that come to `totals` tokens each; `kernels` are those of the platform when None, the other arguments
     are those of `generate`.
 
+    A calibration must be of the policy's tiers and transforms; that it is of these parameters only `generate` can check.
     Without `max_len` the totals are rounded up to multiples of 128, so that nearly equal prompts share their compiled programs.
     """
     attention = model.attention
@@ -163,7 +164,7 @@ def make_cache(
     tables = tables_for(spec, policy, calibration)
     if isinstance(policy.keep, str):
         _check_one_budget(policy, memory_budget)
-        policy, memory_budget = kept_within(spec, policy, totals), policy.keep
+        policy, memory_budget = kept_within(spec, policy, room), policy.keep
     spec = with_pool(spec, policy, totals, room, memory_budget)
     return _empty(spec, policy.limits(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads), tables)
 

@@ -17,10 +17,13 @@ def diffkv(
     observe: int | Literal["all"] = 64,
     window: int = 64,
     flush: int = 32,
+    sinks: int = 0,
+    protect: tuple[int, ...] = (),
     rotate: bool = False,
 ) -> CompressionPolicy:
     """DiffKV (arXiv 2412.03131): significant tokens at K8V4, less significant ones at K4V2, the rest dropped, per head and request."""
-    return CompressionPolicy("diffkv", tiers, alpha_high, alpha_low, observe, window, flush, rotate=rotate)
+    choices: dict[str, Any] = {"sinks": sinks, "protect": protect, "rotate": rotate}
+    return CompressionPolicy("diffkv", tiers, alpha_high, alpha_low, observe, window, flush, **choices)
 
 
 def quantized(fmt: str, *, window: int = 64, flush: int = 32, rotate: bool = False) -> CompressionPolicy:
@@ -91,7 +94,7 @@ def turboquant(bits: int = 4, *, window: int = 64, flush: int = 32) -> Compressi
 
 
 class Options(TypedDict, total=False):
-    """What every method with a budget takes beside it, as in `CompressionPolicy`."""
+    """What every method with a budget (and `fastgen`) takes beside it, as in `CompressionPolicy`, but that four `sinks` are the default."""
 
     tiers: tuple[str, ...]
     window: int

@@ -158,11 +158,6 @@ class CompressionPolicy:
         return CompressionPolicy("none", ("full",), window=window, flush=flush)
 
     @property
-    def drops(self) -> bool:
-        """Whether any token can ever be dropped."""
-        return self.keep is not None or self.recover is not None or bool(np.max(np.asarray(self.alpha_low)) > 0)
-
-    @property
     def selection(self) -> Selection:
         """What the compiler must know of the ranking and the budgets."""
         in_tokens = isinstance(self.keep, str) or (self.keep is not None and np.issubdtype(np.asarray(self.keep).dtype, np.integer))

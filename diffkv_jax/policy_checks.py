@@ -17,8 +17,17 @@ def check_tiers(tiers: tuple[str, ...]) -> None:
     formats = [KVFormat.parse(name) for name in tiers]
     if not 1 <= len(formats) <= 2:
         raise ValueError(f"tiers={tiers} must name one or two formats: a page table has two ends")
-    if len(formats) == 2 and formats[1].for_block(128, 32).token_bytes(128) >= formats[0].for_block(128, 32).token_bytes(128):
+    first, second = (_bytes_of_128(fmt) for fmt in (formats[0], formats[-1]))
+    if len(formats) == 2 and first is not None and second is not None and second >= first:
         raise ValueError(f"tiers={tiers} must go from more to fewer bytes: {tiers[1]} is not smaller than {tiers[0]}")
+
+
+def _bytes_of_128(fmt: KVFormat) -> float | None:
+    """Of a token with 128 channels; None where a format is made for other widths (the cache is then what refuses it)."""
+    try:
+        return fmt.for_block(128, 32).token_bytes(128)
+    except ValueError:
+        return None
 
 
 def check_schedule(policy: "CompressionPolicy") -> None:
@@ -80,6 +89,10 @@ def check_ranking(policy: "CompressionPolicy") -> None:
         raise ValueError(f"score={policy.score!r} must be one of {', '.join(known)}, or None")
     if policy.score in BY_ATTENTION and policy.observe is None:
         raise ValueError(f"score={policy.score!r} ranks by attention and needs observe=64 or another number of queries, or 'all'")
+    if policy.score == "window" and policy.observe == "all":
+        raise ValueError("score='window' is that of the prompt's last queries: observe='all' must be a number of them, such as 64")
+    if policy.score == "last_query" and policy.observe != 1:
+        raise ValueError(f"score='last_query' is that of one query: observe={policy.observe!r} must be 1")
     if policy.score in (*BY_KEY, *BY_FORECAST) and policy.observe is not None:
         raise ValueError(f"score={policy.score!r} looks at no queries' attention: leave observe={policy.observe!r} out")
     if policy.group not in ("max", "mean"):
@@ -170,6 +183,8 @@ def check_budgets(policy: "CompressionPolicy") -> None:
             raise ValueError(f"keep_high={policy.keep_high} must be of the kind of keep={policy.keep} and not exceed it")
     if policy.layers not in ("uniform", "pyramid", "cosine", "pooled"):
         raise ValueError(f"layers={policy.layers!r} must be 'uniform', 'pyramid' or 'cosine', or 'pooled' with score='replay'")
+    if not all(type(layer) is int and layer >= 0 for layer in policy.whole_layers):
+        raise ValueError(f"whole_layers={policy.whole_layers} must be numbers of layers: integers of at least 0")
     if policy.nested and policy.whole_layers:
         raise ValueError(f"whole_layers={policy.whole_layers} cannot keep what layers before them drop: leave them or nested=True out")
     if policy.shared and (policy.pooled is not None or (keep.ndim and keep.shape[-1] > 1)):
@@ -184,7 +199,7 @@ def check_budgets(policy: "CompressionPolicy") -> None:
 
 def _check_bytes(policy: "CompressionPolicy") -> None:
     """Memory makes a number of tokens a head, which must then be all that the head ever holds."""
-    parse_bytes(str(policy.keep))
+    parse_bytes(str(policy.keep), "keep")
     reason = None
     if len(policy.tiers) == 2:
         reason = f"tiers={policy.tiers} are two, and how many tokens each should get is not said"
@@ -192,6 +207,8 @@ def _check_bytes(policy: "CompressionPolicy") -> None:
         reason = f"score={policy.score!r} decides once a prompt, and the tokens generated later all stay"
     elif policy.pooled is not None:
         reason = f"pooled={policy.pooled} lets heads trade pages, for which there must be free ones"
+    elif policy.protect:
+        reason = f"protect={policy.protect} may stay beyond any number of tokens"
     if reason:
         raise ValueError(f"keep={policy.keep!r} is an amount of memory; {reason}: give a share or a number of tokens")
 

@@ -40,7 +40,7 @@ def ada_kv_expected(keep: Budget = 0.5, tier: str = "K4V4") -> CompressionPolicy
 
 def snapkv_then_kivi(keep: Budget = 0.5, bits: int = 4, group: int = 32) -> CompressionPolicy:
     """SnapKV drops, KIVI encodes what stays: in that order, because KIVI's keys share scales over tokens."""
-    return snapkv(keep, tiers=(f"K{bits}cV{bits}g{group}",))
+    return dataclasses.replace(snapkv(keep, tiers=(f"K{bits}cV{bits}g{group}",), flush=group), block=group)
 
 
 def kvzip_4bit(keep: Budget = 0.6, tier: str = "K4V4") -> CompressionPolicy:

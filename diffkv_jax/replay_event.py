@@ -5,8 +5,9 @@ from jax import Array, lax
 
 from diffkv_jax.allocate import stored_scores
 from diffkv_jax.cache import KVCache
-from diffkv_jax.event import Plan, apply_plan, tier_thresholds
+from diffkv_jax.event import Plan, apply_plan, pages_beyond, tier_thresholds
 from diffkv_jax.layer_state import layer_layout, per_head, stored_layer, take_layer, with_stored
+from diffkv_jax.overflow import make_room
 from diffkv_jax.pallas_kernels.compact import Tokens
 from diffkv_jax.pallas_kernels.prune import DROPPED, Rule, count_moves
 from diffkv_jax.prefill_layer import PAGES_A_ROUND
@@ -15,7 +16,8 @@ from diffkv_jax.prefill_layer import PAGES_A_ROUND
 def drop_least(cache: KVCache, due: Array) -> KVCache:
     """The stored tokens of the requests `due` (bool [R]) sorted into tiers, or dropped, by their scores; nothing leaves the window.
 
-    No head comes to hold more pages than were reserved for its whole prompt. The kernels take all layers at once, plain XLA one by one.
+    A head whose tokens come to lie in two tiers may need a page more: a request that gets none overflows and is emptied. The kernels take
+    all layers at once, plain XLA one by one.
     """
     tau = _thresholds(cache)
     if cache.spec.page_kernels.implementation != "xla":
@@ -57,7 +59,12 @@ def _drop(cache: KVCache, layer: Array | None, tau: Array, due: Array) -> KVCach
     nothing = jnp.zeros(recent_k.shape[:2])
     tokens = Tokens(recent_k, recent_v, nothing, nothing.astype(jnp.int32))
     entering = jnp.full((len(tau), spec.flush), DROPPED, jnp.int32)
-    plan = Plan(entering, rule, moves, jnp.zeros_like(moves.demoted))
+    plan = Plan(entering, rule, moves, pages_beyond(spec.layout, stored.tier_len, entering, moves))
+    if spec.layout.tiers > 1:
+        needed = jnp.where(of_heads, plan.pages, 0).reshape(-1, spec.num_requests, spec.attention.num_kv_heads)
+        cache = make_room(cache, needed.sum(axis=(0, 2)))
+        of_heads &= ~per_head(cache, cache.overflow, len(tau) // spec.num_heads)
+        stored = stored_layer(cache, layer)
     layout = layer_layout(cache, layer)
     stored = apply_plan(spec, layout, stored, plan, tokens, of_heads, one_victim=False, pages_a_round=PAGES_A_ROUND)
     return with_stored(cache, layer, stored)

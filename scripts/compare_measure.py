@@ -45,7 +45,7 @@ class Yardstick:
 
     def _run(self, policy: dkv.CompressionPolicy) -> dict[str, Any]:
         """How a policy is run: prompts in chunks of 1,024 where it takes chunks."""
-        return {"cache_dtype": "bfloat16", "prefill_chunk": self.context if _in_one_chunk(policy) else 1024, **self._learning(policy)}
+        return {"cache_dtype": "bfloat16", "prefill_chunk": _chunk(policy, self.context), **self._learning(policy)}
 
     def _learning(self, policy: dkv.CompressionPolicy) -> dict[str, Any]:
         """The calibration of a policy whose codecs learn, from another text than it is measured on."""
@@ -70,10 +70,9 @@ class Yardstick:
 
     def recall(self, row: Row, policy: dkv.CompressionPolicy, context: int, depths: int) -> Row:
         """`row` with how many of `depths` passkeys are found in `context` tokens."""
-        prompts = needle.prompts(self.tokenizer, context, depths)
-        return replace(
-            row, passkeys=sum(needle.found(self.model, self.params, self.tokenizer, prompts, policy, 1024, **self._learning(policy)))
-        )
+        prompts, chunk = needle.prompts(self.tokenizer, context, depths), _chunk(policy, context)
+        found = needle.found(self.model, self.params, self.tokenizer, prompts, policy, chunk, **self._learning(policy))
+        return replace(row, passkeys=sum(found))
 
     def speed(self, row: Row, policy: dkv.CompressionPolicy, count: int = 64) -> Row:
         """`row` with tokens a second of one request behind the context: the better of two runs of `count`, compiled before."""
@@ -93,6 +92,11 @@ class Yardstick:
 def _in_one_chunk(policy: dkv.CompressionPolicy) -> bool:
     """Whether tokens are dropped before they are encoded in blocks."""
     return policy.block is not None and policy.score is not None
+
+
+def _chunk(policy: dkv.CompressionPolicy, context: int) -> int:
+    """Tokens of a prompt at a time."""
+    return context if _in_one_chunk(policy) else 1024
 
 
 def read(path: Path) -> dict[tuple[str, float | None], Row]:

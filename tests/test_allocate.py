@@ -1,9 +1,11 @@
 """Budgets into thresholds: hand-worked numbers, and NumPy's sort."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import diffkv_jax as dkv
 from diffkv_jax.allocate import budget_thresholds, kth_largest
 from diffkv_jax.selection import PROTECTED, Selection
 from diffkv_jax.smooth import moving_average
@@ -39,6 +41,21 @@ def test_heads_share_a_budget():
     np.testing.assert_array_equal(threshold(4, 2, pooled=0.0), [6 - 1, 6 - 1])  # 8, 7, 6 and 5 of both rows
     np.testing.assert_array_equal(threshold(4, 2, pooled=1.0), [4, 7])  # each its own
     np.testing.assert_array_equal(threshold(3, 1, pooled=0.7), [5, 6])  # the best of each, then 7 and 6
+
+
+@pytest.mark.parametrize("budget", [2**30, 2**31, 3])
+def test_shared_budgets_larger_than_any_count(budget):
+    """Four heads share: sums of whole layers' budgets would overflow int32."""
+    chosen, scores = Selection(score="key_norm", budgeted=True, pooled=0.0), np.arange(12, dtype=np.float32).reshape(4, 3)
+    found = budget_thresholds(chosen, np.full(4, budget, np.float32), np.zeros(4, int), scores, np.ones((4, 3), bool), 4)
+    assert (scores >= np.asarray(found)[:, None]).all()
+
+
+def test_pyramid_budgets_by_hand():
+    """arXiv:2406.02069, sec. 4.2 with beta = 20: of m layers' total k the last gets k / (20 m), the first 2 k / m less that, linearly."""
+    np.testing.assert_allclose(dkv.pyramidkv(100).limits(4, 1, 1)[:, 0, 0, 1], [195, 131 + 2 / 3, 68 + 1 / 3, 5], rtol=1e-6)
+    np.testing.assert_allclose(dkv.pyramidkv(0.5).limits(4, 1, 1)[:, 0, 0, 1] * 200, [195, 131 + 2 / 3, 68 + 1 / 3, 5], rtol=1e-6)
+    np.testing.assert_allclose(dkv.pyramidkv(0.8).limits(3, 2, 1)[:, 1, 0, 1], [1, 0.8, 0.6], rtol=1e-6)  # no layer keeps more than all
 
 
 def test_equal_scores_and_protected_ones():

@@ -1,10 +1,11 @@
 """Codecs whose numbers belong to a block of tokens, and outliers kept apart: rows and decoded values against plain NumPy."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, Outliers, PerChannel, Uniform
+from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, Outliers, PerChannel, Uniform, table_shape, with_table
 from oracles.blocks import kivi_keys, with_outliers
 from oracles.quantiser import fake_quantise
 
@@ -19,7 +20,10 @@ def stored(codec, x):
     payload, meta = jax.jit(codec.encode)(x)
     assert payload.dtype == np.uint8 and meta.dtype == np.float16
     assert payload.shape[-2:] == (codec.rows(x.shape[-2]), x.shape[-1]) and meta.shape[-2:] == (codec.meta_rows, x.shape[-1])
-    merged = (np.moveaxis(part, -3, -2).reshape(*part.shape[:-3], part.shape[-2], -1) for part in map(np.asarray, (payload, meta)))
+    side_by_side = x.shape[-3] * x.shape[-1]
+    merged = (
+        np.moveaxis(part, -3, -2).reshape(*part.shape[:-3], part.shape[-2], side_by_side) for part in map(np.asarray, (payload, meta))
+    )
     decoded = np.asarray(jax.jit(codec.decode)(*merged))
     return np.moveaxis(decoded.reshape(*decoded.shape[:-1], x.shape[-3], -1), -2, -3)
 
@@ -63,8 +67,12 @@ def test_equal_values_are_no_trouble():
 
 def test_separable_is_what_it_says():
     """Encoding a token alone gives what encoding it among others gives, if and only if the codec is separable."""
-    for name in ("K4V4", "K4cV4", "K4V4+o5", "K4cV4+o5", "K4g16V4"):
+    rng = np.random.default_rng(0)
+    for name in ("K4V4", "K4cV4", "K4V4+o5", "K4cV4+o5", "K4g16V4", "K4nV4n", "K4V4+r2", "K4v4V4v4", "K4sV4s", "K4tV4t", "K4tV4t+o5"):
         codec = KVFormat.parse(name).key
+        if (shape := table_shape(codec.for_block(HEAD_DIM, TOKENS), HEAD_DIM)) is not None:
+            table = np.sort(rng.uniform(-1, 1, (2, *shape)), axis=-1 if len(shape) == 1 else -2)
+            codec = with_table(codec, jnp.asarray(table, jnp.float16))
         among, alone = stored(codec, X)[..., 5:6], stored(codec, np.repeat(X[..., 5:6], TOKENS, axis=-1))[..., 5:6]
         assert codec.separable == np.array_equal(among, alone), name
         assert KVFormat.parse(name).separable == codec.separable

@@ -177,6 +177,8 @@ def test_what_is_refused(case):
         calibration = dataclasses.replace(calibration, tiers=policy.tiers, un_rope=False)
     with pytest.raises(ValueError, match=message):
         dkv.generate(model, params, TEXT, policy=policy, max_new_tokens=1, calibration=calibration)
+    with pytest.raises(ValueError, match=message):
+        dkv.make_cache(model, policy, [60], calibration=calibration)
 
 
 def test_bad_calibration_text():

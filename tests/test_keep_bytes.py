@@ -47,6 +47,20 @@ def test_more_bytes_hold_more_tokens():
     assert int(np.asarray(cache_of(dkv.h2o("1GiB", **OPTIONS)).limits)[0, 0, 0, 1]) >= 619  # everything
 
 
+@pytest.mark.slow
+def test_the_number_is_for_all_that_may_come():
+    """Room for the whole cache: a short first turn does not set it, nor a short neighbour, nor the mean of a pyramid."""
+    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
+    run = {"max_new_tokens": 20, "prefill_chunk": 256}
+    first = dkv.generate(model, params, [PROMPTS[0, :60], PROMPTS[1, :300]], policy=POLICIES["exact"], max_len=640, **run)
+    second = dkv.generate(model, params, [PROMPTS[0, :500], PROMPTS[1, :200]], cache=first.cache, **run)
+    assert second.finish_reason == ("length", "length")
+    report = dkv.memory_report(second.cache)
+    assert report.pool <= 400 * 1024 and report.tokens.sum(axis=(0, 3)).min() > 150
+    generous = dataclasses.replace(dkv.key_norm("64MiB", whole_layers=(), **OPTIONS), layers="pyramid")
+    assert np.asarray(dkv.make_cache(model, generous, [620]).limits)[..., 1].min() >= 620
+
+
 def test_what_cannot_work():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     with pytest.raises(ValueError, match=r"keep='20KiB' is too little: the smallest cache of policy 'h2o' takes \d+ bytes"):

@@ -194,26 +194,32 @@ def test_attention_is_that_over_coded_tokens(name):
         window = [np.asarray(x)[0, request, head, :recent] for x in (cache.recent_k, cache.recent_v)]
         key_table, levels = (np.asarray(x[0, head], np.float32) for x in calibration.tables[0])
 
-        def values(x: np.ndarray, levels=levels) -> np.ndarray:
-            return apart(x, x, lambda rest: token_levels(rest, levels))
-
-        def keys(x: np.ndarray, table=key_table) -> np.ndarray:
-            if name == "CQ keys":
-                return apart(x, x, lambda rest: coupled(rest, table), fill=np.mean)
-            scaled = (x - table[:, 0, 0]) / (table[:, -1, 0] - table[:, 0, 0])
-            return apart(x, scaled, lambda rest: channel_levels(rest, table[..., 0]))
-
+        if name == "CQ keys":
+            keys = apart(k, k, lambda rest, table=key_table: coupled(rest, table), fill=np.mean)
+        else:
+            keys = coded_keys(k, key_table)
+        values = coded_values(v, levels)
         errors = [
             np.abs(found[row] - dense(q[row], coded_k, coded_v, *window, scale)).max()
-            for coded_k, coded_v in ((keys(k), values(v)), (k, values(v)), (keys(k), v), (keys(k), token_levels(v, levels)))
+            for coded_k, coded_v in ((keys, values), (k, values), (keys, v), (keys, token_levels(v, levels)))
         ]
         assert errors[0] < 0.25 * min(errors[1:]), errors
 
 
+def coded_keys(x: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """KVQuant's keys `[n, d]`, outliers apart."""
+    scaled = (x - table[:, 0, 0]) / (table[:, -1, 0] - table[:, 0, 0])
+    return apart(x, scaled, lambda rest: channel_levels(rest, table[..., 0]))
+
+
+def coded_values(x: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """KVQuant's values `[n, d]`, outliers apart."""
+    return apart(x, x, lambda rest: token_levels(rest, levels))
+
+
 @pytest.mark.slow
-@pytest.mark.long
 def test_sinks_stay_exact():
-    """With `sinks` there is a tier for them alone; the calibration does not look at them."""
+    """With `sinks` there is a tier for them alone; the others are coded as they leave it. The calibration does not look at sinks."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     policy = dkv.kvquant(3, sinks=2, window=16, flush=8)
     text = np.random.default_rng(1).integers(0, 97, (2, 60))
@@ -224,6 +230,18 @@ def test_sinks_stay_exact():
     np.testing.assert_array_equal(cache.tier_len[..., 1], np.broadcast_to(stored[None, :, None] - 2, (2, 2, 2)))
     ids = np.asarray(cache.page_table)[..., 0]  # the first page of each head's high tier
     np.testing.assert_array_equal(np.sort(np.asarray(cache.pages.position)[ids][..., 0, :2]), np.broadcast_to([0, 1], (2, 2, 2, 2)))
+    exact = dkv.CompressionPolicy("exact", ("full",), un_rope=True, window=16, flush=8)
+    seen = np.concatenate([TOKENS, out.tokens[:, :-1]], axis=1)
+    plain = dkv.generate(model, params, seen, policy=exact, max_new_tokens=1).cache
+    for request, head in np.ndindex(2, 2):
+        held, alike = held_tokens(cache, 0, request, head), held_tokens(plain, 0, request, head)
+        key_table, levels = (np.asarray(x[0, head], np.float32) for x in calibration.tables[1])
+        assert [held[at][0] for at in (0, 1, 2)] == ["high", "high", "low"]
+        for part, code in ((1, lambda x, table=key_table: coded_keys(x, table)), (2, lambda x, levels=levels: coded_values(x, levels))):
+            found, bare = (np.stack([tokens[at][part] for at in range(stored[request])]) for tokens in (held, alike))
+            np.testing.assert_allclose(found[:2], bare[:2], atol=1e-5)
+            off = np.abs(found - code(bare))[2:] > 1e-3  # a number between two levels may go to either
+            assert off.mean() < 0.01 < 0.5 < (np.abs(found - bare)[2:] > 1e-3).mean()
     with_sinks = dkv.calibrate(model, params, text, dataclasses.replace(policy, sinks=0), samples=120, iterations=3, progress=False)
     assert (with_sinks.tables[1][1] != calibration.tables[1][1]).any()
 

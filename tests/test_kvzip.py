@@ -3,8 +3,11 @@
 import dataclasses
 import re
 from functools import lru_cache, partial
+from importlib import import_module
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +17,7 @@ from diffkv_jax.pallas_kernels import native
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.prompt import replay_passes
 from diffkv_jax.replay import FIRST, LATER
+from diffkv_jax.runner import end_replay
 from readback import check_pool, held_tokens
 from test_methods import LAYERS, LENGTH, PROMPT, kept, models
 from tiny import tiny_model
@@ -209,6 +213,23 @@ def test_the_smallest_budget_is_enough(tiers):
     more = dkv.generate(model, params, [PROMPT[:120], PROMPT[:60]], cache=out.cache, max_new_tokens=9, prefill_chunk=64)
     assert more.finish_reason == ("length",) * 2
     check_pool(more.cache.spec.layout, more.cache.page_table, more.cache.tier_len, more.cache.ring)
+
+
+@pytest.mark.slow
+def test_a_request_for_which_there_is_no_page_is_emptied(monkeypatch):
+    """Full pages of one tier become parts of pages of two."""
+    _, model, params = models(2)
+    policy = kvzip(1.0, tiers=("K8V4", "K4V2"), keep_high=0.9, window=16)
+    monkeypatch.setattr(import_module("diffkv_jax.generate"), "end_replay", lambda cache, _: cache)
+    cache = make_cache(model, policy, [16 + 64], max_len=80)
+    assert cache.spec.layout.pages_for(0, 64) * cache.spec.layout.tokens_per_page(0) == 64
+    _, cache = prefill(model, params, cache, PROMPT[None, :80], np.array([80]), 128)
+    due, starved = np.array([True]), jax.tree.map(jnp.copy, cache)
+    starved = dataclasses.replace(starved, ring=dataclasses.replace(starved.ring, count=jnp.int32(0)))
+    starved, cache = end_replay(starved, due), end_replay(cache, due)
+    assert not cache.overflow.any() and np.asarray(cache.tier_len[..., 1]).max() > 0
+    check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
+    assert starved.overflow.all() and not np.asarray(starved.tier_len).any()
 
 
 def test_its_words():

@@ -25,9 +25,9 @@ COMPOSED = dkv.snapkv(0.5, tiers=("K4V4",), window=16, flush=8, sinks=2)  # evic
 
 
 @lru_cache
-def uncached(**config_changes) -> np.ndarray:
+def uncached(tiny=tiny_latent_model, **config_changes) -> np.ndarray:
     """Log-probabilities of the model without a cache, keys and values of every head made: what `transformers` agrees with."""
-    model, params = tiny_latent_model()
+    model, params = tiny()
     model = model.clone(config=dataclasses.replace(model.config, **config_changes))
     positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
     logits, _ = jax.jit(model.apply)({"params": params}, TOKENS, positions)
@@ -65,6 +65,25 @@ def test_the_absorbed_full_cache_equals_plain_attention():
     assert cache.recent_v.size == 0 and cache.recent_k.shape[-1] == RANK + ROPE
     wrong = uncached(query_pre_attn_scalar=20.0)  # the scale without the rotary channels
     assert np.abs(log_probs - wrong[:, CONTEXT:]).max() > 1e-2
+
+
+def with_experts():
+    """Layers without and with experts, two of four for a token, and queries from a latent of their own."""
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32}
+    return tiny_latent_model(layers=3, first_k_dense_replace=1, q_lora_rank=24, **experts)
+
+
+@pytest.mark.slow
+def test_experts_over_a_cache():
+    """Both stacks of layers find their part of the cache, and what a row's tokens are given to does not depend on its neighbours."""
+    model, params = with_experts()
+    log_probs, cache = teacher_forced(model, params, TOKENS, CONTEXT, EXACT, prefill_chunk=64)
+    assert len(cache.spec.paged_layers) == 3
+    np.testing.assert_allclose(log_probs, uncached(with_experts)[:, CONTEXT:], atol=1e-4)
+    assert np.abs(log_probs - np.roll(log_probs, 1, axis=1)).max() > 1e-2
+    both = dkv.generate(model, params, [TOKENS[0], TOKENS[1, :70]], policy=COMPOSED, max_new_tokens=12, max_len=128)
+    alone = dkv.generate(model, params, [TOKENS[1, :70]], policy=COMPOSED, max_new_tokens=12, max_len=128)
+    np.testing.assert_array_equal(both.tokens[1], alone.tokens[0])
 
 
 @pytest.mark.parametrize("right", [True, False])

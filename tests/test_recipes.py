@@ -42,6 +42,11 @@ def test_rotated_tiers_take_no_more_than_plain_ones():
     assert rotated.logical < plain.logical
 
 
+def test_kivis_groups_are_those_of_keys_too():
+    policy = recipes.snapkv_then_kivi(group=64)
+    assert policy.tiers == ("K4cV4g64",) and policy.block == policy.flush == dkv.kivi(4, group=64).block == 64
+
+
 def test_recipes_are_data():
     for recipe in recipes.RECIPES:
         policy = dkv.load_policy(recipe.__name__)

@@ -37,7 +37,7 @@ def tiny_model(*, q_heads=3, kv_heads=1, head_dim=64, layers=2, vocab=97, window
 
 @lru_cache
 def tiny_latent_model(*, layers=2, sharpness=4.0, seed=0, **changes):
-    """(model, params): a DeepSeek-like model without experts in float32, with a latent of 64 channels and a rotary part of 16."""
+    """(model, params): a DeepSeek-like model in float32, latents of 64 channels and a rotary part of 16; no experts as it comes."""
     raw = dict(
         model_type="deepseek_v2",
         vocab_size=97,
@@ -60,7 +60,8 @@ def tiny_latent_model(*, layers=2, sharpness=4.0, seed=0, **changes):
     for stack in params.values():
         if "self_attn" in stack:
             attention = stack["self_attn"]
-            attention["q_proj"]["kernel"] = attention["q_proj"]["kernel"] * sharpness
+            query = attention["q_proj" if "q_proj" in attention else "q_b_proj"]
+            query["kernel"] = query["kernel"] * sharpness
             norm = attention["kv_a_layernorm"]
             norm["weight"] = norm["weight"] * (1 + 0.3 * jax.random.normal(jax.random.key(seed), norm["weight"].shape))
     return model, params

@@ -52,7 +52,7 @@ def demote_block(
     tiles, target_tiles = source.tiles(head_dim, target), target.tiles(head_dim, source)
     codes = [tile.unpack([planes(row, tile.channels) for row in tile.rows]) for tile in tiles]
     rows = {row: meta(row) for row in range(source.meta_rows)}
-    if isinstance(source, Uniform) and isinstance(target, Uniform) and source.can_demote_to(target):
+    if isinstance(source, Uniform) and source.can_demote_to(target):
         lower, rows = source.demote_tiles(target, [code.astype(jnp.int32) for code in codes], rows)
         return target.pack_tiles(target_tiles, lower), rows
     return _packed(target, target_tiles, [tile.value(code, rows.__getitem__) for tile, code in zip(tiles, codes, strict=True)])

@@ -61,7 +61,7 @@ class KVFormat:
 
     key: Codec
     value: Codec
-    label: str | None = field(default=None, compare=False)  # what it was parsed from
+    name: str = field(default="full", compare=False)  # what it was parsed from
 
     @staticmethod
     def parse(name: str, dtype: str = "bfloat16") -> "KVFormat":
@@ -85,19 +85,7 @@ class KVFormat:
                 "as in '+o2', ranks of the error as in '+r4'"
             )
         k, v, beside = (match[1], match[2], match[3], match[7]), (match[4], match[5], match[6], match[8]), (match[9], match[10])
-        return KVFormat(_tensor(name, *k, *beside), _tensor(name, *v, *beside), label=name)
-
-    @property
-    def name(self) -> str:
-        """The name that `parse` reads."""
-        if self.label is not None:
-            return self.label
-        if isinstance(self.key, Full) or isinstance(self.value, Full):
-            return "full"
-        k_groups, v_groups = self.key.scale_groups, self.value.scale_groups
-        k_letter, v_letter = ("n" * isinstance(codec, Normal) for codec in (self.key, self.value))
-        groups = "" if k_groups == v_groups == 1 else f":{k_groups},{v_groups}"
-        return f"K{self.key.bits}{k_letter}V{self.value.bits}{v_letter}{groups}"
+        return KVFormat(_tensor(name, *k, *beside), _tensor(name, *v, *beside), name)
 
     def for_block(self, head_dim: int, tokens: int) -> "KVFormat":
         """The format of blocks `[head_dim, tokens]`: some codecs' rows depend on both.
@@ -180,6 +168,6 @@ def _tensor(name: str, bits: str, letter: str, number: str, groups: str | None, 
 
 
 def _demote(source: Codec, target: Codec, payload: Array, meta: Array) -> tuple[Array, Array]:
-    if isinstance(source, Uniform) and isinstance(target, Uniform) and source.can_demote_to(target):
+    if isinstance(source, Uniform) and source.can_demote_to(target):
         return source.demote(target, payload, meta)
     return target.encode(source.decode(payload, meta))

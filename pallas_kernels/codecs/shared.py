@@ -73,7 +73,7 @@ class Shared(PlainXLA):
 def shared_format(fmt: KVFormat, t: float) -> KVFormat:
     """How tokens of two layers are stored as one: directions as `fmt` stores one layer's tokens, at `t` between both layers."""
     key, value = (cast(Any, Shared(codec, t)) for codec in (fmt.key, fmt.value))
-    return KVFormat(key, value, label=f"shared {fmt.name}")
+    return KVFormat(key, value, name=f"shared {fmt.name}")
 
 
 def read_by(fmt: KVFormat, which: int | Array) -> KVFormat:

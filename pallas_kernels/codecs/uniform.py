@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeGuard
 
 import jax.numpy as jnp
 from jax import Array
@@ -101,7 +102,7 @@ class Uniform:
         meta = jnp.concatenate([scale * ratio, zero], axis=-2).astype(jnp.float16)
         return pack_planes(codes, target.bits), meta
 
-    def can_demote_to(self, target) -> bool:
+    def can_demote_to(self, target) -> TypeGuard["Uniform"]:
         """Whether `demote` applies: same groups, no more bits."""
         return isinstance(target, Uniform) and target.groups == self.groups and target.bits <= self.bits
 

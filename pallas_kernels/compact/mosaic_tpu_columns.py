@@ -117,7 +117,7 @@ def requantise(layout: PageLayout, source: Any, out: Any) -> None:
         tiles, new_tiles = old.tiles(layout.head_dim, new), new.tiles(layout.head_dim, old)
         codes = [_codes(above, tensor, tile, source) for tile in tiles]
         meta = {row: half_to_float(source[_row(above.meta[tensor] + row)])[0] for row in range(old.meta_rows)}
-        if isinstance(old, Uniform) and isinstance(new, Uniform) and old.can_demote_to(new):
+        if isinstance(old, Uniform) and old.can_demote_to(new):
             codes, meta = old.demote_tiles(new, [code.astype(jnp.int32) for code in codes], meta)
         else:
             codes, meta = new.encode_tiles(new_tiles, [tile.value(code, meta.__getitem__) for code, tile in zip(codes, tiles, strict=True)])

@@ -126,7 +126,7 @@ def _requantised(source: Codec, target: Codec, head_dim: int, payload: _Part, me
         return meta.load(slots, row, 1).astype(jnp.float32).reshape(-1)
 
     tiles, new_tiles = source.tiles(head_dim, target), target.tiles(head_dim, source)
-    if isinstance(source, Uniform) and isinstance(target, Uniform) and source.can_demote_to(target):
+    if isinstance(source, Uniform) and source.can_demote_to(target):
         numbers = {row: number(row) for row in range(source.meta_rows)}
         new = source.demote_tiles(target, [codes(tile).astype(jnp.int32) for tile in tiles], numbers)
     else:

@@ -1,0 +1,60 @@
+"""The table of all methods: what is compared, and that the documents say what was measured."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import compare_measure
+import compare_methods
+import diffkv_jax as dkv
+from diffkv_jax.methods import METHODS
+from diffkv_jax.recipes import RECIPES
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def measured() -> list[compare_measure.Row]:
+    return compare_measure.in_order(compare_measure.read(DOCS / "comparison" / "methods.csv"))
+
+
+def test_every_method_and_recipe_is_compared(monkeypatch):
+    def stem(policy: dkv.CompressionPolicy) -> str:
+        return re.split(r"[-_]?\d", policy.name)[0]
+
+    monkeypatch.setattr(compare_methods, "smollm2_classes", lambda: dkv.TokenClasses((1,), (2,)))
+    monkeypatch.setattr(compare_methods, "smollm2_tokenizer", lambda: None)
+    monkeypatch.setattr(dkv, "replay_words", lambda _: dkv.Replay())
+    compared = compare_methods.policies()
+    assert {(row.method, row.target) for row in measured()} == set(compared)
+    assert {stem(make()) for make in METHODS} <= {stem(policy) for policy in compared.values()}
+    assert {make().tiers for make in RECIPES} <= {policy.tiers for policy in compared.values()}
+
+
+def test_the_bytes_of_a_token():
+    assert compare_methods.size_of("K4V4") == pytest.approx((64 + 8 + 6) / 256)
+    assert compare_methods.size_of("full") == pytest.approx((256 + 6) / 256)
+
+
+def test_the_front():
+    assert compare_methods.pareto([(0.5, 1.0), (0.2, 3.0), (0.3, 3.0), (0.4, 2.0), (0.6, 1.0)]) == [(0.2, 3.0), (0.4, 2.0), (0.5, 1.0)]
+
+
+def test_rows_survive_the_file(tmp_path):
+    rows = [compare_measure.Row("a, b", 0.5, 0.1, passkeys=3.0), compare_measure.Row("c", None, 0.7, mean_kl=0.01)]
+    compare_measure.write(tmp_path / "rows.csv", rows)
+    assert list(compare_measure.read(tmp_path / "rows.csv").values()) == rows
+    assert compare_measure.in_order({("c", None): rows[1], ("a, b", 0.5): rows[0]})[0] is rows[1]
+    assert compare_measure.markdown(rows, 10).splitlines()[2].startswith("| a, b | 0.5 | 0.100 |")
+
+
+def test_the_documents_say_what_was_measured():
+    table = compare_measure.markdown(measured(), 10)
+    assert table in (DOCS / "results.md").read_text(encoding="utf-8")
+    rows = {row.method: row for row in measured() if row.target in (None, 0.5)}
+    for page, method in (("h2o", "H2O"), ("snapkv", "SnapKV"), ("kivi", "KIVI 4 bit"), ("gear", "GEAR 2 bit"), ("kvzip", "KVzip")):
+        text = (DOCS / "methods" / f"{page}.md").read_text(encoding="utf-8")
+        row = rows[method]
+        assert row.of_bf16 is not None and row.mean_kl is not None
+        said = re.search(rf"(?:{method}: |rows\]\(\S+\)\): )(\d+)[^,]*, KL ([\d.]+)", text)
+        assert said is not None and said.groups() == (f"{100 * row.of_bf16:.0f}", f"{row.mean_kl:.3f}"), page
