@@ -53,4 +53,4 @@ def test_coupled_channels_beat_independent_ones_at_equal_bits():
 
 def test_learned_levels_beat_even_ones_at_two_bits():
     """At fewer bits: KVQuant's keys have no numbers of their own beside the codes."""
-    assert (perplexity(dkv.kvquant(2, 0, window=16, flush=16)) < 0.9 * perplexity(dkv.quantized("K2V2", window=16, flush=16))).all()
+    assert (perplexity(dkv.kvquant(2, 0, window=16, flush=16)) < 0.5 * perplexity(dkv.quantized("K2V2", window=16, flush=16))).all()
