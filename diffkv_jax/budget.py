@@ -80,7 +80,7 @@ def kept_within(spec: CacheSpec, policy: CompressionPolicy, room: Sequence[int])
     if pages(least) > most_of_pool:
         needs = fixed + pages(least) * per_page
         raise ValueError(f"keep={policy.keep!r} is too little: the smallest cache of policy {policy.name!r} takes {needs} bytes; raise it")
-    smallest_share = limits(1000)[..., 1].min() / 1000  # of the layers that get fewer than the mean
+    smallest_share = limits(least)[..., 1].min() / least  # of the layers that get fewer than the mean
     everything = max(least, math.ceil(max(room) / smallest_share))
     return dataclasses.replace(policy, keep=bisect.bisect_right(range(everything + 1), most_of_pool, lo=least, key=pages) - 1)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffkv_jax.amounts import parse_bytes
-from diffkv_jax.pallas_kernels.codecs import KVFormat, learned_part
+from diffkv_jax.pallas_kernels.codecs import KVFormat
 from diffkv_jax.selection import BY_ATTENTION, BY_FORECAST, BY_KEY, BY_REPLAY
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def check_merge(policy: "CompressionPolicy") -> None:
         )
     for tier in policy.tiers:
         fmt = KVFormat.parse(tier)
-        if not fmt.separable or learned_part(fmt.key) or learned_part(fmt.value):
+        if not fmt.separable or fmt.learned:
             raise ValueError(
                 f"merge={policy.merge} stores a direction for each token, and {tier} shares numbers over tokens or learns them of "
                 "keys and values as they are: take 'full' or a codec such as 'K4V4'"

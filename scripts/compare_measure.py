@@ -13,7 +13,6 @@ import needle
 import quality
 from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.models import load_pretrained
-from diffkv_jax.pallas_kernels.codecs import learned_part
 from smollm2 import smollm2_gguf
 
 
@@ -49,7 +48,7 @@ class Yardstick:
 
     def _learning(self, policy: dkv.CompressionPolicy) -> dict[str, Any]:
         """The calibration of a policy whose codecs learn, from another text than it is measured on."""
-        if not any(learned_part(codec) for fmt in policy.formats("bfloat16") for codec in (fmt.key, fmt.value)):
+        if not any(fmt.learned for fmt in policy.formats("bfloat16")):
             return {}
         if policy.tiers not in self._learned:
             tokens = quality.text_tokens(self.tokenizer, ["hamlet"], 4 * 512).reshape(4, 512)

@@ -59,6 +59,8 @@ def test_the_number_is_for_all_that_may_come():
     assert report.pool <= 400 * 1024 and report.tokens.sum(axis=(0, 3)).min() > 150
     generous = dataclasses.replace(dkv.key_norm("64MiB", whole_layers=(), **OPTIONS), layers="pyramid")
     assert np.asarray(dkv.make_cache(model, generous, [620]).limits)[..., 1].min() >= 620
+    wide = dkv.make_cache(model, dkv.h2o("64MiB", window=1200), [620])
+    assert np.asarray(wide.limits)[..., 1].min() >= 1200
 
 
 def test_what_cannot_work():

@@ -9,7 +9,6 @@ import diffkv_jax as dkv
 import quality
 from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.models import load_pretrained
-from diffkv_jax.pallas_kernels.codecs import learned_part
 from helpers_model import smollm2_gguf_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.optimized]
@@ -34,7 +33,7 @@ def perplexity(policy: dkv.CompressionPolicy, fisher: bool = True) -> np.ndarray
     """Of each text, float64 [2], all but the latest tokens coded."""
     model, params, scored, text = smollm2()
     learned = None
-    if any(learned_part(codec) for fmt in policy.formats("bfloat16") for codec in (fmt.key, fmt.value)):
+    if any(fmt.learned for fmt in policy.formats("bfloat16")):
         learned = dkv.calibrate(model, params, text, policy, fisher=fisher, samples=2048, iterations=20)
     log_probs, _ = teacher_forced(model, params, scored[:, :-1], CONTEXT, policy, cache_dtype="bfloat16", calibration=learned)
     right = np.take_along_axis(np.asarray(log_probs, np.float64), scored[:, CONTEXT + 1 :, None], axis=-1)

@@ -9,6 +9,7 @@ from jax import Array
 
 from .coupled import Coupled
 from .full import Full
+from .learned import learned_part
 from .levels import Levels, StaticLevels
 from .low_rank import LowRank
 from .normal import Normal
@@ -100,6 +101,11 @@ class KVFormat:
     def separable(self) -> bool:
         """Whether a token's lane can be moved, dropped or overwritten without touching others; if not, only whole blocks are encoded."""
         return self.key.separable and self.value.separable
+
+    @property
+    def learned(self) -> bool:
+        """Whether either codec has a table that `calibrate` makes."""
+        return learned_part(self.key) is not None or learned_part(self.value) is not None
 
     def widths(self, head_dim: int) -> tuple[int, int]:
         """Channels of a block's first half (`k_payload`) and of its second: those of K and of V."""
