@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import typer
 from tqdm.auto import tqdm
 
@@ -157,6 +158,7 @@ def main(
         raise typer.BadParameter(f"--methods {methods} matches none of {names}")
     rows, yardstick = read(out / "methods.csv"), Yardstick(context, steps, text)
     for key, policy in tqdm(compared.items(), unit=" policies"):
+        jax.clear_caches()  # programs of many policies exceed Linux' limit of memory maps, and the process aborts
         row, policy = rows.get(key) or Row(*key), dataclasses.replace(policy, name=key[0])
         if quality and row.mean_kl is None:
             row = yardstick.quality(row, policy)
