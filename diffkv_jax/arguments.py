@@ -1,0 +1,216 @@
+"""Arguments as callers give them to the plain Python values that the library works with, or an error that names them.
+
+Every converter takes the argument's name and value. NumPy and JAX scalars are numbers; booleans, strings and None are not.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+LARGEST = 2**31 - 1  # what int32 holds: counts, positions and token ids on the device
+_SMALLEST_FLOAT, _LARGEST_FLOAT = float(jnp.finfo("float32").tiny), float(jnp.finfo("float32").max)
+
+
+def integer(
+    name: str,
+    value: Any,
+    *,
+    least: int | None = None,
+    most: int | None = LARGEST,
+    multiple: int = 1,
+    optional: bool = False,
+) -> Any:
+    """`value` as int, from `least` to `most` (None: no bound), a `multiple`; None stays with `optional`.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is a float, or outside the range.
+    """
+    found: Any = _scalar(name, value)
+    if value is None and optional:
+        return None
+    wrong = not _is_number(found)
+    below = not wrong and least is not None and found < least
+    beyond = not wrong and most is not None and found > most
+    if wrong or below or beyond or isinstance(found, float) or found % multiple:
+        bound = None if most == LARGEST and not beyond else most
+        kind = "an integer" if multiple == 1 else f"a multiple of {multiple}"
+        refuse(name, value, f"{kind}{_range(least, bound)}{' or None' * optional}", wrong)
+    return int(found)
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    optional: bool = False,
+    what: str = "a finite number",
+) -> Any:
+    """`value` as float: finite, at least `least`, more than `above`, at most `most`; None stays with `optional`.
+
+    `what` it is, in messages. What float32 cannot hold is refused, and -0.0 becomes 0.0.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not finite, or outside the range.
+    """
+    found: Any = _scalar(name, value)
+    if value is None and optional:
+        return None
+    wrong = not _is_number(found)
+    low = least if above is None else above
+    rule = f"{what}{_range(low, most, 'above' if above is not None else 'of at least')}"
+    rule += " or None" * optional
+    if wrong or not abs(found) <= _LARGEST_FLOAT:  # also NaN; an int may be too large for float()
+        refuse(name, value, rule, wrong)
+    if found and abs(found) < _SMALLEST_FLOAT:
+        refuse(name, value, f"{rule}, and 0 or at least {_SMALLEST_FLOAT:.3g} in size")
+    outside = (least is not None and found < least) or (above is not None and found <= above)
+    if outside or (most is not None and found > most):
+        refuse(name, value, rule)
+    return float(found) + 0.0
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value`, True or False (also NumPy's and JAX's), as bool.
+
+    Raises:
+        TypeError: it is anything else.
+    """
+    found = _scalar(name, value)
+    if not isinstance(found, bool):
+        refuse(name, value, "True or False", True)
+    return found
+
+
+def text(name: str, value: Any, what: str = "text") -> str:
+    """`value` as str.
+
+    Raises:
+        TypeError: it is anything else.
+    """
+    if not isinstance(value, str):
+        refuse(name, value, what, True)
+    return str.__str__(value)
+
+
+def one_of(name: str, value: Any, choices: Sequence[str], *, optional: bool = False) -> Any:
+    """The one of `choices` that `value` is; None stays with `optional`.
+
+    Raises:
+        TypeError: it is no text.
+        ValueError: it is none of them.
+    """
+    if value is None and optional:
+        return None
+    if not isinstance(value, str) or value not in choices:
+        said = [*map(repr, choices), *["None"] * optional]
+        rule = " or ".join(filter(None, (", ".join(said[:-1]), said[-1])))
+        refuse(name, value, f"one of {rule}" if len(said) > 2 else rule, not isinstance(value, str))
+    return choices[choices.index(value)]
+
+
+def several(name: str, value: Any, each: Callable[[str, Any], Any], what: str) -> tuple:
+    """A list, tuple, range or one-dimensional array as a tuple, every entry through the converter `each`.
+
+    Raises:
+        TypeError: it is no such container.
+    """
+    entries = _entries(name, value)
+    if entries is None:
+        refuse(name, value, what, True)
+    return tuple(each(name, entry) for entry in entries)
+
+
+def nested(name: str, value: Any, each: Callable[[str, Any], Any], *, axes: int) -> Any:
+    """One value, or nested lists, tuples or an array of up to `axes` axes as nested tuples, every entry through `each`.
+
+    Raises:
+        TypeError, ValueError: those of `each`.
+        ValueError: nothing in it, too many axes, or lists side by side that differ in shape.
+    """
+
+    def convert(value: Any, left: int) -> Any:
+        entries = _entries(name, value)
+        if entries is None:
+            return each(name, value)
+        found = tuple(convert(entry, left - 1) for entry in entries) if left else ()
+        if len({_shape(entry) for entry in found}) != 1:
+            raise _Uneven
+        return found
+
+    try:
+        return convert(value, axes)
+    except _Uneven:
+        refuse(name, value, f"one value or nested lists of equal shapes, with up to {axes} axes and none of them empty")
+
+
+def instance(name: str, value: Any, kind: type, remedy: str) -> Any:
+    """`value`, which must be of the class `kind`.
+
+    Raises:
+        TypeError: says so, and the `remedy`.
+    """
+    if not isinstance(value, kind):
+        refuse(name, value, f"a {kind.__name__}: {remedy}", True)
+    return value
+
+
+def shown(value: Any) -> str:
+    """`value` for a message: its repr, shortened; what has none (an int of thousands of digits) by its type."""
+    try:
+        said = repr(value)
+    except Exception:
+        said = f"<{type(value).__name__}>"
+    return said if len(said) <= 200 else f"{said[:150]}... ({len(said)} characters)"
+
+
+def refuse(name: str, value: Any, rule: str, wrong_type: bool = False) -> NoReturn:
+    """Raise the error that names the argument, its value and what it must be."""
+    raise (TypeError if wrong_type else ValueError)(f"{name}={shown(value)} must be {rule}")
+
+
+class _Uneven(Exception):
+    """An empty list, one axis too many, or lists side by side that differ in shape."""
+
+
+def _scalar(name: str, value: Any) -> Any:
+    """NumPy and JAX scalars and arrays without axes as Python's bool, int or float; anything else as it is."""
+    if isinstance(value, Tracer):
+        refuse(name, value, "known when compiling: give a plain Python value, or mark it static for jax.jit", True)
+    if not isinstance(value, np.generic | np.ndarray | jax.Array) or value.ndim:
+        return value
+    kinds = ((np.timedelta64, lambda time: time), (jnp.integer, int), (jnp.floating, float), (jnp.bool_, bool))
+    return next((make(value) for kind, make in kinds if jnp.issubdtype(value.dtype, kind)), value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _entries(name: str, value: Any) -> list | None:
+    """What a list, tuple, range or array with an axis holds; None: it is none of these."""
+    _scalar(name, value)  # refuses tracers
+    if isinstance(value, np.ndarray | jax.Array):
+        return list(value) if value.ndim else None
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else None
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return (len(value), *_shape(value[0])) if isinstance(value, tuple) else ()
+
+
+def _range(least: float | None, most: float | None, lower: str = "of at least") -> str:
+    """The words for a range, with a space before them."""
+    if least is None:
+        return "" if most is None else f" up to {most}"
+    if most is None:
+        return f" {lower} {least}"
+    return f" above {least} and up to {most}" if lower == "above" else f" from {least} to {most}"
