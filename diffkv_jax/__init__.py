@@ -5,8 +5,8 @@ from diffkv_jax.cache import KVCache as KVCache
 from diffkv_jax.calibrate import calibrate as calibrate
 from diffkv_jax.calibration import Calibration as Calibration
 from diffkv_jax.generate import GenerateOutput as GenerateOutput
+from diffkv_jax.generate import GenerationInterrupted as GenerationInterrupted
 from diffkv_jax.generate import generate as generate
-from diffkv_jax.generate import make_cache as make_cache
 from diffkv_jax.merge import Merge as Merge
 from diffkv_jax.methods import ada_kv as ada_kv
 from diffkv_jax.methods import coupled_quantization as coupled_quantization
@@ -32,6 +32,7 @@ from diffkv_jax.methods import turboquant as turboquant
 from diffkv_jax.model_protocol import AttentionSpec as AttentionSpec
 from diffkv_jax.model_protocol import CausalLM as CausalLM
 from diffkv_jax.named import load_policy as load_policy
+from diffkv_jax.new_cache import make_cache as make_cache
 from diffkv_jax.policy import CompressionPolicy as CompressionPolicy
 from diffkv_jax.replay import Replay as Replay
 from diffkv_jax.replay import replay_words as replay_words

@@ -37,13 +37,13 @@ def after_decode(cache: KVCache, step: DecodeStep) -> KVCache:
         seq_len=cache.seq_len + active,
         recent_len=cache.recent_len + active,
         observed=count_observed(cache.observed, active, cache.seq_len + active),
-        steps=cache.steps + 1,
+        steps=cache.steps + active,
     )
     spec = cache.spec
     if not spec.paged_layers:
         return dataclasses.replace(cache, recent_len=jnp.minimum(cache.recent_len, spec.window))
     full = (cache.recent_len >= spec.window + spec.flush) & ~cache.overflow  # between events only after a pause
-    due = (step.active & (cache.steps % spec.flush == 0)) | full
+    due = step.active & ((cache.steps % spec.flush == 0) | full)
     return when(due.any(), lambda cache: compress(cache, due), cache)
 
 
@@ -62,7 +62,8 @@ def after_prefill(cache: KVCache, step: PrefillStep, chunk_len: int) -> KVCache:
         seq_len=jnp.where(cache.overflow, 0, cache.seq_len + step.length),
         recent_len=jnp.where(cache.overflow, 0, recent_after(cache, step)),
         observed=jnp.where(cache.overflow[:, None, None], 0, observed_after(cache, step, chunk_len)),
-        steps=jnp.int32(0),
+        steps=jnp.where(step.length > 0, 0, cache.steps),
+        pending=jnp.where(step.length > 0, -1, cache.pending),
         waiting=None,
     )
 

@@ -237,8 +237,9 @@ class KVCache:
     recent_len: Array  # int32 [R] tokens in the recent slots
     observed: Array  # int32 [R, spans, 2] (end, length) of the spans of positions whose queries have scored
     overflow: Array  # bool [R] the pool could not give this request a page
-    steps: Array  # int32 [] decode steps since the last prompt
+    steps: Array  # int32 [R] decode steps since the last prompt
     pending: Array  # int32 [R] token sampled last and not yet seen by the model, -1 = none
+    fingerprint: Array  # uint8 [32] of the parameters that made it (`diffkv_jax.calibration`), zeros = not told
     queries: QueryStatistics | None  # of the prompts' queries, where the policy ranks by them
     tables: Tables  # float16 [L, K, ...] what learned codecs have learned
     waiting: Waiting | None = None  # in a prompt chunk of a policy that merges layers
@@ -296,8 +297,9 @@ def empty_cache(spec: CacheSpec, limits: np.ndarray | Array, tables: Tables | No
         recent_len=counter,
         observed=nothing_observed(spec.num_requests),
         overflow=jnp.zeros(spec.num_requests, bool),
-        steps=jnp.int32(0),
+        steps=counter,
         pending=counter - 1,
+        fingerprint=jnp.zeros(32, jnp.uint8),
         queries=no_queries(spec.attention, paged, spec.num_requests) if spec.selection.score == "expected" else None,
         tables=tables,
     )

@@ -9,8 +9,10 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
+from diffkv_jax.arguments import flag, integer
 from diffkv_jax.cache import CacheSpec, table_shapes
 from diffkv_jax.calibration import Calibration, fingerprint
+from diffkv_jax.inputs import as_params, as_policy, check_model, check_outside_jit
 from diffkv_jax.learn import Learning, learn_table
 from diffkv_jax.model_protocol import CausalLM
 from diffkv_jax.pallas_kernels.codecs import learned_part
@@ -57,7 +59,13 @@ def calibrate(
     Raises:
         ValueError: bad tokens, or a policy whose codecs learn nothing.
     """
-    batch = _checked(model, tokens, samples)
+    check_model("calibrate", model)
+    params, policy = as_params("calibrate", params), as_policy(policy)
+    fisher, progress = flag("fisher", fisher), flag("progress", progress)
+    samples, iterations = integer("samples", samples, least=1), integer("iterations", iterations, least=1)
+    q_norm = None if q_norm is None else flag("q_norm", q_norm)
+    key = jax.random.key(integer("seed", seed, least=0))
+    batch = _checked(model, tokens)
     spec = CacheSpec.build(model.attention, policy, num_requests=1, max_len=batch.shape[1], num_pages=0, dtype=model.attention.dtype)
     shapes = table_shapes(spec)
     total = len(spec.paged_layers) * sum(shape is not None for pair in shapes for shape in pair)
@@ -66,7 +74,6 @@ def calibrate(
     at = _spread(batch, samples, policy.sinks if policy.tiers[0] == "full" else 0)  # exact sinks never meet a learned codec
     both = _collect(model, params, batch, spec, at, fisher, progress)
     with tqdm(total=total, desc="learning tables", unit=" layers", disable=not progress) as bar:
-        key = jax.random.key(seed)
 
         def learned(codec: Any, given: Samples) -> np.ndarray | None:
             if learned_part(codec) is None:
@@ -82,12 +89,11 @@ def calibrate(
     return Calibration(tables, policy.tiers, policy.un_rope, policy.rotate, fingerprint(model, params))
 
 
-def _checked(model: CausalLM, tokens: Any, samples: int) -> np.ndarray:
-    batch, sizes = as_batch(tokens, None, model.attention.vocab_size)
+def _checked(model: CausalLM, tokens: Any) -> np.ndarray:
+    check_outside_jit("calibrate", tokens)
+    batch, sizes = as_batch(tokens, model.attention.vocab_size)
     if batch.shape[1] < 2 or (sizes != batch.shape[1]).any():
         raise ValueError(f"calibration sequences must have one length of at least 2 tokens, given lengths {sorted(set(sizes.tolist()))}")
-    if samples < 1:
-        raise ValueError(f"samples={samples} must be at least 1: tables are learned from them")
     check_context(model.attention, sizes, batch.shape[1])
     return batch
 
@@ -108,6 +114,13 @@ def _collect(
     for row in tqdm(batch, desc="reading text", unit=" sequences", disable=not progress):
         seen.append(jax.device_get(_stored(spec, activations(model, params, jnp.asarray(row), gradients=fisher), at, fisher)))
     keys, values = (Samples(*(np.concatenate(part, axis=1) for part in zip(*side, strict=True))) for side in zip(*seen, strict=True))
+    for kind, side in (("keys", keys), ("values", values)):
+        for what, part in ((kind, side.x), (f"the loss' gradients by the {kind}", side.fisher)):
+            for layer in np.flatnonzero(~np.isfinite(part).all(axis=(1, 2, 3))):
+                raise ValueError(
+                    f"{what} of layer {spec.paged_layers[layer]} are not finite, so that nothing can be learned from them: the model "
+                    f"computes in {spec.attention.dtype}; load it with dtype='float32', or look for NaN in the parameters"
+                )
     return keys, values
 
 

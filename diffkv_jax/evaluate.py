@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,17 @@ import numpy as np
 from jax import Array, lax
 from tqdm import tqdm
 
+from diffkv_jax.arguments import instance, integer, text
 from diffkv_jax.cache import KVCache
 from diffkv_jax.calibration import Calibration
-from diffkv_jax.generate import make_cache, prefill
+from diffkv_jax.inputs import as_params, as_policy, check_model, check_outside_jit
 from diffkv_jax.model_protocol import CausalLM
+from diffkv_jax.new_cache import make_cache
+from diffkv_jax.not_finite import warn_of_errors
 from diffkv_jax.pallas_kernels.branch import when
 from diffkv_jax.policy import CompressionPolicy
-from diffkv_jax.prompt import as_batch, check_context, chunk_size
+from diffkv_jax.prompt import as_batch, chunk_size
+from diffkv_jax.read_prompts import prefill
 from diffkv_jax.runner import decode_step
 
 SEGMENT = 16  # decode steps in one compiled call: how often progress is shown and logits go to the host
@@ -50,10 +55,10 @@ class Quality:
 
 def teacher_forced(
     model: CausalLM,
-    params,
-    tokens: np.ndarray,
+    params: Any,
+    tokens: Any,
     context: int,
-    policy: CompressionPolicy,
+    policy: CompressionPolicy | str | None,
     *,
     memory_budget: int | str | None = None,
     max_len: int | None = None,
@@ -65,21 +70,28 @@ def teacher_forced(
     """Prefill `tokens[:, :context]` int [R, N], then feed the others one at a time while the cache goes on compressing.
 
     Returns log-probabilities float32 [R, N - context, vocab], row i after seeing `context + i + 1` tokens, and the cache at the end.
-    `progress` names a progress bar; None shows none. The other
-    arguments are those of `generate`.
+    `progress` names a progress bar; None shows none. The other arguments are those of `generate`.
+
+    A warning says where the numbers of a request stopped being finite.
 
     Raises:
-        ValueError: bad tokens, a context that leaves nothing to feed, or (at the end) a pool that was too small for some request.
+        TypeError, ValueError: bad input, a context that leaves nothing to feed, or (at the end) a pool that was too small for some request.
     """
-    batch, sizes = as_batch(np.asarray(tokens), None, model.attention.vocab_size)
-    if not 1 <= context < batch.shape[1]:
-        raise ValueError(f"context={context} must be at least 1 and leave something of the {batch.shape[1]} tokens to feed")
-    check_context(model.attention, sizes, batch.shape[1] if max_len is None else max_len)
-    if calibration is not None:
-        calibration.check(model, params)
-    cache = make_cache(model, policy, sizes, max_len=max_len, memory_budget=memory_budget, cache_dtype=cache_dtype, calibration=calibration)
+    check_model("teacher_forced", model)
+    params, policy = as_params("teacher_forced", params), as_policy(policy)
+    check_outside_jit("teacher_forced", tokens)
+    batch, sizes = as_batch(tokens, model.attention.vocab_size)
+    if (sizes != batch.shape[1]).any():
+        raise ValueError(f"tokens must be texts of one length, given lengths {sizes.tolist()}: cut them to the shortest")
+    context = integer("context", context, least=1)
+    if context >= batch.shape[1]:
+        raise ValueError(f"context={context} must leave something of the {batch.shape[1]} tokens to feed")
+    progress = None if progress is None else text("progress", progress, "the name of a progress bar, or None")
     observe = policy.observe if isinstance(policy.observe, int) else 0
-    size = chunk_size(context, prefill_chunk, observe)
+    size = chunk_size(context, integer("prefill_chunk", prefill_chunk), observe)
+    if calibration is not None:
+        instance("calibration", calibration, Calibration, "calibrate(model, params, tokens, policy) makes it").check(model, params)
+    cache = make_cache(model, policy, sizes, max_len=max_len, memory_budget=memory_budget, cache_dtype=cache_dtype, calibration=calibration)
     _, cache = prefill(model, params, cache, batch, np.full_like(sizes, context), size)
     held = batch[:, context:].T  # [steps, R]
     rows = []
@@ -92,7 +104,9 @@ def teacher_forced(
     full = np.flatnonzero(np.asarray(cache.overflow))
     if full.size:
         raise ValueError(f"the pool had no page left for requests {full.tolist()}: raise memory_budget={memory_budget!r} or drop more")
-    return np.concatenate(rows).swapaxes(0, 1), cache
+    log_probs = np.concatenate(rows).swapaxes(0, 1)
+    warn_of_errors(cache, [i for i, row in enumerate(log_probs) if np.isnan(row).any()])
+    return log_probs, cache
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="cache")

@@ -1,40 +1,44 @@
 """`generate`: prompts in, tokens and the compressed cache out."""
 
-import dataclasses
 import time
-from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
-from diffkv_jax.budget import check_pool, kept_within, with_pool
-from diffkv_jax.cache import CacheSpec, KVCache, empty_cache, kernels_for
-from diffkv_jax.calibration import Calibration, tables_for
+from diffkv_jax.arguments import flag, instance, integer
+from diffkv_jax.budget import check_pool
+from diffkv_jax.cache import KVCache, kernels_for
+from diffkv_jax.calibration import Calibration, fingerprint
+from diffkv_jax.claim import claimed
+from diffkv_jax.decode_loop import FINISH_REASONS, Requests, State, begin, decode
+from diffkv_jax.inputs import as_params, as_policy, as_samplings, check_model, check_outside_jit, request_keys, stop_ids
+from diffkv_jax.interrupt import Held
 from diffkv_jax.model_protocol import AttentionSpec, CausalLM
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.new_cache import make_cache
+from diffkv_jax.not_finite import warn_of_errors
 from diffkv_jax.policy import CompressionPolicy
-from diffkv_jax.prompt import as_batch, check_context, check_evicts_once, chunk_size, chunks, replay_passes
-from diffkv_jax.runner import decode_step, end_replay, prefill_chunk, replay_chunk
-from diffkv_jax.sampling import Greedy, Sample, next_token
-
-RUNNING, EOS, LENGTH, CACHE_FULL = range(4)
-FINISH_REASONS = ("running", "eos", "length", "cache_full")
+from diffkv_jax.prompt import Prompts, as_prompts, check_context, chunk_size
+from diffkv_jax.read_prompts import read_prompts
+from diffkv_jax.sampling import Greedy, Sample, rules
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class GenerateOutput:
     """What `generate` returns.
 
     Attributes:
         tokens: int32 [R, max_new_tokens], generated ids, a stop id included; zeros behind `lengths`.
         lengths: int32 [R], how many were generated.
-        finish_reason: per request "eos", "length" or "cache_full" (the pool had no page left for it; with `lengths` 0 its prompt did not
-            fit, and the cache holds nothing of it any more, earlier turns included).
-        cache: the compressed cache; give it to the next call to go on. It is donated there.
+        finish_reason: per request "eos"; "length"; "cache_full" (the pool had no page left for it; with `lengths` 0 its prompt did not
+            fit, and the cache holds nothing of it any more, earlier turns included); "error" (its logits were not finite; a warning says
+            in which layer that began); "resting" (None was given for its prompt); "interrupted" (Ctrl-C).
+        cache: the compressed cache; give it to the next call to go on. It is donated there. The token generated last has not been seen by
+            the model: it waits in `cache.pending` and goes before the next prompt by itself, so do not give it again.
         prefill_seconds: wall time until the prompts were in the cache, compilation included.
     """
 
@@ -45,18 +49,31 @@ class GenerateOutput:
     prefill_seconds: float
 
 
+class GenerationInterrupted(KeyboardInterrupt):
+    """Ctrl-C in `generate`. `output` is what there was by then, and its cache can be gone on from.
+
+    An empty prompt continues a request that had begun to generate; of one that was still being read, `output.cache.seq_len` tokens in all
+    are in the cache, and the next prompt may be the rest.
+    """
+
+    def __init__(self, output: GenerateOutput):
+        super().__init__("generate was interrupted; .output has the tokens so far and the cache to go on from")
+        self.output = output
+
+
 def generate(
     model: CausalLM,
-    params,
-    tokens,
+    params: Any,
+    tokens: Any,
     lengths: Sequence[int] | np.ndarray | None = None,
     *,
-    policy: CompressionPolicy | None = None,
+    attention_mask: Any = None,
+    policy: CompressionPolicy | str | None = None,
     memory_budget: int | str | None = None,
     max_new_tokens: int = 128,
-    sampling: Greedy | Sample | None = None,
-    key: Array | None = None,
-    stop_token_ids: Sequence[int] = (),
+    sampling: Greedy | Sample | Mapping | str | Sequence | None = None,
+    key: Array | int | None = None,
+    stop_token_ids: Sequence[int] | None = None,
     cache: KVCache | None = None,
     max_len: int | None = None,
     cache_dtype: str | None = None,
@@ -68,18 +85,23 @@ def generate(
     """Continue prompts with a compressed KV cache.
 
     A batch row gives the same tokens as the same request alone; with `Sample`, when it has the same key; under a budget, unless the pool
-    runs low: then the batch's prompts are compressed earlier.
+    runs low: then the batch's prompts are compressed earlier. Several calls with a cache give the tokens of one call.
 
     Args:
         model: satisfies `CausalLM`; static, so reuse the object.
         params: its parameters.
-        tokens: int [R, N] right-padded with `lengths` int [R], or a ragged list of lists.
-        policy: how to compress; `CompressionPolicy.none()` when None. Fixed by the first call when `cache` is given.
+        tokens: int [R, N] right-padded with `lengths` int [R]; a list of prompts (lists of token ids, or a tokenizer's encodings); or a
+            tokenizer's encoding of one or more texts. With `cache`, an empty prompt goes on from the token that was generated last, and
+            None lets a request rest: it stays as it is.
+        attention_mask: 0 or 1 for each of `tokens`, in place of `lengths`; prompts may be padded left or right.
+        policy: how to compress, or what `load_policy` takes; nothing is compressed when None. Fixed by the first call when `cache` is
+            given.
         memory_budget: bytes or text such as "512MiB" for the whole cache; None reserves for every token in the highest tier.
-        max_new_tokens: most tokens to generate.
-        sampling: `Greedy()` (default) or `Sample(...)`.
-        key: a random key (request i draws with `fold_in(key, i)`) or one key a request `[R]`; needed by `Sample`.
-        stop_token_ids: a request ends with "eos" when it generates one of them.
+        max_new_tokens: most tokens to generate; 0 only reads the prompts.
+        sampling: `Greedy()` (default) or `Sample(...)`, or a list with one for each request. Other values compile nothing.
+        key: a seed or a random key (request i draws with `fold_in(key, i)`), or one key a request `[R]`; needed by `Sample`. A draw depends
+            on the key and on the token's position in its sequence.
+        stop_token_ids: a request ends with "eos" when it generates one of them; those of the model when None, `()` for none.
         cache: from an earlier call: the prompts go on where it ended. Donated.
         max_len: most tokens that a request may ever come to in this cache; what this call needs when None.
         cache_dtype: dtype of exact tokens ("full" tier, recent window); the model's when None.
@@ -89,213 +111,161 @@ def generate(
         calibration: what `calibrate` made for this model and policy; needed where codecs are learned.
 
     Raises:
-        ValueError: bad input, named, before anything is computed.
+        TypeError, ValueError: bad input, named, before anything is computed; a given cache is as it was.
+        GenerationInterrupted: Ctrl-C, with what there was by then.
     """
-    attention = model.attention
-    batch, sizes = as_batch(tokens, lengths, attention.vocab_size)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if cache is not None:
-        _check_unset(policy=policy, memory_budget=memory_budget, max_len=max_len, cache_dtype=cache_dtype)
-        _check_unset(implementation=implementation, interpret=interpret or None, calibration=calibration)
-        batch, sizes = _continued(cache, attention, batch, sizes)
-    seen = np.zeros_like(sizes) if cache is None else np.asarray(cache.seq_len)
-    totals = seen + sizes + max_new_tokens - 1
-    limit = cache.spec.max_len if cache is not None else int(totals.max()) if max_len is None else max_len
-    check_context(attention, totals, limit)
-    if cache is not None:
-        check_pool(cache, [int(n) for n in totals])
-    keys, stops = _request_keys(sampling, key, len(sizes)), _padded(stop_token_ids)
+    check_model("generate", model)
+    params = as_params("generate", params)
+    check_outside_jit("generate", tokens, lengths, attention_mask, key, cache, stop_token_ids)
+    max_new_tokens = integer("max_new_tokens", max_new_tokens, least=0)
+    prefill_chunk = integer("prefill_chunk", prefill_chunk)
+    prompts = as_prompts(tokens, lengths, attention_mask, model.attention.vocab_size)
+    samplings = as_samplings(sampling, len(prompts.lengths))
+    keys = request_keys(samplings, key, len(samplings))
+    asked = Requests(rules(samplings), keys, jnp.int32(max_new_tokens), stop_ids(stop_token_ids, model))
+    fixed = {
+        "policy": policy,
+        "memory_budget": memory_budget,
+        "max_len": integer("max_len", max_len, least=1, most=None, optional=True),
+        "cache_dtype": cache_dtype,
+        "implementation": implementation,
+        "interpret": interpret if interpret == "checked" else flag("interpret", interpret) or None,
+        "calibration": calibration,
+    }
     if cache is None:
-        policy = policy or CompressionPolicy.none()
-        kernels = kernels_for(policy, attention, implementation, interpret=interpret)
-        if calibration is not None:
-            calibration.check(model, params)
-        cache = make_cache(
-            model,
-            policy,
-            totals,
-            max_len=max_len,
-            memory_budget=memory_budget,
-            cache_dtype=cache_dtype,
-            kernels=kernels,
-            calibration=calibration,
-        )
-    observe = cache.spec.selection.observe if isinstance(cache.spec.selection.observe, int) else 0
-    size = chunk_size(int(sizes.max()), prefill_chunk, observe)
-    began = time.perf_counter()
-    logits, cache = jax.block_until_ready(prefill(model, params, cache, batch, sizes, size))
-    prefill_seconds = time.perf_counter() - began
-    width = 1 << (max_new_tokens - 1).bit_length()
-    state = _decode(model, params, cache, logits, keys, jnp.int32(max_new_tokens), stops, sampling or Greedy(), width)
-    out, counts, reasons = jax.device_get((state.tokens, state.lengths, state.reason))
-    return GenerateOutput(out[:, :max_new_tokens], counts, tuple(FINISH_REASONS[r] for r in reasons), state.cache, prefill_seconds)
+        cache = _new_cache(model, params, prompts, max_new_tokens, prefill_chunk, **fixed)
+    else:
+        _check_owner(instance("cache", cache, KVCache, "an earlier call returned one as its .cache"), model.attention, prompts)
+        _check_unset(**fixed)
+    with claimed(cache):
+        cache = _fingerprinted(cache, model, params)
+        joined, size = _joined(cache, prompts, max_new_tokens, prefill_chunk)
+        return _run(model, params, Held(None, cache), joined, size, asked, max_new_tokens)
 
 
-def make_cache(
+def _run(model: CausalLM, params, held: Held, prompts: Prompts, size: int, asked: Requests, most: int) -> GenerateOutput:
+    """Read the prompts in chunks of `size` and generate up to `most` tokens of each that does not rest."""
+    fresh, began = prompts.lengths > 0, time.perf_counter()
+    seconds, width = 0.0, 1 << (max(most, 1) - 1).bit_length()
+    with held:
+        try:
+            if fresh.any():
+                read_prompts(model, params, held, prompts.tokens, prompts.lengths, size)
+                jax.block_until_ready(held.value)
+            seconds = time.perf_counter() - began
+            where = jnp.asarray(fresh), jnp.asarray(prompts.rests)
+            held.update(lambda logits, cache: begin(cache, logits, *where, asked, width))
+            decode(model, params, held, asked)
+            out = _output(held, prompts.rests, most, seconds)
+        except KeyboardInterrupt:
+            raise GenerationInterrupted(_output(held, prompts.rests, most, seconds)) from None
+    warn_of_errors(out.cache, [i for i, reason in enumerate(out.finish_reason) if reason == "error"])
+    return out
+
+
+def _output(held: Held, rests: np.ndarray, most: int, seconds: float) -> GenerateOutput:
+    """What there is now: of requests whose prompts are being read, nothing."""
+    if isinstance(held.value, State):
+        tokens, lengths, codes = jax.device_get(held.value)
+        reasons = tuple(FINISH_REASONS[code] for code in codes)
+    else:
+        tokens, lengths = np.zeros((len(rests), most), np.int32), np.zeros(len(rests), np.int32)
+        reasons = tuple("resting" if rest else "interrupted" for rest in rests)
+    return GenerateOutput(tokens[:, :most], lengths, reasons, held.cache, seconds)
+
+
+def _new_cache(
     model: CausalLM,
-    policy: CompressionPolicy,
-    totals: Sequence[int] | np.ndarray,
+    params,
+    prompts: Prompts,
+    max_new_tokens: int,
+    prefill_chunk: int,
     *,
-    max_len: int | None = None,
-    memory_budget: int | str | None = None,
-    cache_dtype: str | None = None,
-    kernels: Kernels | None = None,
-    calibration: Calibration | None = None,
+    policy: Any,
+    implementation: str | None,
+    interpret: Any,
+    calibration: Calibration | None,
+    **sizes: Any,
 ) -> KVCache:
-    """An empty cache for requests that come to `totals` tokens each; `kernels` are those of the platform when None, the other arguments
-    are those of `generate`.
-
-    A calibration must be of the policy's tiers and transforms; that it is of these parameters only `generate` can check.
-    Without `max_len` the totals are rounded up to multiples of 128, so that nearly equal prompts share their compiled programs.
-    """
-    attention = model.attention
-    totals = [int(n) for n in totals]
-    room = [-(-n // 128) * 128 if max_len is None else max_len for n in totals]
-    spec = CacheSpec.build(
-        attention,
-        policy,
-        num_requests=len(totals),
-        max_len=max(room),
-        num_pages=0,
-        dtype=cache_dtype or attention.dtype,
-        kernels=kernels or kernels_for(policy, attention),
-    )
-    tables = tables_for(spec, policy, calibration)
-    if isinstance(policy.keep, str):
-        _check_one_budget(policy, memory_budget)
-        policy, memory_budget = kept_within(spec, policy, room), policy.keep
-    spec = with_pool(spec, policy, totals, room, memory_budget)
-    return _empty(spec, policy.limits(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads), tables)
+    """An empty cache for these prompts and what is generated."""
+    policy = as_policy(policy)
+    _check_empty(prompts, np.full(len(prompts.lengths), -1))
+    chunk_size(int(prompts.lengths.max()), prefill_chunk, _observing(policy.observe))
+    kernels = kernels_for(policy, model.attention, implementation, interpret=interpret or False)
+    if calibration is not None:
+        instance("calibration", calibration, Calibration, "calibrate(model, params, tokens, policy) makes it").check(model, params)
+    totals = _totals(np.zeros(len(prompts.lengths), np.int64), prompts, max_new_tokens)
+    return make_cache(model, policy, totals, kernels=kernels, calibration=calibration, **sizes)
 
 
-def _check_one_budget(policy: CompressionPolicy, memory_budget: int | str | None) -> None:
-    if memory_budget is not None:
-        raise ValueError(f"keep={policy.keep!r} is a memory budget already: leave memory_budget={memory_budget!r} out")
+def _totals(seen: np.ndarray, prompts: Prompts, max_new_tokens: int) -> np.ndarray:
+    """Tokens int64 [R] that each request may come to; the last one generated is not fed."""
+    fed = prompts.lengths.astype(np.int64) + max(max_new_tokens - 1, 0)
+    return seen.astype(np.int64) + np.where(prompts.rests, 0, fed)
 
 
-_empty = jax.jit(empty_cache, static_argnames="spec")
+def _observing(observe: int | str | None) -> int:
+    """Queries that must fit a prompt's last chunk."""
+    return observe if isinstance(observe, int) else 0
 
 
-def prefill(model: CausalLM, params, cache: KVCache, tokens: np.ndarray, lengths: np.ndarray, size: int) -> tuple[Array, KVCache]:
-    """Feed prompts `[R, N]` in chunks of `size`; logits [R, vocab] of each prompt's last token and the cache (donated).
-
-    A policy that ranks by replay has the first prompt of a request gone over again and then drops; later prompts stay as they are.
-
-    Raises:
-        ValueError: the policy drops tokens before they are encoded, and the prompt takes more than one chunk or is not the first; or going
-            over a prompt again would outgrow the model's context or vocabulary.
-    """
-    seen, replay = np.asarray(cache.seq_len), cache.spec.selection.replay if cache.spec.paged_layers else None
-    check_evicts_once(cache.spec, seen, lengths, size)
-    again = np.where(seen == 0, lengths, 0)
-    if replay is not None:
-        replay.check(cache.spec.attention, again)
-    logits = None
-    cache = dataclasses.replace(cache, overflow=jnp.zeros_like(cache.overflow))
-    for part, real, last in chunks(tokens, lengths, size):
-        logits, cache = prefill_chunk(model, params, cache, jnp.asarray(part), jnp.asarray(real), jnp.asarray(last))
-    if replay is not None and again.any():
-        for part, real, first in replay_passes(replay, tokens, again):
-            cache = replay_chunk(model, params, cache, jnp.asarray(part), jnp.asarray(real), jnp.int32(first))
-        cache = end_replay(cache, jnp.asarray(again > 0))
-    assert logits is not None  # as_batch refuses empty prompts
-    return logits, cache
-
-
-class _State(NamedTuple):
-    """The decode loop's carry; R requests."""
-
-    cache: KVCache
-    token: Array  # int32 [R] last sampled, not yet seen by the model
-    tokens: Array  # int32 [R, width]
-    lengths: Array  # int32 [R]
-    reason: Array  # int32 [R] RUNNING until the request has ended
-
-
-@partial(jax.jit, static_argnames=("model", "sampling", "width"), donate_argnames="cache")
-def _decode(model, params, cache, logits, keys, limit, stops, sampling, width) -> _State:
-    """Sample, feed, sample ... until every request has ended. No host read."""
-    requests = logits.shape[0]
-    start = _State(
-        cache,
-        jnp.zeros(requests, jnp.int32),
-        jnp.zeros((requests, width), jnp.int32),
-        jnp.zeros(requests, jnp.int32),
-        jnp.where(cache.overflow, CACHE_FULL, RUNNING),
-    )
-
-    def take(state: _State, logits: Array) -> _State:
-        """Sample one token for every running request and see whether it ends there."""
-        running = state.reason == RUNNING
-        drawn = next_token(sampling, logits, jax.vmap(jax.random.fold_in)(keys, state.lengths))
-        token = jnp.where(running, drawn, state.token)
-        column = jnp.where(running, state.lengths, width)
-        lengths = state.lengths + running
-        ended = jnp.where((token[:, None] == stops).any(axis=1), EOS, jnp.where(lengths >= limit, LENGTH, RUNNING))
-        return _State(
-            state.cache,
-            token,
-            state.tokens.at[jnp.arange(requests), column].set(token, mode="drop"),
-            lengths,
-            jnp.where(running, ended, state.reason),
+def _check_empty(prompts: Prompts, pending: np.ndarray) -> None:
+    """Refuse empty prompts of requests that have no token to go on from: `pending` int [R]."""
+    for i in np.flatnonzero((prompts.lengths == 0) & ~prompts.rests & (pending < 0)):
+        raise ValueError(
+            f"prompt {i} has length 0 and no generated token is pending in the cache that it could go on from: give at least one token, "
+            "or None to let the request rest (empty prompt?)"
         )
-
-    def step(state: _State) -> _State:
-        running = state.reason == RUNNING
-        logits, cache = decode_step(model, params, state.cache, state.token, running)
-        reason = jnp.where(running & cache.overflow, CACHE_FULL, state.reason)
-        return take(state._replace(cache=cache, reason=reason), logits)
-
-    state = lax.while_loop(lambda state: jnp.any(state.reason == RUNNING), step, take(start, logits))
-    unseen = (state.lengths > 0) & (state.reason != CACHE_FULL)  # the model had seen the last token when the cache was found full
-    pending = jnp.where(unseen, state.token, -1)
-    return state._replace(cache=dataclasses.replace(state.cache, pending=pending))
+    if prompts.rests.all():
+        raise ValueError("every prompt is None, so that all requests rest: give one of them a prompt")
 
 
-def _padded(stop_token_ids: Sequence[int]) -> Array:
-    """Stop ids int32, filled with -1 to a power of two of at least 8, so that another number of them compiles nothing."""
-    stops = list(stop_token_ids)
-    if not all(isinstance(i, int | np.integer) for i in stops):
-        raise ValueError(f"stop_token_ids={stops} must be integers; leave out what the tokenizer does not have")
-    width = max(8, 1 << max(len(stops) - 1, 0).bit_length())
-    return jnp.asarray([*stops, *[-1] * (width - len(stops))], jnp.int32)
-
-
-def _check_unset(**arguments) -> None:
+def _check_unset(**arguments: Any) -> None:
     """Refuse arguments that a given cache has fixed."""
     given = [name for name, value in arguments.items() if value is not None]
     if given:
         raise ValueError(f"{' and '.join(given)} were fixed by the call that made the cache; leave them out when cache= is given")
 
 
-def _continued(cache: KVCache, attention: AttentionSpec, batch: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts that go on from `cache`, each with the token that was sampled last (the model has not seen it) put before it."""
+def _check_owner(cache: KVCache, attention: AttentionSpec, prompts: Prompts) -> None:
     if cache.spec.attention != attention:
         raise ValueError(f"the cache was made for another model: {cache.spec.attention}, given {attention}; use the model that made it")
-    if len(sizes) != cache.spec.num_requests:
-        raise ValueError(f"the cache holds {cache.spec.num_requests} requests, given {len(sizes)} prompts; they must match row by row")
-    if any(x.is_deleted() for x in jax.tree.leaves(cache)):
-        raise ValueError("this cache was given to an earlier call, which took its memory; use the cache that call returned")
-    pending = np.asarray(cache.pending)
-    had = (pending >= 0).astype(np.int32)
-    joined = np.zeros((batch.shape[0], batch.shape[1] + 1), np.int32)
-    for i, n in enumerate(sizes):
-        joined[i, : had[i]] = pending[i]
-        joined[i, had[i] : had[i] + n] = batch[i, :n]
-    return joined, sizes + had
-
-
-def _request_keys(sampling: Greedy | Sample | None, key: Array | None, requests: int) -> Array:
-    """One random key a request."""
-    if key is None:
-        if isinstance(sampling, Sample):
-            raise ValueError("sampling=Sample(...) needs key=, such as jax.random.key(0)")
-        key = jax.random.key(0)
-    if key.ndim == 1 and key.shape[0] == requests and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    if key.ndim != 0 or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if len(prompts.lengths) != cache.spec.num_requests:
         raise ValueError(
-            f"key must be jax.random.key(seed) or one such key for each of the {requests} requests, given {key.dtype} {key.shape}"
+            f"the cache holds {cache.spec.num_requests} requests, given {len(prompts.lengths)} prompts; they must match row by row"
         )
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(requests))
+
+
+def _fingerprinted(cache: KVCache, model: CausalLM, params) -> KVCache:
+    """The cache, marked as made with these parameters.
+
+    Raises:
+        ValueError: it was made with others.
+    """
+    had, found = np.asarray(cache.fingerprint), np.frombuffer(bytes.fromhex(fingerprint(model, params)), np.uint8)
+    if not had.any():
+        return replace(cache, fingerprint=jnp.asarray(found))
+    if (had != found).any():
+        raise ValueError("the cache was made with other parameters of this geometry, to which its keys and values mean nothing: use those")
+    return cache
+
+
+def _joined(cache: KVCache, prompts: Prompts, max_new_tokens: int, prefill_chunk: int) -> tuple[Prompts, int]:
+    """Prompts that go on from `cache`, each with the token that was sampled last (the model has not seen it) put before it, and the
+    length of their chunks.
+
+    Raises:
+        ValueError: they do not fit the model's context, the cache or its pool.
+    """
+    pending = np.asarray(cache.pending)
+    _check_empty(prompts, pending)
+    totals = _totals(np.asarray(cache.seq_len), prompts._replace(lengths=prompts.lengths + (pending >= 0)), max_new_tokens)
+    check_context(cache.spec.attention, totals, cache.spec.max_len)
+    check_pool(cache, [int(n) for n in totals])
+    had = ((pending >= 0) & (prompts.lengths > 0)).astype(np.int32)
+    batch = np.zeros((len(had), prompts.tokens.shape[1] + 1), np.int32)
+    for i, n in enumerate(prompts.lengths):
+        batch[i, : had[i]] = pending[i]
+        batch[i, had[i] : had[i] + n] = prompts.tokens[i, :n]
+    joined = Prompts(batch, prompts.lengths + had, prompts.rests)
+    return joined, chunk_size(int(joined.lengths.max()), prefill_chunk, _observing(cache.spec.selection.observe))

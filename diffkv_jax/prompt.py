@@ -1,57 +1,160 @@
 """Prompts as the user gives them, checked and cut into right-aligned chunks. NumPy only: nothing has been computed yet."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffkv_jax.arguments import integer, shown
 from diffkv_jax.cache import CacheSpec
 from diffkv_jax.model_protocol import AttentionSpec
 from diffkv_jax.replay import Replay
 
 MIN_CHUNK = 16
 PASS_ROWS = 512  # a pass of more rows has a multiple of them, as attention wants
+IDS = "token ids: tokenizer(text).input_ids makes them"
 
 
-def as_batch(
-    tokens: np.ndarray | Sequence[Sequence[int]], lengths: Sequence[int] | np.ndarray | None, vocab_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as int32 [R, N] (right-padded) and lengths int32 [R]; `tokens` may be a ragged list, then `lengths` is not needed.
+class Prompts(NamedTuple):
+    """Prompts of R requests, right-padded."""
+
+    tokens: np.ndarray  # int32 [R, N]
+    lengths: np.ndarray  # int32 [R]
+    rests: np.ndarray  # bool [R] requests that do nothing (None was given for them)
+
+
+def as_batch(tokens: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Texts as int32 [R, N] (right-padded) and lengths int32 [R].
 
     Raises:
-        ValueError: no request, an empty prompt, lengths that do not fit, a token id outside the vocabulary, or not integers.
+        TypeError, ValueError: as `as_prompts`, or one is empty or None.
     """
-    if not hasattr(tokens, "shape"):
-        rows = [np.asarray(row) for row in tokens]
-        if any(row.ndim != 1 for row in rows):
-            raise ValueError("tokens must be a list of prompts, each a flat list of token ids; wrap a single prompt in a list")
-        lengths = np.array([len(row) for row in rows], np.int32) if lengths is None else lengths
-        padded = np.zeros((len(rows), max([0, *map(len, rows)])), np.int64)
-        for i, row in enumerate(rows):
-            padded[i, : len(row)] = _integers(row) if len(row) else 0
-        tokens = padded
-    batch = _integers(np.asarray(tokens))
-    if batch.ndim != 2 or batch.shape[0] == 0:
-        raise ValueError(f"tokens must be [requests, length] with at least one request, given shape {batch.shape}")
-    sizes = np.full(batch.shape[0], batch.shape[1]) if lengths is None else _integers(np.asarray(lengths))
-    if sizes.shape != batch.shape[:1]:
-        raise ValueError(f"lengths must have one entry for each of the {batch.shape[0]} requests, given shape {sizes.shape}")
-    for i, size in enumerate(sizes):
-        if not 1 <= size <= batch.shape[1]:
-            raise ValueError(
-                f"prompt {i} has length {size}; it must hold at least one token and at most the {batch.shape[1]} given (empty prompt?)"
-            )
-        row = batch[i, :size]
-        if row.min() < 0 or row.max() >= vocab_size:
-            raise ValueError(
-                f"prompt {i} holds token id {row.min() if row.min() < 0 else row.max()}, outside the vocabulary [0, {vocab_size})"
-            )
-    return batch.astype(np.int32), sizes.astype(np.int32)
+    prompts = as_prompts(tokens, None, None, vocab_size)
+    for i in np.flatnonzero(prompts.lengths == 0):
+        raise ValueError(f"prompt {i} has length 0; it must hold at least one token (empty prompt?)")
+    return prompts.tokens, prompts.lengths
 
 
-def _integers(array: np.ndarray) -> np.ndarray:
+def as_prompts(tokens: Any, lengths: Any, attention_mask: Any, vocab_size: int) -> Prompts:
+    """Prompts as the user gives them.
+
+    Args:
+        tokens: int [R, N], or a list with a list of token ids, a tokenizer's encoding, or None (the request rests) for each request;
+            or a tokenizer's encoding of one text or of several, with its mask.
+        lengths: int [R] of right-padded rows; None: all of a row.
+        attention_mask: 0 or 1 in the shape of `tokens`, ones side by side; None: all ones, or that of the encoding.
+        vocab_size: ids lie below.
+
+    Raises:
+        TypeError, ValueError: no request, lengths or a mask that do not fit, a token id outside the vocabulary, or not integers.
+    """
+    if isinstance(tokens, Mapping):
+        tokens, attention_mask = _of_encoding(tokens, attention_mask)
+        if _is_flat(tokens):
+            tokens, attention_mask = [tokens], None if attention_mask is None else [attention_mask]
+    rows = _rows(tokens)
+    if not rows:
+        raise ValueError("tokens must hold at least one request, given none")
+    if attention_mask is not None and lengths is not None:
+        raise ValueError("give lengths= or attention_mask=, not both: each says which tokens of a row count")
+    masks = [None] * len(rows) if attention_mask is None else _rows(attention_mask, "attention_mask")
+    if len(masks) != len(rows):
+        raise ValueError(f"attention_mask has {len(masks)} rows, tokens have {len(rows)}; give a row of it for each prompt")
+    found = [_ids(i, row, mask, vocab_size) for i, (row, mask) in enumerate(zip(rows, masks, strict=True))]
+    if lengths is not None:
+        found = _cut(found, lengths)
+    for i, row in enumerate(found):
+        _check_ids(i, row, vocab_size)
+    batch = np.zeros((len(found), max(map(len, found))), np.int32)
+    for i, row in enumerate(found):
+        batch[i, : len(row)] = row
+    return Prompts(batch, np.array([len(row) for row in found], np.int32), np.array([row is None for row in rows]))
+
+
+def _of_encoding(encoding: Mapping, mask: Any) -> tuple[Any, Any]:
+    """Ids and mask of what a tokenizer returns; a given mask wins."""
+    if "input_ids" not in encoding:
+        raise ValueError(f"tokens is a mapping with {sorted(map(str, encoding))} and without 'input_ids': give {IDS}")
+    return encoding["input_ids"], encoding.get("attention_mask") if mask is None else mask
+
+
+def _is_flat(tokens: Any) -> bool:
+    """Whether these are the ids of one text."""
+    if hasattr(tokens, "ndim"):
+        return tokens.ndim == 1
+    return isinstance(tokens, Sequence) and all(isinstance(i, int | np.integer) for i in tokens)
+
+
+def _rows(tokens: Any, name: str = "tokens") -> list:
+    """The rows of a list or of an array [R, N]."""
+    if hasattr(tokens, "shape"):
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or tokens.shape[0] == 0:
+            raise ValueError(f"{name} must be [requests, length] with at least one request, given shape {tokens.shape}")
+        return list(_integers(tokens, name))
+    if isinstance(tokens, str | bytes) or not isinstance(tokens, Sequence):
+        raise TypeError(f"{name}={shown(tokens)} must be a list of prompts, each a list of {IDS}")
+    return list(tokens)
+
+
+def _ids(i: int, row: Any, mask: Any, vocab_size: int) -> np.ndarray:
+    """The ids of one prompt, int [n], those that its mask keeps."""
+    if isinstance(row, Mapping):
+        row, mask = _of_encoding(row, mask)
+        row, mask = (x[0] if np.ndim(x) == 2 and len(x) == 1 else x for x in (row, mask))
+    ids = _flat(i, [] if row is None else row)
+    if mask is None:
+        return ids
+    keeps = _flat(i, mask, "attention_mask")
+    if len(keeps) != len(ids) or not np.isin(keeps, (0, 1)).all():
+        raise ValueError(f"attention_mask of prompt {i} must be 0 or 1 for each of its {len(ids)} tokens, given {shown(keeps.tolist())}")
+    kept = np.flatnonzero(keeps)
+    if len(kept) and kept[-1] - kept[0] + 1 != len(kept):
+        raise ValueError(f"attention_mask of prompt {i} leaves out tokens in the middle: {shown(keeps.tolist())}; pad left or right")
+    return ids[kept]
+
+
+def _flat(i: int, row: Any, name: str = "tokens") -> np.ndarray:
+    if isinstance(row, str | bytes):
+        raise TypeError(f"{name}: prompt {i} is {shown(row)}; it must be a list of {IDS}")
+    try:
+        found = np.asarray(row)
+    except ValueError:  # lists of unequal lengths
+        found = np.zeros((0, 0))
+    if found.ndim != 1:
+        raise ValueError(
+            f"{name} must be a list of prompts, each a flat list of token ids; wrap a single prompt in a list (prompt {i} is {shown(row)})"
+        )
+    return _integers(found, name) if len(found) else np.zeros(0, np.int64)
+
+
+def _integers(array: np.ndarray, name: str = "tokens") -> np.ndarray:
+    if name == "attention_mask" and array.dtype == bool:
+        return array.astype(np.int32)
     if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"token ids and lengths must be integers, given dtype {array.dtype}")
+        raise ValueError(f"{name} must be integers, given dtype {array.dtype}: {shown(array.tolist())}")
     return array
+
+
+def _cut(rows: list[np.ndarray], lengths: Any) -> list[np.ndarray]:
+    """The first `lengths` ids of each row."""
+    if not isinstance(lengths, Sequence | np.ndarray) and not hasattr(lengths, "shape"):
+        raise TypeError(f"lengths={shown(lengths)} must be one number of tokens for each of the {len(rows)} requests")
+    if np.shape(lengths) != (len(rows),):
+        raise ValueError(f"lengths must have one entry for each of the {len(rows)} requests, given shape {np.shape(lengths)}")
+    found = []
+    for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+        n = integer("lengths", n, most=None)
+        if not 0 <= n <= len(row):
+            raise ValueError(f"lengths={shown(list(lengths))}: prompt {i} has length {n}; it must be from 0 to the {len(row)} given")
+        found.append(row[:n])
+    return found
+
+
+def _check_ids(i: int, row: np.ndarray, vocab_size: int) -> None:
+    if len(row) and (row.min() < 0 or row.max() >= vocab_size):
+        beyond = row.min() if row.min() < 0 else row.max()
+        raise ValueError(f"tokens: prompt {i} holds token id {beyond}, outside the vocabulary [0, {vocab_size})")
 
 
 def check_context(attention: AttentionSpec, totals: np.ndarray, max_len: int) -> None:
@@ -84,7 +187,7 @@ def check_evicts_once(spec: CacheSpec, seen: np.ndarray, lengths: np.ndarray, si
     rule = f"{spec.layout.formats[0].name} shares numbers between tokens, so the policy drops tokens before they are encoded"
     if lengths.max() > size:
         raise ValueError(f"{rule}: a prompt of {lengths.max()} tokens must fit one chunk of {size}; raise prefill_chunk")
-    if seen.any():
+    if seen[lengths > 0].any():
         raise ValueError(f"{rule}, and this cache holds a prompt already; begin a new cache, or take a codec for each token such as 'K4V4'")
 
 

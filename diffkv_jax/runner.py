@@ -24,7 +24,7 @@ def decode_step(model: CausalLM, params, cache: KVCache, token: Array, active: A
     positions = jnp.where(active, cache.seq_len, -1)[:, None]
     cache = note_classes(cache, token[:, None], positions)
     if cache.spec.selection.in_decode:
-        cache = forget(cache, (cache.steps + 1) % cache.spec.flush == 0)
+        cache = forget(cache, jnp.any(active & ((cache.steps + 1) % cache.spec.flush == 0)))
     logits, cache = model.apply({"params": params}, token[:, None], positions, cache, step)
     return logits[:, 0], after_decode(cache, step)
 

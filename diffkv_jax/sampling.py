@@ -1,10 +1,15 @@
-"""Choosing the next token: greedy, or temperature with top-k, top-p and min-p."""
+"""Choosing the next token: greedy, or temperature with top-k, top-p and min-p; a row of numbers a request."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
+
+from diffkv_jax.arguments import integer, number
 
 
 @dataclass(frozen=True)
@@ -14,12 +19,12 @@ class Greedy:
 
 @dataclass(frozen=True)
 class Sample:
-    """A draw from `softmax(logits / temperature)`, restricted in this order (as in Hugging Face's generation_config) to the `top_k` most
-    likely tokens (ties included), the smallest set of probability `top_p`, and those of at least `min_p` times the most likely one's
-    probability.
+    """A draw from `softmax(logits / temperature)`, restricted in this order (as in Hugging Face's
+    generation_config) to the `top_k` most likely tokens (ties included), the smallest set of
+    probability `top_p`, and those of at least `min_p` times the most likely one's probability.
 
     Raises:
-        ValueError: a value is out of range.
+        TypeError, ValueError: a value is no number, or out of range.
     """
 
     temperature: float = 1.0
@@ -28,34 +33,71 @@ class Sample:
     min_p: float | None = None
 
     def __post_init__(self):
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be positive and finite; use Greedy() for 0")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1, or None for no limit")
-        for field in ("top_p", "min_p"):
-            value = getattr(self, field)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{field}={value} must lie in (0, 1], or be None for no limit")
+        checked = {
+            "temperature": number("temperature", self.temperature, above=0, what="positive and finite (Greedy() for 0)"),
+            "top_k": integer("top_k", self.top_k, least=1, most=None, optional=True),
+            "top_p": number("top_p", self.top_p, above=0, most=1, optional=True),
+            "min_p": number("min_p", self.min_p, above=0, most=1, optional=True),
+        }
+        for field, value in checked.items():
+            object.__setattr__(self, field, value)
 
 
-def next_token(sampling: Greedy | Sample, logits: Array, keys: Array) -> Array:
-    """Token ids int32 [R] from `logits [R, vocab]`; `keys [R]` one random key a request, so that a row draws the same alone."""
-    if isinstance(sampling, Greedy):
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = _restrict(sampling, logits / sampling.temperature)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+class Rules(NamedTuple):
+    """How each of R requests draws: data, so that another value compiles nothing."""
+
+    temperature: Array  # float32 [R]; 0: the most likely token
+    top_k: Array  # int32 [R]; beyond the vocabulary: no limit
+    top_p: Array  # float32 [R]; 1: no limit
+    min_p: Array  # float32 [R]; 0: no limit
 
 
-def _restrict(sampling: Sample, logits: Array) -> Array:
+def rules(samplings: Sequence[Greedy | Sample]) -> Rules:
+    """One entry a request."""
+    most = np.iinfo(np.int32).max
+    rows = [
+        (0.0, most, 1.0, 0.0)
+        if isinstance(one, Greedy)
+        else (one.temperature, min(one.top_k or most, most), one.top_p or 1.0, one.min_p or 0.0)
+        for one in samplings
+    ]
+    columns = zip(Rules._fields, zip(*rows, strict=True), strict=True)
+    kinds = {"top_k": np.int32}
+    return Rules(*(jnp.asarray(np.asarray(x, kinds.get(name, np.float32))) for name, x in columns))
+
+
+def next_token(rules: Rules, logits: Array, keys: Array) -> Array:
+    """Token ids int32 [R] from `logits` float32 [R, vocab]; `keys [R]` one random key a request, so
+    that a row draws the same alone.
+    """
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draws = rules.temperature > 0
+
+    def draw() -> Array:
+        allowed = _allowed(rules, logits / jnp.where(draws, rules.temperature, 1)[:, None])
+        drawn = jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)
+        return jnp.where(draws, drawn, best)
+
+    return lax.cond(draws.any(), draw, lambda: best)
+
+
+def _allowed(rules: Rules, logits: Array) -> Array:
     """`logits [R, vocab]` with the tokens outside the allowed set at -inf."""
-    if sampling.top_k is not None:
-        kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][..., -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if sampling.top_p is not None:
+    vocab = logits.shape[-1]
+
+    def cut() -> Array:
         descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-        mass_before = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1) - jax.nn.softmax(descending, axis=-1)
-        least = jnp.where(mass_before < sampling.top_p, descending, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if sampling.min_p is not None:
-        logits = jnp.where(logits < logits.max(axis=-1, keepdims=True) + jnp.log(sampling.min_p), -jnp.inf, logits)
-    return logits
+        last = jnp.minimum(rules.top_k, vocab)[:, None] - 1
+        kth = jnp.take_along_axis(descending, last, axis=-1)
+        kept = jnp.where(descending < kth, -jnp.inf, descending)
+        p = jax.nn.softmax(kept, axis=-1)
+        mass_before = jnp.cumsum(p, axis=-1) - p
+        top_p = rules.top_p[:, None]
+        least = jnp.where((mass_before < top_p) | (top_p >= 1), kept, jnp.inf)
+        least = jnp.maximum(least.min(axis=-1, keepdims=True), kth)
+        return jnp.where(logits < least, -jnp.inf, logits)
+
+    limited = (rules.top_k < vocab) | (rules.top_p < 1)
+    logits = lax.cond(limited.any(), cut, lambda: logits)
+    least = logits.max(axis=-1) + jnp.log(rules.min_p)
+    return jnp.where(logits < least[:, None], -jnp.inf, logits)

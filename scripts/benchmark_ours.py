@@ -20,10 +20,10 @@ from diffkv_jax.amounts import parse_bytes
 from diffkv_jax.budget import cache_bytes, tree_bytes
 from diffkv_jax.cache import empty_cache
 from diffkv_jax.evaluate import teacher_forced
-from diffkv_jax.generate import prefill
 from diffkv_jax.models import load_pretrained
 from diffkv_jax.pallas_kernels.compact import FreeRing
 from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.read_prompts import prefill
 from diffkv_jax.runner import decode_step
 
 CHUNK = 1024  # of a prompt: the default of `generate`
@@ -168,10 +168,10 @@ def replicate(source: dkv.KVCache, requests: int, spare: int) -> dkv.KVCache:
         pages = _copy_pages(pages, source.pages, jnp.asarray(used), row * len(used))
     taken = requests * len(used)
     by_row = {"tier_len": 1, "recent_k": 1, "recent_v": 1, "recent_significance": 1, "ring_k": 1, "ring_v": 1}
-    by_row |= {"seq_len": 0, "recent_len": 0, "observed": 0, "overflow": 0, "pending": 0}
+    by_row |= {"seq_len": 0, "recent_len": 0, "observed": 0, "overflow": 0, "pending": 0, "steps": 0}
     rows: Any = {name: jnp.repeat(getattr(source, name), requests, axis=axis) for name, axis in by_row.items()}
     ring = FreeRing(new.ring.ids, jnp.int32(taken % spec.num_pages), jnp.int32(spec.num_pages - taken))
-    cache = dataclasses.replace(new, pages=pages, page_table=jnp.asarray(table), ring=ring, steps=jnp.copy(source.steps), **rows)
+    cache = dataclasses.replace(new, pages=pages, page_table=jnp.asarray(table), ring=ring, **rows)
     return jax.block_until_ready(cache)
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from diffkv_jax import CompressionPolicy, GenerateOutput, Greedy, Sample, diffkv, generate, make_cache, memory_report
-from diffkv_jax.generate import _decode
+from diffkv_jax.decode_loop import advance
 from diffkv_jax.runner import prefill_chunk
+from diffkv_jax.sampling import next_token, rules
 from tiny import prompt, tiny_model
 
 LENGTHS = (40, 64, 150, 333)  # shorter than the window, one chunk, three and six chunks
@@ -29,7 +30,7 @@ def prompts() -> list[np.ndarray]:
 def run(model, prompts, policy: CompressionPolicy, **arguments) -> GenerateOutput:
     """`generate` with caches of one size, so that all calls with as many rows share a compiled program."""
     cache = make_cache(model[0], policy, [MAX_LEN] * len(prompts))
-    arguments = {"max_new_tokens": NEW, "prefill_chunk": CHUNK, "stop_token_ids": (-2,), "cache": cache} | arguments
+    arguments = {"max_new_tokens": NEW, "prefill_chunk": CHUNK, "stop_token_ids": (), "cache": cache} | arguments
     return generate(*model, prompts, **arguments)
 
 
@@ -69,11 +70,11 @@ def test_thresholds_per_request(model, prompts, greedy):
     high, low = (0.5, 1.0, 2.0, 4.0), (0.0, 0.3, 1.0, 0.1)
     for some in (prompts, prompts[:1]):  # compiled here: a test before may have dropped compiled programs
         run(model, some, POLICY)
-    compiled = _decode._cache_size(), prefill_chunk._cache_size()
+    compiled = advance._cache_size(), prefill_chunk._cache_size()
     batch = run(model, prompts, diffkv([[[a] for a in high]], [[[a] for a in low]]))
     alone = [run(model, [p], diffkv(a, b)) for p, a, b in zip(prompts, high, low, strict=True)]
     check_rows(batch, alone)
-    assert (_decode._cache_size(), prefill_chunk._cache_size()) == compiled, "other thresholds must not compile anything"
+    assert (advance._cache_size(), prefill_chunk._cache_size()) == compiled, "other thresholds must not compile anything"
     np.testing.assert_array_equal(batch.tokens[1], greedy[0].tokens[1])  # the one row whose thresholds are those of POLICY
     assert (np.asarray(batch.cache.tier_len)[:, 2:] != np.asarray(greedy[0].cache.tier_len)[:, 2:]).any()
 
@@ -102,11 +103,11 @@ TURNS = {
 @pytest.mark.parametrize(("lengths", "stops"), TURNS.values(), ids=TURNS)
 def test_second_turn(model, prompts, greedy, lengths, stops):
     """Two turns as a batch and alone."""
-    stop = int(greedy[0].tokens[2, 5]) if stops else -2
+    stop = int(greedy[0].tokens[2, 5]) if stops else None
     turn2 = [prompt(n, seed=900 + n) for n in lengths]
 
     def two_turns(first, second) -> GenerateOutput:
-        out = run(model, first, POLICY, stop_token_ids=(stop,))
+        out = run(model, first, POLICY, stop_token_ids=() if stop is None else (stop,))
         return run(model, second, POLICY, cache=out.cache)
 
     check_rows(two_turns(prompts, turn2), [two_turns([p], [q]) for p, q in zip(prompts, turn2, strict=True)])
@@ -122,11 +123,9 @@ def test_plain_rows():
 
 def test_keys_of_rows(key):
     """`next_token` draws for a row what it draws for that row alone."""
-    from diffkv_jax.sampling import next_token
-
     logits = jax.random.normal(key, (5, 97)) * 2
     keys = jax.random.split(key, 5)
     for sampling in (Greedy(), SAMPLE):
-        drawn = next_token(sampling, logits, keys)
-        alone = jnp.concatenate([next_token(sampling, logits[i : i + 1], keys[i : i + 1]) for i in range(5)])
+        drawn = next_token(rules([sampling] * 5), logits, keys)
+        alone = jnp.concatenate([next_token(rules([sampling]), logits[i : i + 1], keys[i : i + 1]) for i in range(5)])
         np.testing.assert_array_equal(drawn, alone)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.generate import make_cache, prefill
+from diffkv_jax.new_cache import make_cache
 from diffkv_jax.pallas_kernels import native
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.prompt import as_batch
 from diffkv_jax.query_statistics import QueryStatistics, with_queries
+from diffkv_jax.read_prompts import prefill
 from readback import held_tokens
 from test_coupled import POLICY as CODES
 from test_coupled import calibrated

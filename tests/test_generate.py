@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from diffkv_jax import CompressionPolicy, GenerateOutput, Greedy, KVCache, Sample, diffkv, generate, make_cache
-from diffkv_jax.generate import _decode, prefill
+from diffkv_jax.decode_loop import Requests, advance, begin
+from diffkv_jax.read_prompts import prefill
 from diffkv_jax.runner import prefill_chunk
-from diffkv_jax.sampling import next_token
+from diffkv_jax.sampling import next_token, rules
 from readback import page_ids_in_use
 from tiny import prompt, tiny_model
 
 NEW, CHUNK, MAX_LEN = 16, 64, 512
 POLICY = CompressionPolicy.none(flush=8)
-NEVER = (1000,)  # a stop id outside the vocabulary: as many stop ids in every call, so that one program serves all
 PROMPTS = [prompt(40, 1), prompt(100, 2), prompt(330, 3)]
 
 
@@ -35,7 +35,7 @@ def with_free_pages(cache: KVCache, count: int) -> KVCache:
 
 
 def run(model, prompts=PROMPTS, **arguments) -> GenerateOutput:
-    defaults = {"max_new_tokens": NEW, "prefill_chunk": CHUNK, "stop_token_ids": NEVER}
+    defaults = {"max_new_tokens": NEW, "prefill_chunk": CHUNK, "stop_token_ids": ()}
     arguments.setdefault("cache", None)
     cache = empty(model) if arguments["cache"] is None else arguments.pop("cache")
     return generate(*model, prompts, **(defaults | arguments | {"cache": cache}))
@@ -155,12 +155,14 @@ def test_cache_is_taken(model):
 
 def test_what_does_not_compile_again(model, plain):
     run(model)  # compiled here: a test before may have dropped compiled programs
-    before = _decode._cache_size(), prefill_chunk._cache_size()
+    before = [f._cache_size() for f in (advance, begin, prefill_chunk)]
     run(model, max_new_tokens=11)
     run(model, stop_token_ids=(3,))
+    for sampling in (Sample(temperature=0.7), Sample(top_p=0.9, min_p=0.1), [Greedy(), Sample(top_k=3), Sample(1.2)]):
+        run(model, sampling=sampling, key=4)
     run(model, [p[:35] for p in PROMPTS])
     run(model, cache=with_free_pages(empty(model), 10))
-    assert (_decode._cache_size(), prefill_chunk._cache_size()) == before
+    assert [f._cache_size() for f in (advance, begin, prefill_chunk)] == before
     caches = [make_cache(model[0], policy, [99], max_len=128) for policy in (diffkv(1.0, 0.1), diffkv([[[3.0]], [[2.0]]], 0.0))]
     assert jax.tree.structure(caches[0]) == jax.tree.structure(caches[1])
     for one, other in zip(*map(jax.tree.leaves, caches), strict=True):
@@ -172,7 +174,7 @@ def test_long_prompts_share_one_prefill_program(model):
     before = prefill_chunk._cache_size()
     for length in (1000, 3000):
         cache = make_cache(model[0], POLICY, [4096])
-        out = generate(*model, [prompt(length)], cache=cache, max_new_tokens=1, prefill_chunk=256, stop_token_ids=NEVER)
+        out = generate(*model, [prompt(length)], cache=cache, max_new_tokens=1, prefill_chunk=256)
         assert out.finish_reason == ("length",) and int(out.cache.seq_len[0]) == length
     assert prefill_chunk._cache_size() == before + 1
 
@@ -187,16 +189,16 @@ def test_no_transfer_while_decoding(model, plain):
     for i, p in enumerate(PROMPTS):
         batch[i, : len(p)] = p
     logits, cache = prefill(*model, empty(model), batch, np.array([len(p) for p in PROMPTS]), CHUNK)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(3))
-    limit, stops = jnp.int32(NEW), jnp.asarray([*NEVER, -1], jnp.int32)
-    arguments = (model[0], jax.tree.map(jnp.asarray, model[1]), cache, logits, keys)
-    text = _decode.lower(*arguments, limit, stops, Greedy(), NEW).as_text()
+    params = jax.tree.map(jnp.asarray, model[1])
+    asked = Requests(rules([Greedy()] * 3), jax.random.split(jax.random.key(0), 3), jnp.int32(NEW), jnp.full(8, -1))
+    state, cache = begin(cache, logits, jnp.full(3, True), jnp.full(3, False), asked, NEW)
+    arguments, most = (model[0], params, cache, state, asked), jnp.int32(100)
+    text = advance.lower(*arguments, most).as_text()
     assert not [word for word in ("callback", "infeed", "outfeed", "send", "recv") if word in text]
     with jax.transfer_guard("disallow"):
         with pytest.raises(Exception, match="[Dd]isallowed"):  # the guard does see a transfer
-            _decode(*arguments, limit, np.asarray(stops), Greedy(), NEW)
-        state = _decode(*arguments, limit, stops, Greedy(), NEW)
-        jax.block_until_ready(state)
+            advance(*arguments, np.int32(100))
+        state, cache = jax.block_until_ready(advance(*arguments, most))
     np.testing.assert_array_equal(state.tokens, plain.tokens)
 
 
@@ -235,7 +237,7 @@ def test_distribution_of_samples(sampling, key):
     draws = 20_000
     logits = np.random.default_rng(1).normal(size=12).astype(np.float32) * 1.5
     keys = jax.random.split(key, draws)
-    tokens = jax.jit(next_token, static_argnums=0)(sampling, jnp.broadcast_to(logits, (draws, 12)), keys)
+    tokens = jax.jit(next_token)(rules([sampling] * draws), jnp.broadcast_to(logits, (draws, 12)), keys)
     share = np.bincount(np.asarray(tokens), minlength=12) / draws
     wanted = numpy_distribution(sampling, logits)
     assert not share[wanted == 0].any(), "a token outside the allowed set was drawn"
@@ -246,4 +248,4 @@ def test_distribution_of_samples(sampling, key):
 
 def test_greedy_takes_the_lowest_id_of_equals(key):
     logits = jnp.array([[0.0, 2.0, 2.0, 1.0], [5.0, 5.0, 5.0, 5.0], [-1.0, -jnp.inf, -1.0, -2.0]])
-    np.testing.assert_array_equal(next_token(Greedy(), logits, jax.random.split(key, 3)), [1, 0, 0])
+    np.testing.assert_array_equal(next_token(rules([Greedy()] * 3), logits, jax.random.split(key, 3)), [1, 0, 0])

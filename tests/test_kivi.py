@@ -9,9 +9,10 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax.evaluate import teacher_forced
-from diffkv_jax.generate import make_cache, prefill
+from diffkv_jax.new_cache import make_cache
 from diffkv_jax.pallas_kernels.attention import Heads, decode_attention
 from diffkv_jax.pallas_kernels.pages import PageLayout
+from diffkv_jax.read_prompts import prefill
 from oracles.blocks import kivi_keys
 from oracles.quantiser import fake_quantise
 from readback import check_pool, held_tokens, page_ids_in_use

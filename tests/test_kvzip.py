@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.generate import make_cache, prefill
+from diffkv_jax.new_cache import make_cache
 from diffkv_jax.pallas_kernels import native
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.prompt import replay_passes
+from diffkv_jax.read_prompts import prefill
 from diffkv_jax.replay import FIRST, LATER
 from diffkv_jax.runner import end_replay
 from readback import check_pool, held_tokens

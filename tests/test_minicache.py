@@ -14,8 +14,8 @@ import diffkv_jax as dkv
 from diffkv_jax.attend import attend
 from diffkv_jax.budget import with_pool
 from diffkv_jax.cache import CacheSpec, empty_cache
-from diffkv_jax.generate import make_cache
 from diffkv_jax.model_protocol import AttentionSpec
+from diffkv_jax.new_cache import make_cache
 from diffkv_jax.pallas_kernels.codecs import Full, Shared, Uniform
 from diffkv_jax.pallas_kernels.kernels import XLA
 from diffkv_jax.runner import decode_step, prefill_chunk

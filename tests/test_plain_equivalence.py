@@ -10,7 +10,7 @@ import pytest
 
 from diffkv_jax import CompressionPolicy, KVCache, generate, make_cache
 from diffkv_jax.evaluate import quality, teacher_forced
-from diffkv_jax.generate import prefill
+from diffkv_jax.read_prompts import prefill
 from diffkv_jax.runner import decode_step
 from tiny import prompt, tiny_model
 

@@ -12,8 +12,9 @@ import pytest
 import diffkv_jax as dkv
 from diffkv_jax.budget import with_pool
 from diffkv_jax.cache import CacheSpec, empty_cache
-from diffkv_jax.generate import make_cache, prefill
+from diffkv_jax.new_cache import make_cache
 from diffkv_jax.pallas_kernels.kernels import XLA
+from diffkv_jax.read_prompts import prefill
 from diffkv_jax.runner import prefill_chunk
 from oracles import minicache
 from readback import check_pool, held_tokens, page_ids_in_use

@@ -1,0 +1,52 @@
+"""Ctrl-C while compiled programs take a cache and give it back: the cache is never lost."""
+
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from diffkv_jax.cache import KVCache
+
+
+class Held:
+    """A cache and what belongs to it, handed from one compiled call to the next, which take its memory.
+
+    Within the context (of the main thread) Ctrl-C raises `KeyboardInterrupt` at once while the cache is
+    here, and after the call that has taken it, so that `value` can always be gone on from.
+    """
+
+    def __init__(self, value: Any, cache: KVCache):
+        self.value, self.cache = value, cache
+        self._asked = False
+
+    def update(self, call: Callable[..., tuple[Any, KVCache]], *given: Any) -> None:
+        """`value, cache = call(value, cache, *given)`, where the call may take (donate) both.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed meanwhile; both are those after the call.
+        """
+        self.value, self.cache = call(self.value, self.cache, *given)
+        if self._asked:
+            self._asked = False
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> "Held":
+        self._before = None
+        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
+            self._before = signal.signal(signal.SIGINT, self._pressed)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def _pressed(self, number: int, frame: Any) -> None:
+        taken = any(x.is_deleted() for x in jax.tree.leaves(self.cache))
+        if taken:
+            self._asked = True
+        elif callable(self._before):
+            self._before(number, frame)

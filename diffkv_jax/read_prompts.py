@@ -1,0 +1,59 @@
+"""Prompts into the cache, chunk by chunk, and gone over again where a policy ranks by that."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from diffkv_jax.cache import KVCache
+from diffkv_jax.interrupt import Held
+from diffkv_jax.model_protocol import CausalLM
+from diffkv_jax.prompt import check_evicts_once, chunks, replay_passes
+from diffkv_jax.runner import end_replay, prefill_chunk, replay_chunk
+
+
+def prefill(model: CausalLM, params, cache: KVCache, tokens: np.ndarray, lengths: np.ndarray, size: int) -> tuple[Array, KVCache]:
+    """Feed prompts `[R, N]` in chunks of `size`; logits [R, vocab] of each prompt's last token and the cache (donated).
+
+    The arguments and errors are those of `read_prompts`.
+    """
+    held = Held(None, cache)
+    read_prompts(model, params, held, tokens, lengths, size)
+    return held.value, held.cache
+
+
+def read_prompts(model: CausalLM, params, held: Held, tokens: np.ndarray, lengths: np.ndarray, size: int) -> None:
+    """Feed prompts `[R, N]` of `lengths` int [R] (0: the request rests) in chunks of `size`; `held.value` becomes the logits [R, vocab] of
+    each prompt's last token.
+
+    A policy that ranks by replay has the first prompt of a request gone over again and then drops; later prompts stay as they are.
+
+    Raises:
+        ValueError: the policy drops tokens before they are encoded, and the prompt takes more than one chunk or is not the first; or going
+            over a prompt again would outgrow the model's context or vocabulary.
+    """
+    spec, seen = held.cache.spec, np.asarray(held.cache.seq_len)
+    replay = spec.selection.replay if spec.paged_layers else None
+    check_evicts_once(spec, seen, lengths, size)
+    again = np.where(seen == 0, lengths, 0)
+    if replay is not None:
+        replay.check(spec.attention, again)
+    held.cache = dataclasses.replace(held.cache, overflow=jnp.zeros_like(held.cache.overflow))
+
+    def read(_: Any, cache: KVCache, *chunk: Array) -> tuple[Array, KVCache]:
+        return prefill_chunk(model, params, cache, *chunk)
+
+    def read_again(logits: Array, cache: KVCache, *part: Array) -> tuple[Array, KVCache]:
+        return logits, replay_chunk(model, params, cache, *part)
+
+    for part, real, last in chunks(tokens, lengths, size):
+        before = held.value
+        held.update(read, jnp.asarray(part), jnp.asarray(real), jnp.asarray(last))
+        jax.block_until_ready(before)  # one chunk ahead of the device, so that Ctrl-C does not wait for all
+    if replay is not None and again.any():
+        for part, real, first in replay_passes(replay, tokens, again):
+            held.update(read_again, jnp.asarray(part), jnp.asarray(real), jnp.int32(first))
+        held.update(lambda logits, cache: (logits, end_replay(cache, jnp.asarray(again > 0))))
