@@ -1,9 +1,13 @@
 """Arguments as callers give them to the plain Python values that the library works with, or an error that names them.
 
 Every converter takes the argument's name and value. NumPy and JAX scalars are numbers; booleans, strings and None are not.
+A wrong type is a `WrongType`, which both `except TypeError` and `except ValueError` catch.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -51,11 +55,11 @@ def number(
     above: float | None = None,
     most: float | None = None,
     optional: bool = False,
-    what: str = "a finite number",
+    rule: str | None = None,
 ) -> Any:
     """`value` as float: finite, at least `least`, more than `above`, at most `most`; None stays with `optional`.
 
-    `what` it is, in messages. What float32 cannot hold is refused, and -0.0 becomes 0.0.
+    `rule` says so in a message of its own. What float32 cannot hold is refused, and -0.0 becomes 0.0.
 
     Raises:
         TypeError: it is no number.
@@ -65,9 +69,9 @@ def number(
     if value is None and optional:
         return None
     wrong = not _is_number(found)
-    low = least if above is None else above
-    rule = f"{what}{_range(low, most, 'above' if above is not None else 'of at least')}"
-    rule += " or None" * optional
+    low, lower = (least, "of at least") if above is None else (above, "above")
+    kind = "a finite number" if low is None or most is None else "a number"
+    rule = rule or f"{kind}{_range(low, most, lower)}{' or None' * optional}"
     if wrong or not abs(found) <= _LARGEST_FLOAT:  # also NaN; an int may be too large for float()
         refuse(name, value, rule, wrong)
     if found and abs(found) < _SMALLEST_FLOAT:
@@ -101,8 +105,8 @@ def text(name: str, value: Any, what: str = "text") -> str:
     return str.__str__(value)
 
 
-def one_of(name: str, value: Any, choices: Sequence[str], *, optional: bool = False) -> Any:
-    """The one of `choices` that `value` is; None stays with `optional`.
+def one_of(name: str, value: Any, choices: Sequence[str], *, optional: bool = False, rule: str | None = None) -> Any:
+    """The one of `choices` that `value` is; None stays with `optional`. `rule` says so in a message of its own.
 
     Raises:
         TypeError: it is no text.
@@ -112,21 +116,40 @@ def one_of(name: str, value: Any, choices: Sequence[str], *, optional: bool = Fa
         return None
     if not isinstance(value, str) or value not in choices:
         said = [*map(repr, choices), *["None"] * optional]
-        rule = " or ".join(filter(None, (", ".join(said[:-1]), said[-1])))
-        refuse(name, value, f"one of {rule}" if len(said) > 2 else rule, not isinstance(value, str))
+        listed = " or ".join(filter(None, (", ".join(said[:-1]), said[-1])))
+        listed = f"one of {listed}" if len(said) > 2 else listed
+        refuse(name, value, rule or listed, not isinstance(value, str))
     return choices[choices.index(value)]
 
 
-def several(name: str, value: Any, each: Callable[[str, Any], Any], what: str) -> tuple:
-    """A list, tuple, range or one-dimensional array as a tuple, every entry through the converter `each`.
+def texts(name: str, value: Any, rule: str) -> tuple[str, ...]:
+    """A list or tuple of str as a tuple.
 
     Raises:
-        TypeError: it is no such container.
+        TypeError: it is no list, or holds anything else.
+    """
+    entries = _entries(name, value)
+    if entries is None or not all(isinstance(entry, str) for entry in entries):
+        refuse(name, value, rule, True)
+    return tuple(str.__str__(entry) for entry in entries)
+
+
+def integers(name: str, value: Any, rule: str, entry_rule: str | None = None, *, least: int = 0) -> tuple[int, ...]:
+    """A list, tuple, range or one-dimensional array of integers of at least `least` as a tuple of int.
+
+    Raises:
+        TypeError: it is no such container, or holds anything else; messages say `rule`, that of entries `entry_rule`.
+        ValueError: an entry is a float, or outside the range.
     """
     entries = _entries(name, value)
     if entries is None:
-        refuse(name, value, what, True)
-    return tuple(each(name, entry) for entry in entries)
+        refuse(name, value, rule, True)
+    for entry in entries:
+        try:
+            integer(name, entry, least=least)
+        except ValueError as error:
+            refuse(name, value, f"{entry_rule or rule}; it holds {shown(entry)}", isinstance(error, TypeError))
+    return tuple(integer(name, entry) for entry in entries)
 
 
 def nested(name: str, value: Any, each: Callable[[str, Any], Any], *, axes: int) -> Any:
@@ -172,9 +195,31 @@ def shown(value: Any) -> str:
     return said if len(said) <= 200 else f"{said[:150]}... ({len(said)} characters)"
 
 
+class WrongType(TypeError, ValueError):
+    """A value of a type that an argument does not take; a ValueError too, for callers that know only bad values."""
+
+
 def refuse(name: str, value: Any, rule: str, wrong_type: bool = False) -> NoReturn:
     """Raise the error that names the argument, its value and what it must be."""
-    raise (TypeError if wrong_type else ValueError)(f"{name}={shown(value)} must be {rule}")
+    raise (WrongType if wrong_type else ValueError)(f"{name}={shown(value)} must be {rule}")
+
+
+def file_path(name: str, value: Any) -> Path:
+    """Text or a path object as a `Path`, `~` expanded.
+
+    Raises:
+        TypeError: it is anything else.
+        ValueError: no file can be called so.
+    """
+    if not isinstance(value, str | os.PathLike):
+        refuse(name, value, "the path of a file or folder: text or pathlib.Path", True)
+    try:
+        path = Path(value).expanduser()
+        with suppress(FileNotFoundError):
+            os.stat(path)
+        return path
+    except (OSError, ValueError, RuntimeError, TypeError) as error:  # no such user, a null byte, too long, forbidden
+        refuse(name, value, f"the path of a file or folder that can be read ({error})")
 
 
 class _Uneven(Exception):
