@@ -4,8 +4,9 @@ Every converter takes the argument's name and value. NumPy and JAX scalars are n
 A wrong type is a `WrongType`, which both `except TypeError` and `except ValueError` catch.
 """
 
+import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+IDS = "token ids: integers of at least 0"
 LARGEST = 2**31 - 1  # what int32 holds: counts, positions and token ids on the device
 _SMALLEST_FLOAT, _LARGEST_FLOAT = float(jnp.finfo("float32").tiny), float(jnp.finfo("float32").max)
 
@@ -41,7 +43,7 @@ def integer(
     below = not wrong and least is not None and found < least
     beyond = not wrong and most is not None and found > most
     if wrong or below or beyond or isinstance(found, float) or found % multiple:
-        bound = None if most == LARGEST and not beyond else most
+        bound = most if beyond or not (below or most == LARGEST) else None
         kind = "an integer" if multiple == 1 else f"a multiple of {multiple}"
         refuse(name, value, f"{kind}{_range(least, bound)}{' or None' * optional}", wrong)
     return int(found)
@@ -94,14 +96,14 @@ def flag(name: str, value: Any) -> bool:
     return found
 
 
-def text(name: str, value: Any, what: str = "text") -> str:
+def text(name: str, value: Any, rule: str = "text") -> str:
     """`value` as str.
 
     Raises:
         TypeError: it is anything else.
     """
     if not isinstance(value, str):
-        refuse(name, value, what, True)
+        refuse(name, value, rule, True)
     return str.__str__(value)
 
 
@@ -122,34 +124,43 @@ def one_of(name: str, value: Any, choices: Sequence[str], *, optional: bool = Fa
     return choices[choices.index(value)]
 
 
-def texts(name: str, value: Any, rule: str) -> tuple[str, ...]:
-    """A list or tuple of str as a tuple.
+def tuple_of(
+    name: str,
+    value: Any,
+    each: Callable[[str, Any], Any],
+    rule: str,
+    *,
+    entry_rule: str | None = None,
+    optional: bool = False,
+) -> Any:
+    """A list, tuple, range or array as a tuple, every entry through the converter `each`; None stays with `optional`.
 
     Raises:
-        TypeError: it is no list, or holds anything else.
+        TypeError: it is no such container; the message says `rule`.
+        TypeError, ValueError: an entry that `each` refuses; the message says `entry_rule`, or `rule`, and shows the entry.
     """
-    entries = _entries(name, value)
-    if entries is None or not all(isinstance(entry, str) for entry in entries):
-        refuse(name, value, rule, True)
-    return tuple(str.__str__(entry) for entry in entries)
-
-
-def integers(name: str, value: Any, rule: str, entry_rule: str | None = None, *, least: int = 0) -> tuple[int, ...]:
-    """A list, tuple, range or one-dimensional array of integers of at least `least` as a tuple of int.
-
-    Raises:
-        TypeError: it is no such container, or holds anything else; messages say `rule`, that of entries `entry_rule`.
-        ValueError: an entry is a float, or outside the range.
-    """
+    if value is None and optional:
+        return None
     entries = _entries(name, value)
     if entries is None:
         refuse(name, value, rule, True)
+    found = []
     for entry in entries:
         try:
-            integer(name, entry, least=least)
+            found.append(each(name, entry))
         except ValueError as error:
             refuse(name, value, f"{entry_rule or rule}; it holds {shown(entry)}", isinstance(error, TypeError))
-    return tuple(integer(name, entry) for entry in entries)
+    return tuple(found)
+
+
+def token_ids(name: str, value: Any, rule: str = f"a list of {IDS}") -> tuple[int, ...]:
+    """A list, tuple, range or one-dimensional array of token ids as a tuple of int.
+
+    Raises:
+        TypeError: it is no such container, or holds anything else.
+        ValueError: an entry is a float, or negative.
+    """
+    return tuple_of(name, value, _id, rule, entry_rule=IDS)
 
 
 def nested(name: str, value: Any, each: Callable[[str, Any], Any], *, axes: int) -> Any:
@@ -195,6 +206,16 @@ def shown(value: Any) -> str:
     return said if len(said) <= 200 else f"{said[:150]}... ({len(said)} characters)"
 
 
+def nearest(given: Any, known: Iterable[str]) -> str:
+    """The known names most like a given one, or like those of a list that are not known, for the end of a message."""
+    names, known = [given] if isinstance(given, str) else given, sorted(known)
+    if not isinstance(names, list):
+        return ""
+    unknown = [name for name in names if isinstance(name, str) and name not in known]
+    like = [near for name in unknown for near in difflib.get_close_matches(name[:100], known, n=2)]
+    return f"; did you mean {' or '.join(map(repr, like))}?" if like else ""
+
+
 class WrongType(TypeError, ValueError):
     """A value of a type that an argument does not take; a ValueError too, for callers that know only bad values."""
 
@@ -234,6 +255,10 @@ def _scalar(name: str, value: Any) -> Any:
         return value
     kinds = ((np.timedelta64, lambda time: time), (jnp.integer, int), (jnp.floating, float), (jnp.bool_, bool))
     return next((make(value) for kind, make in kinds if jnp.issubdtype(value.dtype, kind)), value)
+
+
+def _id(name: str, value: Any) -> int:
+    return integer(name, value, least=0)
 
 
 def _is_number(value: Any) -> bool:

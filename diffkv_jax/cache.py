@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from diffkv_jax.arguments import instance, integer, text
 from diffkv_jax.merge import Merge
 from diffkv_jax.model_protocol import AttentionSpec
 from diffkv_jax.observed import nothing_observed
@@ -18,6 +19,7 @@ from diffkv_jax.pallas_kernels.compact import FreeRing
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from diffkv_jax.policy import CompressionPolicy
+from diffkv_jax.policy_checks import check_lengths
 from diffkv_jax.query_statistics import QueryStatistics, no_queries
 from diffkv_jax.selection import Selection
 
@@ -59,11 +61,19 @@ class CacheSpec:
         `kernels` run its operations; `tokens` are the lanes of a page, what the kernels want when None.
 
         Raises:
-            ValueError: `dtype` is not one that exact tokens can be kept in, the tiers do not fit one page shape, the kernels do not know
-                them, the model does not tell its rotary embedding and the policy removes it, from keys or from queries, it has a latent
-                and a tier keeps K and V differently, or its layers cannot be merged.
+            TypeError: an argument is of another type.
+            ValueError: a number is outside its range, `dtype` is not one that exact tokens can be kept in, the tiers do not fit one page
+                shape, the kernels do not know them, the model does not tell its rotary embedding and the policy removes it, from keys or
+                from queries, it has a latent and a tier keeps K and V differently, its context is too short, or its layers cannot be
+                merged.
         """
-        Full(dtype)  # checks it, also where no tier keeps exact tokens: the recent window does
+        instance("attention", attention, AttentionSpec, "a model has one as .attention")
+        instance("policy", policy, CompressionPolicy, "diffkv_jax.load_policy makes one of a name")
+        instance("kernels", kernels, Kernels, "diffkv_jax.pallas_kernels.kernels.Kernels.resolve(...) makes one")
+        num_requests, max_len = integer("num_requests", num_requests, least=1), integer("max_len", max_len, least=1)
+        num_pages, tokens = integer("num_pages", num_pages, least=0), integer("tokens", tokens, least=1, optional=True)
+        Full(text("dtype", dtype))  # checks it, also where no tier keeps exact tokens: the recent window does
+        check_lengths(policy, attention.max_position_embeddings)
         selection, merge, formats = policy.selection, policy.merge, _formats_of(attention, policy, dtype)
         if merge is not None and merge.pairs(attention) == 0:
             merge = None

@@ -43,8 +43,8 @@ def test_refused_integers(case):
 
 def test_multiples():
     assert arguments.integer("block", np.int64(64), least=32, most=256, multiple=32) == 64
-    for value in (33, 288, 0):
-        with pytest.raises(ValueError, match=f"block={value} must be a multiple of 32 from 32 to 256"):
+    for value, bound in ((33, "from 32 to 256"), (288, "from 32 to 256"), (0, "of at least 32")):
+        with pytest.raises(ValueError, match=f"block={value} must be a multiple of 32 {bound}"):
             arguments.integer("block", value, least=32, most=256, multiple=32)
 
 
@@ -112,23 +112,27 @@ def test_choices():
 
 def test_lists_of_integers():
     def ids(value):
-        return arguments.integers("protect", value, "a list of token ids", "token ids")
+        return arguments.token_ids("protect", value)
 
     for value in ([1, 2], (1, np.int8(2)), range(1, 3), np.array([1, 2]), jnp.array([1, 2])):
         assert ids(value) == (1, 2) and {type(i) for i in ids(value)} == {int}
     for value in ("12", b"12", {1: 2}, {1, 2}, None, 5, np.array(1)):
-        with pytest.raises(TypeError, match="protect=.* must be a list of token ids$"):
+        with pytest.raises(TypeError, match="protect=.* must be a list of token ids: integers of at least 0$"):
             ids(value)
     for value, held in (([1, -1], -1), ([0.5], 0.5), (np.array([2**31]), 2**31), ([[1]], "."), ([True], True), ([None], None)):
-        with pytest.raises(ValueError, match=f"protect=.* must be token ids; it holds .*{held}"):
+        with pytest.raises(ValueError, match=f"protect=.* must be token ids: integers of at least 0; it holds .*{held}"):
             ids(value)
 
 
 def test_lists_of_texts():
-    assert [type(entry) for entry in arguments.texts("tiers", [np.str_("full")], "a list of names")] == [str]
+    def names(value):
+        return arguments.tuple_of("tiers", value, arguments.text, "a list of names")
+
+    assert [type(entry) for entry in names([np.str_("full")])] == [str]
+    assert arguments.tuple_of("rope", None, arguments.number, "a list", optional=True) is None
     for value in ("full", None, [None], [b"full"], {"full"}, np.array(["full"], object)[0]):
         with pytest.raises(TypeError, match="tiers=.* must be a list of names"):
-            arguments.texts("tiers", value, "a list of names")
+            names(value)
 
 
 def test_paths(tmp_path):
