@@ -206,13 +206,10 @@ def shown(value: Any) -> str:
     return said if len(said) <= 200 else f"{said[:150]}... ({len(said)} characters)"
 
 
-def nearest(given: Any, known: Iterable[str]) -> str:
-    """The known names most like a given one, or like those of a list that are not known, for the end of a message."""
-    names, known = [given] if isinstance(given, str) else given, sorted(known)
-    if not isinstance(names, list):
-        return ""
-    unknown = [name for name in names if isinstance(name, str) and name not in known]
-    like = [near for name in unknown for near in difflib.get_close_matches(name[:100], known, n=2)]
+def nearest(unknown: Sequence[Any], known: Iterable[str]) -> str:
+    """The known names most like the unknown ones, for the end of a message."""
+    texts = [name[:100] for name in unknown if isinstance(name, str)]
+    like = [near for name in texts for near in difflib.get_close_matches(name, known, n=2)]
     return f"; did you mean {' or '.join(map(repr, like))}?" if like else ""
 
 
@@ -250,7 +247,7 @@ class _Uneven(Exception):
 def _scalar(name: str, value: Any) -> Any:
     """NumPy and JAX scalars and arrays without axes as Python's bool, int or float; anything else as it is."""
     if isinstance(value, Tracer):
-        refuse(name, value, "known when compiling: give a plain Python value, or mark it static for jax.jit", True)
+        raise TypeError(f"{name}={shown(value)} must be known when compiling: give a plain Python value, or mark it static for jax.jit")
     if not isinstance(value, np.generic | np.ndarray | jax.Array) or value.ndim:
         return value
     kinds = ((np.timedelta64, lambda time: time), (jnp.integer, int), (jnp.floating, float), (jnp.bool_, bool))

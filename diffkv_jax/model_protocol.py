@@ -72,11 +72,12 @@ class AttentionSpec:
 
 
 _count = partial(integer, least=1)
+_size = partial(integer, least=1, most=2**16)
 _FIELDS = {
-    "num_layers": _count,
-    "num_q_heads": _count,
-    "num_kv_heads": _count,
-    "head_dim": _count,
+    "num_layers": _size,
+    "num_q_heads": _size,
+    "num_kv_heads": _size,
+    "head_dim": _size,
     "sliding_windows": partial(
         tuple_of, each=partial(_count, optional=True), rule="a tuple with a number of tokens or None for each layer"
     ),

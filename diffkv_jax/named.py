@@ -44,8 +44,10 @@ def load_policy(source: Source) -> CompressionPolicy:
 
 def _from_file(source: str | PathLike[str]) -> CompressionPolicy:
     path: Path = file_path("policy", source)
+    if path.exists() and not path.is_file():
+        refuse("policy", str(source), "a JSON file that to_json wrote, and this is a folder or device")
     if not path.exists():
-        like = nearest(str(source), NAMED)
+        like = nearest([str(source)], NAMED)
         raise ValueError(f"policy {shown(str(source))} must be one of {sorted(NAMED)} or a JSON file; no such file{like}")
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -213,11 +213,15 @@ class CompressionPolicy:
         Raises:
             TypeError, ValueError: it is no mapping, a field is unknown or missing, or its value cannot work.
         """
-        known = {field.name for field in dataclasses.fields(CompressionPolicy)}
-        if not isinstance(data, Mapping) or not {"name", "tiers"} <= set(data) <= known:
-            given = list(data) if isinstance(data, Mapping) else data
-            rule = f"a policy must be a JSON object with 'name', 'tiers' and any of {sorted(known)}"
-            raise ValueError(f"{rule}, given {shown(given)}{nearest(given, known)}")
+        known = [field.name for field in dataclasses.fields(CompressionPolicy)]
+        rule = f"a policy must be a JSON object with 'name', 'tiers' and any of {sorted(known)}"
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{rule}, given {shown(data)}")
+        unknown = [name for name in data if not isinstance(name, str) or name not in known]
+        missing = [name for name in ("name", "tiers") if name not in data]
+        if unknown or missing:
+            said = [f"unknown {shown(unknown)}"] * bool(unknown) + [f"missing {missing}"] * bool(missing)
+            raise ValueError(f"{rule}; {', '.join(said)}{nearest(unknown, known)}")
         return CompressionPolicy(**data)
 
 

@@ -43,7 +43,9 @@ def _bytes_of_128(fmt: KVFormat) -> float | None:
 
 
 def check_blocks(policy: "CompressionPolicy") -> None:
-    """Tokens that share numbers are encoded together, from exact values, and never moved apart."""
+    """Tokens that share numbers are encoded together, from exact values, and never moved apart; one transform of channels at most."""
+    if policy.rotate and policy.un_rope:
+        raise ValueError("rotate=True mixes the channels that un_rope=True needs apart; choose one")
     if policy.block is None:
         return
     shared = [tier for tier in policy.tiers if not KVFormat.parse(tier).separable]
@@ -79,7 +81,8 @@ def check_thresholds(policy: "CompressionPolicy") -> None:
         raise ValueError(f"alpha_low={policy.alpha_low} must not exceed alpha_high={policy.alpha_high}: low tokens lie between the two")
     if policy.observe is None and (high.max() > 0 or len(policy.tiers) == 2):
         raise ValueError(
-            f"policy {policy.name!r} needs observe=64 or 'all': thresholds and a second tier need significance, observe is None"
+            f"policy {policy.name!r} with alpha_high={policy.alpha_high} and tiers={policy.tiers} needs observe=64 or 'all': "
+            "thresholds and a second tier need significance, observe is None"
         )
     if len(policy.tiers) == 1 and policy.observe is not None and np.any(low != high):
         raise ValueError(
