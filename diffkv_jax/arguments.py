@@ -1,9 +1,14 @@
 """Arguments as callers give them to the plain Python values that the library works with, or an error that names them.
 
 Every converter takes the argument's name and value. NumPy and JAX scalars are numbers; booleans, strings and None are not.
+A wrong type is a `WrongType`, which both `except TypeError` and `except ValueError` catch.
 """
 
-from collections.abc import Callable, Sequence
+import difflib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -11,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+IDS = "token ids: integers of at least 0"
 LARGEST = 2**31 - 1  # what int32 holds: counts, positions and token ids on the device
 _SMALLEST_FLOAT, _LARGEST_FLOAT = float(jnp.finfo("float32").tiny), float(jnp.finfo("float32").max)
 
@@ -37,7 +43,7 @@ def integer(
     below = not wrong and least is not None and found < least
     beyond = not wrong and most is not None and found > most
     if wrong or below or beyond or isinstance(found, float) or found % multiple:
-        bound = None if most == LARGEST and not beyond else most
+        bound = most if beyond or not (below or most == LARGEST) else None
         kind = "an integer" if multiple == 1 else f"a multiple of {multiple}"
         refuse(name, value, f"{kind}{_range(least, bound)}{' or None' * optional}", wrong)
     return int(found)
@@ -51,11 +57,11 @@ def number(
     above: float | None = None,
     most: float | None = None,
     optional: bool = False,
-    what: str = "a finite number",
+    rule: str | None = None,
 ) -> Any:
     """`value` as float: finite, at least `least`, more than `above`, at most `most`; None stays with `optional`.
 
-    `what` it is, in messages. What float32 cannot hold is refused, and -0.0 becomes 0.0.
+    `rule` says so in a message of its own. What float32 cannot hold is refused, and -0.0 becomes 0.0.
 
     Raises:
         TypeError: it is no number.
@@ -65,9 +71,9 @@ def number(
     if value is None and optional:
         return None
     wrong = not _is_number(found)
-    low = least if above is None else above
-    rule = f"{what}{_range(low, most, 'above' if above is not None else 'of at least')}"
-    rule += " or None" * optional
+    low, lower = (least, "of at least") if above is None else (above, "above")
+    kind = "a finite number" if low is None or most is None else "a number"
+    rule = rule or f"{kind}{_range(low, most, lower)}{' or None' * optional}"
     if wrong or not abs(found) <= _LARGEST_FLOAT:  # also NaN; an int may be too large for float()
         refuse(name, value, rule, wrong)
     if found and abs(found) < _SMALLEST_FLOAT:
@@ -90,19 +96,19 @@ def flag(name: str, value: Any) -> bool:
     return found
 
 
-def text(name: str, value: Any, what: str = "text") -> str:
+def text(name: str, value: Any, rule: str = "text") -> str:
     """`value` as str.
 
     Raises:
         TypeError: it is anything else.
     """
     if not isinstance(value, str):
-        refuse(name, value, what, True)
+        refuse(name, value, rule, True)
     return str.__str__(value)
 
 
-def one_of(name: str, value: Any, choices: Sequence[str], *, optional: bool = False) -> Any:
-    """The one of `choices` that `value` is; None stays with `optional`.
+def one_of(name: str, value: Any, choices: Sequence[str], *, optional: bool = False, rule: str | None = None) -> Any:
+    """The one of `choices` that `value` is; None stays with `optional`. `rule` says so in a message of its own.
 
     Raises:
         TypeError: it is no text.
@@ -112,21 +118,49 @@ def one_of(name: str, value: Any, choices: Sequence[str], *, optional: bool = Fa
         return None
     if not isinstance(value, str) or value not in choices:
         said = [*map(repr, choices), *["None"] * optional]
-        rule = " or ".join(filter(None, (", ".join(said[:-1]), said[-1])))
-        refuse(name, value, f"one of {rule}" if len(said) > 2 else rule, not isinstance(value, str))
+        listed = " or ".join(filter(None, (", ".join(said[:-1]), said[-1])))
+        listed = f"one of {listed}" if len(said) > 2 else listed
+        refuse(name, value, rule or listed, not isinstance(value, str))
     return choices[choices.index(value)]
 
 
-def several(name: str, value: Any, each: Callable[[str, Any], Any], what: str) -> tuple:
-    """A list, tuple, range or one-dimensional array as a tuple, every entry through the converter `each`.
+def tuple_of(
+    name: str,
+    value: Any,
+    each: Callable[[str, Any], Any],
+    rule: str,
+    *,
+    entry_rule: str | None = None,
+    optional: bool = False,
+) -> Any:
+    """A list, tuple, range or array as a tuple, every entry through the converter `each`; None stays with `optional`.
 
     Raises:
-        TypeError: it is no such container.
+        TypeError: it is no such container; the message says `rule`.
+        TypeError, ValueError: an entry that `each` refuses; the message says `entry_rule`, or `rule`, and shows the entry.
     """
+    if value is None and optional:
+        return None
     entries = _entries(name, value)
     if entries is None:
-        refuse(name, value, what, True)
-    return tuple(each(name, entry) for entry in entries)
+        refuse(name, value, rule, True)
+    found = []
+    for entry in entries:
+        try:
+            found.append(each(name, entry))
+        except ValueError as error:
+            refuse(name, value, f"{entry_rule or rule}; it holds {shown(entry)}", isinstance(error, TypeError))
+    return tuple(found)
+
+
+def token_ids(name: str, value: Any, rule: str = f"a list of {IDS}") -> tuple[int, ...]:
+    """A list, tuple, range or one-dimensional array of token ids as a tuple of int.
+
+    Raises:
+        TypeError: it is no such container, or holds anything else.
+        ValueError: an entry is a float, or negative.
+    """
+    return tuple_of(name, value, _id, rule, entry_rule=IDS)
 
 
 def nested(name: str, value: Any, each: Callable[[str, Any], Any], *, axes: int) -> Any:
@@ -172,9 +206,38 @@ def shown(value: Any) -> str:
     return said if len(said) <= 200 else f"{said[:150]}... ({len(said)} characters)"
 
 
+def nearest(unknown: Sequence[Any], known: Iterable[str]) -> str:
+    """The known names most like the unknown ones, for the end of a message."""
+    texts = [name[:100] for name in unknown if isinstance(name, str)]
+    like = [near for name in texts for near in difflib.get_close_matches(name, known, n=2)]
+    return f"; did you mean {' or '.join(map(repr, like))}?" if like else ""
+
+
+class WrongType(TypeError, ValueError):
+    """A value of a type that an argument does not take; a ValueError too, for callers that know only bad values."""
+
+
 def refuse(name: str, value: Any, rule: str, wrong_type: bool = False) -> NoReturn:
     """Raise the error that names the argument, its value and what it must be."""
-    raise (TypeError if wrong_type else ValueError)(f"{name}={shown(value)} must be {rule}")
+    raise (WrongType if wrong_type else ValueError)(f"{name}={shown(value)} must be {rule}")
+
+
+def file_path(name: str, value: Any) -> Path:
+    """Text or a path object as a `Path`, `~` expanded.
+
+    Raises:
+        TypeError: it is anything else.
+        ValueError: no file can be called so.
+    """
+    if not isinstance(value, str | os.PathLike):
+        refuse(name, value, "the path of a file or folder: text or pathlib.Path", True)
+    try:
+        path = Path(value).expanduser()
+        with suppress(FileNotFoundError):
+            os.stat(path)
+        return path
+    except (OSError, ValueError, RuntimeError, TypeError) as error:  # no such user, a null byte, too long, forbidden
+        refuse(name, value, f"the path of a file or folder that can be read ({error})")
 
 
 class _Uneven(Exception):
@@ -184,11 +247,15 @@ class _Uneven(Exception):
 def _scalar(name: str, value: Any) -> Any:
     """NumPy and JAX scalars and arrays without axes as Python's bool, int or float; anything else as it is."""
     if isinstance(value, Tracer):
-        refuse(name, value, "known when compiling: give a plain Python value, or mark it static for jax.jit", True)
+        raise TypeError(f"{name}={shown(value)} must be known when compiling: give a plain Python value, or mark it static for jax.jit")
     if not isinstance(value, np.generic | np.ndarray | jax.Array) or value.ndim:
         return value
     kinds = ((np.timedelta64, lambda time: time), (jnp.integer, int), (jnp.floating, float), (jnp.bool_, bool))
     return next((make(value) for kind, make in kinds if jnp.issubdtype(value.dtype, kind)), value)
+
+
+def _id(name: str, value: Any) -> int:
+    return integer(name, value, least=0)
 
 
 def _is_number(value: Any) -> bool:

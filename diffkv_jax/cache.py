@@ -10,14 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from diffkv_jax.arguments import instance, integer, text
+from diffkv_jax.layout import layout_of
 from diffkv_jax.merge import Merge
 from diffkv_jax.model_protocol import AttentionSpec
 from diffkv_jax.observed import nothing_observed
-from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, LatentFormat, shared_format, table_shape
+from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, table_shape
 from diffkv_jax.pallas_kernels.compact import FreeRing
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from diffkv_jax.policy import CompressionPolicy
+from diffkv_jax.policy_checks import check_lengths
 from diffkv_jax.query_statistics import QueryStatistics, no_queries
 from diffkv_jax.selection import Selection
 
@@ -59,26 +62,24 @@ class CacheSpec:
         `kernels` run its operations; `tokens` are the lanes of a page, what the kernels want when None.
 
         Raises:
-            ValueError: `dtype` is not one that exact tokens can be kept in, the tiers do not fit one page shape, the kernels do not know
-                them, the model does not tell its rotary embedding and the policy removes it, from keys or from queries, it has a latent
-                and a tier keeps K and V differently, or its layers cannot be merged.
+            TypeError: an argument is of another type.
+            ValueError: a number is outside its range, `dtype` is not one that exact tokens can be kept in, the tiers do not fit one page
+                shape, the kernels do not know them, the model does not tell its rotary embedding and the policy removes it, from keys or
+                from queries, it has a latent and a tier keeps K and V differently, its context is too short, or its layers cannot be
+                merged.
         """
-        Full(dtype)  # checks it, also where no tier keeps exact tokens: the recent window does
-        selection, merge, formats = policy.selection, policy.merge, _formats_of(attention, policy, dtype)
-        if merge is not None and merge.pairs(attention) == 0:
-            merge = None
-        if merge is not None:
-            formats = (*formats, shared_format(formats[0], merge.t))
-        layout = PageLayout.solve(
-            formats,
-            attention.head_dim,
-            tokens=policy.block or tokens or kernels.tokens_per_block,
-            max_len=max_len,
-            scored=selection.score is not None,
-            group=selection.group,
-            meta_dtype=kernels.meta_dtype,
-            rope=_rope_of(attention, policy),
-        )
+        instance("attention", attention, AttentionSpec, "a model has one as .attention")
+        instance("policy", policy, CompressionPolicy, "diffkv_jax.load_policy makes one of a name")
+        instance("kernels", kernels, Kernels, "diffkv_jax.pallas_kernels.kernels.Kernels.resolve(...) makes one")
+        num_requests, max_len = integer("num_requests", num_requests, least=1), integer("max_len", max_len, least=1)
+        num_pages, tokens = integer("num_pages", num_pages, least=0), integer("tokens", tokens, least=1, optional=True)
+        Full(text("dtype", dtype))  # checks it, also where no tier keeps exact tokens: the recent window does
+        check_lengths(policy, attention.max_position_embeddings)
+        selection = policy.selection
+        try:
+            merge, layout = layout_of(attention, policy, max_len=max_len, dtype=dtype, tokens=tokens, kernels=kernels)
+        except ValueError as error:
+            raise ValueError(f"policy {policy.name!r} with tiers={policy.tiers}: {error}") from None
         if selection.nested and any(window is not None for window in attention.sliding_windows):
             raise ValueError(
                 f"policy {policy.name!r}: nested=True needs a model without sliding-window layers, which would see dropped tokens"
@@ -184,25 +185,6 @@ def _known(policy: CompressionPolicy, attention: AttentionSpec) -> Literal["all"
     if not policy.un_rope and all(fmt.in_kernels for fmt in formats):
         return "all"
     return "decode attention" if all(fmt.in_decode_kernels for fmt in formats) else "nothing"
-
-
-def _formats_of(attention: AttentionSpec, policy: CompressionPolicy, dtype: str) -> tuple[KVFormat, ...]:
-    """The codecs of the stored tiers, of a model with a latent for that and the rotary part."""
-    formats = policy.formats(dtype)
-    return formats if attention.latent is None else tuple(LatentFormat.of(fmt, attention.latent, dtype) for fmt in formats)
-
-
-def _rope_of(attention: AttentionSpec, policy: CompressionPolicy) -> tuple[float, ...] | None:
-    """What keys are freed of before they are stored: None = nothing."""
-    if not policy.un_rope:
-        return None
-    if attention.latent is not None:
-        raise ValueError(f"policy {policy.name!r} has un_rope=True, and a latent carries no rotary embedding anyway: leave it out")
-    if policy.rotate:
-        raise ValueError(f"policy {policy.name!r}: rotate=True mixes the channels that un_rope=True needs apart; choose one")
-    if attention.rope is None:
-        raise ValueError(f"policy {policy.name!r} has un_rope=True, and the model does not tell its rotary embedding (AttentionSpec.rope)")
-    return attention.rope
 
 
 class Waiting(NamedTuple):

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from diffkv_jax.arguments import WrongType, file_path, flag, instance, refuse, shown, text, tuple_of
 from diffkv_jax.cache import CacheSpec, Tables, table_shapes
 from diffkv_jax.model_protocol import CausalLM
 from diffkv_jax.policy import CompressionPolicy
@@ -34,28 +35,54 @@ class Calibration:
     rotate: bool
     fingerprint: str
 
+    def __post_init__(self):
+        tables = tuple_of("tables", self.tables, _pair, "a pair of arrays or None, of K and V, for each tier")
+        tiers = tuple_of("tiers", self.tiers, text, "a list of format names such as ['K8v4V8v4']")
+        if len(tables) != len(tiers):
+            raise ValueError(f"tables hold {len(tables)} pairs, and tiers={tiers} are {len(tiers)}: give one for each")
+        found = (tables, tiers, flag("un_rope", self.un_rope), flag("rotate", self.rotate), text("fingerprint", self.fingerprint))
+        for field, value in zip(fields(self), found, strict=True):
+            object.__setattr__(self, field.name, value)
+
     def check(self, model: CausalLM, params: Mapping[str, Any]) -> None:
         """Refuse another model or other parameters.
 
         Raises:
+            TypeError: they are no model or no parameters.
             ValueError: they are not those that it was made with.
         """
+        instance("model", model, CausalLM, "load_pretrained returns one")
+        if not isinstance(params, Mapping) or not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(params)):
+            raise WrongType(f"params={shown(params)} must be the model's parameters: nested mappings of arrays")
         if self.fingerprint != fingerprint(model, params):
             raise ValueError("the calibration was made with another model or other parameters: calibrate with this one")
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write it as an Orbax checkpoint folder."""
+        """Write it as an Orbax checkpoint folder.
+
+        Raises:
+            TypeError: `path` is no path.
+            ValueError: it cannot be written there, or something is there and `overwrite` is not given.
+        """
+        folder, overwrite = file_path("path", path), flag("overwrite", overwrite)
+        if folder.is_file() or (folder.exists() and not overwrite):
+            raise ValueError(f"path={str(folder)!r} is there already: {'take another' if folder.is_file() else 'give overwrite=True'}")
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            refuse("path", str(path), f"a folder that can be made ({error})")
         names = {"tiers": list(self.tiers), "un_rope": self.un_rope, "rotate": self.rotate, "fingerprint": self.fingerprint}
-        ocp.save(str(Path(path).expanduser().absolute()), _named(self.tables), overwrite=overwrite, custom_metadata=names)
+        ocp.save(str(folder.absolute()), _named(self.tables), overwrite=overwrite, custom_metadata=names)
 
     @staticmethod
     def load(path: str | Path) -> "Calibration":
         """What `save` wrote.
 
         Raises:
+            TypeError: `path` is no path.
             ValueError: there is no readable calibration at `path`.
         """
-        folder = str(Path(path).expanduser().absolute())
+        folder = str(file_path("path", path).absolute())
         try:
             found = ocp.metadata(folder)
             arrays = {name: np.asarray(array) for name, array in ocp.load(folder).items()}
@@ -64,7 +91,17 @@ class Calibration:
             tables = tuple((arrays.get(f"{i}.key"), arrays.get(f"{i}.value")) for i in range(len(tiers)))
             return Calibration(tables, tiers, names["un_rope"], names["rotate"], names["fingerprint"])
         except Exception as error:  # Orbax meets a damaged folder as many exception types
-            raise ValueError(f"{path} must be a folder that Calibration.save wrote ({type(error).__name__}): calibrate again") from error
+            raise ValueError(
+                f"path={str(path)!r} must be a folder that Calibration.save wrote ({type(error).__name__}): calibrate again"
+            ) from error
+
+
+def _pair(name: str, value: Any) -> tuple:
+    first, second = value if isinstance(value, tuple | list) and len(value) == 2 else refuse(name, value, "a pair", True)
+    for table in (first, second):
+        if table is not None and not isinstance(table, np.ndarray | jax.Array):
+            refuse(name, table, "an array or None", True)
+    return first, second
 
 
 def _named(tables: Tables) -> dict[str, Any]:

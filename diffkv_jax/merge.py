@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from diffkv_jax.arguments import number
 from diffkv_jax.model_protocol import AttentionSpec
 
 
@@ -29,9 +30,8 @@ class Merge:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ValueError(f"merge.{field.name}={value!r} must be a number from 0 to 1")
+            value = number(f"merge.{field.name}", getattr(self, field.name), least=0, most=1)
+            object.__setattr__(self, field.name, value)
 
     def pairs(self, attention: AttentionSpec) -> int:
         """How many pairs there are: the last layers of the model.

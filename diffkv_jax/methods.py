@@ -1,10 +1,16 @@
-"""Published methods by name: each a `CompressionPolicy`."""
+"""Published methods by name: each a `CompressionPolicy`.
+
+Arguments named as its fields are checked as those; here are the others.
+"""
 
 import dataclasses
 from typing import Any, Literal, TypedDict, Unpack
 
+from diffkv_jax.arguments import instance, integer, number, one_of
+from diffkv_jax.format_names import named_format, outliers_apart, tokens_of_block
 from diffkv_jax.merge import Merge
 from diffkv_jax.policy import Budget, CompressionPolicy, Threshold
+from diffkv_jax.policy_fields import MOST_TOKENS
 from diffkv_jax.replay import Replay
 from diffkv_jax.selection import Score
 
@@ -28,6 +34,7 @@ def diffkv(
 
 def quantized(fmt: str, *, window: int = 64, flush: int = 32, rotate: bool = False) -> CompressionPolicy:
     """Every token outside the recent window at one format, such as "K8V4"; nothing is dropped."""
+    fmt = named_format(fmt, fmt=fmt)
     return CompressionPolicy(fmt, (fmt,), window=window, flush=flush, rotate=rotate)
 
 
@@ -36,9 +43,11 @@ def kivi(bits: int = 2, *, group: int = 32, residual: int = 128, rotate: bool = 
 
     At most `residual` recent tokens are exact; they leave `group` at a time.
     """
-    tiers, window = (f"K{bits}cV{bits}g{group}",), residual - group
+    group, residual = tokens_of_block("group", group), integer("residual", residual, least=1, most=MOST_TOKENS)
+    bits, window = integer("bits", bits, least=0), residual - group
     if window < 1:
         raise ValueError(f"residual={residual} must be larger than group={group}: the tokens of a group leave together, one at least stays")
+    tiers = (named_format(f"K{bits}cV{bits}g{group}", bits=bits, group=group),)
     return CompressionPolicy(f"kivi-{bits}", tiers, window=window, flush=group, block=group, rotate=rotate)
 
 
@@ -56,12 +65,13 @@ def gear(
     Backbone "kivi": as in `kivi`; "kcvt": keys per channel over the block, values per token. Without outliers (0) it is GEAR-L.
     New tokens are exact until `buffer` of them have gathered; `group` of those are encoded together.
     """
-    if backbone not in ("kivi", "kcvt"):
-        raise ValueError(f"backbone={backbone!r} must be 'kivi' or 'kcvt'")
+    backbone = one_of("backbone", backbone, ("kivi", "kcvt"))
+    bits, rank, outliers = integer("bits", bits, least=0), integer("rank", rank, least=0), number("outliers", outliers, least=0)
+    group, buffer = tokens_of_block("group", group), integer("buffer", buffer, least=1, most=MOST_TOKENS)
     if buffer < group:
         raise ValueError(f"buffer={buffer} must be at least group={group}: the tokens of a group are encoded together")
     fmt = f"K{bits}cV{bits}{f'g{group}' if backbone == 'kivi' else ''}"
-    fmt += (f"+o{100 * outliers:g}" if outliers else "") + (f"+r{rank}" if rank else "")
+    fmt = named_format(fmt + outliers_apart(outliers) + (f"+r{rank}" if rank else ""), bits=bits, rank=rank, outliers=outliers, group=group)
     return CompressionPolicy(f"gear-{bits}", (fmt,), window=max(buffer - group, 1), flush=group, block=group)
 
 
@@ -70,8 +80,9 @@ def coupled_quantization(channels: int = 4, bits: int = 8, *, window: int = 64, 
 
     Its codebooks are learned: `generate(..., calibration=calibrate(model, params, tokens, policy))`.
     """
-    part = f"{bits}v{channels}"
-    return CompressionPolicy(f"cq_{channels}c{bits}b", (f"K{part}V{part}",), window=window, flush=flush, un_rope=True)
+    bits, channels = integer("bits", bits, least=0), integer("channels", channels, least=0)
+    fmt = named_format(f"K{bits}v{channels}V{bits}v{channels}", bits=bits, channels=channels)
+    return CompressionPolicy(f"cq_{channels}c{bits}b", (fmt,), window=window, flush=flush, un_rope=True)
 
 
 def kvquant(bits: int = 4, outliers: float = 0.01, *, sinks: int = 0, window: int = 64, flush: int = 32) -> CompressionPolicy:
@@ -80,8 +91,10 @@ def kvquant(bits: int = 4, outliers: float = 0.01, *, sinks: int = 0, window: in
     The share `outliers` of each token (0: none) is kept apart. With `sinks` the first tokens stay exact, in a tier of their own through
     which prompts of several chunks pass: give a memory budget. Its tables are learned, as those of `coupled_quantization`.
     """
-    apart = f"+o{100 * outliers:g}" if outliers else ""
-    tiers = (f"K{bits}sV{bits}t{apart}",)
+    bits, outliers = integer("bits", bits, least=0), number("outliers", outliers, least=0)
+    window, sinks = integer("window", window, least=1, most=MOST_TOKENS), integer("sinks", sinks, least=0, most=MOST_TOKENS)
+    apart = outliers_apart(outliers)
+    tiers = (named_format(f"K{bits}sV{bits}t{apart}", bits=bits, outliers=outliers),)
     policy = CompressionPolicy(f"kvquant_{bits}b{apart}", tiers, window=window, flush=flush, un_rope=True)
     if not sinks:
         return policy
@@ -90,7 +103,9 @@ def kvquant(bits: int = 4, outliers: float = 0.01, *, sinks: int = 0, window: in
 
 def turboquant(bits: int = 4, *, window: int = 64, flush: int = 32) -> CompressionPolicy:
     """TurboQuant (arXiv:2504.19874) without QJL: rotated, then the best scalar levels for a normal variable, one scale a token."""
-    return dataclasses.replace(quantized(f"K{bits}nV{bits}n", window=window, flush=flush, rotate=True), name="turboquant")
+    bits = integer("bits", bits, least=0)
+    fmt = named_format(f"K{bits}nV{bits}n", bits=bits)
+    return dataclasses.replace(quantized(fmt, window=window, flush=flush, rotate=True), name="turboquant")
 
 
 class Options(TypedDict, total=False):
@@ -206,6 +221,7 @@ def minicache(
 
     `inner` stores directions, the tokens of the layers before, and the share `retention` of tokens that differ too much to be merged.
     """
+    inner = named_format(inner, inner=inner)
     return CompressionPolicy("minicache", (inner,), window=window, flush=flush, rotate=rotate, merge=Merge(start, t, retention))
 
 
@@ -213,8 +229,11 @@ def ada_kv(policy: CompressionPolicy, floor: float = 0.2) -> CompressionPolicy:
     """Ada-KV (arXiv:2407.11550) over a policy with budgets: the KV heads of a layer share them, each keeps at least `floor` of its own.
 
     Raises:
+        TypeError: it is no policy.
         ValueError: the policy has thresholds instead.
     """
+    instance("policy", policy, CompressionPolicy, "diffkv_jax.load_policy makes one of a name")
+    floor = number("floor", floor, least=0, most=1)
     if policy.keep is None:
         raise ValueError(f"ada_kv needs a policy with keep=, given {policy.name!r} with thresholds, which are adaptive already")
     return dataclasses.replace(policy, name=f"ada_kv({policy.name})", pooled=floor)

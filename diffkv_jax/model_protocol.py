@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+
+from diffkv_jax.arguments import integer, number, shown, text, tuple_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class AttentionSpec:
             (`diffkv_jax.pallas_kernels.rope`); None = not told, and what needs keys without their rotary embedding is refused.
         latent: with multi-head latent attention (arXiv:2405.04434), how many first channels of the one key that all query heads share are
             its value too (the latent c; the others carry the rotary embedding); None = values of their own.
+
+    Raises:
+        TypeError, ValueError: a field is not what it must be, or two do not go together; the message names them.
     """
 
     num_layers: int
@@ -42,21 +48,47 @@ class AttentionSpec:
     latent: int | None = None
 
     def __post_init__(self) -> None:
+        for name, convert in _FIELDS.items():
+            object.__setattr__(self, name, convert(name, getattr(self, name)))
         if len(self.sliding_windows) != self.num_layers:
             raise ValueError(
                 f"sliding_windows={self.sliding_windows} must hold one entry for each of num_layers={self.num_layers}, "
                 f"given {len(self.sliding_windows)}; use None for a layer with global attention."
             )
-        if self.num_kv_heads < 1 or self.num_q_heads % self.num_kv_heads:
+        if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_q_heads={self.num_q_heads} must be a multiple of num_kv_heads={self.num_kv_heads}; "
                 "each KV head serves the same number of query heads."
+            )
+        if self.rope is not None and len(self.rope) != self.head_dim // 2:
+            raise ValueError(
+                f"rope={shown(self.rope)} must hold a number for each pair of head_dim={self.head_dim} channels, given {len(self.rope)}"
             )
         if self.latent is not None and not (self.num_kv_heads == 1 and 0 < self.latent < self.head_dim and not any(self.sliding_windows)):
             raise ValueError(
                 f"latent={self.latent} must be between 0 and head_dim={self.head_dim}, with num_kv_heads=1 (given {self.num_kv_heads}) "
                 "and no sliding windows: all query heads share one key, whose first channels are its value."
             )
+
+
+_count = partial(integer, least=1)
+_size = partial(integer, least=1, most=2**16)
+_FIELDS = {
+    "num_layers": _size,
+    "num_q_heads": _size,
+    "num_kv_heads": _size,
+    "head_dim": _size,
+    "sliding_windows": partial(
+        tuple_of, each=partial(_count, optional=True), rule="a tuple with a number of tokens or None for each layer"
+    ),
+    "sm_scale": number,
+    "logits_soft_cap": partial(number, above=0, optional=True),
+    "vocab_size": _count,
+    "max_position_embeddings": _count,
+    "dtype": partial(text, rule="the name of a dtype such as 'float32'"),
+    "rope": partial(tuple_of, each=number, rule="a tuple of radians a token, or None", optional=True),
+    "latent": partial(integer, optional=True),
+}
 
 
 @runtime_checkable

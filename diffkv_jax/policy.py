@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
+from diffkv_jax.arguments import nearest, refuse, shown
 from diffkv_jax.merge import Merge
 from diffkv_jax.pallas_kernels.codecs import KVFormat
 from diffkv_jax.policy_checks import (
@@ -17,14 +18,13 @@ from diffkv_jax.policy_checks import (
     check_merge,
     check_ranking,
     check_replay,
-    check_schedule,
     check_thresholds,
     check_tiers,
 )
+from diffkv_jax.policy_fields import convert_fields
 from diffkv_jax.replay import Replay
 from diffkv_jax.selection import Score, Selection
 
-Part = TypeVar("Part", Merge, Replay)
 Threshold = float | tuple[Any, ...]
 Budget = float | int | str | tuple[Any, ...]
 PYRAMID_STEEPNESS = 20.0
@@ -77,7 +77,8 @@ class CompressionPolicy:
             XLA only. Those hold all tokens: thresholds and budgets are for the layers before them.
 
     Raises:
-        ValueError: the choices cannot work together; the message says why.
+        TypeError: a field is given what it does not take; the message says what it does (`diffkv_jax.policy_fields`).
+        ValueError: a number is outside its range, or the choices cannot work together; the message says why.
     """
 
     name: str
@@ -113,25 +114,12 @@ class CompressionPolicy:
     merge: Merge | None = None
 
     def __post_init__(self):
-        if isinstance(self.tiers, str) or not isinstance(self.tiers, Sequence):
-            raise ValueError(f"tiers={self.tiers!r} must be a list of format names such as ['K8V4', 'K4V2']")
-        object.__setattr__(self, "tiers", tuple(self.tiers))
-        for field in ("alpha_high", "alpha_low"):
-            object.__setattr__(self, field, _frozen(getattr(self, field)))
-        for field in ("keep", "keep_high"):
-            object.__setattr__(self, field, _tuples(np.asarray(getattr(self, field)).tolist()))
-        if self.recover is not None:
-            object.__setattr__(self, "recover", _frozen(self.recover))
-        for field, of in (("whole_layers", "layers"), ("protect", "token ids"), ("punctuation", "token ids")):
-            if not isinstance(getattr(self, field), Sequence):
-                raise ValueError(f"{field}={getattr(self, field)!r} must be a list of {of} such as [0, 1]")
-            object.__setattr__(self, field, tuple(getattr(self, field)))
+        convert_fields(self)
         if self.score is None and self.observe is not None:
             object.__setattr__(self, "score", "attention")
-        if self.replay is not None or self.score == "replay":
-            object.__setattr__(self, "replay", Replay() if self.replay is None else _part(Replay, "replay", self.replay))
+        if self.replay is None and self.score == "replay":
+            object.__setattr__(self, "replay", Replay())
         check_tiers(self.tiers)
-        check_schedule(self)
         check_replay(self)
         check_ranking(self)
         check_classes(self)
@@ -139,7 +127,6 @@ class CompressionPolicy:
             object.__setattr__(self, "block", 32)
         check_blocks(self)
         if self.merge is not None:
-            object.__setattr__(self, "merge", _part(Merge, "merge", self.merge))
             check_merge(self)
         if self.keep is None:
             check_thresholds(self)
@@ -160,7 +147,7 @@ class CompressionPolicy:
     @property
     def selection(self) -> Selection:
         """What the compiler must know of the ranking and the budgets."""
-        in_tokens = isinstance(self.keep, str) or (self.keep is not None and np.issubdtype(np.asarray(self.keep).dtype, np.integer))
+        in_tokens = isinstance(self.keep, str) or (self.keep is not None and np.asarray(self.keep).dtype.kind == "i")
         found: dict[str, Any] = {"budgeted": self.keep is not None, "in_tokens": in_tokens, "profiled": self.recover is not None}
         found["across_layers"] = self.layers == "pooled"
         same = {name: getattr(self, name) for name in (field.name for field in dataclasses.fields(Selection)) if name not in found}
@@ -178,17 +165,10 @@ class CompressionPolicy:
         Raises:
             ValueError: one of them does not broadcast to the model's layers and heads, or a whole layer is not there.
         """
-        shape = (layers, requests, kv_heads)
-        in_tokens = self.selection.in_tokens
-        budgets = (self.keep if self.keep_high is None else self.keep_high, self.keep)
-        pair = (self.alpha_high, self.alpha_low) if self.keep is None else budgets
-        pair = pair if self.recover is None else (self.recover, self.recover)
-        try:
-            both = np.stack([np.broadcast_to(np.asarray(a, np.float32), shape) for a in pair], axis=-1)
-        except ValueError as error:
-            raise ValueError(
-                f"thresholds, budgets or recover of policy {self.name!r} must broadcast to [layers, requests, kv_heads] = {shape}: {error}"
-            ) from None
+        shape, in_tokens = (layers, requests, kv_heads), self.selection.in_tokens
+        fields = ("alpha_high", "alpha_low") if self.keep is None else ("keep" if self.keep_high is None else "keep_high", "keep")
+        fields = fields if self.recover is None else ("recover", "recover")
+        both = np.stack([self._broadcast(field, shape) for field in fields], axis=-1)
         spread = {"pyramid": pyramid, "cosine": cosine}.get(self.layers)
         if spread is not None and layers:
             both = both * spread(layers, None if in_tokens else both[..., 1].max())[:, None, None, None]
@@ -196,6 +176,15 @@ class CompressionPolicy:
             raise ValueError(f"whole_layers={self.whole_layers} of policy {self.name!r}: there is no layer {beyond[0]} of {shape[0]}")
         both[list(self.whole_layers)] = 2**30 if in_tokens else 1.0
         return both
+
+    def _broadcast(self, field: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The numbers of a field, float32 `shape`."""
+        value = getattr(self, field)
+        try:
+            return np.broadcast_to(np.asarray(value, np.float32), shape)
+        except ValueError:
+            rule = f"must broadcast to [layers, requests, kv_heads] = {shape}"
+            raise ValueError(f"{field}={shown(value)} of policy {self.name!r} {rule}: thresholds, budgets and recover do") from None
 
     def to_json(self) -> str:
         """The policy as JSON; `from_json` reads it back."""
@@ -206,34 +195,34 @@ class CompressionPolicy:
         """A policy from the JSON of `to_json`.
 
         Raises:
-            ValueError: a field is unknown or missing, or its value cannot work.
+            TypeError: `text` is no text.
+            ValueError: it is no JSON, a field is unknown or missing, or its value cannot work.
         """
-        data = json.loads(text)
-        known = {field.name for field in dataclasses.fields(CompressionPolicy)}
-        if not isinstance(data, dict) or not {"name", "tiers"} <= set(data) <= known:
-            given = sorted(data) if isinstance(data, dict) else data
-            raise ValueError(f"a policy must be a JSON object with 'name', 'tiers' and any of {sorted(known)}, given {given}")
+        if not isinstance(text, str | bytes | bytearray):
+            refuse("text", text, "the JSON text of a policy; diffkv_jax.load_policy reads files", True)
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            refuse("text", text, f"the JSON of a policy ({error})")
+        return CompressionPolicy.from_mapping(data)
+
+    @staticmethod
+    def from_mapping(data: Any) -> "CompressionPolicy":
+        """A policy from the names of its fields and their values, as JSON has them.
+
+        Raises:
+            TypeError, ValueError: it is no mapping, a field is unknown or missing, or its value cannot work.
+        """
+        known = [field.name for field in dataclasses.fields(CompressionPolicy)]
+        rule = f"a policy must be a JSON object with 'name', 'tiers' and any of {sorted(known)}"
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{rule}, given {shown(data)}")
+        unknown = [name for name in data if not isinstance(name, str) or name not in known]
+        missing = [name for name in ("name", "tiers") if name not in data]
+        if unknown or missing:
+            said = [f"unknown {shown(unknown)}"] * bool(unknown) + [f"missing {missing}"] * bool(missing)
+            raise ValueError(f"{rule}; {', '.join(said)}{nearest(unknown, known)}")
         return CompressionPolicy(**data)
-
-
-def _part(kind: type[Part], field: str, value: Any) -> Part:
-    """A part of a policy that is data itself, or one from the mapping that JSON makes of it."""
-    names = {one.name for one in dataclasses.fields(kind)}
-    if isinstance(value, dict) and set(value) <= names:
-        return kind(**value)
-    if not isinstance(value, kind):
-        raise ValueError(f"{field}={value!r} must be a {kind.__name__}, or a mapping with any of {sorted(names)}")
-    return value
-
-
-def _frozen(value: Any) -> Threshold:
-    """Lists, tuples and arrays as nested tuples of floats."""
-    array = np.asarray(value, np.float64)
-    return float(array) if array.ndim == 0 else _tuples(array.tolist())
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
 def pyramid(layers: int, largest_share: float | None) -> np.ndarray:

@@ -1,25 +1,37 @@
-"""Which choices of a `CompressionPolicy` can work together; each check raises ValueError that names the value, the rule and the remedy."""
+"""Which choices of a `CompressionPolicy` can work together; each check raises ValueError that names the value, the rule and the remedy.
 
-from typing import TYPE_CHECKING, Any
+What each field may be alone is checked before (`diffkv_jax.policy_fields`).
+"""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffkv_jax.amounts import parse_bytes
+from diffkv_jax.arguments import shown
 from diffkv_jax.pallas_kernels.codecs import KVFormat
 from diffkv_jax.selection import BY_ATTENTION, BY_FORECAST, BY_KEY, BY_REPLAY
 
 if TYPE_CHECKING:
     from diffkv_jax.policy import CompressionPolicy
 
+ALWAYS_FINE = 1024  # tokens of a stretch that no model's context is too short for
+
 
 def check_tiers(tiers: tuple[str, ...]) -> None:
     """One or two formats, the second the smaller one."""
-    formats = [KVFormat.parse(name) for name in tiers]
+    formats = [_parsed(tiers, name) for name in tiers]
     if not 1 <= len(formats) <= 2:
         raise ValueError(f"tiers={tiers} must name one or two formats: a page table has two ends")
     first, second = (_bytes_of_128(fmt) for fmt in (formats[0], formats[-1]))
     if len(formats) == 2 and first is not None and second is not None and second >= first:
         raise ValueError(f"tiers={tiers} must go from more to fewer bytes: {tiers[1]} is not smaller than {tiers[0]}")
+
+
+def _parsed(tiers: tuple[str, ...], name: str) -> KVFormat:
+    try:
+        return KVFormat.parse(name)
+    except ValueError as error:
+        raise ValueError(f"tiers={shown(tiers)}: {error}") from None
 
 
 def _bytes_of_128(fmt: KVFormat) -> float | None:
@@ -30,22 +42,12 @@ def _bytes_of_128(fmt: KVFormat) -> float | None:
         return None
 
 
-def check_schedule(policy: "CompressionPolicy") -> None:
-    """Window, flush and observing queries are counts."""
-    for field in ("window", "flush"):
-        value = getattr(policy, field)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{field}={value!r} must be an integer of at least 1")
-    if policy.observe not in ("all", None) and not (isinstance(policy.observe, int) and policy.observe >= 1):
-        raise ValueError(f"observe={policy.observe!r} must be a number of queries of at least 1, 'all' or None")
-
-
 def check_blocks(policy: "CompressionPolicy") -> None:
-    """Tokens that share numbers are encoded together, from exact values, and never moved apart."""
+    """Tokens that share numbers are encoded together, from exact values, and never moved apart; one transform of channels at most."""
+    if policy.rotate and policy.un_rope:
+        raise ValueError("rotate=True mixes the channels that un_rope=True needs apart; choose one")
     if policy.block is None:
         return
-    if not isinstance(policy.block, int) or policy.block % 32 or not 32 <= policy.block <= 256:
-        raise ValueError(f"block={policy.block!r} must be a multiple of 32 up to 256")
     shared = [tier for tier in policy.tiers if not KVFormat.parse(tier).separable]
     if not shared:
         return
@@ -60,20 +62,27 @@ def check_blocks(policy: "CompressionPolicy") -> None:
         raise ValueError(f"flush={policy.flush} must be at least block={policy.block}: {shared[0]} is encoded in whole blocks")
 
 
+def check_lengths(policy: "CompressionPolicy", context: int) -> None:
+    """Stretches of a model's context are not longer than it, short ones aside: arrays and loops have these lengths."""
+    most = max(context, ALWAYS_FINE)
+    for name in ("window", "flush", "sinks", "pooling", "future"):
+        if (value := getattr(policy, name)) > most:
+            rule = f"is more than the model's context of {context} tokens: lower it to at most {most}"
+            raise ValueError(f"{name}={value} of policy {policy.name!r} {rule}")
+
+
 def check_thresholds(policy: "CompressionPolicy") -> None:
     """Thresholds have an order and something to compare with."""
     for field, without in (("keep_high", None), ("pooled", None), ("whole_layers", ()), ("layers", "uniform"), ("shared", False)):
         if getattr(policy, field) != without:
             raise ValueError(f"{field}={getattr(policy, field)!r} belongs to budgets: give keep= too, or leave it out")
     high, low = np.asarray(policy.alpha_high), np.asarray(policy.alpha_low)
-    for field, value in (("alpha_high", high), ("alpha_low", low)):
-        if not np.all(np.isfinite(value)) or value.min() < 0:
-            raise ValueError(f"{field}={getattr(policy, field)} must be finite and not negative")
     if np.any(low > high):
         raise ValueError(f"alpha_low={policy.alpha_low} must not exceed alpha_high={policy.alpha_high}: low tokens lie between the two")
     if policy.observe is None and (high.max() > 0 or len(policy.tiers) == 2):
         raise ValueError(
-            f"policy {policy.name!r} needs observe=64 or 'all': thresholds and a second tier need significance, observe is None"
+            f"policy {policy.name!r} with alpha_high={policy.alpha_high} and tiers={policy.tiers} needs observe=64 or 'all': "
+            "thresholds and a second tier need significance, observe is None"
         )
     if len(policy.tiers) == 1 and policy.observe is not None and np.any(low != high):
         raise ValueError(
@@ -84,9 +93,6 @@ def check_thresholds(policy: "CompressionPolicy") -> None:
 
 def check_ranking(policy: "CompressionPolicy") -> None:
     """The score is known and has what it needs; what only some scores have is given to those alone."""
-    known = (*BY_ATTENTION, *BY_KEY, *BY_FORECAST, *BY_REPLAY)
-    if policy.score not in (None, *known):
-        raise ValueError(f"score={policy.score!r} must be one of {', '.join(known)}, or None")
     if policy.score in BY_ATTENTION and policy.observe is None:
         raise ValueError(f"score={policy.score!r} ranks by attention and needs observe=64 or another number of queries, or 'all'")
     if policy.score == "window" and policy.observe == "all":
@@ -95,20 +101,10 @@ def check_ranking(policy: "CompressionPolicy") -> None:
         raise ValueError(f"score='last_query' is that of one query: observe={policy.observe!r} must be 1")
     if policy.score in (*BY_KEY, *BY_FORECAST) and policy.observe is not None:
         raise ValueError(f"score={policy.score!r} looks at no queries' attention: leave observe={policy.observe!r} out")
-    if policy.group not in ("max", "mean"):
-        raise ValueError(f"group={policy.group!r} must be 'max' or 'mean'")
-    for field, least in (("sinks", 0), ("pooling", 1), ("future", 1)):
-        value = getattr(policy, field)
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{field}={value!r} must be an integer of at least {least}")
     if policy.pooling > 1 and policy.score != "window":
         raise ValueError(f"pooling={policy.pooling} averages scores of the prompt's last queries: it needs score='window'")
-    if not (np.isfinite(policy.epsilon) and policy.epsilon >= 0):
-        raise ValueError(f"epsilon={policy.epsilon} must be finite and not negative")
     if (policy.future, policy.epsilon) != (512, 0.0) and policy.score != "expected":
         raise ValueError(f"future={policy.future} and epsilon={policy.epsilon} belong to score='expected': leave them out")
-    if not (isinstance(policy.newest_weight, int | float) and 0 < policy.newest_weight < np.inf):
-        raise ValueError(f"newest_weight={policy.newest_weight!r} must be a finite number above 0")
     for field, without in (("newest_weight", 1), ("shared", False)):
         if getattr(policy, field) != without and policy.score != "window":
             raise ValueError(f"{field}={getattr(policy, field)} is about scores of the prompt's last queries: it needs score='window'")
@@ -138,23 +134,13 @@ def check_replay(policy: "CompressionPolicy") -> None:
 
 def check_classes(policy: "CompressionPolicy") -> None:
     """Token ids are ids, each of one class; heads that choose classes have what that takes, and nothing else decides."""
-    for field in ("protect", "punctuation"):
-        if not all(isinstance(i, int) and i >= 0 for i in getattr(policy, field)):
-            raise ValueError(f"{field}={getattr(policy, field)} must be token ids: integers of at least 0")
     if both := set(policy.protect) & set(policy.punctuation):
         raise ValueError(f"protect and punctuation both name token ids {sorted(both)}: give each one class")
-    for field in ("frequent", "local"):
-        share = getattr(policy, field)
-        if not (isinstance(share, int | float) and 0 <= share <= 1):
-            raise ValueError(f"{field}={share!r} is a share of the tokens seen: from 0 to 1")
     if policy.recover is None:
         for field, without in (("punctuation", ()), ("frequent", 0.3), ("local", 0.3)):
             if getattr(policy, field) != without:
                 raise ValueError(f"{field}={getattr(policy, field)!r} is for heads that choose: give recover= too, or leave it out")
         return
-    recover = np.asarray(policy.recover)
-    if not np.all((recover > 0) & (recover <= 1)):
-        raise ValueError(f"recover={policy.recover} is the share of its attention that a head must hold: above 0 and up to 1")
     if policy.score != "attention_sum" or policy.group != "mean" or not isinstance(policy.observe, int):
         raise ValueError(
             f"recover={policy.recover} measures attention by score='attention_sum', group='mean' and observe= a number of queries, "
@@ -174,32 +160,25 @@ def check_budgets(policy: "CompressionPolicy") -> None:
         raise ValueError(f"keep={policy.keep} and alpha_high={policy.alpha_high}, alpha_low={policy.alpha_low}: give budgets or thresholds")
     if isinstance(policy.keep, str):
         _check_bytes(policy)
-    keep = _counts("keep", policy.window + policy.sinks if isinstance(policy.keep, str) else policy.keep)
+    keep = np.asarray(policy.window + policy.sinks if isinstance(policy.keep, str) else policy.keep)
     if (policy.keep_high is None) == (len(policy.tiers) == 2):
         raise ValueError(f"keep_high={policy.keep_high} must be given with two tiers, and only then; tiers={policy.tiers}")
     if policy.keep_high is not None:
-        high = _counts("keep_high", policy.keep_high)
+        high = np.asarray(policy.keep_high)
         if high.dtype.kind != keep.dtype.kind or np.any(high > keep):
             raise ValueError(f"keep_high={policy.keep_high} must be of the kind of keep={policy.keep} and not exceed it")
-    if policy.layers not in ("uniform", "pyramid", "cosine", "pooled"):
-        raise ValueError(f"layers={policy.layers!r} must be 'uniform', 'pyramid' or 'cosine', or 'pooled' with score='replay'")
-    if not all(type(layer) is int and layer >= 0 for layer in policy.whole_layers):
-        raise ValueError(f"whole_layers={policy.whole_layers} must be numbers of layers: integers of at least 0")
     if policy.nested and policy.whole_layers:
         raise ValueError(f"whole_layers={policy.whole_layers} cannot keep what layers before them drop: leave them or nested=True out")
     if policy.shared and (policy.pooled is not None or (keep.ndim and keep.shape[-1] > 1)):
         raise ValueError(
             f"shared=True keeps as much in every head: leave pooled={policy.pooled} and budgets by head, keep={policy.keep}, out"
         )
-    if policy.pooled is not None and not (isinstance(policy.pooled, int | float) and 0 <= policy.pooled <= 1):
-        raise ValueError(f"pooled={policy.pooled} is the share of its budget that each head keeps: from 0 to 1")
     if keep.dtype.kind == "i" and np.any(keep < policy.window + policy.sinks):
         raise ValueError(f"keep={policy.keep} must have room for window={policy.window} and sinks={policy.sinks}, which always stay")
 
 
 def _check_bytes(policy: "CompressionPolicy") -> None:
     """Memory makes a number of tokens a head, which must then be all that the head ever holds."""
-    parse_bytes(str(policy.keep), "keep")
     reason = None
     if len(policy.tiers) == 2:
         reason = f"tiers={policy.tiers} are two, and how many tokens each should get is not said"
@@ -211,17 +190,6 @@ def _check_bytes(policy: "CompressionPolicy") -> None:
         reason = f"protect={policy.protect} may stay beyond any number of tokens"
     if reason:
         raise ValueError(f"keep={policy.keep!r} is an amount of memory; {reason}: give a share or a number of tokens")
-
-
-def _counts(field: str, value: Any) -> np.ndarray:
-    """Numbers of tokens (integers of at least 1) or shares (above 0, up to 1)."""
-    array = np.asarray(value)
-    kind = array.dtype.kind
-    if kind not in "if" or not np.all(np.isfinite(array)) or np.any(array <= 0) or (kind == "f" and np.any(array > 1)):
-        raise ValueError(
-            f"{field}={value} must be a share above 0 and up to 1 (float), a number of tokens (int) or, for keep, memory such as '64MiB'"
-        )
-    return array
 
 
 def check_merge(policy: "CompressionPolicy") -> None:

@@ -2,30 +2,42 @@
 
 import dataclasses
 
+from diffkv_jax.arguments import flag, integer, number
+from diffkv_jax.format_names import named_format, outliers_apart, tokens_of_block
 from diffkv_jax.merge import Merge
-from diffkv_jax.methods import ada_kv, diffkv, expected_attention, key_norm, kvzip, snapkv
+from diffkv_jax.methods import (
+    ada_kv,
+    diffkv,
+    expected_attention,
+    key_norm,
+    kivi,
+    kvzip,
+    snapkv,
+)
 from diffkv_jax.policy import Budget, CompressionPolicy
 
 
 def kvquant_with_cq_keys(channels: int = 4, bits: int = 4, outliers: float = 0.01) -> CompressionPolicy:
     """Keys as Coupled Quantization has them, values as KVQuant has, outliers of both apart: learned, so it needs a calibration."""
-    fmt = f"K8v{channels}V{bits}t" + (f"+o{100 * outliers:g}" if outliers else "")
+    bits, channels = integer("bits", bits, least=0), integer("channels", channels, least=0)
+    outliers = number("outliers", outliers, least=0)
+    fmt = named_format(f"K8v{channels}V{bits}t{outliers_apart(outliers)}", channels=channels, bits=bits, outliers=outliers)
     return CompressionPolicy("kvquant_with_cq_keys", (fmt,), un_rope=True)
 
 
 def key_norm_and_window(keep: Budget = 0.5, tier: str = "K8V4") -> CompressionPolicy:
     """L2-norm eviction beside the recent window, what stays at eight and four bits."""
-    return key_norm(keep, tiers=(tier,))
+    return key_norm(keep, tiers=(named_format(tier, tier=tier),))
 
 
 def latent_snapkv(keep: Budget = 0.5, tier: str = "K4V4") -> CompressionPolicy:
     """For models with latent attention: SnapKV over all query heads, what stays as four-bit latents; rotary parts stay exact."""
-    return snapkv(keep, tiers=(tier,))
+    return snapkv(keep, tiers=(named_format(tier, tier=tier),))
 
 
 def diffkv_rotated(alpha_high: float = 1.0, alpha_low: float = 0.02, levels: bool = True) -> CompressionPolicy:
     """DiffKV's tiers with rotated codecs, by default the low one with the levels of a normal distribution (TurboQuant's)."""
-    return diffkv(alpha_high, alpha_low, tiers=("K8V4", "K4nV2n" if levels else "K4V2"), rotate=True)
+    return diffkv(alpha_high, alpha_low, tiers=("K8V4", "K4nV2n" if flag("levels", levels) else "K4V2"), rotate=True)
 
 
 def diffkv_minicache(alpha_high: float = 1.0, alpha_low: float = 0.02, start: float = 0.5) -> CompressionPolicy:
@@ -35,17 +47,19 @@ def diffkv_minicache(alpha_high: float = 1.0, alpha_low: float = 0.02, start: fl
 
 def ada_kv_expected(keep: Budget = 0.5, tier: str = "K4V4") -> CompressionPolicy:
     """ExpectedAttention with budgets pooled over a layer's heads, what stays at four bits."""
-    return ada_kv(expected_attention(keep, tiers=(tier,)))
+    return ada_kv(expected_attention(keep, tiers=(named_format(tier, tier=tier),)))
 
 
 def snapkv_then_kivi(keep: Budget = 0.5, bits: int = 4, group: int = 32) -> CompressionPolicy:
     """SnapKV drops, KIVI encodes what stays: in that order, because KIVI's keys share scales over tokens."""
-    return dataclasses.replace(snapkv(keep, tiers=(f"K{bits}cV{bits}g{group}",), flush=group), block=group)
+    group = tokens_of_block("group", group)
+    tiers = kivi(bits, group=group, residual=group + 1).tiers
+    return dataclasses.replace(snapkv(keep, tiers=tiers, flush=group), block=group)
 
 
 def kvzip_4bit(keep: Budget = 0.6, tier: str = "K4V4") -> CompressionPolicy:
     """KVzip, what stays at four bits; the prompt is stored so before it is gone over again."""
-    return kvzip(keep, tiers=(tier,))
+    return kvzip(keep, tiers=(named_format(tier, tier=tier),))
 
 
 RECIPES = (

@@ -1,11 +1,11 @@
 """`Replay`: what a model is given to read when it goes over a prompt again, chunk by chunk (KVzip, arXiv:2505.23416), as data."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from diffkv_jax.arguments import IDS, WrongType, integer, shown, token_ids
 from diffkv_jax.model_protocol import AttentionSpec
 
 FIRST = "\n\nRepeat the previous context exactly."
@@ -33,14 +33,10 @@ class Replay:
 
     def __post_init__(self):
         for name in ("first", "later", "suffix"):
-            ids = getattr(self, name)
-            if not isinstance(ids, Sequence) or not all(isinstance(i, int) and i >= 0 for i in ids):
-                raise ValueError(f"replay.{name}={ids!r} must be token ids: integers of at least 0")
-            object.__setattr__(self, name, tuple(ids))
+            ids = token_ids(f"replay.{name}", getattr(self, name), IDS)
+            object.__setattr__(self, name, ids)
         for name, least in (("chunk", 1), ("overlap", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"replay.{name}={value!r} must be an integer of at least {least}")
+            object.__setattr__(self, name, integer(f"replay.{name}", getattr(self, name), least=least))
 
     def check(self, attention: AttentionSpec, lengths: np.ndarray) -> None:
         """Refuse ids that the model does not have, and prompts of `lengths` int [R] whose passes would outgrow its context.
@@ -68,12 +64,19 @@ class Replay:
 
 
 def replay_words(tokenizer: Any, *, chunk: int = 2048) -> Replay:
-    """KVzip's requests to repeat the context in the ids of a Hugging Face tokenizer, and what its chat template puts before an answer."""
+    """KVzip's requests to repeat the context in the ids of a Hugging Face tokenizer, and what its chat template puts before an answer.
+
+    Raises:
+        TypeError: it is no such tokenizer.
+        ValueError: `chunk` is no number of tokens, or an id is none.
+    """
+    if isinstance(tokenizer, str) or not callable(getattr(tokenizer, "encode", None)):
+        raise WrongType(f"tokenizer={shown(tokenizer)} must be a Hugging Face tokenizer, such as load_pretrained returns")
 
     def ids(text: str) -> tuple[int, ...]:
-        return tuple(int(i) for i in tokenizer.encode(text, add_special_tokens=False))
+        return token_ids("tokenizer.encode(...)", tokenizer.encode(text, add_special_tokens=False))
 
-    suffix = "\n"
+    chunk, suffix = integer("chunk", chunk, least=1), "\n"
     if getattr(tokenizer, "chat_template", None) is not None:
         mark = "##context##"
         message = [{"role": "user", "content": mark}]

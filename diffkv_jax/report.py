@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from diffkv_jax.arguments import instance
 from diffkv_jax.budget import tree_bytes
 from diffkv_jax.cache import KVCache
 
@@ -67,7 +68,12 @@ class MemoryReport:
 
 
 def memory_report(cache: KVCache) -> MemoryReport:
-    """Count the bytes of a cache from its arrays (reads the small ones to the host)."""
+    """Count the bytes of a cache from its arrays (reads the small ones to the host).
+
+    Raises:
+        TypeError: it is no cache.
+    """
+    instance("cache", cache, KVCache, "generate returns one as .cache, make_cache makes an empty one")
     spec = cache.spec
     layout, attention = spec.layout, spec.attention
     counters = jax.device_get((cache.tier_len, cache.seq_len, cache.recent_len))

@@ -2,26 +2,43 @@
 
 import dataclasses
 import string
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
+from diffkv_jax.arguments import WrongType, shown, token_ids
 from diffkv_jax.cache import KVCache
 from diffkv_jax.layer_state import per_head
 
 SPECIAL, PUNCTUATION = 1, 2  # values of `KVCache.classes`; 0 is any other token
 
 
-class TokenClasses(NamedTuple):
-    """Ids for `CompressionPolicy.protect` and `.punctuation`."""
-
+class _Classes(NamedTuple):
     special: tuple[int, ...]
     punctuation: tuple[int, ...]
 
 
+class TokenClasses(_Classes):
+    """Ids for `CompressionPolicy.protect` and `.punctuation`: (special, punctuation).
+
+    Raises:
+        TypeError, ValueError: one of them is no list of token ids.
+    """
+
+    def __new__(cls, special: Sequence[int], punctuation: Sequence[int]) -> "TokenClasses":
+        return super().__new__(cls, token_ids("special", special), token_ids("punctuation", punctuation))
+
+
 def token_classes(tokenizer: Any) -> TokenClasses:
-    """The ids of a Hugging Face tokenizer's special tokens, and of tokens that are ASCII punctuation but for a space before it."""
+    """The ids of a Hugging Face tokenizer's special tokens, and of tokens that are ASCII punctuation but for a space before it.
+
+    Raises:
+        TypeError: it is no such tokenizer.
+    """
+    if not all(hasattr(tokenizer, name) for name in ("all_special_ids", "convert_ids_to_tokens", "__len__")):
+        raise WrongType(f"tokenizer={shown(tokenizer)} must be a Hugging Face tokenizer, such as load_pretrained returns")
     special = {int(i) for i in tokenizer.all_special_ids}
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     marks = ((i, (piece or "").lstrip("Ġ▁ ")) for i, piece in enumerate(pieces))

@@ -43,8 +43,8 @@ def test_refused_integers(case):
 
 def test_multiples():
     assert arguments.integer("block", np.int64(64), least=32, most=256, multiple=32) == 64
-    for value in (33, 288, 0):
-        with pytest.raises(ValueError, match=f"block={value} must be a multiple of 32 from 32 to 256"):
+    for value, bound in ((33, "from 32 to 256"), (288, "from 32 to 256"), (0, "of at least 32")):
+        with pytest.raises(ValueError, match=f"block={value} must be a multiple of 32 {bound}"):
             arguments.integer("block", value, least=32, most=256, multiple=32)
 
 
@@ -67,14 +67,14 @@ def test_integers_are_numbers_and_zero_has_no_sign():
 
 
 NUMBERS = {
-    "bool": (False, TypeError, "t=False must be a finite number above 0 and up to 1"),
+    "bool": (False, TypeError, "t=False must be a number above 0 and up to 1"),
     "text": ("0.5", TypeError, "t='0.5' must be"),
-    "complex": (0.5j, TypeError, "must be a finite number"),
-    "NaN": (float("nan"), ValueError, "t=nan must be a finite number"),
-    "infinite": (-float("inf"), ValueError, "t=-inf must be a finite number"),
-    "no float": (10**400, ValueError, "must be a finite number"),
+    "complex": (0.5j, TypeError, "must be a number"),
+    "NaN": (float("nan"), ValueError, "t=nan must be a number"),
+    "infinite": (-float("inf"), ValueError, "t=-inf must be a number"),
+    "no float": (10**400, ValueError, "must be a number"),
     "no float32": (1e-320, ValueError, "0 or at least 1.18e-38"),
-    "at the bound": (0.0, ValueError, "t=0.0 must be a finite number above 0 and up to 1"),
+    "at the bound": (0.0, ValueError, "t=0.0 must be a number above 0 and up to 1"),
     "beyond": (1.5, ValueError, "t=1.5 must be"),
 }
 
@@ -110,15 +110,46 @@ def test_choices():
         arguments.one_of("group", ["max"], ("max", "mean"), optional=True)
 
 
-def test_containers():
+def test_lists_of_integers():
     def ids(value):
-        return arguments.several("protect", value, arguments.integer, "a list of token ids")
+        return arguments.token_ids("protect", value)
 
     for value in ([1, 2], (1, np.int8(2)), range(1, 3), np.array([1, 2]), jnp.array([1, 2])):
         assert ids(value) == (1, 2) and {type(i) for i in ids(value)} == {int}
     for value in ("12", b"12", {1: 2}, {1, 2}, None, 5, np.array(1)):
-        with pytest.raises(TypeError, match="protect=.* must be a list of token ids"):
+        with pytest.raises(TypeError, match="protect=.* must be a list of token ids: integers of at least 0$"):
             ids(value)
+    for value, held in (([1, -1], -1), ([0.5], 0.5), (np.array([2**31]), 2**31), ([[1]], "."), ([True], True), ([None], None)):
+        with pytest.raises(ValueError, match=f"protect=.* must be token ids: integers of at least 0; it holds .*{held}"):
+            ids(value)
+
+
+def test_lists_of_texts():
+    def names(value):
+        return arguments.tuple_of("tiers", value, arguments.text, "a list of names")
+
+    assert [type(entry) for entry in names([np.str_("full")])] == [str]
+    assert arguments.tuple_of("rope", None, arguments.number, "a list", optional=True) is None
+    for value in ("full", None, [None], [b"full"], {"full"}, np.array(["full"], object)[0]):
+        with pytest.raises(TypeError, match="tiers=.* must be a list of names"):
+            names(value)
+
+
+def test_paths(tmp_path):
+    assert arguments.file_path("path", str(tmp_path)) == tmp_path
+    assert arguments.file_path("path", tmp_path / "not there") == tmp_path / "not there"
+    for value in ("a\0b", "a" * 5000, "~nobody-has-this-name/x"):
+        with pytest.raises(ValueError, match="path=.* must be the path"):
+            arguments.file_path("path", value)
+    for value in (None, 3, b"x", ["x"]):
+        with pytest.raises(TypeError, match="path=.* must be the path"):
+            arguments.file_path("path", value)
+
+
+def test_a_wrong_type_is_a_bad_value_too():
+    for error in (TypeError, ValueError):
+        with pytest.raises(error):
+            arguments.integer("window", None)
 
 
 def test_nested_values():

@@ -28,6 +28,10 @@ class LowRank(PlainXLA):
 
     separable = False
 
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank} of the error must be at least 1")
+
     def for_block(self, head_dim: int, tokens: int) -> "LowRank":
         """The codec of blocks `[head_dim, tokens]`."""
         if not 1 <= self.rank <= min(head_dim, tokens):

@@ -171,11 +171,16 @@ class Grouped:
     in_kernels = in_decode_kernels = True
     separable = True
 
+    def __post_init__(self):
+        Uniform(self.bits)  # checks them
+        if self.channels < 1:
+            raise ValueError(f"channels={self.channels} of a group must be at least 1")
+
     def for_block(self, head_dim: int, tokens: int) -> Uniform:
         """The codec of blocks with `head_dim` channels."""
         del tokens
         channels = min(self.channels, head_dim)
-        if channels < 1 or head_dim % channels:
+        if head_dim % channels:
             raise ValueError(f"head_dim={head_dim} must be a multiple of the groups' channels={self.channels}, as in 'K4g32V4g32'")
         return Uniform(self.bits, head_dim // channels)
 
