@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffkv_jax.arguments import instance, integer, refuse, several
+from diffkv_jax.arguments import instance, integer, refuse, tuple_of
 from diffkv_jax.budget import cache_bytes, kept_within, with_pool
 from diffkv_jax.cache import CacheSpec, KVCache, empty_cache, kernels_for
 from diffkv_jax.calibration import Calibration, tables_for
@@ -42,7 +42,7 @@ def make_cache(
     check_model("make_cache", model)
     check_outside_jit("make_cache", totals)
     attention, policy = model.attention, as_policy(policy)
-    totals = several("totals", totals, lambda name, n: integer(name, n, least=0, most=None), "a list with the tokens of each request")
+    totals = tuple_of("totals", totals, lambda name, n: integer(name, n, least=0, most=None), "a list with the tokens of each request")
     if not totals:
         refuse("totals", totals, "a list with the tokens of at least one request")
     max_len = integer("max_len", max_len, least=1, most=None, optional=True)

@@ -34,7 +34,7 @@ class Sample:
 
     def __post_init__(self):
         checked = {
-            "temperature": number("temperature", self.temperature, above=0, what="positive and finite (Greedy() for 0)"),
+            "temperature": number("temperature", self.temperature, above=0, rule="positive and finite; use Greedy() for 0"),
             "top_k": integer("top_k", self.top_k, least=1, most=None, optional=True),
             "top_p": number("top_p", self.top_p, above=0, most=1, optional=True),
             "min_p": number("min_p", self.min_p, above=0, most=1, optional=True),
