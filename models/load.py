@@ -92,6 +92,8 @@ def _open(path: Path) -> Checkpoint | WeightSource:
     if path.is_file():
         return _open_file(path)
     if is_checkpoint(path):
+        if weights := sorted(file.name for file in path.glob("model*.safetensors")):
+            raise ValueError(f"{path} must hold either params/ or {weights}, but holds both: move one of them elsewhere")
         return Checkpoint(path)
     with hugging_face_packages(path):
         from .safetensors_source import SafetensorsSource, is_safetensors_folder
