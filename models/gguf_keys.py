@@ -67,7 +67,7 @@ def check_keys(file: GGUFFile, arch: str) -> None:
     ours = {key.removeprefix(f"{arch}."): value for key, value in file.metadata.items() if key.startswith(f"{arch}.")}
     unknown = {key: value for key, value in ours.items() if key not in known and not _is_off(key, value)}
     if unknown:
-        listed = ", ".join(f"{arch}.{key}={value!r}" for key, value in sorted(unknown.items()))
+        listed = ", ".join(f"{arch}.{key}={shown(value)!r}" for key, value in sorted(unknown.items()))
         raise ValueError(
             f"{file.path} states {listed}, which this reader does not know and which may change the computation: "
             f"use a model of plain architecture {arch!r}, or its safetensors files"
@@ -95,7 +95,7 @@ def check_agreement(file: GGUFFile, arch: str, config: Mapping[str, Any]) -> Non
             continue
         if not math.isclose(number(file, f"{arch}.{name}", must), must, rel_tol=1e-5):
             raise ValueError(
-                f"{file.path}: {arch}.{name}={value!r} is not supported, it must be {must!r}: {why}; use the model's "
+                f"{file.path}: {arch}.{name}={shown(value)!r} is not supported, it must be {must!r}: {why}; use the model's "
                 "safetensors files, or convert it again"
             )
     tokens = file.metadata.get("tokenizer.ggml.tokens") or []
@@ -111,6 +111,11 @@ def number(file: GGUFFile, key: str, default: Any) -> Any:
     value = file.metadata.get(key, default)
     if value is not None and not isinstance(value, (int, float)):
         raise ValueError(f"{file.path}: {key}={value!r} must be a number: convert the model to GGUF again")
+    return shown(value)
+
+
+def shown(value: Any) -> Any:
+    """`value`, a float as its shortest decimal."""
     return shortest(value) if isinstance(value, float) else value
 
 
