@@ -163,9 +163,7 @@ def _check_layers(config: ModelConfig) -> None:
 def _check_stop_tokens(config: ModelConfig) -> None:
     ids = config.stop_token_ids
     if not isinstance(ids, tuple):
-        raise TypeError(
-            f"stop_token_ids={ids!r} must be a tuple, so that the config can be hashed; give tuple(...)."
-        )
+        raise TypeError(f"stop_token_ids={ids!r} must be a tuple, so that the config can be hashed; give tuple(...).")
     for token in ids:
         whole = isinstance(token, int) and not isinstance(token, bool)
         if not whole or not 0 <= token < config.vocab_size or ids.count(token) > 1:

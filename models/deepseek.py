@@ -51,9 +51,7 @@ def _v3(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _check_choice(raw: Mapping[str, Any], key: str, only: Any) -> None:
     """A key that config.json may leave out and that can mean one thing in this family."""
     if raw.get(key, only) not in (only, None):
-        raise ValueError(
-            f"{key}={raw[key]!r} is not supported for model_type={raw['model_type']!r}; it must be {only!r}."
-        )
+        raise ValueError(f"{key}={raw[key]!r} is not supported for model_type={raw['model_type']!r}; it must be {only!r}.")
 
 
 def _parts(raw: Mapping[str, Any], interleave: bool, experts: ExpertSizes) -> dict[str, Any]:

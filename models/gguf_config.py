@@ -154,4 +154,3 @@ def _gemma3(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
         "attn_logit_softcapping": number(file, "gemma3.attn_logit_softcapping", None) or None,
         "final_logit_softcapping": number(file, "gemma3.final_logit_softcapping", None) or None,
     }
-

@@ -55,8 +55,7 @@ class GGUFFile:
             raise ValueError(f"{self.path} must hold a model's tensors, but it holds metadata only: use the model's own file")
         if (stated := self.metadata.get("split.tensors.count", num_tensors)) != num_tensors:
             raise ValueError(
-                f"{self.path} holds {num_tensors} tensors, but split.tensors.count={stated}: join all parts with "
-                "`llama-gguf-split --merge`"
+                f"{self.path} holds {num_tensors} tensors, but split.tensors.count={stated}: join all parts with `llama-gguf-split --merge`"
             )
 
     def _check_types(self) -> None:

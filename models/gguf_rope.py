@@ -32,8 +32,7 @@ def rope_scaling(file: GGUFFile, arch: str, head_dim: int) -> dict[str, Any] | N
     kind = file.metadata.get(f"{arch}.rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(
-            f"{file.path}: {arch}.rope.scaling.type must be 'none', 'linear' or 'yarn', given {kind!r}: "
-            "use another file of the model"
+            f"{file.path}: {arch}.rope.scaling.type must be 'none', 'linear' or 'yarn', given {kind!r}: use another file of the model"
         )
     factor, attention = _factor(file, arch), number(file, f"{arch}.rope.scaling.attn_factor", 1.0)
     factor = 1.0 if kind == "none" else factor  # llama.cpp never scales then

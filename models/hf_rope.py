@@ -65,14 +65,10 @@ def _blocks(raw: Mapping[str, Any], two_bases: bool) -> tuple[dict[str, Any], di
         if not isinstance(block, Mapping):
             raise ValueError(f"{name}={block!r} must be an object or null; correct config.json.")
     if nested and (beside := sorted(set(given) - set(LAYER_TYPES))):
-        raise ValueError(
-            f"rope_parameters has {beside} beside its blocks {nested}; put them into the blocks they belong to."
-        )
+        raise ValueError(f"rope_parameters has {beside} beside its blocks {nested}; put them into the blocks they belong to.")
     full = dict((given.get("full_attention") or {}) if nested else given)
     if differ := sorted(key for key in older if key in full and older[key] != full[key]):
-        raise ValueError(
-            f"rope_scaling and rope_parameters differ in {differ}: {older!r} and {full!r}; keep one of them."
-        )
+        raise ValueError(f"rope_scaling and rope_parameters differ in {differ}: {older!r} and {full!r}; keep one of them.")
     full.update(older)
     context = raw.get("original_max_position_embeddings")
     if context is not None and _rope_type(full) in ("llama3", "yarn"):  # transformers: outside wins

@@ -114,7 +114,9 @@ def _files(folder: Path, headers: dict[Path, dict[str, TensorInfo]], weight_map:
     if absent:
         raise ValueError(f"{folder}: the shards must hold every tensor named in {_INDEX}, missing {absent}: download the folder again")
     chosen = {name: folder / weight_map[name] if name in weight_map else paths[0] for name, paths in holders.items()}
-    elsewhere = [f"{name} in {chosen[name].name} (it is in {_names(paths)})" for name, paths in holders.items() if chosen[name] not in paths]
+    elsewhere = [
+        f"{name} in {chosen[name].name} (it is in {_names(paths)})" for name, paths in holders.items() if chosen[name] not in paths
+    ]
     if elsewhere:
         raise ValueError(f"{folder}: {_INDEX} names tensors that their file lacks: {'; '.join(elsewhere)}: correct the index")
     twice = [f"{name} in {_names(paths)}" for name, paths in holders.items() if len(paths) > 1 and name not in weight_map]

@@ -128,7 +128,8 @@ def test_they_do_not_tell_models_apart_for_jit() -> None:
     assert build_model(other).stop_token_ids == (1, 2)
     traced: list[Any] = []
     run = jax.jit(lambda x, model: traced.append(model) or x, static_argnums=1)
-    run(1.0, build_model(config)), run(1.0, build_model(other))
+    run(1.0, build_model(config))
+    run(1.0, build_model(other))
     assert len(traced) == 1
 
 

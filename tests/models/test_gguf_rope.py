@@ -23,9 +23,7 @@ from helpers_model import (
 pytest.importorskip("gguf")
 
 CONFIG = tiny_config("llama", max_position_embeddings=64, rope_theta=10000.0, num_hidden_layers=1)
-TENSORS = tiny_tensors(CONFIG) | {
-    name: value * 8 for name, value in tiny_tensors(CONFIG).items() if "q_proj" in name or "k_proj" in name
-}
+TENSORS = tiny_tensors(CONFIG) | {name: value * 8 for name, value in tiny_tensors(CONFIG).items() if "q_proj" in name or "k_proj" in name}
 TOKENS = np.random.default_rng(1).integers(0, CONFIG["vocab_size"], (1, 60)).astype(np.int32)
 YARN = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 16}
 HF_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -179,7 +177,11 @@ def test_a_window_makes_it_mistral(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("drop", "keys", "message"),
     [
-        ("attention.key_length", {"attention__head_count": 3}, "llama.embedding_length=64 must be a multiple of llama.attention.head_count=3"),
+        (
+            "attention.key_length",
+            {"attention__head_count": 3},
+            "llama.embedding_length=64 must be a multiple of llama.attention.head_count=3",
+        ),
         ("attention.key_length", {"attention__value_length": 8}, "llama.attention.value_length=8 is not supported, it must be 16"),
         (None, {"attention__head_count": 8}, "self_attn.q_proj.weight .64, 64., must be .128, 64."),
         (None, {"attention__head_count_kv": 3}, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),
