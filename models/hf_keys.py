@@ -90,7 +90,8 @@ def _is_off(key: str, value: Any) -> bool:
         return "causal" not in key or value is None
     if value is True:
         return "causal" in key
-    replaces_scale = "attention" in key or "attn" in key  # attention_multiplier stands for 1/sqrt(head_dim)
+    # attention_multiplier, softmax_scale and their like stand for 1/sqrt(head_dim), and 1 is no neutral value
+    replaces_scale = any(word in key for word in ("attention", "attn", "softmax", "qk", "query"))
     if _FACTORS.search(key) and not replaces_scale:
         return value in (1, None)
     return value == 0

@@ -26,6 +26,7 @@ CHANGING: list[tuple[str, Any]] = [
     ("embedding_multiplier", 12.0),
     ("attention_multiplier", 0.015625),
     ("attention_multiplier", 1.0),
+    ("softmax_scale", 1.0),
     ("clip_qkv", 8.0),
     ("qk_layernorm", True),
     ("use_qk_norm", True),
