@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .deepseek_config import ExpertSizes, LatentSizes
@@ -50,6 +50,8 @@ class ModelConfig:
         latent: sizes of latent attention, in which `head_dim` is that of the rotary part; None = grouped-query attention.
         experts: sizes of the mixture of experts; None = every layer has one MLP.
         attn_logit_softcapping, final_logit_softcapping: c in c * tanh(x / c) on scores and on logits; None = no cap.
+        stop_token_ids: ids of the vocabulary at which generated text is over (config.json's eos_token_id), each once.
+            No part of equality and hash: what is compiled for a model does not depend on when its text ends.
     """
 
     model_type: str
@@ -76,11 +78,13 @@ class ModelConfig:
     final_logit_softcapping: float | None = None
     latent: LatentSizes | None = None
     experts: ExpertSizes | None = None
+    stop_token_ids: tuple[int, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         _check_numbers(self)
         _check_heads(self)
         _check_layers(self)
+        _check_stop_tokens(self)
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act={self.hidden_act!r} is not supported; supported are {', '.join(ACTIVATIONS)}.")
 
@@ -154,3 +158,17 @@ def _check_layers(config: ModelConfig) -> None:
             "sliding_window=None must be a number of tokens because layer_types names sliding_attention; "
             "give the window, or make these layers full_attention."
         )
+
+
+def _check_stop_tokens(config: ModelConfig) -> None:
+    ids = config.stop_token_ids
+    if not isinstance(ids, tuple):
+        raise TypeError(f"stop_token_ids={ids!r} must be a tuple, so that the config can be hashed; give tuple(...).")
+    for token in ids:
+        whole = isinstance(token, int) and not isinstance(token, bool)
+        if not whole or not 0 <= token < config.vocab_size or ids.count(token) > 1:
+            raise ValueError(
+                f"stop_token_ids={ids!r} must be ids of the vocabulary, each once: integers from 0 to "
+                f"vocab_size - 1 = {config.vocab_size - 1}, found {token!r}; correct eos_token_id in "
+                "generation_config.json or config.json (a GGUF file: tokenizer.ggml.eos_token_id, eot_ and eom_)."
+            )

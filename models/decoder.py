@@ -99,6 +99,11 @@ class Decoder(nn.Module):
             rope=None if latent else tuple(inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling).tolist()),
         )
 
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Token ids at which generated text is over, as the checkpoint names them; () = it names none."""
+        return self.config.stop_token_ids
+
     def __call__(
         self,
         tokens: jax.Array,

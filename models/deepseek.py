@@ -35,13 +35,23 @@ def _v2(raw: Mapping[str, Any]) -> dict[str, Any]:
     method = raw.get("topk_method", "greedy")
     if method not in _GROUPS:
         raise ValueError(f"topk_method={method!r} is not supported for model_type='deepseek_v2'; supported are {', '.join(_GROUPS)}.")
+    _check_choice(raw, "scoring_func", "softmax")
+    _check_choice(raw, "rope_interleave", True)
     experts = _read(raw, _V2_EXPERTS | _GROUPS[method])
     groups = {name: experts.pop(name, None) for name in ("n_group", "topk_group")}
     return _parts(raw, True, ExpertSizes(**experts, **groups, scoring="softmax", norm_topk_prob=False))
 
 
 def _v3(raw: Mapping[str, Any]) -> dict[str, Any]:
+    _check_choice(raw, "topk_method", "noaux_tc")
+    _check_choice(raw, "scoring_func", "sigmoid")
     return _parts(raw, bool(raw.get("rope_interleave", True)), ExpertSizes(**_read(raw, _V3_EXPERTS), scoring="sigmoid"))
+
+
+def _check_choice(raw: Mapping[str, Any], key: str, only: Any) -> None:
+    """A key that config.json may leave out and that can mean one thing in this family."""
+    if raw.get(key, only) not in (only, None):
+        raise ValueError(f"{key}={raw[key]!r} is not supported for model_type={raw['model_type']!r}; it must be {only!r}.")
 
 
 def _parts(raw: Mapping[str, Any], interleave: bool, experts: ExpertSizes) -> dict[str, Any]:
@@ -62,13 +72,22 @@ def _switches(config: ModelConfig) -> Switches:
     return Switches(qkv_bias=config.attention_bias, o_bias=config.attention_bias, mlp_bias=config.mlp_bias)
 
 
+_READS = (*_V2_LATENT, *_V3_EXPERTS, "topk_method", "scoring_func", "moe_layer_freq", "rope_interleave", "norm_topk_prob")
 _FIELDS = sizes(head_dim=64, attention_bias=False, max_position_embeddings=REQUIRED)
 DEEPSEEK_V2 = Family(
     hf_fields={**_FIELDS, "mlp_bias": False},
     rope_theta=10000.0,
     layers=all_full,
     switches=_switches,
+    reads=_READS,
     must_be_off=("norm_topk_prob",),  # implementations disagree on whether the weights are then scaled too
     parts=_v2,
 )
-DEEPSEEK_V3 = Family(hf_fields=_FIELDS, rope_theta=10000.0, layers=all_full, switches=_switches, parts=_v3)
+DEEPSEEK_V3 = Family(
+    hf_fields=_FIELDS,
+    rope_theta=10000.0,
+    layers=all_full,
+    switches=_switches,
+    reads=_READS,
+    parts=_v3,
+)

@@ -41,6 +41,7 @@ class Family:
         switches: which parts of the stack this family has.
         rope_local_base_freq: likewise for the sliding_attention layers of a family with two bases, else None.
         parts: from the raw config, `ModelConfig` fields of this family alone; they come before all others.
+        reads: the other config.json keys that `layers` and `parts` read.
         must_be_off: options that change the computation and are not supported, refused when set.
     """
 
@@ -49,6 +50,7 @@ class Family:
     layers: Callable[[Mapping[str, Any], int], tuple[int | None, tuple[str, ...] | None]]
     switches: Callable[[ModelConfig], Switches]
     rope_local_base_freq: float | None = None
+    reads: tuple[str, ...] = ()
     must_be_off: tuple[str, ...] = ()
     parts: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda raw: {}
 
@@ -56,6 +58,10 @@ class Family:
 def all_full(raw: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[str, ...] | None]:
     """`Family.layers` of a family whose layers all attend to the whole context."""
     return None, ("full_attention",) * num_layers
+
+
+WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers")
+"""What `windowed_from_layer` reads."""
 
 
 def windowed_from_layer(raw: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[str, ...] | None]:

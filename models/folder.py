@@ -23,11 +23,21 @@ def hugging_face_packages(path: Path) -> Iterator[None]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _object(path, pairs))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} must hold valid JSON ({error}): copy or download it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, given a {type(value).__name__}: copy or download it again")
+    return value
+
+
+def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are given once, or each time with the same value."""
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value and value[key] != item:
+            raise ValueError(f"{path} must say one thing for {key!r}, given {value[key]!r} and {item!r}: correct the file")
+        value[key] = item
     return value
 
 

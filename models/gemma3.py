@@ -49,5 +49,6 @@ GEMMA3 = Family(
     layers=_layers,
     switches=_switches,
     rope_local_base_freq=10000.0,
+    reads=("sliding_window", "sliding_window_pattern"),
     must_be_off=("use_bidirectional_attention",),
 )

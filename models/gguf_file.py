@@ -4,10 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
-SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
+
+def can_decode(kind: GGMLQuantizationType) -> bool:
+    """Whether the installed `gguf` package decodes tensors of this type, tried on one block of zeros."""
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+SUPPORTED_TYPES = tuple(kind.name for kind in GGMLQuantizationType if can_decode(kind))
+"""Every type that the installed `gguf` package decodes."""
 
 
 class GGUFFile:
@@ -22,11 +33,7 @@ class GGUFFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            reader = GGUFReader(str(path))
-            self.metadata: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
-        except Exception as error:  # the reader meets a damaged file as IndexError, ValueError, KeyError, UnicodeDecodeError, ...
-            raise ValueError(f"{path} must be a complete GGUF file ({type(error).__name__}: {error}): copy or download it again") from error
+        reader, self.metadata = _open(path)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.types = {name: GGMLQuantizationType(tensor.tensor_type).name for name, tensor in self._tensors.items()}
         self.shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
@@ -46,12 +53,31 @@ class GGUFFile:
             )
         if num_tensors == 0:
             raise ValueError(f"{self.path} must hold a model's tensors, but it holds metadata only: use the model's own file")
+        if (stated := self.metadata.get("split.tensors.count", num_tensors)) != num_tensors:
+            raise ValueError(
+                f"{self.path} holds {num_tensors} tensors, but split.tensors.count={stated}: join all parts with `llama-gguf-split --merge`"
+            )
 
     def _check_types(self) -> None:
         wrong = sorted({kind for kind in self.types.values() if kind not in SUPPORTED_TYPES})
         if wrong:
             names = [name for name, kind in self.types.items() if kind in wrong]
             raise ValueError(
-                f"{self.path}: every tensor must have one of the types {SUPPORTED_TYPES}, given {wrong} in {names}: "
-                "use another quantization of the same model"
+                f"{self.path}: every tensor must have one of the types {SUPPORTED_TYPES}, which the installed gguf package "
+                f"decodes, given {wrong} in {names}: use another quantization of the same model"
             )
+
+
+def _open(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
+    """The reader and the metadata."""
+    try:
+        reader = GGUFReader(str(path))
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except Exception as error:  # the reader meets a damaged file as IndexError, ValueError, KeyError, UnicodeDecodeError, ...
+        if "GGMLQuantizationType" in str(error):
+            raise ValueError(
+                f"{path} has a tensor of a type that the installed gguf package does not know ({error}): "
+                "upgrade it with `pip install -U gguf`, or use another quantization of the same model"
+            ) from error
+        raise ValueError(f"{path} must be a complete GGUF file ({type(error).__name__}: {error}): copy or download it again") from error
+    return reader, metadata

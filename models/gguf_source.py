@@ -9,7 +9,7 @@ import numpy as np
 
 from .gguf_config import config_from_gguf, generation_config_from_gguf
 from .gguf_file import GGUFFile
-from .source import TensorInfo
+from .source import TensorInfo, check_unique
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_LAYER = {
@@ -51,6 +51,7 @@ class GGUFSource:
         self.ignored = {name: reason for name in self._file.shapes if (reason := _ignored_reason(name)) is not None}
         kept = [name for name in self._file.shapes if name not in self.ignored]
         self._names = {name: self._hf_name(name) for name in kept}
+        check_unique(path, self._names)
         self.tensors = {self._names[name]: TensorInfo(self._file.shapes[name], self._file.types[name]) for name in kept}
 
     def stream(self) -> Iterator[tuple[str, np.ndarray]]:

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import COUNTS, REALS, check_size
+from .end_tokens import end_tokens
 from .family import REQUIRED, Family
+from .hf_keys import check_keys
 from .hf_rope import read_rope
 from .registry import TEXT_PART, family_of
 
@@ -14,6 +16,7 @@ _RENAMED = {"hidden_activation": "hidden_act"}
 
 def read_hf_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """`ModelConfig`'s fields by name; see `ModelConfig.from_hf`."""
+    ends = end_tokens(raw)
     raw = _text_part(raw)
     if not raw.get("model_type"):
         raise ValueError("config.json must name its model_type; add it, for example 'llama'.")
@@ -21,6 +24,7 @@ def read_hf_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     for option in family.must_be_off:
         if raw.get(option):
             raise ValueError(f"{option}={raw[option]!r} is not supported for model_type={raw['model_type']!r}; it must be off.")
+    check_keys(raw, family)
     fields = _plain_fields(raw, family)
     window, layer_types = family.layers(raw, fields["num_hidden_layers"])
     if raw.get("layer_types") is not None and tuple(raw["layer_types"]) != layer_types:
@@ -30,7 +34,7 @@ def read_hf_config(raw: Mapping[str, Any]) -> dict[str, Any]:
         )
     rope = read_rope(raw, family.rope_theta, family.rope_local_base_freq, fields["max_position_embeddings"])
     fields = {"model_type": raw["model_type"], "sliding_window": window, "layer_types": layer_types, **fields, **rope}
-    return _typed({**fields, **family.parts(raw)})
+    return _typed({**fields, **family.parts(raw), "stop_token_ids": ends})
 
 
 def _text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -46,7 +50,10 @@ def _text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _plain_fields(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """The family's `hf_fields` from `raw`; absent or null keys take their default."""
-    given = {_RENAMED.get(key, key): value for key, value in raw.items() if value is not None}
+    given = {key: value for key, value in raw.items() if value is not None}
+    for key, name in _RENAMED.items():
+        if key in given and given.setdefault(name, given[key]) != given[key]:
+            raise ValueError(f"{name}={given[name]!r} and {key}={given[key]!r} must agree; correct config.json.")
     fields = {name: given.get(name, default) for name, default in family.hf_fields.items()}
     missing = [name for name, value in fields.items() if value is REQUIRED]
     if missing:

@@ -10,6 +10,13 @@ from typing import Any
 from .config import LAYER_TYPES
 from .rope import ROPE_TYPES, RopeScaling, yarn_mscale
 
+_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "finetuned"}
+_LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor"}
+_YARN = {"factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"}
+_KEYS = {"default": set(), "linear": {"factor"}, "llama3": _LLAMA3, "yarn": _YARN}
+"""What a block of each rope type may say. In _COMMON: the factor is checked, the context is of llama3 and yarn and
+nothing to the others, `finetuned` tells how the model was trained."""
+
 
 def read_rope(raw: Mapping[str, Any], theta: float, local_theta: float | None, context: int) -> dict[str, Any]:
     """`ModelConfig`'s rope_theta, rope_scaling and rope_local_base_freq.
@@ -26,15 +33,22 @@ def read_rope(raw: Mapping[str, Any], theta: float, local_theta: float | None, c
                 f"partial_rotary_factor={block['partial_rotary_factor']} is not supported; the rotary embedding must "
                 "cover the whole head (1.0)."
             )
+    for block in (full, local):
+        _check_block(block)
     if _rope_type(local) != "default":
         raise ValueError(f"rope_type={_rope_type(local)!r} of the sliding_attention layers is not supported; these must be 'default'.")
     return {
-        "rope_theta": full.get("rope_theta") or raw.get("rope_theta") or theta,
+        "rope_theta": _first(full.get("rope_theta"), raw.get("rope_theta"), theta),
         "rope_scaling": _scaling(full, context),
-        "rope_local_base_freq": local.get("rope_theta") or raw.get("rope_local_base_freq") or local_theta
-        if local_theta is not None
-        else None,
+        "rope_local_base_freq": None
+        if local_theta is None
+        else _first(local.get("rope_theta"), raw.get("rope_local_base_freq"), local_theta),
     }
+
+
+def _first(*values: Any) -> Any:
+    """The first that is given."""
+    return next((value for value in values if value is not None), None)
 
 
 def _blocks(raw: Mapping[str, Any], two_bases: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -46,16 +60,42 @@ def _blocks(raw: Mapping[str, Any], two_bases: bool) -> tuple[dict[str, Any], di
             f"rope_parameters has blocks {nested}, but model_type={raw.get('model_type')!r} has one rotary embedding "
             "for all layers; give one flat block."
         )
+    older = raw.get("rope_scaling") or {}
+    for name, block in (("rope_parameters", given), ("rope_scaling", older)):
+        if not isinstance(block, Mapping):
+            raise ValueError(f"{name}={block!r} must be an object or null; correct config.json.")
+    if nested and (beside := sorted(set(given) - set(LAYER_TYPES))):
+        raise ValueError(f"rope_parameters has {beside} beside its blocks {nested}; put them into the blocks they belong to.")
     full = dict((given.get("full_attention") or {}) if nested else given)
-    full.update(raw.get("rope_scaling") or {})
+    if differ := sorted(key for key in older if key in full and older[key] != full[key]):
+        raise ValueError(f"rope_scaling and rope_parameters differ in {differ}: {older!r} and {full!r}; keep one of them.")
+    full.update(older)
+    context = raw.get("original_max_position_embeddings")
+    if context is not None and _rope_type(full) in ("llama3", "yarn"):  # transformers: outside wins
+        full["original_max_position_embeddings"] = context
     return full, dict(given.get("sliding_attention") or {})
 
 
 def _rope_type(block: Mapping[str, Any]) -> str:
     kind = block.get("rope_type") or block.get("type") or "default"
+    if block.get("type") not in (None, kind):
+        raise ValueError(f"rope_type={kind!r} and type={block['type']!r} must agree; remove the older 'type' from config.json.")
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope_type={kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}. Use a checkpoint with one of these.")
     return kind
+
+
+def _check_block(block: Mapping[str, Any]) -> None:
+    """Raise ValueError for keys that the block's rope type does not have."""
+    kind = _rope_type(block)
+    known = _COMMON | _KEYS[kind]
+    unknown = {key: value for key, value in block.items() if key not in known and value is not None}
+    if unknown:
+        listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()))
+        raise ValueError(
+            f"rope_scaling or rope_parameters has {listed}, which rope_type={kind!r} does not have; it has "
+            f"{', '.join(sorted(known))}. Correct config.json, or use a checkpoint without it."
+        )
 
 
 def _scaling(block: Mapping[str, Any], context: int) -> RopeScaling | None:

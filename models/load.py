@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from .checkpoint import Checkpoint, check_destination, is_checkpoint, save_checkpoint
 from .config import ModelConfig
 from .decoder import Decoder, param_shapes
+from .end_tokens import with_generation_config
 from .fill import fill_params
 from .folder import hugging_face_packages, read_tokenizer
 from .registry import build_model
@@ -34,6 +35,8 @@ def load_pretrained(path: str | Path, dtype: str = "float32", *, tokenizer: str 
         progress: show a progress bar.
     Returns:
         (model, params, tokenizer). tokenizer is a Hugging Face tokenizer, or None (with a warning) where `path` holds none.
+        model.stop_token_ids are the end tokens: those of generation_config.json, else of config.json; of a GGUF file
+        those its keys name (eos, eot, eom) and those that llama.cpp knows by their text, such as <end_of_turn>.
     Raises:
         ValueError: nothing loadable at `path`, damaged files, an unsupported model, or weights that do not fit the model exactly.
         ModuleNotFoundError: a package of the "hf" extra is needed and absent.
@@ -61,7 +64,8 @@ def convert_pretrained(
 
 def _load(path: Path, opened: Checkpoint | WeightSource, dtype: str, tokenizer: str | Path | None, progress: bool) -> Pretrained:
     """The tokenizer before the weights: it fails sooner."""
-    model = build_model(ModelConfig.from_hf(opened.config), dtype)
+    config = ModelConfig.from_hf(with_generation_config(opened.config, opened.generation_config))
+    model = build_model(config, dtype)
     text = _tokenizer(path, opened, tokenizer)
     shapes = param_shapes(model)
     if isinstance(opened, Checkpoint):
@@ -88,6 +92,8 @@ def _open(path: Path) -> Checkpoint | WeightSource:
     if path.is_file():
         return _open_file(path)
     if is_checkpoint(path):
+        if weights := sorted(file.name for file in path.glob("model*.safetensors")):
+            raise ValueError(f"{path} must hold either params/ or {weights}, but holds both: move one of them elsewhere")
         return Checkpoint(path)
     with hugging_face_packages(path):
         from .safetensors_source import SafetensorsSource, is_safetensors_folder

@@ -22,4 +22,5 @@ MISTRAL = Family(
     rope_theta=10000.0,
     layers=_layers,
     switches=_switches,
+    reads=("sliding_window",),
 )

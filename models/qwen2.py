@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5: Llama's layer with biases on q, k and v (arXiv:2407.10671)."""
 
 from .config import ModelConfig
-from .family import Family, sizes, windowed_from_layer
+from .family import WINDOW_KEYS, Family, sizes, windowed_from_layer
 from .switches import Switches
 
 
@@ -14,4 +14,5 @@ QWEN2 = Family(
     rope_theta=10000.0,
     layers=windowed_from_layer,
     switches=_switches,
+    reads=(*WINDOW_KEYS, "attention_bias"),  # whatever it says, biases are on q, k and v
 )

@@ -1,7 +1,7 @@
 """Qwen3 (dense): RMSNorm on each head's q and k instead of Qwen2's biases (arXiv:2505.09388)."""
 
 from .config import ModelConfig
-from .family import Family, sizes, windowed_from_layer
+from .family import WINDOW_KEYS, Family, sizes, windowed_from_layer
 from .switches import Switches
 
 
@@ -14,4 +14,5 @@ QWEN3 = Family(
     rope_theta=10000.0,
     layers=windowed_from_layer,
     switches=_switches,
+    reads=WINDOW_KEYS,
 )

@@ -1,6 +1,6 @@
 """What every kind of weight file offers the loader: a config, a list of tensors, and the tensors one at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,17 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: str
+
+
+def check_unique(origin: object, meaning: Mapping[str, str]) -> None:
+    """Raise ValueError where two stored tensors mean one; `meaning` is {name in the file: canonical name}."""
+    stored: dict[str, list[str]] = {}
+    for name, canonical in meaning.items():
+        stored.setdefault(canonical, []).append(name)
+    twice = {canonical: names for canonical, names in stored.items() if len(names) > 1}
+    if twice:
+        listed = "; ".join(f"{canonical} as {' and '.join(sorted(names))}" for canonical, names in sorted(twice.items()))
+        raise ValueError(f"{origin} must hold every tensor once, but holds {listed}: remove the one that is not the model's")
 
 
 class WeightSource(Protocol):

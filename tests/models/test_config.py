@@ -291,6 +291,6 @@ def test_every_field_is_read_by_some_model():
         model = build_model(config)
         tokens = jax.ShapeDtypeStruct((1, 3), jnp.int32)
         jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)
-        assert model.attention.num_layers == 2
+        assert model.attention.num_layers == 2 and model.stop_token_ids == ()
         seen |= _reads
     assert fields <= seen, f"never read: {sorted(fields - seen)}"

@@ -51,11 +51,32 @@ def test_gguf_without_tensors(tmp_path: Path) -> None:
 
 def test_gguf_quantization_type(tmp_path: Path) -> None:
     config = tiny_config("llama")
-    path = write_model_gguf(tmp_path / "a.gguf", config, tiny_tensors(config), "Q5_0")
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(str(tmp_path / "a.gguf"), "llama")
+    for key, value in gguf_metadata(config).items():
+        add = writer.add_string if isinstance(value, str) else writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        add(key, value)
+    for name in ("token_embd.weight", "blk.0.attn_q.weight"):
+        writer.add_tensor(name, np.zeros((64, 64), np.int8), raw_dtype=GGMLQuantizationType.I8)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     with pytest.raises(
-        ValueError, match=r"must have one of the types .*, given \['Q5_0'\] in \['token_embd.weight', .*'blk.0.attn_q.weight'"
+        ValueError, match=r"must have one of the types .*, given \['I8'\] in \['token_embd.weight', 'blk.0.attn_q.weight'\]"
     ):
-        load_pretrained(path)
+        load_pretrained(tmp_path / "a.gguf")
+
+
+def test_gguf_quantization_type_of_the_future(gguf_file: Path) -> None:
+    data, name = bytearray(gguf_file.read_bytes()), b"output_norm.weight"
+    at = data.index(name) + len(name)
+    dims = int.from_bytes(data[at : at + 4], "little")
+    data[at + 4 + 8 * dims : at + 8 + 8 * dims] = (9999).to_bytes(4, "little")
+    gguf_file.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="the installed gguf package does not know .*9999.*upgrade it"):
+        load_pretrained(gguf_file)
 
 
 def test_gguf_architecture(tmp_path: Path) -> None:
