@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffkv_jax.arguments import instance, integer, refuse, tuple_of
+from diffkv_jax.arguments import instance, integer, one_of, refuse, tuple_of
 from diffkv_jax.budget import cache_bytes, kept_within, with_pool
 from diffkv_jax.cache import CacheSpec, KVCache, empty_cache, kernels_for
 from diffkv_jax.calibration import Calibration, tables_for
@@ -64,7 +64,7 @@ def make_cache(
     if isinstance(policy.keep, str):
         _check_one_budget(policy, memory_budget)
         policy, memory_budget = kept_within(spec, policy, room), policy.keep
-    spec = with_pool(spec, policy, totals, room, memory_budget)
+    spec = with_pool(spec, policy, list(totals), room, memory_budget)
     return _allocated(spec, policy.limits(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads), tables)
 
 
@@ -72,14 +72,19 @@ def dtype_name(name: str, dtype: Any) -> str | None:
     """ "bfloat16" from that or from `jnp.bfloat16` and its like; None stays.
 
     Raises:
-        TypeError: it is no dtype.
+        TypeError, ValueError: it is none that exact tokens can be kept in.
     """
-    if dtype is None or isinstance(dtype, str):
-        return dtype
+    known = ("float32", "bfloat16", "float16")
+    if dtype is not None and not isinstance(dtype, str):
+        dtype = next((one for one in known if _is_dtype(dtype, one)), dtype)
+    return one_of(name, dtype, known, optional=True)
+
+
+def _is_dtype(given: Any, name: str) -> bool:
     try:
-        return jnp.dtype(dtype).name
-    except TypeError:
-        refuse(name, dtype, "'float32', 'bfloat16' or 'float16'", True)
+        return jnp.dtype(given) == name
+    except Exception:  # whatever a foreign object raises
+        return False
 
 
 def check_room(attention: AttentionSpec, max_len: int | None, spec: CacheSpec) -> None:

@@ -38,7 +38,7 @@ class Kernels:
         platform = target_platform()
         if implementation is None:
             return Kernels(_default(platform), interpret)
-        if implementation not in IMPLEMENTATIONS:
+        if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}, or None to choose by platform"
             )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
+from diffkv_jax import new_cache
 from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.prompt import as_prompts
 from tiny import prompt, tiny_model
@@ -174,15 +175,16 @@ def test_inside_jit():
     """Each says what to call."""
     model, params = tiny_model(max_len=512)
     text = jnp.array([[1, 2, 3]])
-    for inside in (jax.jit, partial(jax.eval_shape), jax.vmap):
+    inside = {"jit": jax.jit, "vmap": partial(jax.vmap, in_axes=(None, 0)), "eval_shape": lambda f: partial(jax.eval_shape, f)}
+    for transform in inside.values():
         for call in (
             lambda p, t: dkv.generate(model, p, t).tokens,
             lambda p, t: dkv.generate(model, params, t).tokens,
-            lambda p, t: teacher_forced(model, p, t, 1, None)[0],
-            lambda p, t: dkv.calibrate(model, p, t, "kvquant").tables,
+            lambda p, t: teacher_forced(model, params, t, 1, None)[0],
+            lambda p, t: dkv.calibrate(model, params, t, "kvquant").tables,
         ):
             with pytest.raises(TypeError, match="inside jax.jit, vmap, grad or eval_shape.*decode_step"):
-                inside(call, params, text) if inside.__class__ is partial else inside(call)(params, text)
+                transform(call)(params, text[None])
 
 
 def test_lengths_beyond_the_model(generate):
@@ -195,9 +197,13 @@ def test_lengths_beyond_the_model(generate):
         dkv.make_cache(tiny_model(max_len=512)[0], None, [1000])
 
 
-def test_a_cache_that_the_memory_does_not_hold():
-    with pytest.raises(ValueError, match="10000000 requests.*more than the device has free: give a memory_budget"):
-        dkv.make_cache(tiny_model(max_len=2**17)[0], None, np.full(10_000_000, 2**17))
+def test_a_cache_that_the_memory_does_not_hold(monkeypatch):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(new_cache, "_empty", exhausted)
+    with pytest.raises(ValueError, match="2 requests of up to 512 tokens takes .*B, more than the device has free: give a memory_budget"):
+        dkv.make_cache(tiny_model(max_len=512)[0], None, [5, 7], max_len=512)
 
 
 TEACHER = {
