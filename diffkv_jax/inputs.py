@@ -11,6 +11,7 @@ from jax import Array
 from jax.core import Tracer
 
 from diffkv_jax.arguments import integer, refuse, shown
+from diffkv_jax.cache import KVCache
 from diffkv_jax.model_protocol import CausalLM
 from diffkv_jax.named import load_policy
 from diffkv_jax.policy import CompressionPolicy
@@ -39,10 +40,15 @@ def as_params(caller: str, params: Any) -> Any:
     Raises:
         TypeError, ValueError: not a mapping of names to arrays, or some are traced or deleted.
     """
-    check_outside_jit(caller, params)
+    rule = "the model's parameters, a mapping of names to arrays"
     if not isinstance(params, Mapping) or not params:
-        refuse("params", params, "the model's parameters, a mapping of names to arrays", True)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        refuse("params", params, rule, True)
+    try:
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+    except Exception:  # names that cannot be sorted, lists that hold themselves
+        refuse("params", params, rule, True)
+    check_outside_jit(caller, [leaf for _, leaf in leaves])
+    for path, leaf in leaves:
         if not isinstance(leaf, np.ndarray | Array):
             refuse(f"params{jax.tree_util.keystr(path)}", leaf, "an array: load or initialise the parameters first", True)
         if isinstance(leaf, Array) and leaf.is_deleted():
@@ -56,12 +62,20 @@ def check_outside_jit(caller: str, *values: Any) -> None:
     Raises:
         TypeError: says what to call.
     """
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves(values)):
+    if any(_is_traced(x) for x in values):
         raise TypeError(
             f"{caller} was called inside jax.jit, vmap, grad or eval_shape: it compiles its own programs and reads their "
             "results, so call it outside with concrete arrays; inside, call diffkv_jax.runner.decode_step(model, params, "
             "cache, token, active), one step that is a pure function"
         )
+
+
+def _is_traced(value: Any) -> bool:
+    """Whether it is a tracer, or a list, mapping or cache of them."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    parts = jax.tree.leaves(value) if isinstance(value, KVCache) else value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(x, Tracer) for x in parts)
 
 
 def as_policy(policy: Any) -> CompressionPolicy:

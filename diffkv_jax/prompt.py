@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from diffkv_jax.arguments import integer, shown
@@ -119,7 +120,9 @@ def _flat(i: int, row: Any, name: str = "tokens") -> np.ndarray:
         raise TypeError(f"{name}: prompt {i} is {shown(row)}; it must be a list of {IDS}")
     try:
         found = np.asarray(row)
-    except ValueError:  # lists of unequal lengths
+    except jax.errors.TracerArrayConversionError:
+        raise TypeError(f"{name}: prompt {i} holds values that are traced by jax.jit or its like: give concrete token ids") from None
+    except Exception:  # lists of unequal lengths, and whatever a foreign object raises
         found = np.zeros((0, 0))
     if found.ndim != 1:
         raise ValueError(
@@ -138,10 +141,10 @@ def _integers(array: np.ndarray, name: str = "tokens") -> np.ndarray:
 
 def _cut(rows: list[np.ndarray], lengths: Any) -> list[np.ndarray]:
     """The first `lengths` ids of each row."""
-    if not isinstance(lengths, Sequence | np.ndarray) and not hasattr(lengths, "shape"):
-        raise TypeError(f"lengths={shown(lengths)} must be one number of tokens for each of the {len(rows)} requests")
-    if np.shape(lengths) != (len(rows),):
-        raise ValueError(f"lengths must have one entry for each of the {len(rows)} requests, given shape {np.shape(lengths)}")
+    if isinstance(lengths, str | bytes | None) or not (isinstance(lengths, Sequence) or np.ndim(lengths) == 1):
+        raise TypeError(f"lengths={shown(lengths)} must be a list with one number of tokens for each of the {len(rows)} requests")
+    if len(lengths) != len(rows):
+        raise ValueError(f"lengths={shown(lengths)} must have one entry for each of the {len(rows)} requests")
     found = []
     for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
         n = integer("lengths", n, most=None)
