@@ -34,7 +34,7 @@ def prompts(tokenizer) -> list[list[int]]:
 def write(model, params, tokenizer, batch, policy, budget, tokens: int) -> dkv.GenerateOutput:
     """Generate once to compile (one chunk of prompt), once in earnest; prints text and speed."""
     run = {"policy": policy, "memory_budget": budget, "max_len": MAX_LEN, "cache_dtype": "bfloat16", "prefill_chunk": CHUNK}
-    run |= {"max_new_tokens": tokens, "stop_token_ids": [tokenizer.eos_token_id]}
+    run |= {"max_new_tokens": tokens}
     with console.status(f"{policy.name}: compiling …"):
         dkv.generate(model, params, [batch[0][-CHUNK + 200 :], batch[1]], **run)
     with console.status(f"{policy.name}: writing …"):
