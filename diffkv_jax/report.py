@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffkv_jax.budget import tree_bytes
-from diffkv_jax.cache import KVCache
+from diffkv_jax.cache import KVCache, complete
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class MemoryReport:
 
 def memory_report(cache: KVCache) -> MemoryReport:
     """Count the bytes of a cache from its arrays (reads the small ones to the host)."""
-    spec = cache.spec
+    cache, spec = complete(cache), cache.spec
     layout, attention = spec.layout, spec.attention
     counters = jax.device_get((cache.tier_len, cache.seq_len, cache.recent_len))
     tier_len, seq_len, recent_len = (np.asarray(x, np.int64) for x in counters)
