@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from diffkv_jax.amounts import parse_bytes
-from diffkv_jax.cache import CacheSpec, KVCache, empty_cache
+from diffkv_jax.cache import CacheSpec, KVCache, complete, empty_cache
 from diffkv_jax.merge_event import pages_of_pair
 from diffkv_jax.policy import CompressionPolicy
 
@@ -114,7 +114,7 @@ def check_pool(cache: KVCache, totals: Sequence[int]) -> None:
     Raises:
         ValueError: names the pool and the pages that the tokens need at least.
     """
-    least = _least_pages(cache.spec, totals, np.asarray(cache.limits))
+    least = _least_pages(cache.spec, totals, np.asarray(complete(cache).limits))
     if least > cache.spec.num_pages:
         raise ValueError(
             f"the pool of {cache.spec.num_pages} pages cannot hold {list(totals)} tokens, which need at least {least}; "

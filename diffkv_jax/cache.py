@@ -199,6 +199,8 @@ class KVCache:
     """The compressed cache of a batch. Changed only by pure functions under `jax.jit`; donate it to have it updated in place.
 
     Axes: L paged layers, S sliding-window layers, R requests, K KV heads, N = window + flush recent slots.
+    An array that would have no element, such as the rings of a model without sliding windows, is None: checkpoints cannot
+    hold empty arrays. Within a step all arrays are there (`complete`).
     """
 
     spec: CacheSpec = field(metadata={"static": True})
@@ -206,15 +208,15 @@ class KVCache:
     ring: FreeRing  # ids of the pages that nobody owns
     page_table: Array  # int32 [L, R, K, max_pages]; tier 0 grows from the left, the other one of a layer from the right; num_pages = none
     tier_len: Array  # int32 [L, R, K, tiers] tokens
-    present: Array  # bool [R, C] while a chunk of C tokens is read by a policy that nests: not dropped in a layer so far; else [R, 0]
-    choice: Array  # int32 [L, R, K] the policy of each head, one of `HEAD_POLICIES`; [L, R, 0] unless heads choose
+    present: Array  # bool [R, C] while a chunk of C tokens is read by a policy that nests: not dropped in a layer so far; else absent
+    choice: Array  # int32 [L, R, K] the policy of each head, one of `HEAD_POLICIES`; absent unless heads choose
     limits: Array  # float32 [L, R, K, 2] (high, low): thresholds in units of 1 / seq_len, budgets (high, any), or shares to recover
     recent_k: Array  # [L, R, K, N, head_dim] cache dtype, oldest first
-    recent_v: Array  # [L, R, K, N, head_dim]; no channels with `AttentionSpec.latent`, nor has ring_v
-    recent_significance: Array  # float32 [L, R, K, N]
+    recent_v: Array  # [L, R, K, N, head_dim]; absent with `AttentionSpec.latent`, as is ring_v
+    recent_significance: Array  # float32 [L, R, K, N]; absent when the policy does not score
     ring_k: Array  # [S, R, K, ring_len, head_dim]; position p lies in slot p % ring_len
     ring_v: Array  # [S, R, K, ring_len, head_dim]
-    classes: Array  # uint8 [R, max_len] class of the token at each position; [R, 0] unless the policy names token ids
+    classes: Array  # uint8 [R, max_len] class of the token at each position; absent unless the policy names token ids
     seq_len: Array  # int32 [R] tokens seen
     recent_len: Array  # int32 [R] tokens in the recent slots
     observed: Array  # int32 [R, spans, 2] (end, length) of the spans of positions whose queries have scored
@@ -252,6 +254,28 @@ def empty_cache(spec: CacheSpec, limits: np.ndarray | Array, tables: Tables | No
 
     `limits` float32 [paged layers, requests, kv_heads, 2]; `tables` of the shapes `table_shapes(spec)`, zeros when None: good to count.
     """
+    return without_empty(_all_arrays(spec, limits, tables))
+
+
+def without_empty(cache: KVCache) -> KVCache:
+    """The cache with None for each array that has no element."""
+    return jax.tree.map(lambda array: array if array.size else None, cache)
+
+
+def complete(cache: KVCache) -> KVCache:
+    """Inverse of `without_empty`: every array is there, as steps and kernels want it. Under jit the empty ones cost nothing."""
+    spec = cache.spec
+    limits = jax.ShapeDtypeStruct((len(spec.paged_layers), spec.num_requests, spec.attention.num_kv_heads, 2), jnp.float32)
+    whole = jax.eval_shape(partial(_all_arrays, spec), limits)
+
+    def there(array: Array | None, shape: jax.ShapeDtypeStruct | None) -> Array | None:
+        return jnp.zeros(shape.shape, shape.dtype) if array is None and shape is not None else array
+
+    return jax.tree.map(there, cache, whole, is_leaf=lambda x: x is None)
+
+
+def _all_arrays(spec: CacheSpec, limits: np.ndarray | Array, tables: Tables | None = None) -> KVCache:
+    """`empty_cache` with the arrays that have no element."""
     if tables is None:
         tables = tuple((_zeros(key), _zeros(value)) for key, value in table_shapes(spec))
     paged, windowed = len(spec.paged_layers), len(spec.window_layers)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from diffkv_jax.arguments import instance
 from diffkv_jax.budget import tree_bytes
-from diffkv_jax.cache import KVCache
+from diffkv_jax.cache import KVCache, complete
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def memory_report(cache: KVCache) -> MemoryReport:
         TypeError: it is no cache.
     """
     instance("cache", cache, KVCache, "generate returns one as .cache, make_cache makes an empty one")
-    spec = cache.spec
+    cache, spec = complete(cache), cache.spec
     layout, attention = spec.layout, spec.attention
     counters = jax.device_get((cache.tier_len, cache.seq_len, cache.recent_len))
     tier_len, seq_len, recent_len = (np.asarray(x, np.int64) for x in counters)

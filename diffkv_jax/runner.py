@@ -8,7 +8,7 @@ from jax import Array
 
 from diffkv_jax.advance import after_decode, after_prefill, before_prefill
 from diffkv_jax.budget import most_pages
-from diffkv_jax.cache import KVCache
+from diffkv_jax.cache import KVCache, complete, without_empty
 from diffkv_jax.merge_event import pages_of_pairs
 from diffkv_jax.model_protocol import CausalLM
 from diffkv_jax.nested import begin_chunk, end_chunk
@@ -22,11 +22,11 @@ def decode_step(model: CausalLM, params, cache: KVCache, token: Array, active: A
     """Feed `token` int32 [R] of the `active` requests (bool [R]): logits float32 [R, vocab] and the cache. Pure; call it under jit."""
     step = DecodeStep(active)
     positions = jnp.where(active, cache.seq_len, -1)[:, None]
-    cache = note_classes(cache, token[:, None], positions)
+    cache = note_classes(complete(cache), token[:, None], positions)
     if cache.spec.selection.in_decode:
         cache = forget(cache, jnp.any(active & ((cache.steps + 1) % cache.spec.flush == 0)))
     logits, cache = model.apply({"params": params}, token[:, None], positions, cache, step)
-    return logits[:, 0], after_decode(cache, step)
+    return logits[:, 0], without_empty(after_decode(cache, step))
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="cache")
@@ -35,14 +35,14 @@ def prefill_chunk(model: CausalLM, params, cache: KVCache, tokens: Array, length
 
     Returns logits float32 [R, vocab] of the last token and the cache, which is donated.
     """
-    chunk_len = tokens.shape[1]
+    cache, chunk_len = complete(cache), tokens.shape[1]
     decides = last | _runs_low(cache, length) if cache.spec.selection.replay is None else jnp.asarray(False)  # else `end_replay` does
     step = PrefillStep(length, decides)
     index, positions = _places(cache, chunk_len, length)
     cache = forget(note_classes(cache, tokens, positions), step.compress)
     cache = before_prefill(begin_chunk(cache, index >= 0), chunk_len)
     logits, cache = model.apply({"params": params}, tokens, positions, cache, step, last_only=True)
-    return logits[:, -1], after_prefill(end_chunk(cache), step, chunk_len)
+    return logits[:, -1], without_empty(after_prefill(end_chunk(cache), step, chunk_len))
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="cache")
@@ -51,15 +51,16 @@ def replay_chunk(model: CausalLM, params, cache: KVCache, tokens: Array, length:
 
     `tokens` int32 [R, C], `length` int32 [R]. Returns the cache (donated), in which only scores have changed.
     """
+    cache = complete(cache)
     step = ReplayStep(jnp.where(cache.overflow, 0, length), first)
     _, positions = _places(cache, tokens.shape[1], step.length)
-    return model.apply({"params": params}, tokens, positions, cache, step, last_only=True)[1]
+    return without_empty(model.apply({"params": params}, tokens, positions, cache, step, last_only=True)[1])
 
 
 @partial(jax.jit, donate_argnames="cache")
 def end_replay(cache: KVCache, replayed: Array) -> KVCache:
     """Drop what scored too low of the requests `replayed` (bool [R]). The cache is donated."""
-    return drop_least(cache, replayed & ~cache.overflow)
+    return without_empty(drop_least(complete(cache), replayed & ~cache.overflow))
 
 
 def _places(cache: KVCache, chunk_len: int, length: Array) -> tuple[Array, Array]:

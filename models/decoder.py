@@ -145,6 +145,8 @@ class Decoder(nn.Module):
                 split_rngs={"params": False},
                 in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # Flax takes a tuple and annotates an int
                 length=part.num_hidden_layers,
+                # Flax takes a kernel's effects for a dependency of the parameters, which only `init` makes here
+                check_constancy_invariants=self.is_initializing(),
             )(part, self.switches, *types, keep_hidden, name=name)
             (hidden, cache), outputs = stack((hidden, cache), _layer_data(part, first), shared)
             states.append(outputs)

@@ -18,7 +18,7 @@ import diffkv_jax as dkv
 from benchmark_systems import Decoded, Place
 from diffkv_jax.amounts import parse_bytes
 from diffkv_jax.budget import cache_bytes, tree_bytes
-from diffkv_jax.cache import empty_cache
+from diffkv_jax.cache import complete, empty_cache, without_empty
 from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.models import load_pretrained
 from diffkv_jax.pallas_kernels.compact import FreeRing
@@ -157,9 +157,9 @@ def replicate(source: dkv.KVCache, requests: int, spare: int) -> dkv.KVCache:
     """A cache of `requests` copies of a cache's only request, each with `spare` free pages beside its own."""
     if source.spec.num_requests != 1:
         raise ValueError(f"the cache must hold one request, given {source.spec.num_requests}")
-    used = used_pages(source)
+    source, used = complete(source), used_pages(source)
     spec = _sized(source, requests, max(1, requests * (len(used) + spare)))
-    new: dkv.KVCache = jax.jit(empty_cache, static_argnames="spec")(spec, np.repeat(np.asarray(source.limits), requests, axis=1))
+    new = complete(jax.jit(empty_cache, static_argnames="spec")(spec, np.repeat(np.asarray(source.limits), requests, axis=1)))
     pages, table = new.pages, np.full(new.page_table.shape, spec.num_pages, np.int32)
     renamed = np.full(source.spec.num_pages + 1, spec.num_pages, np.int32)
     for row in range(requests):
@@ -172,7 +172,7 @@ def replicate(source: dkv.KVCache, requests: int, spare: int) -> dkv.KVCache:
     rows: Any = {name: jnp.repeat(getattr(source, name), requests, axis=axis) for name, axis in by_row.items()}
     ring = FreeRing(new.ring.ids, jnp.int32(taken % spec.num_pages), jnp.int32(spec.num_pages - taken))
     cache = dataclasses.replace(new, pages=pages, page_table=jnp.asarray(table), ring=ring, **rows)
-    return jax.block_until_ready(cache)
+    return without_empty(jax.block_until_ready(cache))
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffkv_jax.cache import complete
 from diffkv_jax.pallas_kernels.codecs import Levels, Normal, read_by
 from oracles.blocks import read_block, stored_rows
 from oracles.normal_levels import dequantise_normal
@@ -144,7 +145,7 @@ def held_tokens(cache, layer: int, request: int, head: int) -> dict[int, tuple[s
 
     Of a model with a latent K is the latent and V the rotary part; in the recent window K is the two together and V has no channels.
     """
-    spec, held = cache.spec, {}
+    cache, spec, held = complete(cache), cache.spec, {}
     at = (layer, request, head)
     for tier, name in zip(range(spec.layout.tiers), TIERS, strict=False):
         layout, owner = spec.layout, at

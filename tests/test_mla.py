@@ -62,7 +62,7 @@ def test_the_absorbed_full_cache_equals_plain_attention():
     log_probs, cache = teacher_forced(model, params, TOKENS, CONTEXT, EXACT, prefill_chunk=64)
     wanted = uncached()[:, CONTEXT:]
     np.testing.assert_allclose(log_probs, wanted, atol=1e-4)
-    assert cache.recent_v.size == 0 and cache.recent_k.shape[-1] == RANK + ROPE
+    assert cache.recent_v is None and cache.recent_k.shape[-1] == RANK + ROPE
     wrong = uncached(query_pre_attn_scalar=20.0)  # the scale without the rotary channels
     assert np.abs(log_probs - wrong[:, CONTEXT:]).max() > 1e-2
 

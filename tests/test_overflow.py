@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffkv_jax import CacheSpec, CompressionPolicy, KVCache, diffkv
-from diffkv_jax.cache import empty_cache
+from diffkv_jax.cache import complete, empty_cache, without_empty
 from diffkv_jax.runner import decode_step, prefill_chunk
 from readback import page_ids_in_use, slot_addresses
 from tiny import prompt, tiny_model
@@ -248,7 +248,8 @@ def test_starvation_in_a_prompt_does_not_spread():
 
 def poisoned(cache: KVCache) -> KVCache:
     """Everything that no token occupies overwritten: free pages, dead lanes, dead recent slots (their significance must stay 0)."""
-    spec, pages = cache.spec, jax.tree.map(np.array, cache.pages)
+    cache, spec = complete(cache), cache.spec
+    pages = jax.tree.map(np.array, cache.pages)
     live = np.zeros(pages.position.shape, bool)
     for at in np.ndindex(cache.tier_len.shape[:3]):
         for tier, length in enumerate(np.asarray(cache.tier_len)[at]):
@@ -261,7 +262,7 @@ def poisoned(cache: KVCache) -> KVCache:
         pages.significance[~live] = np.nan
     dead = (np.arange(spec.window + spec.flush) >= np.asarray(cache.recent_len)[:, None])[None, :, None, :, None]
     recent_k, recent_v = (jnp.where(dead, jnp.nan, x) for x in (cache.recent_k, cache.recent_v))
-    return dataclasses.replace(cache, pages=jax.tree.map(jnp.asarray, pages), recent_k=recent_k, recent_v=recent_v)
+    return without_empty(dataclasses.replace(cache, pages=jax.tree.map(jnp.asarray, pages), recent_k=recent_k, recent_v=recent_v))
 
 
 @pytest.mark.parametrize("name", ["diffkv", *OTHERS])

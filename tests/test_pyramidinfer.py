@@ -76,7 +76,7 @@ def test_without_nesting_every_layer_attends_to_all():
 @pytest.mark.long
 def test_of_several_chunks_the_last_one_nests():
     _, cache = prefilled(POLICY, 32)
-    assert cache.present.size == 0
+    assert cache.present is None
     sets = kept(cache, 0)
     assert [len(held) for held in sets] == [len(held) for held in expected(0)[0]]
     last = [{at for at in held if at >= 68} for held in sets]
