@@ -21,7 +21,7 @@ def linear(
     """`x` times each of several weights of one layer.
 
     In a loop over layers, XLA copies a layer's slice of the stacked weights before a product reads it: a decode step then moves the whole
-    model three times. The native kernel reads the stack where it lies; with many float32 rows (prompts) XLA's own products are better.
+    model three times. The native kernel reads the stack where it lies, and its results for a row do not depend on the other rows.
 
     Args:
         x: float32 or bfloat16 `[..., in]`.
@@ -37,7 +37,7 @@ def linear(
     if kernels.implementation == "cpu":
         from . import cpu
 
-        if cpu.supports(x, weights, transposed=transposed):
+        if cpu.supports(x, weights):
             return cpu.linear(x, weights, layer, transposed=transposed, dtype=result)
     rows = x.reshape(-1, x.shape[-1])  # one matrix, not a batch of them
     if layer is not None:  # copied not before x is known: then the copies of a layer's weights share their space
