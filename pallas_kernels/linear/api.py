@@ -46,3 +46,13 @@ def linear(
     taken = (w if layer is None else w[layer] for w in weights)
     products = (jnp.einsum(pattern, rows, w.astype(x.dtype), preferred_element_type=jnp.float32) for w in taken)
     return [y.astype(result).reshape(*x.shape[:-1], -1) for y in products]
+
+
+def sum_of_rows(x: Array, *, kernels: Kernels = XLA) -> Array:
+    """Sums over the last axis, float32 `[..., 1]`.
+
+    How XLA adds on a CPU differs with the number of rows. The native kernels multiply with ones instead: always in the same order.
+    """
+    if kernels.implementation != "cpu":
+        return jnp.sum(x.astype(jnp.float32), axis=-1, keepdims=True)
+    return linear(x, [jnp.ones((1, x.shape[-1]), jnp.float32)], transposed=True, dtype="float32", kernels=kernels)[0]
