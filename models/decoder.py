@@ -1,6 +1,7 @@
 """The one decoder stack that all families share: embed, one loop over stacked layers, norm, logits."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 
 from diffkv_jax.attend import kernels_of
 from diffkv_jax.model_protocol import AttentionSpec
+from diffkv_jax.pallas_kernels.kernels import Kernels
 
 from .config import ModelConfig
 from .experts import MixtureOfExperts
@@ -36,14 +38,16 @@ class DecoderLayer(nn.Module):
     param_dtype: str
     keep_hidden: bool
 
-    def _norm(self, name: str) -> RMSNorm:
+    def _norm(self, name: str, data: LayerData, kernels: Kernels) -> Callable[[jax.Array], jax.Array]:
         config = self.config
-        return RMSNorm(config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, config.num_hidden_layers, name=name)
+        norm = RMSNorm(config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, config.num_hidden_layers, name=name)
+        return partial(norm, layer=data.layer, kernels=kernels)
 
     @nn.compact
     def __call__(self, carry: tuple[jax.Array, Any], data: LayerData, shared: SharedData) -> tuple[tuple[jax.Array, Any], Any]:
         hidden, cache = carry
-        config, switches, types, layer = self.config, self.switches, (self.dtype, self.param_dtype), data.layer
+        config, switches, types, kernels = self.config, self.switches, (self.dtype, self.param_dtype), kernels_of(cache)
+        norm = partial(self._norm, data=data, kernels=kernels)
         attention = SelfAttention if config.latent is None else LatentAttention
         self_attn = attention(config, switches, *types, name="self_attn")
         choices = (config.hidden_act, switches.mlp_bias, *types)
@@ -51,15 +55,15 @@ class DecoderLayer(nn.Module):
             mlp = GatedMLP(config.num_hidden_layers, config.intermediate_size, *choices, name="mlp")
         else:
             mlp = MixtureOfExperts(config.num_hidden_layers, config.experts, *choices, name="mlp")
-        mlp = partial(mlp, layer=layer, kernels=kernels_of(cache))
-        attended, cache = self_attn(self._norm("input_layernorm")(hidden, layer), cache, data, shared)
+        mlp = partial(mlp, layer=data.layer, kernels=kernels)
+        attended, cache = self_attn(norm("input_layernorm")(hidden), cache, data, shared)
         if switches.sandwich_norms:  # here post_attention_layernorm stands after attention, else before the MLP
-            hidden = hidden + self._norm("post_attention_layernorm")(attended, layer)
-            transformed = mlp(self._norm("pre_feedforward_layernorm")(hidden, layer))
-            hidden = hidden + self._norm("post_feedforward_layernorm")(transformed, layer)
+            hidden = hidden + norm("post_attention_layernorm")(attended)
+            transformed = mlp(norm("pre_feedforward_layernorm")(hidden))
+            hidden = hidden + norm("post_feedforward_layernorm")(transformed)
         else:
             hidden = hidden + attended
-            hidden = hidden + mlp(self._norm("post_attention_layernorm")(hidden, layer))
+            hidden = hidden + mlp(norm("post_attention_layernorm")(hidden))
         return (hidden, cache), hidden if self.keep_hidden else None
 
 
@@ -152,9 +156,10 @@ class Decoder(nn.Module):
             states.append(outputs)
         if last_only:
             hidden = hidden[:, -1:]
-        hidden = RMSNorm(config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, name="norm")(hidden)
+        kernels = kernels_of(cache)
+        hidden = RMSNorm(config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, name="norm")(hidden, kernels=kernels)
         head = embed.logits if config.tie_word_embeddings else LogitsHead(config.vocab_size, *types, name="lm_head")
-        logits, cap = head(hidden, kernels_of(cache)), config.final_logit_softcapping
+        logits, cap = head(hidden, kernels), config.final_logit_softcapping
         if cap is not None:
             logits = cap * jnp.tanh(logits / cap)
         return logits, cache, jnp.concatenate(states) if keep_hidden else None

@@ -50,7 +50,7 @@ class LatentAttention(nn.Module):
         q = self._queries(hidden, data, kernels).reshape(*hidden.shape[:-1], heads, -1)
         inwards = self._projection("kv_a_proj_with_mqa", hidden.shape[-1], rank + sizes.qk_rope_head_dim, bias)
         both = project(hidden, [inwards], data.layer, self.dtype, kernels)[0]
-        latent = self._norm("kv_a_layernorm")(both[..., :rank], data.layer)
+        latent = self._norm("kv_a_layernorm")(both[..., :rank], data.layer, kernels)
         q_rope, k_rope = (self._embedded(x, data, shared) for x in (q[..., nope:], both[..., None, rank:]))
         upwards = self._projection("kv_b_proj", rank, heads * (nope + sizes.v_head_dim))
         if cache is None:
@@ -76,7 +76,7 @@ class LatentAttention(nn.Module):
         if sizes.q_lora_rank is None:
             return project(hidden, [self._projection("q_proj", width, features)], data.layer, self.dtype, kernels)[0]
         down = self._projection("q_a_proj", width, sizes.q_lora_rank, self.switches.qkv_bias)
-        latent = self._norm("q_a_layernorm")(project(hidden, [down], data.layer, self.dtype, kernels)[0], data.layer)
+        latent = self._norm("q_a_layernorm")(project(hidden, [down], data.layer, self.dtype, kernels)[0], data.layer, kernels)
         return project(latent, [self._projection("q_b_proj", sizes.q_lora_rank, features)], data.layer, self.dtype, kernels)[0]
 
     def _embedded(self, x: jax.Array, data: LayerData, shared: SharedData) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
-from diffkv_jax.pallas_kernels.linear import linear
+from diffkv_jax.pallas_kernels.linear import linear, sum_of_rows
 
 ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -36,13 +36,14 @@ class RMSNorm(nn.Module):
     num_layers: int | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, layer: jax.Array | None = None, kernels: Kernels = XLA) -> jax.Array:
         initial = nn.initializers.zeros if self.adds_one else nn.initializers.ones
         stack = () if self.num_layers is None else (self.num_layers,)
         weight = self.param("weight", initial, (*stack, x.shape[-1]), self.param_dtype)
         weight = (weight if layer is None else weight[layer]).astype(jnp.float32)
         exact = x.astype(jnp.float32)
-        normed = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + self.eps)
+        mean_square = sum_of_rows(exact * exact, kernels=kernels) / x.shape[-1]
+        normed = exact * jax.lax.rsqrt(mean_square + self.eps)
         return (normed * (1.0 + weight if self.adds_one else weight)).astype(x.dtype)
 
 

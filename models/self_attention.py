@@ -70,7 +70,7 @@ class SelfAttention(nn.Module):
         flat = project(hidden, inwards, data.layer, self.dtype, kernels)
         q, k, v = (x.reshape(*x.shape[:-1], -1, config.head_dim) for x in flat)
         if self.switches.qk_norm:
-            q, k = self._norm("q_norm")(q, data.layer), self._norm("k_norm")(k, data.layer)
+            q, k = (self._norm(name)(x, data.layer, kernels) for name, x in (("q_norm", q), ("k_norm", k)))
         cos, sin = shared.cos[data.rope], shared.sin[data.rope]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         out, cache = self._attend(q, k, v, cache, data, shared)

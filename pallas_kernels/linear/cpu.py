@@ -9,20 +9,16 @@ from jax import Array
 from .. import native
 
 NUMBERS = (jnp.float32, jnp.bfloat16)
-FEW_ROWS = 32  # up to here reading the weights is what takes the time
 
 
-def supports(x: Array, weights: Sequence[Array], *, transposed: bool) -> bool:
-    """Whether the kernel takes these types, and is better than XLA's products at so many rows."""
-    types = [x.dtype, *(w.dtype for w in weights)]
-    if x.size <= FEW_ROWS * x.shape[-1]:
-        return all(dtype in NUMBERS for dtype in types)
-    even = x.shape[-1] % 2 == 0 and not transposed and all(dtype == jnp.bfloat16 for dtype in types)
-    return even and bool(native.library("linear").multiplies_many_rows())
+def supports(x: Array, weights: Sequence[Array]) -> bool:
+    """Whether the kernel takes these types."""
+    return all(array.dtype in NUMBERS for array in (x, *weights))
 
 
 def linear(x: Array, weights: Sequence[Array], layer: Array | None, *, transposed: bool, dtype) -> list[Array]:
-    """`linear` of api.py. Reads the weights where they lie; bfloat16 by bfloat16 in AVX512-BF16 where the CPU has it.
+    """`linear` of api.py. Reads the weights where they lie; bfloat16 by bfloat16 in AVX512-BF16 where the CPU has it. A row's products do
+    not depend on how many other rows there are.
 
     Raises:
         ValueError or jax.errors.JaxRuntimeError: when run, for a layer that the stack does not have.

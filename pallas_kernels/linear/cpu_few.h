@@ -6,21 +6,14 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "ranges.h"
 #include "words.h"
 
 namespace diffkv {
 
-constexpr int64_t kStripe = 8;   // rows of weights that are read side by side
-constexpr int64_t kRanges = 8;   // ranges of rows, whatever the number of threads: sums are always added in the same order
 constexpr int64_t kColumnStep = 32;
 
 inline int64_t padded(int64_t columns) { return (columns + kColumnStep - 1) / kColumnStep * kColumnStep; }
-
-// Rows of weights in a range: whole stripes.
-inline int64_t rows_of_range(int64_t in) { return std::max<int64_t>(64, ((in + kRanges - 1) / kRanges + kStripe - 1) / kStripe * kStripe); }
-
-// Ranges of the weights' rows.
-inline int64_t ranges_of(int64_t in) { return (in + rows_of_range(in) - 1) / rows_of_range(in); }
 
 // Calls body(row, std::integral_constant tile) for tiles of 8, 4, 2 and 1 rows.
 template <typename Body>
@@ -73,8 +66,9 @@ inline void add_range(const uint16_t* x, int64_t rows, int64_t in, const uint16_
 
 // result [rows, out] from column c on, up to 32 of a row: the sum over the ranges, their columns in order.
 inline void add_up(const float* sums, int64_t ranges, int64_t between, int64_t left, float* result) {
-  __m512 low = _mm512_setzero_ps(), high = low;
-  for (int64_t range = 0; range < ranges; ++range, sums += between) {
+  __m512 low = _mm512_loadu_ps(sums), high = _mm512_loadu_ps(sums + kLanes);
+  for (int64_t range = 1; range < ranges; ++range) {
+    sums += between;
     low = _mm512_add_ps(low, _mm512_loadu_ps(sums));
     high = _mm512_add_ps(high, _mm512_loadu_ps(sums + kLanes));
   }

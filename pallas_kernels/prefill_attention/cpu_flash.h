@@ -37,7 +37,8 @@ inline void weigh(const float* logits, int count, float* maximum, float* total, 
     fallen[row] = maximum[row] - base;
     maximum[row] = now;
   }
-  store(shrink, exp2(fallen));
+  // 1 where no key was larger: `exp2` is not exact at 0, and which rows see keys of a span at all depends on the rows beside them
+  store(shrink, select(fallen == Floats{}, splat(1), exp2(fallen)));
   for (int at = 0; at < count; at += kLanes * Word::size) {
 #pragma GCC unroll 6
     for (int row = 0; row < kRows; ++row) {
