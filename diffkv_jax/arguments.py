@@ -193,7 +193,8 @@ def instance(name: str, value: Any, kind: type, remedy: str) -> Any:
         TypeError: says so, and the `remedy`.
     """
     if not isinstance(value, kind):
-        refuse(name, value, f"a {kind.__name__}: {remedy}", True)
+        article = "an" if kind.__name__[0] in "AEIO" else "a"
+        refuse(name, value, f"{article} {kind.__name__}: {remedy}", True)
     return value
 
 
