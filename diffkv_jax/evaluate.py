@@ -15,6 +15,7 @@ from diffkv_jax.calibration import Calibration
 from diffkv_jax.generate import make_cache, prefill
 from diffkv_jax.model_protocol import CausalLM
 from diffkv_jax.pallas_kernels.branch import when
+from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.policy import CompressionPolicy
 from diffkv_jax.prompt import as_batch, check_context, chunk_size
 from diffkv_jax.runner import decode_step
@@ -48,6 +49,7 @@ class Quality:
         return np.exp(self.nll.mean(axis=1))
 
 
+@in_32_bits
 def teacher_forced(
     model: CausalLM,
     params,

@@ -16,6 +16,7 @@ from diffkv_jax.cache import CacheSpec, KVCache, empty_cache, kernels_for
 from diffkv_jax.calibration import Calibration, tables_for
 from diffkv_jax.model_protocol import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.policy import CompressionPolicy
 from diffkv_jax.prompt import as_batch, check_context, check_evicts_once, chunk_size, chunks, replay_passes
 from diffkv_jax.runner import decode_step, end_replay, prefill_chunk, replay_chunk
@@ -45,6 +46,7 @@ class GenerateOutput:
     prefill_seconds: float
 
 
+@in_32_bits
 def generate(
     model: CausalLM,
     params,
@@ -132,6 +134,7 @@ def generate(
     return GenerateOutput(out[:, :max_new_tokens], counts, tuple(FINISH_REASONS[r] for r in reasons), state.cache, prefill_seconds)
 
 
+@in_32_bits
 def make_cache(
     model: CausalLM,
     policy: CompressionPolicy,
@@ -177,6 +180,7 @@ def _check_one_budget(policy: CompressionPolicy, memory_budget: int | str | None
 _empty = jax.jit(empty_cache, static_argnames="spec")
 
 
+@in_32_bits
 def prefill(model: CausalLM, params, cache: KVCache, tokens: np.ndarray, lengths: np.ndarray, size: int) -> tuple[Array, KVCache]:
     """Feed prompts `[R, N]` in chunks of `size`; logits [R, vocab] of each prompt's last token and the cache (donated).
 

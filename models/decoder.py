@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from diffkv_jax.attend import kernels_of
 from diffkv_jax.model_protocol import AttentionSpec
+from diffkv_jax.pallas_kernels.precision import in_32_bits
 
 from .config import ModelConfig
 from .experts import MixtureOfExperts
@@ -99,6 +100,7 @@ class Decoder(nn.Module):
             rope=None if latent else tuple(inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling).tolist()),
         )
 
+    @in_32_bits
     def __call__(
         self,
         tokens: jax.Array,
@@ -114,6 +116,7 @@ class Decoder(nn.Module):
         logits, cache, _ = self._forward(tokens, positions, cache, step, last_only=last_only, keep_hidden=False)
         return logits, cache
 
+    @in_32_bits
     def hidden_states(self, tokens: jax.Array, positions: jax.Array) -> Float[Array, "states B T hidden_size"]:
         """The residual stream, dtype [num_layers + 1, B, T, hidden_size]: the embeddings, then each layer's output.
 
