@@ -9,6 +9,7 @@ from jax import Array, lax
 from diffkv_jax.cache import CacheSpec, KVCache
 from diffkv_jax.decode_layer import decode_layer
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
+from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.prefill_layer import prefill_layer
 from diffkv_jax.probe import Probe
 from diffkv_jax.rotation import rotated, rotated_first
@@ -16,6 +17,7 @@ from diffkv_jax.steps import DecodeStep, PrefillStep, ReplayStep
 from diffkv_jax.window_layer import window_layer
 
 
+@in_32_bits
 def attend(
     cache: KVCache | Probe, layer: Array, q: Array, k: Array, v: Array, positions: Array, step: DecodeStep | PrefillStep | ReplayStep
 ) -> tuple[Array, KVCache | Probe]:

@@ -16,6 +16,7 @@ from diffkv_jax.inputs import as_params, as_policy, check_model, check_outside_j
 from diffkv_jax.learn import Learning, learn_table
 from diffkv_jax.model_protocol import CausalLM
 from diffkv_jax.pallas_kernels.codecs import learned_part
+from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.pallas_kernels.rope import at_positions
 from diffkv_jax.policy import CompressionPolicy
 from diffkv_jax.probe import Activations, activations
@@ -30,6 +31,7 @@ class Samples(NamedTuple):
     fisher: Array | np.ndarray  # float32 [L, n, K, d]
 
 
+@in_32_bits
 def calibrate(
     model: CausalLM,
     params: Mapping[str, Any],

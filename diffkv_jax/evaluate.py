@@ -19,6 +19,7 @@ from diffkv_jax.model_protocol import CausalLM
 from diffkv_jax.new_cache import make_cache
 from diffkv_jax.not_finite import warn_of_errors
 from diffkv_jax.pallas_kernels.branch import when
+from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.policy import CompressionPolicy
 from diffkv_jax.prompt import as_batch, chunk_size
 from diffkv_jax.read_prompts import prefill
@@ -53,6 +54,7 @@ class Quality:
         return np.exp(self.nll.mean(axis=1))
 
 
+@in_32_bits
 def teacher_forced(
     model: CausalLM,
     params: Any,

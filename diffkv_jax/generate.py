@@ -21,6 +21,7 @@ from diffkv_jax.interrupt import Held
 from diffkv_jax.model_protocol import AttentionSpec, CausalLM
 from diffkv_jax.new_cache import make_cache
 from diffkv_jax.not_finite import warn_of_errors
+from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.policy import CompressionPolicy
 from diffkv_jax.prompt import Prompts, as_prompts, check_context, chunk_size
 from diffkv_jax.read_prompts import read_prompts
@@ -61,6 +62,7 @@ class GenerationInterrupted(KeyboardInterrupt):
         self.output = output
 
 
+@in_32_bits
 def generate(
     model: CausalLM,
     params: Any,

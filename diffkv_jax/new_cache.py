@@ -15,10 +15,12 @@ from diffkv_jax.calibration import Calibration, tables_for
 from diffkv_jax.inputs import as_policy, check_model, check_outside_jit
 from diffkv_jax.model_protocol import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.policy import CompressionPolicy
 from diffkv_jax.prompt import check_context
 
 
+@in_32_bits
 def make_cache(
     model: CausalLM,
     policy: CompressionPolicy | str | None,

@@ -11,10 +11,12 @@ from jax import Array
 from diffkv_jax.cache import KVCache
 from diffkv_jax.interrupt import Held
 from diffkv_jax.model_protocol import CausalLM
+from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.prompt import check_evicts_once, chunks, replay_passes
 from diffkv_jax.runner import end_replay, prefill_chunk, replay_chunk
 
 
+@in_32_bits
 def prefill(model: CausalLM, params, cache: KVCache, tokens: np.ndarray, lengths: np.ndarray, size: int) -> tuple[Array, KVCache]:
     """Feed prompts `[R, N]` in chunks of `size`; logits [R, vocab] of each prompt's last token and the cache (donated).
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from diffkv_jax.arguments import instance
 from diffkv_jax.budget import tree_bytes
 from diffkv_jax.cache import KVCache, complete
+from diffkv_jax.pallas_kernels.precision import in_32_bits
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class MemoryReport:
         return capture.get()
 
 
+@in_32_bits
 def memory_report(cache: KVCache) -> MemoryReport:
     """Count the bytes of a cache from its arrays (reads the small ones to the host).
 

@@ -12,12 +12,14 @@ from diffkv_jax.cache import KVCache, complete, without_empty
 from diffkv_jax.merge_event import pages_of_pairs
 from diffkv_jax.model_protocol import CausalLM
 from diffkv_jax.nested import begin_chunk, end_chunk
+from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.replay_event import drop_least
 from diffkv_jax.smooth import forget
 from diffkv_jax.steps import DecodeStep, PrefillStep, ReplayStep
 from diffkv_jax.token_classes import note_classes
 
 
+@in_32_bits
 def decode_step(model: CausalLM, params, cache: KVCache, token: Array, active: Array) -> tuple[Array, KVCache]:
     """Feed `token` int32 [R] of the `active` requests (bool [R]): logits float32 [R, vocab] and the cache. Pure; call it under jit."""
     step = DecodeStep(active)
@@ -30,6 +32,7 @@ def decode_step(model: CausalLM, params, cache: KVCache, token: Array, active: A
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="cache")
+@in_32_bits
 def prefill_chunk(model: CausalLM, params, cache: KVCache, tokens: Array, length: Array, last: Array) -> tuple[Array, KVCache]:
     """Feed a right-aligned chunk: `tokens` int32 [R, C], `length` int32 [R] of them real, `last` bool [] closes the prompt.
 
@@ -46,6 +49,7 @@ def prefill_chunk(model: CausalLM, params, cache: KVCache, tokens: Array, length
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="cache")
+@in_32_bits
 def replay_chunk(model: CausalLM, params, cache: KVCache, tokens: Array, length: Array, first: Array) -> KVCache:
     """Score the prompt's tokens from position `first` int32 [] on by a right-aligned pass that repeats them (`Replay.passes`).
 
@@ -58,6 +62,7 @@ def replay_chunk(model: CausalLM, params, cache: KVCache, tokens: Array, length:
 
 
 @partial(jax.jit, donate_argnames="cache")
+@in_32_bits
 def end_replay(cache: KVCache, replayed: Array) -> KVCache:
     """Drop what scored too low of the requests `replayed` (bool [R]). The cache is donated."""
     return without_empty(drop_least(complete(cache), replayed & ~cache.overflow))

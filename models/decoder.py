@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from diffkv_jax.attend import kernels_of
 from diffkv_jax.model_protocol import AttentionSpec
 from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.precision import in_32_bits
 
 from .config import ModelConfig
 from .experts import MixtureOfExperts
@@ -108,6 +109,7 @@ class Decoder(nn.Module):
         """Token ids at which generated text is over, as the checkpoint names them; () = it names none."""
         return self.config.stop_token_ids
 
+    @in_32_bits
     def __call__(
         self,
         tokens: jax.Array,

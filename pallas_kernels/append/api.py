@@ -3,9 +3,11 @@
 from jax import Array
 
 from ..kernels import XLA, Kernels
+from ..precision import in_32_bits
 from . import reference
 
 
+@in_32_bits
 def append_recent(
     recent_k: Array, recent_v: Array, layer: Array, k: Array, v: Array, slot: Array, *, kernels: Kernels = XLA
 ) -> tuple[Array, Array]:
@@ -22,6 +24,7 @@ def append_recent(
     return append(recent_k, recent_v, layer, k, v, slot)
 
 
+@in_32_bits
 def shift_recent(
     recent_k: Array, recent_v: Array, significance: Array, layer: Array, shift: Array, *, kernels: Kernels = XLA
 ) -> tuple[Array, Array, Array]:

@@ -4,10 +4,12 @@ from jax import Array
 
 from ..kernels import XLA, Kernels
 from ..pages import PageLayout, Pages
+from ..precision import in_32_bits
 from . import reference
 from .reference import Heads, Sliding
 
 
+@in_32_bits
 def decode_attention(
     q: Array,
     pages: Pages,

@@ -3,9 +3,11 @@
 from jax import Array
 
 from ..kernels import XLA, Kernels
+from ..precision import in_32_bits
 from .formats import Block, KVFormat
 
 
+@in_32_bits
 def encode(fmt: KVFormat, k: Array, v: Array, *, kernels: Kernels = XLA) -> Block:
     """Encode blocks of T exact tokens, one pass over the data (DiffKV, arXiv 2412.03131 sec. 5.1).
 
@@ -20,6 +22,7 @@ def encode(fmt: KVFormat, k: Array, v: Array, *, kernels: Kernels = XLA) -> Bloc
     return kernels.function(__name__, "encode", KVFormat.encode)(fmt, k, v)
 
 
+@in_32_bits
 def demote(source: KVFormat, target: KVFormat, block: Block, *, kernels: Kernels = XLA) -> Block:
     """Requantise blocks `[N, rows, T]` of one format to another without going through memory: on the integer codes where the groups of
     both match, else through float32 (docs/design.md 1).

@@ -4,11 +4,13 @@ from jax import Array
 
 from ..kernels import XLA, Kernels
 from ..pages import PageLayout
+from ..precision import in_32_bits
 from ..prune.reference import Moves, Rule
 from . import event
 from .reference import Stored, Tokens
 
 
+@in_32_bits
 def apply_event(
     stored: Stored,
     layout: PageLayout,

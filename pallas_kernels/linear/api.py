@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..kernels import XLA, Kernels
+from ..precision import in_32_bits
 
 
+@in_32_bits
 def linear(
     x: Array,
     weights: Sequence[Array],

@@ -5,11 +5,13 @@ from jax import Array
 from ..attention.reference import Heads
 from ..kernels import XLA, Kernels
 from ..pages import PageLayout, Pages
+from ..precision import in_32_bits
 from . import reference, sums_reference
 from .reference import Chunk, Scale
 from .sums_reference import ColumnSums
 
 
+@in_32_bits
 def prefill_attention(
     chunk: Chunk, pages: Pages, layout: PageLayout, heads: Heads, scale: Scale, *, kernels: Kernels = XLA
 ) -> tuple[Array, Array]:
@@ -31,6 +33,7 @@ def prefill_attention(
     return attend(chunk, pages, layout, heads, scale)
 
 
+@in_32_bits
 def column_sums(
     chunk: Chunk,
     lse: Array,

@@ -4,10 +4,12 @@ from jax import Array
 
 from ..kernels import XLA, Kernels
 from ..pages import PageLayout, Pages
+from ..precision import in_32_bits
 from . import reference
 from .reference import Moves, Rule
 
 
+@in_32_bits
 def count_moves(
     pages: Pages,
     layout: PageLayout,
