@@ -53,8 +53,9 @@ def _restrict(sampling: Sample, logits: Array) -> Array:
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     if sampling.top_p is not None:
         descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-        mass_before = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1) - jax.nn.softmax(descending, axis=-1)
-        least = jnp.where(mass_before < sampling.top_p, descending, jnp.inf).min(axis=-1, keepdims=True)
+        weights = jnp.exp(descending - descending[..., :1])
+        mass = jnp.cumsum(weights, axis=-1)  # its last, not a sum: how XLA adds up a row on a CPU differs with the number of rows
+        least = jnp.where(mass - weights < sampling.top_p * mass[..., -1:], descending, jnp.inf).min(axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if sampling.min_p is not None:
         logits = jnp.where(logits < logits.max(axis=-1, keepdims=True) + jnp.log(sampling.min_p), -jnp.inf, logits)
