@@ -19,6 +19,8 @@ from diffkv_jax.model_protocol import CausalLM
 from diffkv_jax.new_cache import make_cache
 from diffkv_jax.not_finite import warn_of_errors
 from diffkv_jax.pallas_kernels.branch import when
+from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.linear import sum_of_rows
 from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.policy import CompressionPolicy
 from diffkv_jax.prompt import as_batch, chunk_size
@@ -122,7 +124,7 @@ def _feed(model: CausalLM, params, cache: KVCache, tokens: Array, real: Array) -
             _, cache = fed
             active = jnp.full(token.shape, True) & ~cache.overflow
             logits, cache = decode_step(model, params, cache, token, active)
-            return jax.nn.log_softmax(logits), cache
+            return _log_softmax(logits, cache.spec.kernels), cache
 
         nothing = jnp.zeros((*token.shape, model.attention.vocab_size), jnp.float32)
         log_probs, cache = when(live, feed, (nothing, cache))
@@ -130,6 +132,12 @@ def _feed(model: CausalLM, params, cache: KVCache, tokens: Array, real: Array) -
 
     cache, log_probs = lax.scan(step, cache, (tokens, real))
     return log_probs, cache
+
+
+def _log_softmax(logits: Array, kernels: Kernels) -> Array:
+    """Log-probabilities of `logits [R, vocab]`; with native kernels a row's do not depend on how many rows there are."""
+    relative = logits - logits.max(axis=-1, keepdims=True)
+    return relative - jnp.log(sum_of_rows(jnp.exp(relative), kernels=kernels))
 
 
 def quality(full: np.ndarray, compressed: np.ndarray, next_tokens: Sequence[Sequence[int]] | np.ndarray) -> Quality:

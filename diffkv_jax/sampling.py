@@ -90,12 +90,13 @@ def _allowed(rules: Rules, logits: Array) -> Array:
         last = jnp.minimum(rules.top_k, vocab)[:, None] - 1
         kth = jnp.take_along_axis(descending, last, axis=-1)
         kept = jnp.where(descending < kth, -jnp.inf, descending)
-        p = jax.nn.softmax(kept, axis=-1)
-        mass_before = jnp.cumsum(p, axis=-1) - p
+        weights = jnp.exp(kept - kept[:, :1])
+        # its last, not a sum: how XLA adds up a row on a CPU differs with the number of rows
+        mass = jnp.cumsum(weights, axis=-1)
         top_p = rules.top_p[:, None]
-        least = jnp.where((mass_before < top_p) | (top_p >= 1), kept, jnp.inf)
-        least = jnp.maximum(least.min(axis=-1, keepdims=True), kth)
-        return jnp.where(logits < least, -jnp.inf, logits)
+        within = (mass - weights < top_p * mass[:, -1:]) | (top_p >= 1)
+        least = jnp.where(within, kept, jnp.inf).min(axis=-1, keepdims=True)
+        return jnp.where(logits < jnp.maximum(least, kth), -jnp.inf, logits)
 
     limited = (rules.top_k < vocab) | (rules.top_p < 1)
     logits = lax.cond(limited.any(), cut, lambda: logits)

@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kAhead = 24;  // rows of weights asked for in advance
 constexpr int kUnit = 64;   // columns (or rows, when transposed) of weights that a thread takes at once
+constexpr int64_t kUnitRows = 128;  // rows of x that a thread takes at once, but for blocks
 constexpr int kFewRows = 32;  // up to here reading the weights takes longer than multiplying
 
 struct Rows {
@@ -123,24 +124,25 @@ void row_products(const Rows& x, int64_t row, const Weights& w, int64_t column) 
   }
 }
 
-// Columns [first, first + kUnit) of transposed weights: a few at a time for all rows, so that both stay in the first cache.
+// Columns [first, first + kUnit) of transposed weights and kUnitRows rows of x from `begin` on: a few columns at a time for all of these,
+// so that both stay in the first cache.
 template <bool Bfloat16>
-void row_unit(const Rows& x, const Weights& w, int64_t first) {
+void row_unit(const Rows& x, const Weights& w, int64_t first, int64_t begin) {
   constexpr int64_t at_once = 8;
   const int64_t last = std::min(first + kUnit, w.out);
   for (; first < last; first += at_once) {
-    over_rows(x.count, [&](int64_t row, auto tile) {
+    over_rows(std::min(kUnitRows, x.count - begin), [&](int64_t row, auto tile) {
       const int64_t end = std::min(first + at_once, last);
       int64_t column = first;
       if (tile == 8) {
-        for (; column + 2 <= end; column += 2) row_products<Bfloat16, tile, 2>(x, row, w, column);
+        for (; column + 2 <= end; column += 2) row_products<Bfloat16, tile, 2>(x, begin + row, w, column);
       }
-      for (; column < end; ++column) row_products<Bfloat16, tile, 1>(x, row, w, column);
+      for (; column < end; ++column) row_products<Bfloat16, tile, 1>(x, begin + row, w, column);
     });
   }
 }
 
-// What a thread takes at once: 64 columns for all rows; a range of the weights' rows, for few rows of x; 64 columns for a block of many.
+// What a thread takes at once: 64 columns for some rows; a range of the weights' rows, for few rows of x; 64 columns for a block of many.
 enum class Way { columns, range, block };
 
 struct Unit {
@@ -175,7 +177,7 @@ void multiply(const Rows& x, const Weights& w, const Unit& unit, bool transposed
   }
 #endif
   if (!transposed) return w.bfloat16 ? column_unit<true>(x, w, first) : column_unit<false>(x, w, first);
-  w.bfloat16 ? row_unit<true>(x, w, first) : row_unit<false>(x, w, first);
+  w.bfloat16 ? row_unit<true>(x, w, first, unit.row) : row_unit<false>(x, w, first, unit.row);
 }
 
 // Cuts a product into units; of those by ranges, `numbers` grows by the sums that they need.
@@ -186,9 +188,9 @@ void plan(std::vector<Unit>& units, const Rows& x, const Weights& w, int index, 
     numbers += ranges_of(w.in) * x.count * padded(w.out);
     return;
   }
-  const bool blocks = !few && !transposed;
+  const Way way = few || transposed ? Way::columns : Way::block;
   for (int64_t first = 0; first < w.out; first += kUnit) {
-    for (int64_t row = 0; row < (blocks ? x.count : 1); row += kRowBlock) units.push_back({index, blocks ? Way::block : Way::columns, first, row});
+    for (int64_t row = 0; row < x.count; row += way == Way::block ? kRowBlock : kUnitRows) units.push_back({index, way, first, row});
   }
 }
 

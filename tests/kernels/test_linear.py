@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from diffkv_jax.pallas_kernels.kernels import Kernels
-from diffkv_jax.pallas_kernels.linear import linear
+from diffkv_jax.pallas_kernels.linear import linear, sum_of_rows
 from diffkv_jax.pallas_kernels.native import why_unavailable
 
 LAYERS, WIDTH = 3, 70  # no multiple of a vector
+TYPES = [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]  # of x and the weights
 KERNELS = [Kernels("xla")] + ([] if why_unavailable() else [Kernels("cpu")])
 
 
@@ -24,7 +25,7 @@ def exact(x: jax.Array, w: jax.Array, layer: int, transposed: bool) -> np.ndarra
 
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.implementation)
-@pytest.mark.parametrize("types", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")], ids="-".join)
+@pytest.mark.parametrize("types", TYPES, ids="-".join)
 @pytest.mark.parametrize("rows", [1, 3, 8, 15, 33, 600])
 def test_equals_float64(rows: int, types: tuple[str, str], kernels: Kernels):
     for columns, transposed in [(150, False), (16, False), (5, False), (131, True)]:
@@ -41,11 +42,34 @@ def test_equals_float64(rows: int, types: tuple[str, str], kernels: Kernels):
             np.testing.assert_allclose(got[0], exact(x, w, 2, transposed), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.skipif(why_unavailable() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("width", [WIDTH, 69, 640])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("types", [*TYPES, ("bfloat16", "float32")], ids="-".join)
+def test_a_row_does_not_depend_on_the_others(types: tuple[str, str], transposed: bool, width: int):
+    """Bit for bit, on both sides of every number of rows at which the kernel goes another way."""
+    columns = 83  # one panel of 64 columns, a vector of 16 and three more
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(600, width)), types[0])
+    w = jnp.asarray(rng.normal(size=(columns, width) if transposed else (width, columns)), types[1])
+
+    def product(x: jax.Array) -> np.ndarray:
+        return np.asarray(linear(x, [w], transposed=transposed, dtype="float32", kernels=Kernels("cpu"))[0])
+
+    together = product(x)
+    for first, rows in [(0, 1), (599, 1), (3, 2), (7, 8), (100, 31), (50, 32), (50, 33), (90, 510)]:
+        np.testing.assert_array_equal(product(x[first : first + rows]), together[first : first + rows], err_msg=f"{rows} rows")
+    assert (product(x[:, ::-1])[0] != together[0]).any(), "the comparison sees another order"
+
+
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.implementation)
-def test_a_row_does_not_depend_on_the_others(kernels: Kernels):
-    x, w = inputs(8, 150, "float32", "float32", False)
-    together = linear(x, [w], jnp.int32(0), kernels=kernels)[0]
-    np.testing.assert_allclose(linear(x[2:5], [w], jnp.int32(0), kernels=kernels)[0], together[2:5], rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_of_rows(dtype: str, kernels: Kernels):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 11, 150)) ** 2, dtype)
+    together = np.asarray(sum_of_rows(x, kernels=kernels))
+    np.testing.assert_allclose(together[..., 0], np.asarray(x, np.float64).sum(axis=-1), rtol=1e-6)
+    if kernels.implementation == "cpu":
+        np.testing.assert_array_equal(sum_of_rows(x[1, 4:5], kernels=kernels), together[1, 4:5])
 
 
 def test_results_have_the_rows_type():

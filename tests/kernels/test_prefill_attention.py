@@ -193,6 +193,23 @@ def test_column_sums_are_those_of_the_observing_rows(kernels: Kernels):
         assert mass == pytest.approx(min(n, this.observe), abs=2e-3)
 
 
+@pytest.mark.parametrize("name", ["bfloat16, several blocks of rows and keys", "several blocks of rows and keys"])
+def test_the_length_of_the_chunk_does_not_matter(name: str):
+    """Rows behind more padding, as beside a longer prompt, come out bit for bit the same: other rows then share a block with them."""
+    this = native_case(name)
+    alone = this.run(this.chunk, this.pool)
+    for more in (1, 68, 324):
+        q, k, v = (np.pad(x, [(0, 0)] * (x.ndim - 2) + [(more, 0), (0, 0)]) for x in this.chunk[:3])
+        out, lse, sums = this.run(Chunk(q, k, v, this.chunk.length), this.pool)
+        for head, n in enumerate(this.chunk.length):
+            own, before = slice(out.shape[2] - n, None), slice(alone[0].shape[2] - n, None)
+            np.testing.assert_array_equal(out[head, :, own], alone[0][head, :, before])
+            np.testing.assert_array_equal(lse[head, :, own], alone[1][head, :, before])
+            np.testing.assert_array_equal(sums.chunk[head, own], alone[2].chunk[head, before])
+        np.testing.assert_array_equal(sums.pages, alone[2].pages)
+        assert (out[0, :, -1] != alone[0][1, :, -1]).any(), "the comparison sees another head"
+
+
 def test_padding_and_later_rows_do_not_matter(kernels: Kernels):
     """Padded rows may hold anything finite; a row does not see those after it."""
     this = case("chunk of 32, all observe", kernels)
