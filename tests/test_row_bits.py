@@ -10,13 +10,13 @@ import pytest
 
 from diffkv_jax import CompressionPolicy, diffkv, make_cache, quantized
 from diffkv_jax.evaluate import _log_softmax
-from diffkv_jax.generate import prefill
 from diffkv_jax.models import ModelConfig, build_model, load_pretrained
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.pallas_kernels.native import why_unavailable
 from diffkv_jax.prompt import as_batch, chunk_size
+from diffkv_jax.read_prompts import prefill
 from diffkv_jax.runner import decode_step
-from diffkv_jax.sampling import Sample, _restrict
+from diffkv_jax.sampling import Sample, _allowed, rules
 from helpers_model import smollm2_gguf_path
 from tiny import prompt
 
@@ -61,7 +61,7 @@ def _go_on(model, params, cache, logits: jax.Array, steps: int) -> tuple[jax.Arr
 
 def run(model, params, prompts: Sequence, policy: CompressionPolicy, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Greedy tokens [R, steps], and logits [R, steps + 1, vocab] from the prompt's last token on."""
-    batch, sizes = as_batch(prompts, None, model.attention.vocab_size)
+    batch, sizes = as_batch(prompts, model.attention.vocab_size)
     cache = make_cache(model, policy, [256] * len(sizes), max_len=256)
     assert cache.spec.kernels.implementation == "cpu"
     first, cache = prefill(model, params, cache, batch, sizes, chunk_size(int(sizes.max()), 64, 64))
@@ -117,10 +117,11 @@ def test_log_probabilities(key):
 def test_top_p(key, vocab: int):
     """What sampling lets through, on any kernels."""
     logits = 3 * jax.random.normal(key, (33, vocab))
+    allowed = jax.jit(_allowed)
     some = [Sample(top_p=p) for p in np.linspace(0.1, 0.9, 5)]
     for sampling in some:
-        together = _restrict(sampling, logits)
-        np.testing.assert_array_equal(jnp.concatenate([_restrict(sampling, logits[i : i + 1]) for i in range(33)]), together)
+        together = allowed(rules([sampling] * 33), logits)
+        np.testing.assert_array_equal(jnp.concatenate([allowed(rules([sampling]), logits[i : i + 1]) for i in range(33)]), together)
         weights = np.sort(np.exp(np.asarray(logits, np.float64)))[:, ::-1]
         wanted = weights / weights.sum(axis=-1, keepdims=True)
         kept = ((wanted.cumsum(axis=-1) - wanted) < sampling.top_p).sum(axis=-1)
