@@ -203,7 +203,7 @@ def test_rows_and_turns():
     def turns(prompts: list[np.ndarray]):
         cache = make_cache(model, dkv.expected_attention(0.5, window=16), [330] * len(prompts), kernels=Kernels("xla"))
         for rows in (prompts, [prompt[:30] for prompt in prompts]):
-            batch, lengths = as_batch(rows, None, 97)
+            batch, lengths = as_batch(rows, 97)
             _, cache = prefill(model, params, cache, batch, lengths, 64)
         return cache
 

@@ -140,4 +140,5 @@ def test_smollm2(policy: CompressionPolicy):
         "Water boils at",
         "Paris, Rome, Berlin and " * 9,
     ]
+    assert tokenizer is not None
     check(model, params, [tokenizer(text).input_ids for text in texts], policy, [5, 8, 33], steps=90)
