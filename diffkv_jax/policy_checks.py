@@ -55,7 +55,8 @@ def check_blocks(policy: "CompressionPolicy") -> None:
         raise ValueError(f"tiers={policy.tiers}: {shared[0]} is not separable, a token cannot move between tiers; give it alone")
     if policy.selection.in_decode or policy.score in BY_REPLAY:
         raise ValueError(
-            f"tiers={policy.tiers} and observe={policy.observe!r}: score={policy.score!r} drops stored tokens one at a time, and {shared[0]} is not separable: its tokens share numbers. "
+            f"tiers={policy.tiers} and observe={policy.observe!r}: score={policy.score!r} drops stored tokens one at a time, and "
+            f"{shared[0]} is not separable: its tokens share numbers. "
             "Rank by score='window' or 'expected', which decide before they are encoded, or take a codec for each token such as 'K4V4'"
         )
     if policy.flush < policy.block:
