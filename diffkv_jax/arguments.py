@@ -238,7 +238,8 @@ def file_path(name: str, value: Any) -> Path:
             os.stat(path)
         return path
     except (OSError, ValueError, RuntimeError, TypeError) as error:  # no such user, a null byte, too long, forbidden
-        refuse(name, value, f"the path of a file or folder that can be read ({error})")
+        reason = error.strerror if isinstance(error, OSError) else error
+        refuse(name, value, f"the path of a file or folder that can be read ({reason})")
 
 
 class _Uneven(Exception):

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from diffkv_jax.arguments import instance, integer, text
+from diffkv_jax.arguments import instance, integer, one_of
 from diffkv_jax.layout import layout_of
 from diffkv_jax.merge import Merge
 from diffkv_jax.model_protocol import AttentionSpec
 from diffkv_jax.observed import nothing_observed
-from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, table_shape
+from diffkv_jax.pallas_kernels.codecs import KVFormat, table_shape
+from diffkv_jax.pallas_kernels.codecs.full import DTYPES
 from diffkv_jax.pallas_kernels.compact import FreeRing
 from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
@@ -73,7 +74,7 @@ class CacheSpec:
         instance("kernels", kernels, Kernels, "diffkv_jax.pallas_kernels.kernels.Kernels.resolve(...) makes one")
         num_requests, max_len = integer("num_requests", num_requests, least=1), integer("max_len", max_len, least=1)
         num_pages, tokens = integer("num_pages", num_pages, least=0), integer("tokens", tokens, least=1, optional=True)
-        Full(text("dtype", dtype))  # checks it, also where no tier keeps exact tokens: the recent window does
+        dtype = one_of("dtype", dtype, DTYPES)  # also where no tier keeps exact tokens: the recent window does
         check_lengths(policy, attention.max_position_embeddings)
         selection = policy.selection
         try:

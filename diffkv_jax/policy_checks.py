@@ -55,7 +55,8 @@ def check_blocks(policy: "CompressionPolicy") -> None:
         raise ValueError(f"tiers={policy.tiers}: {shared[0]} is not separable, a token cannot move between tiers; give it alone")
     if policy.selection.in_decode or policy.score in BY_REPLAY:
         raise ValueError(
-            f"score={policy.score!r} drops stored tokens one at a time, and {shared[0]} is not separable: its tokens share numbers. "
+            f"tiers={policy.tiers} and observe={policy.observe!r}: score={policy.score!r} drops stored tokens one at a time, and "
+            f"{shared[0]} is not separable: its tokens share numbers. "
             "Rank by score='window' or 'expected', which decide before they are encoded, or take a codec for each token such as 'K4V4'"
         )
     if policy.flush < policy.block:
@@ -76,7 +77,7 @@ def check_thresholds(policy: "CompressionPolicy") -> None:
     for field, without in (("keep_high", None), ("pooled", None), ("whole_layers", ()), ("layers", "uniform"), ("shared", False)):
         if getattr(policy, field) != without:
             raise ValueError(f"{field}={getattr(policy, field)!r} belongs to budgets: give keep= too, or leave it out")
-    high, low = np.asarray(policy.alpha_high), np.asarray(policy.alpha_low)
+    high, low = _side_by_side(policy, "alpha_high", "alpha_low")
     if np.any(low > high):
         raise ValueError(f"alpha_low={policy.alpha_low} must not exceed alpha_high={policy.alpha_high}: low tokens lie between the two")
     if policy.observe is None and (high.max() > 0 or len(policy.tiers) == 2):
@@ -89,6 +90,17 @@ def check_thresholds(policy: "CompressionPolicy") -> None:
             f"alpha_high={policy.alpha_high} must equal alpha_low={policy.alpha_low} with the single tier {policy.tiers}: "
             "there is no low tier between them"
         )
+
+
+def _side_by_side(policy: "CompressionPolicy", *names: str) -> list[np.ndarray]:
+    """The numbers of fields of which each head has one."""
+    numbers = [np.asarray(getattr(policy, name)) for name in names]
+    try:
+        np.broadcast_shapes(*(array.shape for array in numbers))
+    except ValueError:
+        given = " and ".join(f"{name}={shown(getattr(policy, name))}" for name in names)
+        raise ValueError(f"{given} must broadcast together, to [layers, requests, kv_heads]") from None
+    return numbers
 
 
 def check_ranking(policy: "CompressionPolicy") -> None:
@@ -164,7 +176,7 @@ def check_budgets(policy: "CompressionPolicy") -> None:
     if (policy.keep_high is None) == (len(policy.tiers) == 2):
         raise ValueError(f"keep_high={policy.keep_high} must be given with two tiers, and only then; tiers={policy.tiers}")
     if policy.keep_high is not None:
-        high = np.asarray(policy.keep_high)
+        high, keep = _side_by_side(policy, "keep_high", "keep")
         if high.dtype.kind != keep.dtype.kind or np.any(high > keep):
             raise ValueError(f"keep_high={policy.keep_high} must be of the kind of keep={policy.keep} and not exceed it")
     if policy.nested and policy.whole_layers:

@@ -52,6 +52,11 @@ REFUSED = {
     "alpha text": (lambda: dkv.diffkv("1.0"), "alpha_high='1.0' must be finite"),
     "alphas of two shapes": (lambda: dkv.diffkv([[1.0], [1.0, 2.0]]), "alpha_high=.* nested lists of equal shapes"),
     "no alphas": (lambda: dkv.diffkv(()), r"alpha_high=\(\) must be one value or nested"),
+    "alphas that do not meet": (lambda: dkv.diffkv((1.0, 1.0), (0.0,) * 3), "alpha_high=.* and alpha_low=.* must broadcast together"),
+    "budgets that do not meet": (
+        lambda: dataclasses.replace(dkv.h2o((0.5,) * 3), tiers=("K8V4", "K4V2"), keep_high=(0.1, 0.1)),
+        "keep_high=.* and keep=.* must broadcast together",
+    ),
     "keep of any size": (lambda: dkv.h2o(2**63), "keep=9223372036854775808 must be a share"),
     "keep True": (lambda: dkv.h2o(True), "keep=True must be a share"),
     "keep an object": (lambda: dkv.h2o(np.array([0.5, None])), "keep=.* must be a share"),

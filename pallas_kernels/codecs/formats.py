@@ -43,6 +43,7 @@ KINDS = {
     "t": Kind(Levels, fill="median"),
     "s": Kind(StaticLevels, fill="median"),
 }
+_LONGEST = 100  # characters of a name
 _TENSOR = r"(\d+)([a-z]?)(\d*)"
 _NAME = re.compile(rf"K{_TENSOR}V{_TENSOR}(?::(\d+),(\d+))?(?:\+o(\d+\.?\d*))?(?:\+r(\d+))?")
 
@@ -78,10 +79,10 @@ class KVFormat:
         """
         if name == "full":
             return KVFormat(Full(dtype), Full(dtype))
-        match = _NAME.fullmatch(name)
+        match = _NAME.fullmatch(name) if len(name) <= _LONGEST else None
         if match is None or match[2] not in KINDS or match[5] not in KINDS:
             raise ValueError(
-                f"format {name!r} must be 'full' or K<bits>V<bits> such as 'K8V4', with a letter behind the bits of "
+                f"format {name[:_LONGEST]!r} must be 'full' or K<bits>V<bits> such as 'K8V4', with a letter behind the bits of "
                 f"{[kind for kind in KINDS if kind]}, groups after a colon as in 'K4V2:2,4', outliers in percent "
                 "as in '+o2', ranks of the error as in '+r4'"
             )

@@ -9,6 +9,8 @@ from jax import Array
 
 from .tiles import Tile, cut_points, float_to_half, half_to_float
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class Full:
@@ -20,7 +22,7 @@ class Full:
     separable = True  # a token's lane stands for itself
 
     def __post_init__(self):
-        if self.dtype not in ("float32", "bfloat16", "float16"):
+        if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be float32, bfloat16 or float16")
 
     @property
