@@ -2,6 +2,8 @@
 # make test-slow  the tests marked slow                                (same .venv)
 # make demo       text from a small model with a compressed cache      (creates .venv-demo, no torch)
 # make test-compile  every kernel and whole steps compiled for GPUs and TPUs that are not here (creates .venv-compile, 2 GB)
+# make test-version JAX=0.11.2  generate() end to end on that JAX, which from 0.11 on needs Python 3.12 (creates .venv-jax-0.11.2)
+# make test-x64  some of the quick tests under jax_enable_x64               (.venv)
 # make benchmark  beside transformers, kvpress and, after `make benchmark-llama`, llama.cpp; hours (creates .venv-benchmark)
 # make lint       the static checks only
 # make clean      removes what these targets made, virtual environments included
@@ -23,6 +25,9 @@ XDIST := -n 2 --dist worksteal
 # By file: the slow files keep the runs of the real model that their tests share.
 XDIST_SLOW := -n 2 --dist loadfile
 SLOW := slow and not compile
+JAX = $(error say which: make test-version JAX=0.11.2)
+# What turns 64 bits on in a whole process; tests/test_enable_x64.py compares the two ways in one.
+X64_TESTS := tests/test_end_to_end.py tests/test_generate.py tests/test_batch_rows.py tests/kernels/test_append.py
 FOLDERS := diffkv_jax models pallas_kernels scripts tests
 INSTALLED_BY := pyproject.toml requirements/constraints.txt requirements/data.txt requirements/kvpress.txt
 
@@ -35,7 +40,7 @@ define install
 	touch $@
 endef
 
-.PHONY: test test-slow test-compile demo benchmark benchmark-llama lint clean
+.PHONY: test test-slow test-compile test-version test-x64 demo benchmark benchmark-llama lint clean
 
 test: lint
 	$(VENV)/bin/python -m pytest -m "not slow and not compile" $(XDIST) $(PYTEST_ARGS)
@@ -45,6 +50,15 @@ test-slow: $(VENV)/.installed
 
 test-compile: $(VENV_COMPILE)/.installed
 	$(VENV_COMPILE)/bin/python -m pytest tests/aot -m compile $(XDIST) $(PYTEST_ARGS)
+
+# Slow cases too: one of each implementation.
+test-version:
+	test -x .venv-jax-$(JAX)/bin/python || $(PYTHON) -m venv .venv-jax-$(JAX)
+	.venv-jax-$(JAX)/bin/python -m pip install -qq -c requirements/constraints.txt -e '.[test-light]' jax==$(JAX) jaxlib==$(JAX)
+	.venv-jax-$(JAX)/bin/python -m pytest tests/test_end_to_end.py $(XDIST) $(PYTEST_ARGS)
+
+test-x64: $(VENV)/.installed
+	JAX_ENABLE_X64=1 $(VENV)/bin/python -m pytest $(X64_TESTS) -m "not slow and not compile" $(XDIST) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -84,5 +98,5 @@ $(VENV_BENCHMARK)/.installed: $(INSTALLED_BY) requirements/benchmark.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_DEMO) $(VENV_COMPILE) $(VENV_BENCHMARK) .venv-wheel .venv-newest build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV_DEMO) $(VENV_COMPILE) $(VENV_BENCHMARK) .venv-wheel .venv-newest .venv-jax-* build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find $(FOLDERS) -name __pycache__ -prune -exec rm -rf {} +

@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal
 
 import jax
+
+from .once import once
 
 IMPLEMENTATIONS = {"xla": None, "triton": "gpu", "mosaic_tpu": "tpu", "cpu": "cpu"}  # with the platform that it is made for, None = any
 PALLAS = ("triton", "mosaic_tpu")
@@ -85,7 +87,7 @@ def _default(platform: str) -> str:
     return next((name for name, made_for in IMPLEMENTATIONS.items() if made_for == platform), "xla")
 
 
-@cache
+@once
 def _no_native_kernels() -> str | None:
     """Why native CPU kernels cannot be built, said once in the log; None when they can."""
     from .native import why_unavailable

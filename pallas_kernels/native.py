@@ -5,7 +5,6 @@ the machine code depends on: the sources, the compiler, the flags, what `-march=
 """
 
 import ctypes
-import functools
 import hashlib
 import logging
 import os
@@ -17,24 +16,30 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 
 from .codecs import Coupled, Full, Levels, Normal, Outliers
+from .once import once
 from .pages import PageLayout
 
 HEADERS = Path(__file__).parent / "native"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi")
+LOCK_SECONDS = 600.0  # that a process waits for another one's build; a build takes one minute at most
 
 _log = logging.getLogger(__name__)
 
 
 class Unavailable(RuntimeError):
-    """There is no compiler, or it cannot build the kernels."""
+    """There is no compiler, it cannot build the kernels, or there is no place for them."""
 
 
 def why_unavailable() -> str | None:
-    """None where native kernels can be built, else the reason."""
+    """None where native kernels are built or can be, else the reason."""
     try:
         _toolchain()
+        operations = (source.parent.name for source in HEADERS.parent.glob("*/cpu.cc"))
+        if not all(_place(operation).exists() for operation in operations):
+            _check_writable(cache_directory())
     except Unavailable as error:
         return str(error)
     return None
@@ -72,24 +77,32 @@ def format_codes(layout: PageLayout) -> np.ndarray:
     return np.array([x for fmt, blocks in tiers for x in (*codec(fmt.key), *codec(fmt.value), blocks)], np.int64)
 
 
-@functools.cache
+@once
 def _register(operation: str, target: str) -> None:
     handler = getattr(library(operation), target)
     jax.ffi.register_ffi_target(f"diffkv_jax.{target}", jax.ffi.pycapsule(handler), platform="cpu")
 
 
-@functools.cache
+@once
 def library(operation: str) -> ctypes.CDLL:
     """The operation's library, built unless the cache has it."""
-    source = HEADERS.parent / operation / "cpu.cc"
+    built = _place(operation)
+    if not built.exists():
+        _build(_source(operation), built)
+    return ctypes.CDLL(str(built))
+
+
+def _source(operation: str) -> Path:
+    return HEADERS.parent / operation / "cpu.cc"
+
+
+def _place(operation: str) -> Path:
+    """Where the operation's library lies once it is built: its name changes with all that the machine code depends on."""
+    source = _source(operation)
     sources = [source, *sorted(source.parent.glob("*.h")), *sorted(HEADERS.glob("*.h"))]
     parts = [_toolchain().identity, *(path.read_text() for path in sources)]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    built = cache_directory() / f"{operation}-{key}.so"
-    if not built.exists():
-        _log.info("building the native kernels of %s into %s", operation, built)
-        _build(source, built)
-    return ctypes.CDLL(str(built))
+    return cache_directory() / f"{operation}-{key}.so"
 
 
 def cache_directory() -> Path:
@@ -98,9 +111,41 @@ def cache_directory() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffkv_jax"
 
 
+def _check_writable(directory: Path) -> None:
+    """
+    Raises:
+        Unavailable: no file can be made in the directory; names it and the remedy.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise Unavailable(f"built kernels cannot be kept in {directory} ({error}); set DIFFKV_JAX_CACHE to another folder") from error
+
+
 def _build(source: Path, built: Path) -> None:
-    """Compile into a temporary file, then move it: processes that build at the same time do not see half a library."""
-    built.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Build a library unless another process does: then wait for that one, whose lock ends with it, however it ends.
+
+    Raises:
+        Unavailable: the compiler fails, nothing can be written, or the other process takes longer than `LOCK_SECONDS`.
+    """
+    _check_writable(built.parent)
+    lock = built.with_suffix(".lock")
+    try:
+        with FileLock(lock, timeout=LOCK_SECONDS):
+            if not built.exists():
+                _log.info("building the native kernels of %s into %s", source.parent.name, built)
+                _compile(source, built)
+            lock.unlink(missing_ok=True)  # still held, and whoever waits for it finds the library
+    except Timeout as error:
+        raise Unavailable(
+            f"{lock} has been held for {LOCK_SECONDS:g} s: end the process that builds, remove the file if there is none, "
+            "or set DIFFKV_JAX_CACHE to another folder"
+        ) from error
+
+
+def _compile(source: Path, built: Path) -> None:
+    """Compile into a temporary file, then move it: nobody sees half a library, also where file systems know no locks."""
     handle, temporary = tempfile.mkstemp(dir=built.parent, suffix=".so")
     os.close(handle)
     try:
@@ -120,7 +165,7 @@ class _Toolchain:
         self.identity = "\0".join([compiler, described, macros, *_flags(), version("jaxlib")])
 
 
-@functools.cache
+@once
 def _toolchain() -> _Toolchain:
     wanted = os.environ.get("CXX")
     compiler = shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
