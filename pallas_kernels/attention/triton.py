@@ -26,8 +26,8 @@ from .triton_keys import (
     value_pieces,
 )
 
-PROGRAMS = 1024  # that fill a large chip a few times over
 TOKENS_A_SPLIT = 512  # fewer are not worth a program
+MOST_SPLITS = 128  # of a head: eight heads then fill a large chip a few times over
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,16 @@ class Blocks:
     stages: int
 
     @staticmethod
-    def choose(layout: PageLayout, heads: int, group: int, max_len: int, itemsize: int) -> "Blocks":
-        """The defaults for `heads` heads of `group` query heads and up to `max_len` tokens; q has `itemsize` bytes.
+    def choose(layout: PageLayout, group: int, max_len: int, itemsize: int) -> "Blocks":
+        """The defaults for heads of `group` query heads and up to `max_len` tokens; q has `itemsize` bytes.
 
+        How many heads there are does not matter: the order in which a head's tokens are added must not depend on the batch.
         Logits of bfloat16 queries are kept in float16, relative to the largest of their step: half a per cent of a probability at most.
         """
         exact, small = itemsize > 2, layout.head_dim < 128
         few = exact or small or layout.head_dim > 128 or not layout.in_kernels  # look-ups and rotary embeddings take registers
         keys = max(layout.tokens, 32 if few else 64)
-        splits = max(1, min(pl.cdiv(PROGRAMS, heads), pl.cdiv(max_len, TOKENS_A_SPLIT)))
+        splits = min(MOST_SPLITS, pl.cdiv(max_len, TOKENS_A_SPLIT))
         return Blocks(
             rows=max(16, pl.next_power_of_2(group)),
             keys=keys,
@@ -122,7 +123,7 @@ def decode_attention(
     """
     b, g, d = q.shape
     slots = heads.recent_k.shape[2]
-    blocks = blocks or Blocks.choose(layout, b, g, max_len, q.dtype.itemsize)
+    blocks = blocks or Blocks.choose(layout, g, max_len, q.dtype.itemsize)
     for refuse in (key_pieces, value_pieces):  # what Triton cannot do, before it is called
         refuse(layout)
     check_pool(pages)

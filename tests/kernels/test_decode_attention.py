@@ -191,6 +191,20 @@ def test_other_heads_do_not_matter():
     np.testing.assert_array_equal(this.run(alone).output[3], got.output[3])
 
 
+@pytest.mark.parametrize("kernels", NATIVE)
+def test_a_head_alone(kernels: Kernels):
+    """A head's result has the same bits beside as without other heads."""
+    this = case("K8V4+K4V2, G=3, d=128", kernels)
+    got = this.run(this.pool)
+    for head in (3, 6):
+        one = slice(head, head + 1)
+        pool = this.pool._replace(**{name: getattr(this.pool, name)[one] for name in this.pool._fields if name != "pages"})
+        alone = this.run(pool, this.q[one])
+        np.testing.assert_array_equal(alone.output[0], got.output[head])
+        np.testing.assert_array_equal(alone.recent[0], got.recent[head])
+        assert (alone.output[0] != got.output[4]).any(), "the comparison sees another head"
+
+
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS[:3])
 @pytest.mark.parametrize("mistake", ["table shifted by one", "a token too many", "a token too few", "recent too few", "tiers swapped"])
 def test_the_comparison_sees_mistakes(mistake: str, kernels: Kernels):
