@@ -8,7 +8,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..codecs.tiles import half_to_float
+from ..codecs.halves import half_to_float
 from .mosaic_tpu_block import StoredBlock, logits_of, matmul, mix_of, runs_of
 from .mosaic_tpu_stream import Plan, Refs, Stream
 from .stream import group_score, soft_cap

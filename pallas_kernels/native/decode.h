@@ -116,12 +116,21 @@ inline void look_up(const Codec& codec, const Stored& at, int stride, int head_d
 
 // Puts the outliers of the first `live` tokens in their places in `x [head_dim, 32]`.
 inline void place_outliers(const Codec& codec, const Stored& at, int stride, int head_dim, int live, float* x) {
-  for (int i = 0; i < codec.outliers; ++i) {
-    const uint8_t* channel = at.payload + int64_t{codec.rows - codec.outliers + i} * stride;
-    float values[kStrip];
-    for (int half = 0; half < 2; ++half) store(values + half * kLanes, metadata(at, codec.meta_rows() - codec.outliers + i, stride, half));
-    for (int t = 0; t < live; ++t) {
-      if (channel[t] < head_dim) x[channel[t] * kStrip + t] = values[t];
+  const int pairs = codec.outliers / 2, first_row = codec.meta_rows() - codec.outliers;
+  for (int i = 0; i < pairs; ++i) {
+    float values[2][kStrip];
+    for (int half = 0; half < 2; ++half) {
+      const Shorts first = metadata(at, first_row + i, stride, half), second = metadata(at, first_row + pairs + i, stride, half);
+      const Floats smaller = from_bfloat16(first), larger = from_bfloat16(second);  // the smaller one comes first in bfloat16 alone
+      const Ints wide = smaller < larger;
+      store(values[0] + half * kLanes, select(wide, larger, from_float16(first)));
+      store(values[1] + half * kLanes, select(wide, smaller, from_float16(second)));
+    }
+    for (int which = 0; which < 2; ++which) {
+      const uint8_t* channel = at.payload + int64_t{codec.rows - codec.outliers + which * pairs + i} * stride;
+      for (int t = 0; t < live; ++t) {
+        if (channel[t] < head_dim) x[channel[t] * kStrip + t] = values[which][t];
+      }
     }
   }
 }
@@ -144,8 +153,7 @@ inline Floats* decoded(const Codec& codec, const Stored& at, int stride, int hea
   for (int group = 0; group < codec.groups; ++group) {
     for (int half = 0; half < 2; ++half) {
       const Ints real = lanes() + half * kLanes < live;
-      const Floats scale = codec.scaled() ? metadata(at, group, stride, half) : splat(1);
-      const Floats zero = codec.zeroed() ? metadata(at, codec.groups + group, stride, half) : Floats{};
+      const auto [scale, zero] = Grid::read(at, codec, group, stride, half);
       if (!codec.scaled() && live == kStrip) continue;
       for (int c = group * width; c < (group + 1) * width; ++c) x[2 * c + half] = select(real, x[2 * c + half] * scale + zero, Floats{});
     }
