@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffkv_jax.pallas_kernels.codecs import Levels, Normal, read_by
-from oracles.blocks import read_block, stored_rows
+from oracles import stored_numbers as stored
+from oracles.blocks import outliers, read_block, stored_rows
 from oracles.normal_levels import dequantise_normal
 from oracles.quantiser import dequantise, unpack
 
@@ -60,18 +61,18 @@ def decode_tensor(codec, payload: np.ndarray, meta: np.ndarray, table: np.ndarra
     """Payload uint8 `[rows, T]` and metadata float16 `[meta_rows, T]` as float32 `[T, head_dim]`; `table` is a head's learned array."""
     meta = meta.view(np.float16)  # TPU caches keep the bits as int16
     if hasattr(codec, "inner"):  # a direction, and the norms of the two layers that share it
-        return decode_tensor(codec.inner, payload, meta[:-2]) * meta[-2 + codec.reads].astype(np.float32)[:, None]
+        return decode_tensor(codec.inner, payload, meta[:-2]) * stored.read_scale(meta[-2 + codec.reads])[:, None]
     if outliers_of_tokens(codec):  # of another codec's numbers, the values of the channels that the last rows name
         n = codec.count
         x = decode_tensor(codec.codec, payload[:-n], meta[:-n], table)
-        x[np.arange(len(x)), payload[-n:]] = meta[-n:]
+        x[np.arange(len(x)), payload[-n:]] = outliers(meta[-n:])
         return x
     if hasattr(codec, "tokens"):
         blocks = range(0, payload.shape[1], codec.tokens)
         parts = [read_block(codec, payload[:, at : at + codec.tokens], meta[:, at : at + codec.tokens]) for at in blocks]
         return np.concatenate([np.zeros((0, codec.head_dim), np.float32), *parts])
     if table is not None and table.ndim == 1:  # levels of the token's range
-        half, middle = meta.astype(np.float32)[..., None]
+        half, middle = stored.read_scale(meta[0])[:, None], stored.read_zero(*meta)[:, None]
         return table.astype(np.float32)[unpack_codes(payload, codec.bits).T] * half + middle
     if table is not None:  # one codebook a group of channels
         codes = unpack_codes(payload, codec.bits)
@@ -260,7 +261,8 @@ def _draw_tokens(rng, pages: dict[str, Any], layout, table_row: np.ndarray, tier
             numbers = np.zeros((length, 0))
         if count:  # in different channels, and larger than the others
             channels = rng.permuted(np.tile(np.arange(layout.head_dim), (length, 1)), axis=1)[:, :count]
-            codes, numbers = np.hstack([codes, channels]), np.hstack([numbers, rng.normal(size=(length, count)) * 4])
+            largest_first = -np.sort(-rng.normal(size=(length, count)) * 4, axis=1)
+            codes, numbers = np.hstack([codes, channels]), np.hstack([numbers, largest_first])
         for (name, first, rows), values in ((payload, codes), (meta, numbers)):
             row = first + block[:, None] * rows + np.arange(rows)
             kept = values.astype(np.float16).view(pages[name].dtype) if name == "meta" else values

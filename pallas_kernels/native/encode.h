@@ -167,7 +167,7 @@ inline void normal_lanes(int width, const float* x, uint8_t* codes, float* scale
   SomeFloats root;
   for (int lane = 0; lane < kCompared; ++lane) root[lane] = std::sqrt(ratio[lane]);
   root = root * unit;
-  store(wide, needs_wide(root, {}));
+  store(wide, needs_wide(root, SomeFloats{}));
   store(scale, saturated(root));
 }
 
