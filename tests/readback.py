@@ -239,8 +239,12 @@ def random_pool(layout, lengths, recent_len, *, max_len: int, slots: int, seed: 
 
 
 def _draw_tokens(rng, pages: dict[str, Any], layout, table_row: np.ndarray, tier: int, positions: np.ndarray) -> None:
-    """Random codes, scales, zero points and significance for the slots of one tier of one head, at `positions`."""
+    """Random codes, scales, zero points and significance for the slots of one tier of one head, at `positions`.
+
+    The numbers beside the codes of every second token are bfloat16.
+    """
     length = len(positions)
+    wide = (positions % 2 == 1)[:, None]
     page, block, lane = slot_addresses(layout, table_row, tier, length)
     fmt = layout.formats[tier]
     for codec, payload, meta in zip((fmt.key, fmt.value), tensor_rows(layout, tier)[:2], tensor_rows(layout, tier)[2:], strict=True):
@@ -255,18 +259,20 @@ def _draw_tokens(rng, pages: dict[str, Any], layout, table_row: np.ndarray, tier
                 scale *= 4 / (2**codec.bits - 1)
                 scale = np.concatenate([scale, rng.normal(size=scale.shape) - 2], axis=1)
             numbers = scale[:, : meta[2] - count]
+            own = numbers.shape[1] // 2 if hasattr(codec, "groups") or isinstance(codec, Levels) else numbers.shape[1]
+            kept = np.hstack([stored.marked(numbers[:, :own], wide), stored.beside(numbers[:, own:], wide)])
         else:
             exact = rng.normal(size=(length, layout.head_dim)).astype(jnp.dtype(codec.dtype))
             codes = exact.view(np.uint8).reshape(length, layout.head_dim, exact.dtype.itemsize).swapaxes(1, 2).reshape(length, payload[2])
-            numbers = np.zeros((length, 0))
+            kept = np.zeros((length, 0), np.float16)
         if count:  # in different channels, and larger than the others
             channels = rng.permuted(np.tile(np.arange(layout.head_dim), (length, 1)), axis=1)[:, :count]
             largest_first = -np.sort(-rng.normal(size=(length, count)) * 4, axis=1)
-            codes, numbers = np.hstack([codes, channels]), np.hstack([numbers, largest_first])
-        for (name, first, rows), values in ((payload, codes), (meta, numbers)):
+            turned = np.where(wide, np.hstack([largest_first[:, count // 2 :], largest_first[:, : count // 2]]), largest_first)
+            codes, kept = np.hstack([codes, channels]), np.hstack([kept, stored.beside(turned, wide)])
+        for (name, first, rows), values in ((payload, codes), (meta, kept)):
             row = first + block[:, None] * rows + np.arange(rows)
-            kept = values.astype(np.float16).view(pages[name].dtype) if name == "meta" else values
-            pages[name][page[:, None], row, lane[:, None]] = kept
+            pages[name][page[:, None], row, lane[:, None]] = values.view(pages[name].dtype) if name == "meta" else values
     if layout.scored:
         pages["significance"][page, block, lane] = rng.uniform(0, 2, length)
     pages["position"][page, block, lane] = positions

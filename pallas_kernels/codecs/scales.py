@@ -13,7 +13,7 @@ TOO_LARGE = 65520.0  # rounds to infinity in float16
 TOO_SMALL = 2.0**-16  # float16 has fewer bits than bfloat16 below
 SMALL_ZERO = 2.0**-8  # beside a scale that is too small; a zero point beyond is told better in float16
 LEAST_OUTLIER = 2.0**-100  # below, float16 zeros do
-LIMIT = 2.0**120  # finite numbers saturate there, so that sums of a block's do not overflow; as float16 their bits are a number
+LIMIT = 2.0**119  # finite numbers saturate there, so that sums of a block's do not overflow; a stored range is finite as float16, too
 
 
 def scale_of(stored: Array) -> Array:

@@ -72,7 +72,7 @@ typedef int32_t SomeInts __attribute__((vector_size(4 * kCompared)));
 typedef uint8_t SomeBytes __attribute__((vector_size(kCompared)));
 
 // What pallas_kernels/codecs/scales.py says of numbers beside codes; `wide` lanes, -1 or 0, are bfloat16.
-constexpr float kTooLarge = 65520, kTooSmall = 0x1p-16f, kSmallZero = 0x1p-8f, kLimit = 0x1p120f;
+constexpr float kTooLarge = 65520, kTooSmall = 0x1p-16f, kSmallZero = 0x1p-8f, kLimit = 0x1p119f;
 
 inline SomeFloats size_of(SomeFloats x) { return x < 0 ? -x : x; }
 

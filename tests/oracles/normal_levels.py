@@ -48,6 +48,7 @@ def quantise_normal(values, bits):
 
 
 def dequantise_normal(codes, scale, bits):
-    """`scale * level` in float32, `codes [..., head_dim]`, `scale [..., 1]`."""
+    """`scale * level` in float32, `codes [..., head_dim]`, `scale [..., 1]` as stored (float16) or as a number."""
+    scale = read_scale(scale) if scale.dtype == np.float16 else scale
     signed = np.concatenate([rounded_levels(bits), -rounded_levels(bits)])
-    return (read_scale(scale) * signed[codes]).astype(np.float32)
+    return (scale * signed[codes]).astype(np.float32)

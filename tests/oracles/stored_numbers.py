@@ -16,8 +16,8 @@ def to_half(values):
 
 
 def saturated(values):
-    """Finite numbers are kept within 2^120."""
-    return np.where(np.isinf(values), values, np.clip(values, -(2.0**120), 2.0**120)).astype(np.float32)
+    """Finite numbers are kept within 2^119."""
+    return np.where(np.isinf(values), values, np.clip(values, -(2.0**119), 2.0**119)).astype(np.float32)
 
 
 def too_large(size):
