@@ -240,7 +240,7 @@ class KVCache:
     steps: Array  # int32 [] decode steps since the last prompt
     pending: Array  # int32 [R] token sampled last and not yet seen by the model, -1 = none
     queries: QueryStatistics | None  # of the prompts' queries, where the policy ranks by them
-    tables: Tables  # float16 [L, K, ...] what learned codecs have learned
+    tables: Tables  # float16 or bfloat16 [L, K, ...] what learned codecs have learned
     waiting: Waiting | None = None  # in a prompt chunk of a policy that merges layers
 
     def __repr__(self) -> str:

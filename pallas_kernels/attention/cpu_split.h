@@ -23,12 +23,12 @@ struct Split {
   float *p, *state;        // [G, slots]; maximum, total [G] each and output [G, d]
 };
 
-// What a codec has learned: a table float16 for each KV head of the layer.
+// What a codec has learned: a table for each KV head of the layer.
 struct Table {
-  const uint16_t* data;
+  Learned all;
   int64_t numbers, kv_heads;
 
-  const uint16_t* of(int head) const { return numbers ? data + head % kv_heads * numbers : nullptr; }
+  Learned of(int head) const { return {numbers ? all.data + head % kv_heads * numbers : nullptr, all.bfloat16}; }
 };
 
 struct Problem {

@@ -98,8 +98,8 @@ def normalised(x: Array, half: Array, middle: Array) -> Array:
 class StaticLevels(Coupled):
     """Codec of one tensor (K): learned levels of the range that each channel had in the calibration, no metadata.
 
-    The layer's levels, spread over each channel's range, are a codebook a channel: `table` float16 `[B, head_dim, 2**bits, 1]`, each
-    ascending. Where it runs: as `Coupled`.
+    The layer's levels, spread over each channel's range, are a codebook a channel: `table` float16 or bfloat16
+    `[B, head_dim, 2**bits, 1]`, each ascending. Where it runs: as `Coupled`.
     """
 
     channels: int = field(default=1, init=False)
