@@ -113,8 +113,8 @@ def unit_of(size: Array) -> tuple[Array, Array]:
     return lax.bitcast_convert_type(exponent, jnp.float32), lax.bitcast_convert_type((254 << 23) - exponent, jnp.float32)
 
 
-def norm(x: Array, axis: int = -2) -> Array:
-    """The norm float32 of `x` along an axis, which stays; squares neither overflow nor vanish."""
+def length(x: Array, axis: int = -1) -> Array:
+    """The Euclidean norm of float32 `x` along an axis, which stays; squares neither overflow nor vanish."""
     unit, inverse = unit_of(jnp.abs(x).max(axis=axis, keepdims=True))
     return unit * jnp.linalg.norm(x * inverse, axis=axis, keepdims=True)
 

@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from .formats import Codec, KVFormat
 from .plain import PlainXLA
-from .scales import as_half, norm, scale_bits, scale_of
+from .scales import as_half, length, scale_bits, scale_of
 
 SMALL = 1e-3  # sines below which SLERP becomes a line: float32 knows angles from cosines no better
 
@@ -46,7 +46,7 @@ class Shared(PlainXLA):
     def encode(self, x: Array) -> tuple[Array, Array]:
         """`[..., 2 * head_dim, T]` to (payload, metadata)."""
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-2)
-        norms = (as_half(scale_bits(norm(layer))) for layer in (first, second))
+        norms = (as_half(scale_bits(length(layer, -2))) for layer in (first, second))
         payload, meta = self.inner.encode(between(first, second, self.t))
         return payload, jnp.concatenate([meta, *norms], axis=-2)
 
@@ -67,8 +67,8 @@ class Shared(PlainXLA):
 
     def _split(self, meta: Array) -> tuple[Array, Array]:
         """Metadata of `inner`, and the layer's norms float32 `[..., 1, T]`."""
-        length = lax.dynamic_slice_in_dim(meta, self.inner.meta_rows + self.reads, 1, axis=-2)
-        return meta[..., : self.inner.meta_rows, :], scale_of(length)
+        norm = lax.dynamic_slice_in_dim(meta, self.inner.meta_rows + self.reads, 1, axis=-2)
+        return meta[..., : self.inner.meta_rows, :], scale_of(norm)
 
 
 def shared_format(fmt: KVFormat, t: float) -> KVFormat:
@@ -105,4 +105,4 @@ def angle(x: Array, y: Array) -> Array:
 
 def _unit(x: Array) -> Array:
     x = x.astype(jnp.float32)
-    return x / jnp.maximum(norm(x), 1e-30)
+    return x / jnp.maximum(length(x, -2), 1e-30)
