@@ -31,12 +31,13 @@ def quantized(fmt: str, *, window: int = 64, flush: int = 32, rotate: bool = Fal
     return CompressionPolicy(fmt, (fmt,), window=window, flush=flush, rotate=rotate)
 
 
-def kivi(bits: int = 2, *, group: int = 32, residual: int = 128, rotate: bool = False) -> CompressionPolicy:
-    """KIVI (arXiv:2402.02750): keys per channel in groups of `group` tokens, values per token in groups of `group` channels.
+def kivi(bits: int = 2, *, group: int = 32, value_group: int | None = None, residual: int = 128, rotate: bool = False) -> CompressionPolicy:
+    """KIVI (arXiv:2402.02750): keys per channel in groups of `group` tokens, values per token in groups of `value_group` channels.
 
+    `value_group` must divide the model's head_dim; None: `group`, or the nearest divisor of head_dim (20 for 80 and 32).
     At most `residual` recent tokens are exact; they leave `group` at a time.
     """
-    tiers, window = (f"K{bits}cV{bits}g{group}",), residual - group
+    tiers, window = (f"K{bits}cV{bits}g{group if value_group is None else value_group}",), residual - group
     if window < 1:
         raise ValueError(f"residual={residual} must be larger than group={group}: the tokens of a group leave together, one at least stays")
     return CompressionPolicy(f"kivi-{bits}", tiers, window=window, flush=group, block=group, rotate=rotate)
@@ -48,19 +49,23 @@ def gear(
     rank: int = 2,
     outliers: float = 0.02,
     group: int = 64,
+    value_group: int | None = None,
     buffer: int = 64,
     backbone: Literal["kivi", "kcvt"] = "kivi",
 ) -> CompressionPolicy:
     """GEAR (arXiv:2403.05527): a backbone quantiser, its error in `rank` ranks a block of `group` tokens, and a share of outliers.
 
-    Backbone "kivi": as in `kivi`; "kcvt": keys per channel over the block, values per token. Without outliers (0) it is GEAR-L.
+    Backbone "kivi": as in `kivi`, with its `value_group`; "kcvt": keys per channel over the block, values per token. Without outliers
+    (0) it is GEAR-L.
     New tokens are exact until `buffer` of them have gathered; `group` of those are encoded together.
     """
     if backbone not in ("kivi", "kcvt"):
         raise ValueError(f"backbone={backbone!r} must be 'kivi' or 'kcvt'")
     if buffer < group:
         raise ValueError(f"buffer={buffer} must be at least group={group}: the tokens of a group are encoded together")
-    fmt = f"K{bits}cV{bits}{f'g{group}' if backbone == 'kivi' else ''}"
+    if backbone == "kcvt" and value_group is not None:
+        raise ValueError(f"value_group={value_group!r} belongs to backbone='kivi': values of 'kcvt' have one group a token, leave it out")
+    fmt = f"K{bits}cV{bits}" + (f"g{group if value_group is None else value_group}" if backbone == "kivi" else "")
     fmt += (f"+o{100 * outliers:g}" if outliers else "") + (f"+r{rank}" if rank else "")
     return CompressionPolicy(f"gear-{bits}", (fmt,), window=max(buffer - group, 1), flush=group, block=group)
 

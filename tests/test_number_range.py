@@ -109,7 +109,7 @@ def encode_and_decode(fmt: KVFormat, x: np.ndarray, size: float) -> list[np.ndar
             table = table if ranged or shape[-1] > 1 else np.sort(table, axis=-2)
             codec = with_table(codec, jnp.asarray(table, jnp.float16 if ranged else jnp.bfloat16))
         payload, meta = jax.jit(codec.encode)(jnp.asarray(x * size, jnp.float32))
-        merged = (jnp.moveaxis(part, 1, 2).reshape(2, part.shape[2], -1) for part in (payload, meta))
+        merged = (jnp.moveaxis(part, 1, 2).reshape(2, part.shape[2], 3 * 32) for part in (payload, meta))
         decoded = np.asarray(jax.jit(codec.decode)(*merged), np.float64) / size
         found.append(np.moveaxis(decoded.reshape(2, 64, 3, 32), 2, 1))
     return found

@@ -163,21 +163,42 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Grouped:
-    """`Uniform` with groups of `channels` contiguous channels, at most all: what `for_block` gives once head_dim is known."""
+    """`Uniform` with groups of `channels` contiguous channels, at most all: what `for_block` gives once head_dim is known.
+
+    `as_tokens`: beside keys a channel of which T tokens share numbers (KIVI). Where the two group sizes are one number, `channels` = T, it
+    need not divide head_dim: the nearest divisor is taken (`nearest_divisor`).
+    """
 
     bits: int
     channels: int
+    as_tokens: bool = False
 
     in_kernels = in_decode_kernels = True
     separable = True
 
+    def __post_init__(self):
+        Uniform(self.bits)  # checks them
+        if self.channels < 1:
+            raise ValueError(f"groups of {self.channels} channels must have at least 1, as in 'K4g32V4g32'")
+
     def for_block(self, head_dim: int, tokens: int) -> Uniform:
         """The codec of blocks with `head_dim` channels."""
-        del tokens
         channels = min(self.channels, head_dim)
-        if channels < 1 or head_dim % channels:
-            raise ValueError(f"head_dim={head_dim} must be a multiple of the groups' channels={self.channels}, as in 'K4g32V4g32'")
+        if self.as_tokens and channels == tokens:
+            channels = nearest_divisor(head_dim, channels)
+        if head_dim % channels:
+            raise ValueError(
+                f"head_dim={head_dim} must be a multiple of the groups' channels={self.channels}, as in 'K4g32V4g32'; groups of "
+                f"{nearest_divisor(head_dim, channels)} would do"
+            )
         return Uniform(self.bits, head_dim // channels)
+
+
+def nearest_divisor(head_dim: int, channels: int) -> int:
+    """The largest divisor of `head_dim` from half of `channels` to `channels`; where there is none, the smallest one above."""
+    divisors = [n for n in range(1, head_dim + 1) if head_dim % n == 0]
+    below = [n for n in divisors if channels <= 2 * n <= 2 * channels]
+    return below[-1] if below else next(n for n in divisors if n > channels or n == head_dim)
 
 
 def _demoted(scale: Array, zero: Array, ratio: int) -> tuple[Array, Array]:
