@@ -226,7 +226,7 @@ class KVCache:
     pending: Array  # int32 [R] token sampled last and not yet seen by the model, -1 = none
     fingerprint: Array  # uint8 [32] of the parameters that made it (`diffkv_jax.calibration`), zeros = not told
     queries: QueryStatistics | None  # of the prompts' queries, where the policy ranks by them
-    tables: Tables  # float16 [L, K, ...] what learned codecs have learned
+    tables: Tables  # float16 or bfloat16 [L, K, ...] what learned codecs have learned
     waiting: Waiting | None = None  # in a prompt chunk of a policy that merges layers
 
     def __repr__(self) -> str:

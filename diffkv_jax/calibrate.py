@@ -13,7 +13,7 @@ from diffkv_jax.arguments import flag, integer
 from diffkv_jax.cache import CacheSpec, table_shapes
 from diffkv_jax.calibration import Calibration, fingerprint
 from diffkv_jax.inputs import as_params, as_policy, check_model, check_outside_jit
-from diffkv_jax.learn import Learning, learn_table
+from diffkv_jax.learn import Learning, as_stored, learn_table
 from diffkv_jax.model_protocol import CausalLM
 from diffkv_jax.pallas_kernels.codecs import learned_part
 from diffkv_jax.pallas_kernels.precision import in_32_bits
@@ -85,7 +85,7 @@ def calibrate(
                 block, cost = (jnp.moveaxis(jnp.asarray(part), 0, 2) for part in (x, weight))  # [K, d, n]
                 layers.append(np.asarray(learn_table(codec, block, cost, jax.random.fold_in(key, layer), Learning(iterations, q_norm))))
                 bar.update()
-            return np.stack(layers)
+            return as_stored(np.stack(layers))
 
         tables = tuple((learned(fmt.key, both[0]), learned(fmt.value, both[1])) for fmt in spec.layout.formats)
     return Calibration(tables, policy.tiers, policy.un_rope, policy.rotate, fingerprint(model, params))

@@ -24,7 +24,8 @@ class Calibration:
     """What `calibrate` learned: it serves every policy with the same tiers and transforms on the same model.
 
     Attributes:
-        tables: float16 NumPy arrays `[L, K, ...]` of K and V in each tier, None where a codec learns nothing; L paged layers, K KV heads.
+        tables: float16 or bfloat16 NumPy arrays `[L, K, ...]` of K and V in each tier, None where a codec learns nothing; L paged
+            layers, K KV heads.
         tiers, un_rope, rotate: those of the policy.
         fingerprint: of the model, see `fingerprint`.
     """

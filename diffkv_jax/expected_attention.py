@@ -9,6 +9,7 @@ from jax import Array, lax
 from diffkv_jax.cache import CacheSpec, KVCache
 from diffkv_jax.layer_state import per_head, put_layer, take_layer
 from diffkv_jax.pallas_kernels.attention.stream import chunk_pages, chunk_tokens, num_chunks, over_chunks, read_chunk
+from diffkv_jax.pallas_kernels.codecs.scales import length
 from diffkv_jax.pallas_kernels.compact import Stored, Tokens
 from diffkv_jax.pallas_kernels.pages import PageLayout, read_sides, write_side
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk
@@ -80,7 +81,7 @@ def expected_attention(
         counted.append(live & (position >= sinks))
         before.append(score)
     exponents.append(_exponents(tokens.k, mean, covariance))
-    norms.append(jnp.linalg.norm(tokens.v, axis=-1))
+    norms.append(length(tokens.v.astype(jnp.float32))[..., 0])
     counted.append(valid & (tokens.position >= sinks))
     logits = jnp.where(jnp.concatenate(counted, axis=1)[:, None], jnp.concatenate(exponents, axis=2), -jnp.inf)
     scores = (jax.nn.softmax(logits, axis=-1).mean(axis=1) + spec.selection.epsilon) * jnp.concatenate(norms, axis=1)
@@ -127,7 +128,7 @@ def _stored_exponents(
 
     def body(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         k, v = chunk_tokens(read_chunk(stored.pages, layout, tier, stored.page_table, stored.tier_len, i), layout, tier)
-        exponents, norms = _exponents(k, mean, covariance), jnp.linalg.norm(v, axis=-1)
+        exponents, norms = _exponents(k, mean, covariance), length(v)[..., 0]
         put = lax.dynamic_update_slice_in_dim
         return put(state[0], exponents, i * lanes, axis=2), put(state[1], norms, i * lanes, axis=1)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from diffkv_jax.pallas_kernels.codecs.coupled import nearest
+from diffkv_jax.pallas_kernels.codecs.scales import unit_of
 
 
 @partial(jax.jit, static_argnames=("clusters", "iterations"))
@@ -21,11 +22,12 @@ def weighted_kmeans(x: Array, weight: Array, key: Array, clusters: int, iteratio
         weight: float32 `[P, n]`, not negative; where all are zero they count as equal.
     """
     keys = jax.random.split(key, x.shape[0])
+    unit, inverse = unit_of(jnp.abs(x).max(axis=(-1, -2), keepdims=True))
 
     def solve(problem: tuple[Array, Array, Array]) -> Array:
         return _kmeans(*problem, clusters, iterations)
 
-    return lax.map(solve, (x, weight, keys), batch_size=16)
+    return lax.map(solve, (x * inverse, weight, keys), batch_size=16) * unit  # squares neither overflow nor vanish
 
 
 def _kmeans(x: Array, weight: Array, key: Array, clusters: int, iterations: int) -> Array:

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from diffkv_jax.kmeans import weighted_kmeans
 from diffkv_jax.pallas_kernels.codecs import Coupled, Levels, LowRank, Outliers, StaticLevels, learned_part
 from diffkv_jax.pallas_kernels.codecs.coupled import nearest
 from diffkv_jax.pallas_kernels.codecs.levels import normalised, token_range
+from diffkv_jax.pallas_kernels.codecs.scales import needs_wide
 
 NUMBERS = 2**17  # that one layer's levels are learned from, evenly spaced over all
 
@@ -23,7 +25,7 @@ class Learning:
 
 
 def learn_table(codec: Any, x: Array, fisher: Array, key: Array, how: Learning) -> Array:
-    """float16 `[K, *table_shape]` of a codec from `x`, `fisher` float32 `[K, d, n]`: n tokens as a block of each head.
+    """float32 `[K, *table_shape]` of a codec from `x`, `fisher` float32 `[K, d, n]`: n tokens as a block of each head.
 
     Outliers, which are kept apart, do not count.
     """
@@ -32,15 +34,21 @@ def learn_table(codec: Any, x: Array, fisher: Array, key: Array, how: Learning) 
         codec = codec.codec
     share = codec.share if isinstance(codec, Outliers) else 0.0
     if isinstance(part, StaticLevels):
-        return _static_levels(part, x, fisher, share, key, how).astype(jnp.float16)
+        return _static_levels(part, x, fisher, share, key, how)
     if isinstance(codec, Outliers):
         x, taken = codec.without_outliers(x)
         fisher = jnp.where(taken, 0.0, fisher)
     if isinstance(part, Levels):
         levels = _levels(part.bits, normalised(x, *token_range(x)), fisher, key, how)
-        return jnp.tile(levels, (x.shape[0], 1)).astype(jnp.float16)
+        return jnp.tile(levels, (x.shape[0], 1))
     assert isinstance(part, Coupled)
-    return _codebooks(part, x, fisher, key, how).astype(jnp.float16)
+    return _codebooks(part, x, fisher, key, how)
+
+
+def as_stored(tables: np.ndarray) -> np.ndarray:
+    """The float32 tables `[L, K, ...]` of all layers in float16; in bfloat16 where that does not hold all of them."""
+    largest = np.abs(tables).max(axis=tuple(range(2, tables.ndim)))
+    return tables.astype(jnp.bfloat16 if needs_wide(jnp.asarray(largest)).any() else np.float16)
 
 
 def _codebooks(codec: Coupled, x: Array, fisher: Array, key: Array, how: Learning) -> Array:

@@ -38,16 +38,18 @@ def quantized(fmt: str, *, window: int = 64, flush: int = 32, rotate: bool = Fal
     return CompressionPolicy(fmt, (fmt,), window=window, flush=flush, rotate=rotate)
 
 
-def kivi(bits: int = 2, *, group: int = 32, residual: int = 128, rotate: bool = False) -> CompressionPolicy:
-    """KIVI (arXiv:2402.02750): keys per channel in groups of `group` tokens, values per token in groups of `group` channels.
+def kivi(bits: int = 2, *, group: int = 32, value_group: int | None = None, residual: int = 128, rotate: bool = False) -> CompressionPolicy:
+    """KIVI (arXiv:2402.02750): keys per channel in groups of `group` tokens, values per token in groups of `value_group` channels.
 
+    `value_group` must divide the model's head_dim; None: `group`, or the nearest divisor of head_dim (20 for 80 and 32).
     At most `residual` recent tokens are exact; they leave `group` at a time.
     """
     group, residual = tokens_of_block("group", group), integer("residual", residual, least=1, most=MOST_TOKENS)
     bits, window = integer("bits", bits, least=0), residual - group
+    channels = group if value_group is None else integer("value_group", value_group, least=1, most=MOST_TOKENS)
     if window < 1:
         raise ValueError(f"residual={residual} must be larger than group={group}: the tokens of a group leave together, one at least stays")
-    tiers = (named_format(f"K{bits}cV{bits}g{group}", bits=bits, group=group),)
+    tiers = (named_format(f"K{bits}cV{bits}g{channels}", bits=bits, group=group, value_group=value_group),)
     return CompressionPolicy(f"kivi-{bits}", tiers, window=window, flush=group, block=group, rotate=rotate)
 
 
@@ -57,12 +59,14 @@ def gear(
     rank: int = 2,
     outliers: float = 0.02,
     group: int = 64,
+    value_group: int | None = None,
     buffer: int = 64,
     backbone: Literal["kivi", "kcvt"] = "kivi",
 ) -> CompressionPolicy:
     """GEAR (arXiv:2403.05527): a backbone quantiser, its error in `rank` ranks a block of `group` tokens, and a share of outliers.
 
-    Backbone "kivi": as in `kivi`; "kcvt": keys per channel over the block, values per token. Without outliers (0) it is GEAR-L.
+    Backbone "kivi": as in `kivi`, with its `value_group`; "kcvt": keys per channel over the block, values per token. Without outliers
+    (0) it is GEAR-L.
     New tokens are exact until `buffer` of them have gathered; `group` of those are encoded together.
     """
     backbone = one_of("backbone", backbone, ("kivi", "kcvt"))
@@ -70,8 +74,12 @@ def gear(
     group, buffer = tokens_of_block("group", group), integer("buffer", buffer, least=1, most=MOST_TOKENS)
     if buffer < group:
         raise ValueError(f"buffer={buffer} must be at least group={group}: the tokens of a group are encoded together")
-    fmt = f"K{bits}cV{bits}{f'g{group}' if backbone == 'kivi' else ''}"
-    fmt = named_format(fmt + outliers_apart(outliers) + (f"+r{rank}" if rank else ""), bits=bits, rank=rank, outliers=outliers, group=group)
+    if backbone == "kcvt" and value_group is not None:
+        raise ValueError(f"value_group={value_group!r} belongs to backbone='kivi': values of 'kcvt' have one group a token, leave it out")
+    channels = group if value_group is None else integer("value_group", value_group, least=1, most=MOST_TOKENS)
+    fmt = f"K{bits}cV{bits}{f'g{channels}' if backbone == 'kivi' else ''}"
+    fmt += outliers_apart(outliers) + (f"+r{rank}" if rank else "")
+    fmt = named_format(fmt, bits=bits, rank=rank, outliers=outliers, group=group, value_group=value_group)
     return CompressionPolicy(f"gear-{bits}", (fmt,), window=max(buffer - group, 1), flush=group, block=group)
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array, lax
 
+from diffkv_jax.pallas_kernels.codecs.scales import length
 from diffkv_jax.pallas_kernels.compact import Tokens
 from diffkv_jax.replay import Replay
 
@@ -113,7 +114,7 @@ def ranked_tokens(
     """
     score = tokens.significance
     if selection.score == "key_norm":  # arXiv:2406.11430
-        score = -_told_apart(jnp.linalg.norm(tokens.k[..., latent:].astype(jnp.float32), axis=-1), tokens.position)
+        score = -_told_apart(length(tokens.k[..., latent:].astype(jnp.float32))[..., 0], tokens.position)
     elif selection.score == "key_difference":
         score = -_likeness(tokens.k.astype(jnp.float32), valid)
     elif selection.score == "recency":
@@ -142,7 +143,7 @@ def _told_apart(norm: Array, position: Array) -> Array:
 
 def _likeness(k: Array, valid: Array) -> Array:
     """Cosine of each key `[B, n, d]` with the mean of the valid unit keys: `[B, n]` (KeyDiff, arXiv:2504.15364)."""
-    unit = k / jnp.maximum(jnp.linalg.norm(k, axis=-1, keepdims=True), 1e-12)
+    unit = k / jnp.maximum(length(k), 1e-30)
     anchor = jnp.where(valid[..., None], unit, 0.0).sum(axis=1)  # the length of the mean does not matter
     return (unit * anchor[:, None]).sum(axis=-1) / jnp.maximum(jnp.linalg.norm(anchor, axis=-1), 1e-12)[:, None]
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from diffkv_jax.cache import complete
 from diffkv_jax.pallas_kernels.codecs import Levels, Normal, read_by
-from oracles.blocks import read_block, stored_rows
+from oracles import stored_numbers as stored
+from oracles.blocks import outliers, read_block, stored_rows
 from oracles.normal_levels import dequantise_normal
 from oracles.quantiser import dequantise, unpack
 
@@ -61,18 +62,18 @@ def decode_tensor(codec, payload: np.ndarray, meta: np.ndarray, table: np.ndarra
     """Payload uint8 `[rows, T]` and metadata float16 `[meta_rows, T]` as float32 `[T, head_dim]`; `table` is a head's learned array."""
     meta = meta.view(np.float16)  # TPU caches keep the bits as int16
     if hasattr(codec, "inner"):  # a direction, and the norms of the two layers that share it
-        return decode_tensor(codec.inner, payload, meta[:-2]) * meta[-2 + codec.reads].astype(np.float32)[:, None]
+        return decode_tensor(codec.inner, payload, meta[:-2]) * stored.read_scale(meta[-2 + codec.reads])[:, None]
     if outliers_of_tokens(codec):  # of another codec's numbers, the values of the channels that the last rows name
         n = codec.count
         x = decode_tensor(codec.codec, payload[:-n], meta[:-n], table)
-        x[np.arange(len(x)), payload[-n:]] = meta[-n:]
+        x[np.arange(len(x)), payload[-n:]] = outliers(meta[-n:])
         return x
     if hasattr(codec, "tokens"):
         blocks = range(0, payload.shape[1], codec.tokens)
         parts = [read_block(codec, payload[:, at : at + codec.tokens], meta[:, at : at + codec.tokens]) for at in blocks]
         return np.concatenate([np.zeros((0, codec.head_dim), np.float32), *parts])
     if table is not None and table.ndim == 1:  # levels of the token's range
-        half, middle = meta.astype(np.float32)[..., None]
+        half, middle = stored.read_scale(meta[0])[:, None], stored.read_zero(*meta)[:, None]
         return table.astype(np.float32)[unpack_codes(payload, codec.bits).T] * half + middle
     if table is not None:  # one codebook a group of channels
         codes = unpack_codes(payload, codec.bits)
@@ -239,8 +240,12 @@ def random_pool(layout, lengths, recent_len, *, max_len: int, slots: int, seed: 
 
 
 def _draw_tokens(rng, pages: dict[str, Any], layout, table_row: np.ndarray, tier: int, positions: np.ndarray) -> None:
-    """Random codes, scales, zero points and significance for the slots of one tier of one head, at `positions`."""
+    """Random codes, scales, zero points and significance for the slots of one tier of one head, at `positions`.
+
+    The numbers beside the codes of every second token are bfloat16.
+    """
     length = len(positions)
+    wide = (positions % 2 == 1)[:, None]
     page, block, lane = slot_addresses(layout, table_row, tier, length)
     fmt = layout.formats[tier]
     for codec, payload, meta in zip((fmt.key, fmt.value), tensor_rows(layout, tier)[:2], tensor_rows(layout, tier)[2:], strict=True):
@@ -255,17 +260,20 @@ def _draw_tokens(rng, pages: dict[str, Any], layout, table_row: np.ndarray, tier
                 scale *= 4 / (2**codec.bits - 1)
                 scale = np.concatenate([scale, rng.normal(size=scale.shape) - 2], axis=1)
             numbers = scale[:, : meta[2] - count]
+            own = numbers.shape[1] // 2 if hasattr(codec, "groups") or isinstance(codec, Levels) else numbers.shape[1]
+            kept = np.hstack([stored.marked(numbers[:, :own], wide), stored.beside(numbers[:, own:], wide)])
         else:
             exact = rng.normal(size=(length, layout.head_dim)).astype(jnp.dtype(codec.dtype))
             codes = exact.view(np.uint8).reshape(length, layout.head_dim, exact.dtype.itemsize).swapaxes(1, 2).reshape(length, payload[2])
-            numbers = np.zeros((length, 0))
+            kept = np.zeros((length, 0), np.float16)
         if count:  # in different channels, and larger than the others
             channels = rng.permuted(np.tile(np.arange(layout.head_dim), (length, 1)), axis=1)[:, :count]
-            codes, numbers = np.hstack([codes, channels]), np.hstack([numbers, rng.normal(size=(length, count)) * 4])
-        for (name, first, rows), values in ((payload, codes), (meta, numbers)):
+            largest_first = -np.sort(-rng.normal(size=(length, count)) * 4, axis=1)
+            turned = np.where(wide, np.hstack([largest_first[:, count // 2 :], largest_first[:, : count // 2]]), largest_first)
+            codes, kept = np.hstack([codes, channels]), np.hstack([kept, stored.beside(turned, wide)])
+        for (name, first, rows), values in ((payload, codes), (meta, kept)):
             row = first + block[:, None] * rows + np.arange(rows)
-            kept = values.astype(np.float16).view(pages[name].dtype) if name == "meta" else values
-            pages[name][page[:, None], row, lane[:, None]] = kept
+            pages[name][page[:, None], row, lane[:, None]] = values.view(pages[name].dtype) if name == "meta" else values
     if layout.scored:
         pages["significance"][page, block, lane] = rng.uniform(0, 2, length)
     pages["position"][page, block, lane] = positions

@@ -128,12 +128,29 @@ def test_gear_goes_on_in_decode():
     check_pool(out.cache.spec.layout, out.cache.page_table, out.cache.tier_len, out.cache.ring)
 
 
+@pytest.mark.parametrize("head_dim", [80, 100, 112])
+def test_head_dims_that_the_group_does_not_divide(head_dim):
+    """Values in groups of the nearest divisor, everything else as with other widths; a given `value_group` must divide."""
+    fmt = dkv.gear(2).formats("float32")[0]
+    groups = {80: 2, 100: 2, 112: 2}[head_dim]  # of 40, 50 and 56 channels
+    codec = fmt.for_block(head_dim, 64).value
+    assert dkv.gear(2, value_group=20).formats("float32")[0].for_block(80, 64).value.codec.codec.groups == 4
+    x = RNG.normal(size=(2, head_dim, 64)).astype(np.float32)
+    payload, meta = map(np.asarray, jax.jit(codec.encode)(x))
+    merged = (np.moveaxis(part, 0, 1).reshape(part.shape[1], -1) for part in (payload, meta))
+    found = np.moveaxis(np.asarray(jax.jit(codec.decode)(*merged)).reshape(head_dim, 2, 64), 1, 0)
+    np.testing.assert_allclose(found, gear(x, per_token(groups, 2), 2, -2, 2), atol=3e-3)
+    with pytest.raises(ValueError, match=f"head_dim={head_dim} must be a multiple of the groups' channels=48"):
+        dkv.gear(2, value_group=48).formats("float32")[0].for_block(head_dim, 64)
+
+
 def test_bad_input():
     for wrong, message in (
         ({"backbone": "uniform"}, "backbone='uniform' must be"),
         ({"buffer": 32}, "buffer=32 must be at least group=64"),
         ({"outliers": 1.0}, "share=1.0"),
         ({"bits": 3}, "bits=3"),
+        ({"backbone": "kcvt", "value_group": 16}, "value_group=16 belongs to backbone='kivi'"),
     ):
         with pytest.raises(ValueError, match=message):
             dkv.gear(**wrong)

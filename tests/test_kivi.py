@@ -11,6 +11,9 @@ import diffkv_jax as dkv
 from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.new_cache import make_cache
 from diffkv_jax.pallas_kernels.attention import Heads, decode_attention
+from diffkv_jax.pallas_kernels.codecs import KVFormat, Uniform
+from diffkv_jax.pallas_kernels.codecs.uniform import nearest_divisor
+from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout
 from diffkv_jax.read_prompts import prefill
 from oracles.blocks import kivi_keys
@@ -199,10 +202,43 @@ def test_what_cannot_work(changes, message):
         dkv.CompressionPolicy(**{"name": "x", "tiers": ("K4cV4",)} | changes)
 
 
+@pytest.mark.parametrize(("head_dim", "value_group", "channels"), [(80, None, 20), (100, None, 25), (80, 40, 40)])
+def test_head_dims_that_the_group_does_not_divide(head_dim, value_group, channels):
+    """Tokens of a block and channels of a value's group are two numbers: the second is the nearest divisor unless it is given."""
+    model, params = tiny_model(q_heads=2, kv_heads=1, head_dim=head_dim, layers=1)
+    policy = dkv.kivi(2, group=GROUP, value_group=value_group, residual=48)
+    assert dkv.CompressionPolicy.from_json(policy.to_json()) == policy
+    caches = []
+    for one in (policy, EXACT):
+        cache = make_cache(model, one, [81], kernels=Kernels("xla"))
+        caches.append(prefill(model, params, cache, TOKENS[:, :80], np.array([80]), 128)[1])
+    k, v = exact(caches[1], 0, 0)
+    keys = np.concatenate([kivi_keys(k[at : at + GROUP].T, 2).T for at in (0, 32)])
+    same_tokens(held_tokens(caches[0], 0, 0, 0), range(64), keys, fake_quantise(v, 2, head_dim // channels))
+    assert np.abs(fake_quantise(v, 2, head_dim // channels) - fake_quantise(v, 2, 1)).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "channels", "nearest"),
+    [(64, 32, 32), (96, 32, 32), (112, 32, 28), (120, 32, 30), (80, 64, 40), (100, 64, 50), (48, 64, 48), (74, 32, 37), (94, 32, 47)],
+)
+def test_nearest_divisors(head_dim, channels, nearest):
+    assert nearest_divisor(head_dim, channels) == nearest
+    value = KVFormat.parse(f"K2cV2g{channels}").value
+    assert value.for_block(head_dim, channels) == Uniform(2, head_dim // nearest)
+    if head_dim % min(channels, head_dim):
+        with pytest.raises(ValueError, match=f"head_dim={head_dim} must be a multiple .* groups of {nearest} would do"):
+            value.for_block(head_dim, 256)  # a number of its own
+
+
 def test_bad_input():
     model, params = model_of()
     with pytest.raises(ValueError, match="residual=32 must be larger than group=32"):
         dkv.kivi(group=32, residual=32)
+    with pytest.raises(ValueError, match="groups of 0 channels must have at least 1"):
+        dkv.kivi(value_group=0)
+    with pytest.raises(ValueError, match="head_dim=32 must be a multiple of the groups' channels=24"):
+        dkv.generate(model, params, TOKENS, policy=dkv.kivi(value_group=24))
     with pytest.raises(ValueError, match="raise prefill_chunk"):
         dkv.generate(model, params, TOKENS, policy=dkv.snapkv(tiers=("K4cV4",)), prefill_chunk=128)
     with pytest.raises(ValueError, match="plain XLA only"):

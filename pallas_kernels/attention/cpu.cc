@@ -85,7 +85,7 @@ void plan(Problem& p) {
   }
 }
 
-// Sets `table` to what a codec has learned in a layer, float16 `[L, kv heads, ...]`; or says that it does not fit the codec and the heads.
+// Sets `table` to what a codec has learned in a layer, float16 or bfloat16 `[L, kv heads, ...]`; or says that it does not fit the codec and the heads.
 ffi::Error read_table(Table& table, const Codec& codec, const ffi::AnyBuffer& learned, int64_t layer, const Heads& heads) {
   const int64_t numbers = codec.table_size(heads.d());
   if (numbers == 0) return ffi::Error::Success();
@@ -93,7 +93,8 @@ ffi::Error read_table(Table& table, const Codec& codec, const ffi::AnyBuffer& le
   if (shape.size() < 3 || layer >= shape[0] || shape[1] < 1 || heads.count % shape[1] || learned.element_count() != size_t(shape[0] * shape[1] * numbers)) {
     return ffi::Error::InvalidArgument("learned tables that do not fit the codec, the layers or the heads");
   }
-  table = {static_cast<const uint16_t*>(learned.untyped_data()) + layer * shape[1] * numbers, numbers, shape[1]};
+  const auto* data = static_cast<const uint16_t*>(learned.untyped_data()) + layer * shape[1] * numbers;
+  table = {{data, learned.element_type() == ffi::DataType::BF16}, numbers, shape[1]};
   return ffi::Error::Success();
 }
 

@@ -23,12 +23,12 @@ struct Split {
   float *p, *state;        // [G, slots]; maximum, total [G] each and output [G, d]
 };
 
-// What a codec has learned: a table float16 for each KV head of the layer.
+// What a codec has learned: a table for each KV head of the layer.
 struct Table {
-  const uint16_t* data;
+  Learned all;
   int64_t numbers, kv_heads;
 
-  const uint16_t* of(int head) const { return numbers ? data + head % kv_heads * numbers : nullptr; }
+  Learned of(int head) const { return {numbers ? all.data + head % kv_heads * numbers : nullptr, all.bfloat16}; }
 };
 
 struct Problem {
@@ -170,10 +170,11 @@ inline PanelWeights weigh(const Problem& p, const Codec& codec, bool pairs, cons
     std::fill(sums, sums + 2 * p.group, Floats{});
     for (int s = 0; s < count; ++s) {
       for (int half = 0; half < 2; ++half) {
-        Floats scale = splat(1), zero = {};
-        const Ints live = lanes() + half * kLanes < strips[s].live;
-        if (codec.scaled()) scale = select(live, metadata(strips[s].value, group, stride, half), Floats{});
-        if (codec.zeroed()) zero = select(live, metadata(strips[s].value, groups + group, stride, half), Floats{});
+        auto [scale, zero] = Grid::read(strips[s].value, codec, group, stride, half);
+        if (codec.scaled()) {
+          const Ints live = lanes() + half * kLanes < strips[s].live;
+          scale = select(live, scale, Floats{}), zero = select(live, zero, Floats{});
+        }
         for (int h = 0; h < p.group; ++h) {
           const int64_t at = ((int64_t(group) * p.group + h) * kPanel + s) * kStrip + half * kLanes;
           const Floats w = load<Floats>(weights + h * pitch + s * kStrip + half * kLanes);

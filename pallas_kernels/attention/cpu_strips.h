@@ -169,14 +169,12 @@ void key_products(const Queries& q, int head, const Codec& codec, const Stored& 
       });
     }
     for (int half = 0; half < 2; ++half) {
-      Floats scale = splat(1), zero = {};
-      if (Reader::scaled) scale = metadata(at, group, stride, half);
-      if (Reader::zeroed) zero = metadata(at, codec.groups + group, stride, half);
+      const Grid grid = Grid::read(at, codec, group, stride, half);
       for (int h = 0; h < Heads; ++h) {
         const float channels = q.channel_sum(head + h, group * width, (group + 1) * width);
         if (Pairs) part[h][half] -= bias(Reader::bits, !Reader::zeroed) * channels;
-        total[h][half] += part[h][half] * scale;
-        if (Reader::zeroed) total[h][half] += channels * zero;
+        total[h][half] += part[h][half] * grid.scale;
+        if (Reader::zeroed) total[h][half] += channels * grid.zero;
       }
     }
   }

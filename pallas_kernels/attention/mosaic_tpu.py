@@ -131,13 +131,13 @@ def _score_scratch(plan: Plan, group: int, max_len: int) -> dict:
 
 
 def _tables(layout: PageLayout, heads: Heads) -> dict[tuple[int, int], Array]:
-    """Learned tables by tier and tensor as int16 bits `[L, KV heads, d or 1, levels]`, the levels in lanes."""
+    """Learned tables by tier and tensor `[L, KV heads, d or 1, levels]`, the levels in lanes; float16 as its bits in int16."""
     found = {}
     for tier, tables in enumerate(heads.tables):
         for tensor, table in enumerate(tables):
             if table is None:
                 continue
-            bits = lax.bitcast_convert_type(table, jnp.int16)
+            bits = table if table.dtype == jnp.bfloat16 else lax.bitcast_convert_type(table, jnp.int16)
             if bits.ndim == 5:  # codebooks [L, KV heads, d / channels, levels, channels]
                 bits = jnp.swapaxes(bits, -1, -2).reshape(*bits.shape[:2], layout.head_dim, bits.shape[3])
             else:

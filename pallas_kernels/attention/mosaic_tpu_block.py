@@ -10,7 +10,8 @@ from jax.experimental import pallas as pl
 from ..codecs.looked_up import LookedUp
 from ..codecs.outliers import Outliers, beneath
 from ..codecs.packing import unpack_planes
-from ..codecs.tiles import Tile, half_to_float
+from ..codecs.scales import outliers_of
+from ..codecs.tiles import Tile
 from ..rope import turned
 from .mosaic_tpu_stream import Plan, Refs
 
@@ -71,21 +72,27 @@ class StoredBlock:
         return jnp.concatenate(parts, axis=0)
 
     def meta(self, row: int, tensor: int) -> Array:
-        """Metadata row of K (0) or V (1), float32 `[1, T]`."""
-        return half_to_float(self.refs.meta_buffer[(*self._at, pl.ds(self._metadata[tensor] + row, 1))].astype(jnp.int32))
+        """Bits of a metadata row of K (0) or V (1), int32 `[1, T]`."""
+        return self.refs.meta_buffer[(*self._at, pl.ds(self._metadata[tensor] + row, 1))].astype(jnp.int32)
+
+    def scale_zero(self, run: Run, tensor: int) -> tuple[Array | None, Array | None]:
+        """Scale and zero point of a run of K (0) or V (1), float32 `[1, T]`, as far as there are any."""
+        return run.tiles[0].scale_zero(lambda row: self.meta(row, tensor))
 
     def values(self, runs: Sequence[Run], tensor: int) -> Array:
         """K (0) or V (1) float32 `[d, T]`, meaningless in dead lanes."""
         parts = []
         for run in runs:
-            part, tile = self.codes(run, tensor), run.tiles[0]
-            part = part if tile.scale_row is None else part * self.meta(tile.scale_row, tensor)
-            parts.append(part if tile.zero_row is None else part + self.meta(tile.zero_row, tensor))
+            part, (scale, zero) = self.codes(run, tensor), self.scale_zero(run, tensor)
+            part = part if scale is None else part * scale
+            parts.append(part if zero is None else part + zero)
         values, codec = jnp.concatenate(parts, axis=0), self._codecs[tensor]
         channel = lax.broadcasted_iota(jnp.int32, values.shape, 0)
-        for i in range(self.outliers[tensor]):
-            here = self._plane(self._payload[tensor] + codec.rows(len(values)) + i, 1)
-            values = jnp.where(channel == here, self.meta(codec.meta_rows + i, tensor), values)
+        for i in range(self.outliers[tensor] // 2):
+            rows = i, self.outliers[tensor] // 2 + i
+            for row, value in zip(rows, outliers_of(*(self.meta(codec.meta_rows + row, tensor) for row in rows)), strict=True):
+                here = self._plane(self._payload[tensor] + codec.rows(len(values)) + row, 1)
+                values = jnp.where(channel == here, value, values)
         return values
 
     def position(self) -> Array:
@@ -117,11 +124,11 @@ def logits_of(block: StoredBlock, runs: Sequence[Run], queries: Sequence[Array],
         return matmul(block.refs.q[...], keys if block.layout.rope is None else _turned(block, keys), (1, 0))
     logits = []
     for run, q, q_sum in zip(runs, queries, sums, strict=True):
-        product, tile = matmul(q, block.codes(run, 0), (1, 0)), run.tiles[0]
-        if tile.scale_row is not None:
-            product = product * block.meta(tile.scale_row, 0)
-        if tile.zero_row is not None:
-            product = product + q_sum * block.meta(tile.zero_row, 0)
+        product, (scale, zero) = matmul(q, block.codes(run, 0), (1, 0)), block.scale_zero(run, 0)
+        if scale is not None:
+            product = product * scale
+        if zero is not None:
+            product = product + q_sum * zero
         logits.append(product)
     return sum(logits[1:], start=logits[0])
 
@@ -132,13 +139,13 @@ def mix_of(block: StoredBlock, runs: Sequence[Run], weights: Array, live: Array,
         return [matmul(weights.astype(dtype), jnp.where(live, block.values(runs, 1), 0.0), (1, 1))]
     parts = []
     for run in runs:
-        codes, tile = block.codes(run, 1), run.tiles[0]
-        if tile.scale_row is None:
+        codes, (scale, zero) = block.codes(run, 1), block.scale_zero(run, 1)
+        if scale is None:
             parts.append(matmul(weights.astype(dtype), jnp.where(live, codes, 0.0), (1, 1)))
             continue
-        part = matmul((weights * jnp.where(live, block.meta(tile.scale_row, 1), 0.0)).astype(dtype), codes, (1, 1))
-        if tile.zero_row is not None:
-            part = part + (weights * jnp.where(live, block.meta(tile.zero_row, 1), 0.0)).sum(axis=1, keepdims=True)
+        part = matmul((weights * jnp.where(live, scale, 0.0)).astype(dtype), codes, (1, 1))
+        if zero is not None:
+            part = part + (weights * jnp.where(live, zero, 0.0)).sum(axis=1, keepdims=True)
         parts.append(part)
     return parts
 

@@ -8,7 +8,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..codecs.tiles import half_to_float
+from ..codecs.halves import half_to_float
 from .mosaic_tpu_block import StoredBlock, logits_of, matmul, mix_of, runs_of
 from .mosaic_tpu_stream import Plan, Refs, Stream
 from .stream import group_score, soft_cap
@@ -48,7 +48,9 @@ def attend_head(*refs, names: tuple[str, ...], plan: Plan) -> None:
     stream = Stream(r, plan, first + plan.heads)
     pl.when(head == first)(lambda: stream.open(first))
     for which, table in r.tables.items():
-        r.levels[which][:, : table.shape[1]] = half_to_float(table[...].astype(jnp.int32))  # no code names the lanes behind
+        numbers = table[...]
+        numbers = half_to_float(numbers.astype(jnp.int32)) if numbers.dtype == jnp.int16 else numbers.astype(jnp.float32)
+        r.levels[which][:, : table.shape[1]] = numbers  # no code names the lanes behind
 
     group, head_dim = r.q.shape
     state = Softmax(jnp.full((group, 1), -jnp.inf), jnp.zeros((group, 1)), jnp.zeros((group, head_dim)))

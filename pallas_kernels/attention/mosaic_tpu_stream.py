@@ -65,7 +65,8 @@ class Refs(NamedTuple):
     position_buffer: Any = None  # [buffers, C, blocks, T]
     # where keys are stored without their rotary embedding
     frequencies: Any = None  # float32 [d / 2, 1]
-    # of tier and tensor (K = 0, V = 1), where codes are looked up: int16 (bits of float16) [d or 1, levels], and float32 in whole registers
+    # of tier and tensor (K = 0, V = 1), where codes are looked up: int16 (bits of float16) or bfloat16 [d or 1, levels], and float32 in
+    # whole registers
     tables: Any = {}
     levels: Any = {}
     # when the layout is scored

@@ -21,7 +21,7 @@ class Heads(NamedTuple):
     recent_v: Array  # [L, B, window + flush, d], no channels where keys serve as values
     recent_len: Array  # int32 [B]
     layer: Array  # int32 [] which layer of recent_k and recent_v
-    tables: tuple[tuple[Array | None, Array | None], ...] = ()  # float16 [L, KV heads, ...] learned for K and V of each tier
+    tables: tuple[tuple[Array | None, Array | None], ...] = ()  # float16 or bfloat16 [L, KV heads, ...] learned for K and V of each tier
 
     def recent(self) -> tuple[Array, Array, Array]:
         """The layer's recent K and V in float32 `[B, window + flush, d]`, dead slots zeroed, and the mask of live ones."""

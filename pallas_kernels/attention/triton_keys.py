@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from ..codecs import Levels, Uniform
 from ..codecs.outliers import Outliers, beneath
 from ..codecs.packing import code_of
+from ..codecs.scales import outliers_of
 from ..codecs.tiles import Tile
 from ..pages import PageLayout, Pages, page_column
 from ..rope import turned
@@ -214,11 +215,11 @@ class StoredBlocks(NamedTuple):
         self, codec: Outliers, tiles: Sequence[Tile], found: Sequence[CodeTile], first: Array, first_meta: Array
     ) -> list[CodeTile]:
         """Decoded tiles whose outliers are in their places."""
-        rows, meta_rows = codec.codec.rows(self.layout.head_dim), codec.codec.meta_rows
-        outliers = [
-            (self._bytes(first, rows + i + jnp.zeros(1, jnp.int32)).astype(jnp.int32), self._meta_row(first_meta, meta_rows + i))
-            for i in range(codec.count)
-        ]
+        rows, meta_rows, half = codec.codec.rows(self.layout.head_dim), codec.codec.meta_rows, codec.count // 2
+        index = [self._bytes(first, rows + i + jnp.zeros(1, jnp.int32)).astype(jnp.int32) for i in range(codec.count)]
+        stored = [self._meta_row(first_meta, meta_rows + i) for i in range(codec.count)]
+        pairs = [outliers_of(*pair) for pair in zip(stored[:half], stored[half:], strict=True)]
+        outliers = list(zip(index, [large for large, _ in pairs] + [small for _, small in pairs], strict=True))
         placed = []
         for tile, coded in zip(tiles, found, strict=True):
             values, channel = coded.values(), tile.channel + jnp.arange(tile.channels, dtype=jnp.int32)[:, None]
@@ -262,12 +263,12 @@ class StoredBlocks(NamedTuple):
 
     def _scale_zero(self, tile: Tile, first: Array) -> tuple[Array | None, Array | None]:
         """float32 `[n]` scale and zero point of a tile, zeros where there is no token; `first [blocks]` metadata row of the tensor."""
-        scale, zero = (None if row is None else self._meta_row(first, row) for row in (tile.scale_row, tile.zero_row))
-        return scale, zero
+        return tile.scale_zero(lambda row: self._meta_row(first, row))
 
     def _meta_row(self, first: Array, row: int) -> Array:
+        """float16 `[n]`, zeros where there is no token."""
         at = gathered(self.inputs.meta, self.page[:, None], (first + row)[:, None], self._lanes())
-        return plgpu.load(at, mask=self.valid, other=0.0).astype(jnp.float32).reshape(-1)
+        return plgpu.load(at, mask=self.valid, other=0.0).reshape(-1)
 
 
 def stored_blocks(inputs, layout: PageLayout, tier: int, head, length, step, keys: int) -> StoredBlocks:

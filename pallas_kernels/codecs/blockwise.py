@@ -12,7 +12,7 @@ from .tiles import Tile
 from .uniform import Uniform
 
 Planes = dict[int, Array]  # {first payload row: bytes int32 [channels, T]}
-Meta = dict[int, Array]  # {metadata row: float32 [T]}
+Meta = dict[int, Array]  # {metadata row: bits int32 [T]}
 
 
 def head_dim_of(codec: Codec, rows: int) -> int:
@@ -47,7 +47,7 @@ def demote_block(
 ) -> tuple[Planes, Meta]:
     """Requantise a block of `source` to `target`: on the integer codes where the groups match, else through float32.
 
-    `planes(row, channels)` reads payload rows as int32 `[channels, T]`, `meta(row)` one metadata row as float32 `[T]`.
+    `planes(row, channels)` reads payload rows as int32 `[channels, T]`, `meta(row)` one metadata row `[T]` as it is stored.
     """
     tiles, target_tiles = source.tiles(head_dim, target), target.tiles(head_dim, source)
     codes = [tile.unpack([planes(row, tile.channels) for row in tile.rows]) for tile in tiles]

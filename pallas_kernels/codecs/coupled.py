@@ -7,6 +7,7 @@ from jax import Array, lax
 
 from .looked_up import LookedUp
 from .packing import fills_bytes, pack_planes, packed_rows, unpack_planes
+from .scales import unit_of
 
 BITS = (1, 2, 3, 4, 8)
 
@@ -15,7 +16,7 @@ BITS = (1, 2, 3, 4, 8)
 class Coupled(LookedUp):
     """Codec of one tensor (K or V): `channels` contiguous channels become one code of `bits` bits, a row of their codebook.
 
-    A block is `[B, ..., head_dim, T]`; its payload is uint8 `[B, ..., rows, T]`, and there is no metadata. `table` float16
+    A block is `[B, ..., head_dim, T]`; its payload is uint8 `[B, ..., rows, T]`, and there is no metadata. `table` float16 or bfloat16
     `[B, head_dim / channels, 2**bits, channels]` holds the codebooks of the `B` heads (`learned.with_table` sets it).
     """
 
@@ -72,5 +73,7 @@ class Coupled(LookedUp):
 
 def nearest(x: Array, codebook: Array) -> Array:
     """Index int32 `[..., n]` of the row of `codebook [..., m, c]` nearest to each of `x [..., n, c]`."""
+    _, inverse = unit_of(jnp.abs(codebook).max(axis=(-1, -2), keepdims=True))
+    x, codebook = x * inverse, codebook * inverse  # squares neither overflow nor vanish
     product = jnp.einsum("...nc,...mc->...nm", x, codebook, precision=lax.Precision.HIGHEST)
     return jnp.argmin(jnp.square(codebook).sum(axis=-1)[..., None, :] - 2 * product, axis=-1)

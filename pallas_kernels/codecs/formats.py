@@ -87,7 +87,7 @@ class KVFormat:
                 "as in '+o2', ranks of the error as in '+r4'"
             )
         k, v, beside = (match[1], match[2], match[3], match[7]), (match[4], match[5], match[6], match[8]), (match[9], match[10])
-        return KVFormat(_tensor(name, *k, *beside), _tensor(name, *v, *beside), name)
+        return KVFormat(_tensor(name, *k, *beside), _tensor(name, *v, *beside, as_tokens=match[2] == "c"), name)
 
     def for_block(self, head_dim: int, tokens: int) -> "KVFormat":
         """The format of blocks `[head_dim, tokens]`: some codecs' rows depend on both.
@@ -161,8 +161,10 @@ class KVFormat:
         return Block(k_payload, v_payload, k_meta, v_meta)
 
 
-def _tensor(name: str, bits: str, letter: str, number: str, groups: str | None, share: str | None, rank: str | None) -> Any:
-    """The codec of one tensor of the format `name`; `share` of outliers in percent."""
+def _tensor(
+    name: str, bits: str, letter: str, number: str, groups: str | None, share: str | None, rank: str | None, as_tokens: bool = False
+) -> Any:
+    """The codec of one tensor of the format `name`; `share` of outliers in percent, `as_tokens` as `Grouped` has it."""
     kind = KINDS[letter]
     if bool(number) != (kind.takes == "number"):
         raise ValueError(f"format {name!r}: the letter {letter!r} {'takes no' if number else 'needs a'} number behind it, as in 'K4g32V4c'")
@@ -170,6 +172,7 @@ def _tensor(name: str, bits: str, letter: str, number: str, groups: str | None, 
         raise ValueError(f"format {name!r}: {bits}{letter} has no groups a token, give 1 for it after the colon")
     extra = {"groups": int(groups or 1), "number": int(number or 0), None: None}[kind.takes]
     codec = kind.make(int(bits)) if kind.takes is None else kind.make(int(bits), extra)
+    codec = replace(codec, as_tokens=as_tokens) if isinstance(codec, Grouped) else codec
     codec = codec if share is None else Outliers(codec, float(share) / 100, kind.outliers, kind.fill)
     return codec if rank is None else LowRank(codec, int(rank))
 

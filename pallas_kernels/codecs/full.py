@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .tiles import Tile, cut_points, float_to_half, half_to_float
+from .halves import float_to_half, half_to_float
+from .tiles import Tile, cut_points
 
 DTYPES = ("float32", "bfloat16", "float16")
 

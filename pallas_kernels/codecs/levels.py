@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 from jax import Array, lax
 
+from . import scales
 from .coupled import BITS, Coupled
 from .looked_up import LookedUp
 from .packing import fills_bytes, pack_planes, packed_rows, unpack_planes
@@ -15,7 +16,7 @@ class Levels(LookedUp):
     """Codec of one tensor (V): each channel takes the nearest of `2**bits` levels, ascending in -1 to 1, of the token's range.
 
     A block is `[B, ..., head_dim, T]`; its payload is uint8 `[B, ..., rows, T]`, its metadata float16 `[B, ..., 2, T]`: half of the
-    range, and its middle. `table` float16 `[B, 2**bits]` holds the levels (`learned.with_table` sets it).
+    range, and its middle (`scales`). `table` float16 `[B, 2**bits]` holds the levels (`learned.with_table` sets it).
     """
 
     scale_row, zero_row = 0, 1
@@ -46,7 +47,8 @@ class Levels(LookedUp):
 
     def encode(self, x: Array) -> tuple[Array, Array]:
         """`[B, ..., d, T]` to (payload, metadata): of equally near levels the lower."""
-        half, middle = token_range(x.astype(jnp.float32))
+        stored = _range_bits(x.astype(jnp.float32))
+        half, middle = _range_of(*stored)
         levels = self._levels(x.ndim)
         between = (levels[1:] + levels[:-1]) / 2
         scaled = normalised(x.astype(jnp.float32), half, middle)
@@ -55,12 +57,12 @@ class Levels(LookedUp):
             return codes + (scaled > between[i])
 
         codes = lax.fori_loop(0, len(between), count, jnp.zeros(x.shape, jnp.int32))
-        return pack_planes(codes, self.bits), jnp.concatenate([half, middle], axis=-2).astype(jnp.float16)
+        return pack_planes(codes, self.bits), scales.as_half(jnp.concatenate(stored, axis=-2))
 
     def decode(self, payload: Array, meta: Array) -> Array:
         """Back to float32 `[B, ..., d, T]`: `half * level + middle`."""
         codes = unpack_planes(payload, self.bits)
-        half, middle = jnp.split(meta.astype(jnp.float32), 2, axis=-2)
+        half, middle = _range_of(*jnp.split(meta, 2, axis=-2))
         flat = codes.reshape(codes.shape[0], -1).astype(jnp.int32)
         assert self.table is not None
         return jnp.take_along_axis(self.table.astype(jnp.float32), flat, axis=1).reshape(codes.shape) * half + middle
@@ -73,10 +75,18 @@ class Levels(LookedUp):
 
 
 def token_range(x: Array) -> tuple[Array, Array]:
-    """Half of the range of each token's channels and its middle, as float16 keeps them: `[..., d, T]` to float32 `[..., 1, T]`."""
-    high, low = x.max(axis=-2, keepdims=True), x.min(axis=-2, keepdims=True)
-    half, middle = (y.astype(jnp.float16).astype(jnp.float32) for y in ((high - low) / 2, (high + low) / 2))
-    return half, middle
+    """Half of the range of each token's channels and its middle, as metadata keeps them: `[..., d, T]` to float32 `[..., 1, T]`."""
+    return _range_of(*_range_bits(x))
+
+
+def _range_bits(x: Array) -> tuple[Array, Array]:
+    high, low = (scales.saturated(end(axis=-2, keepdims=True)) for end in (x.max, x.min))
+    half, middle = (high - low) / 2, (high + low) / 2
+    return scales.pair_bits(half, middle, scales.needs_wide(half, middle))
+
+
+def _range_of(half: Array, middle: Array) -> tuple[Array, Array]:
+    return scales.scale_of(half), scales.zero_of(half, middle)
 
 
 def normalised(x: Array, half: Array, middle: Array) -> Array:
@@ -88,8 +98,8 @@ def normalised(x: Array, half: Array, middle: Array) -> Array:
 class StaticLevels(Coupled):
     """Codec of one tensor (K): learned levels of the range that each channel had in the calibration, no metadata.
 
-    The layer's levels, spread over each channel's range, are a codebook a channel: `table` float16 `[B, head_dim, 2**bits, 1]`, each
-    ascending. Where it runs: as `Coupled`.
+    The layer's levels, spread over each channel's range, are a codebook a channel: `table` float16 or bfloat16
+    `[B, head_dim, 2**bits, 1]`, each ascending. Where it runs: as `Coupled`.
     """
 
     channels: int = field(default=1, init=False)

@@ -7,16 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from . import scales
+from .halves import float_to_half
 from .lanes import apart, as_rows, from_rows, rows_for, side_by_side
 from .plain import PlainXLA
 from .uniform import Uniform
 
 ITERATIONS = 3
+FAR = 2.0**12
 
 
 @dataclass(frozen=True)
 class LowRank(PlainXLA):
     """`codec` and the error E = x - decode(encode(x)) of a block as Q P^T of `rank`, Q `[T, rank]` and P `[d, rank]` in float16.
+
+    Q has orthonormal columns. Where float16 does not hold a column of P, that one is in bfloat16 and its column of Q is `FAR` times as
+    large, which says so: no number of the others reaches 2.
 
     Rows: the payload is the codec's; its metadata first, then Q, lane t for token t, then P (`lanes.as_rows`). Plain XLA runs it.
     """
@@ -51,15 +57,21 @@ class LowRank(PlainXLA):
         """`[..., d, T]` to payload uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows, T]`."""
         payload, meta = self.codec.encode(x)
         by_token, by_channel = nearest(jnp.swapaxes(x.astype(jnp.float32) - self.codec.decode(payload, meta), -1, -2), self.rank)
-        numbers = [jnp.swapaxes(by_token, -1, -2), as_rows(by_channel, self.tokens)]
-        return payload, jnp.concatenate([meta, *(part.astype(jnp.float16) for part in numbers)], axis=-2)
+        largest = jnp.abs(by_channel).max(axis=-2, keepdims=True)  # [..., 1, rank]
+        far = scales.needs_wide(largest)
+        by_token = jnp.where(far, FAR * by_token, by_token).astype(jnp.float16)
+        narrow, wide = float_to_half(by_channel), scales.nearest_bfloat16(by_channel / FAR)
+        numbers = [jnp.swapaxes(by_token, -1, -2), as_rows(scales.as_half(jnp.where(far, wide, narrow)), self.tokens)]
+        return payload, jnp.concatenate([meta, *numbers], axis=-2)
 
     def decode(self, payload: Array, meta: Array) -> Array:
         """Back to float32 `[..., d, n * T]`, of one block or n that lie side by side."""
         payload, meta = apart(payload, self.tokens), apart(meta, self.tokens)
-        inner, numbers = meta[..., : self.codec.meta_rows, :], meta[..., self.codec.meta_rows :, :].astype(jnp.float32)
-        by_channel = from_rows(numbers[..., self.rank :, :], self.head_dim, self.rank)
-        return side_by_side(self.codec.decode(payload, inner) + by_channel @ numbers[..., : self.rank, :])
+        inner, numbers = meta[..., : self.codec.meta_rows, :], meta[..., self.codec.meta_rows :, :]
+        by_token = numbers[..., : self.rank, :].astype(jnp.float32)
+        far = jnp.swapaxes(jnp.abs(by_token).max(axis=-1, keepdims=True) > 2, -1, -2)  # [..., 1, rank]
+        by_channel = scales.either(from_rows(numbers[..., self.rank :, :], self.head_dim, self.rank), far)
+        return side_by_side(self.codec.decode(payload, inner) + by_channel @ by_token)
 
 
 def nearest(error: Array, rank: int) -> tuple[Array, Array]:
@@ -67,13 +79,15 @@ def nearest(error: Array, rank: int) -> tuple[Array, Array]:
 
     Three power iterations on `error [..., T, d]` from a fixed start, orthonormal in the last one (GEAR, algorithm 2).
     """
+    unit, inverse = scales.unit_of(jnp.abs(error).max(axis=(-1, -2), keepdims=True))
+    error = error * inverse  # its fourth powers neither overflow nor vanish
     p = jnp.asarray(np.random.default_rng(0).uniform(size=(error.shape[-1], rank)), jnp.float32)
     p = jnp.broadcast_to(p, (*error.shape[:-2], *p.shape))
     back = jnp.swapaxes(error, -1, -2)
     for _ in range(ITERATIONS - 1):
         p = back @ (error @ p)
     q = _orthonormal(error @ _orthonormal(p))
-    return q, back @ q
+    return q, back @ q * unit
 
 
 def _orthonormal(x: Array) -> Array:

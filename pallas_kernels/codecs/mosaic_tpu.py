@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ..kernels import tpu_interpreter
 from .blockwise import Meta, Parts, Planes, demote_block, encode_block, head_dim_of, parts_of
 from .formats import Block, Codec, KVFormat
-from .tiles import float_to_half, half_to_float
+from .halves import half_to_float
 
 STEP_BYTES = 1 << 20  # of K and V that one grid step reads, in VMEM twice
 
@@ -72,7 +72,7 @@ def _demote(*refs: Any, source: KVFormat, target: KVFormat, head_dim: int) -> No
     old, new = parts_of(source, refs[:count]), parts_of(target, refs[count:])
 
     def requantise(high: Codec, low: Codec, payload: Array, meta: Any) -> tuple[Planes, Meta]:
-        return demote_block(high, low, head_dim, lambda row, n: payload[row : row + n], lambda row: half_to_float(meta[row : row + 1])[0])
+        return demote_block(high, low, head_dim, lambda row, n: payload[row : row + n], lambda row: meta[row])
 
     def one(i: Array, none: None) -> None:
         read = Parts(*(None if ref is None else ref[i].astype(jnp.int32) for ref in old))
@@ -86,7 +86,7 @@ def _write(i: Array, planes: Planes, metadata: Meta, payload: Any, meta: Any) ->
     """Store block `i`; rows are joined first, so that each Ref is written whole whatever its tiling."""
     payload[i] = _joined([planes[row] for row in sorted(planes)]).astype(jnp.uint8)
     if meta is not None:
-        meta[i] = float_to_half(_joined([metadata[row][None, :] for row in sorted(metadata)])).astype(jnp.int16)
+        meta[i] = _joined([metadata[row][None, :] for row in sorted(metadata)]).astype(jnp.int16)
 
 
 def _joined(rows: list) -> Array:

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import jax.numpy as jnp
 from jax import Array
 
 from .packing import pack_planes, pack_tiles, packed_rows, unpack_planes
+from .scales import as_half, scale_bits, scale_of, unit_of
 from .tiles import Tile, cut_points
 
 # The positive half of the Lloyd-Max levels of N(0, 1), rounded to bfloat16: kernels multiply levels as exactly as integer codes.
@@ -25,7 +26,7 @@ class Normal:
     A code is the number of a level of N(0, 1), its top bit the sign. The paper stores the token's norm and reads
     `norm / sqrt(d) * level`; here the stored scale is `norm / |levels of the token's codes|`, so that the norm is kept exactly: codes
     alone shrink it, which flattens attention. A block is `[..., head_dim, T]`, its payload uint8 `[..., rows, T]`, its metadata float16
-    `[..., 1, T]`.
+    `[..., 1, T]`, as `scales` keeps it.
     """
 
     bits: int
@@ -53,19 +54,19 @@ class Normal:
     def encode(self, x: Array) -> tuple[Array, Array]:
         """Quantise `[..., d, T]` to (payload, metadata): the nearest levels to `x / rms(x)`."""
         (codes,), meta = self.encode_tiles((), [x.astype(jnp.float32)])
-        return pack_planes(codes, self.bits), meta[0][..., None, :].astype(jnp.float16)
+        return pack_planes(codes, self.bits), as_half(meta[0])[..., None, :]
 
     def decode(self, payload: Array, meta: Array) -> Array:
-        """Dequantise to float32 `[..., d, T]`: `scale * level` with the stored float16 scale."""
-        return meta.astype(jnp.float32) * self._levels(payload)
+        """Dequantise to float32 `[..., d, T]`: `scale * level` with the stored scale."""
+        return scale_of(meta) * self._levels(payload)
 
     def key_logits(self, q: Array, payload: Array, meta: Array) -> Array:
         """`q [..., G, d]` times the decoded block, `[..., G, T]`; the scale applied outside the dot product."""
-        return jnp.einsum("...Gc,...ct->...Gt", q, self._levels(payload)) * meta.astype(jnp.float32)
+        return jnp.einsum("...Gc,...ct->...Gt", q, self._levels(payload)) * scale_of(meta)
 
     def value_mix(self, p: Array, payload: Array, meta: Array, valid: Array) -> Array:
         """Weights `p [..., G, T]` times the decoded block, `[..., G, d]`; tokens not `valid [..., T]` are never read."""
-        scale = jnp.where(valid[..., None, :], meta.astype(jnp.float32), 0)
+        scale = jnp.where(valid[..., None, :], scale_of(meta), 0)
         return jnp.einsum("...Gt,...ct->...Gc", p * scale, self._levels(payload))
 
     def plane_channels(self, head_dim: int) -> int:
@@ -81,12 +82,14 @@ class Normal:
         )
 
     def encode_tiles(self, tiles: Sequence[Tile], values: Sequence[Array]) -> tuple[list[Array], dict[int, Array]]:
-        """`encode` tile by tile: float32 `[..., channels, T]` to codes (int32, same shapes) and `{metadata row: float32 [..., T]}`."""
+        """`encode` tile by tile: float32 `[..., channels, T]` to codes (int32, same shapes) and `{metadata row: bits int32 [..., T]}`."""
         del tiles
+        unit, inverse = unit_of(reduce(jnp.maximum, (jnp.abs(x).max(axis=-2) for x in values)))
+        values = [x * inverse[..., None, :] for x in values]  # squares neither overflow nor vanish
         squares = sum((x * x).sum(axis=-2) for x in values)
-        inverse = jnp.where(squares > 0, jnp.sqrt(sum(x.shape[-2] for x in values) / squares), 0.0)
-        codes, squared_levels = zip(*(_nearest(x * inverse[..., None, :], self.bits) for x in values), strict=True)
-        return list(codes), {0: jnp.sqrt(squares / sum(x.sum(axis=-2) for x in squared_levels))}
+        to_rms = jnp.where(squares > 0, jnp.sqrt(sum(x.shape[-2] for x in values) / squares), 0.0)
+        codes, squared_levels = zip(*(_nearest(x * to_rms[..., None, :], self.bits) for x in values), strict=True)
+        return list(codes), {0: scale_bits(unit * jnp.sqrt(squares / sum(x.sum(axis=-2) for x in squared_levels)))}
 
     def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
         """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row once."""

@@ -13,16 +13,19 @@ from jax import Array, lax
 from .lanes import apart, as_rows, from_rows, rows_for, side_by_side
 from .levels import StaticLevels
 from .plain import PlainXLA
+from .scales import as_half, outlier_bits, outliers_of
 from .uniform import Uniform
 
 
 @dataclass(frozen=True)
 class Outliers(PlainXLA):
-    """`codec` with the outliers of each vector stored apart, value (float16) and index (a byte).
+    """`codec` with the outliers of each vector stored apart, value (16 bits) and index (a byte).
 
     A vector is one token's channels (`axis="token"`) or one channel over the tokens of a block (`axis="channel"`). Its largest and its
     smallest values, `share` of it in all and at least one of each, are replaced by the vector's mean or median before the codec
     encodes it. Where it runs: plain XLA, and decode attention of the kernels where `in_decode_kernels`.
+
+    Values come in pairs, number i of the large ones and of the small ones: `scales.outlier_bits` keeps such a pair.
 
     Rows: those of the codec first, then the outliers': with "token" `count` rows of indices and of values, lane t for token t; with
     "channel" the numbers of one channel after the other, `lanes.as_rows`.
@@ -81,9 +84,10 @@ class Outliers(PlainXLA):
         """`[..., d, T]` to payload uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows, T]`."""
         index = self._largest(x)
         values = jnp.take_along_axis(self._as_vectors(x.astype(jnp.float32)), index, axis=-1)
+        index, values = _in_order(index, values)
         payload, meta = self.codec.encode(self._replaced(x, index)[0])
         payload = jnp.concatenate([payload, self._packed(index.astype(jnp.uint8))], axis=-2)
-        return payload, jnp.concatenate([meta, self._packed(values.astype(jnp.float16))], axis=-2)
+        return payload, jnp.concatenate([meta, self._packed(values)], axis=-2)
 
     def without_outliers(self, x: Array) -> tuple[Array, Array]:
         """`[..., d, T]` as the codec sees it, float32, and where the outliers are, bool."""
@@ -106,10 +110,11 @@ class Outliers(PlainXLA):
         payload, meta = apart(payload, self.tokens), apart(meta, self.tokens)
         rows, meta_rows = payload.shape[-2] - self._outlier_rows, self.codec.meta_rows
         vectors = self._as_vectors(self.codec.decode(payload[..., :rows, :], meta[..., :meta_rows, :]))
-        index, values = self._unpacked(payload[..., rows:, :]), self._unpacked(meta[..., meta_rows:, :])
+        index, stored = self._unpacked(payload[..., rows:, :]), self._unpacked(meta[..., meta_rows:, :])
+        values = jnp.concatenate(outliers_of(*jnp.split(stored, 2, axis=-1)), axis=-1)
         for i in range(self.count):
             here = jnp.arange(self._length) == index[..., i, None]
-            vectors = jnp.where(here, values[..., i, None].astype(jnp.float32), vectors)
+            vectors = jnp.where(here, values[..., i, None], vectors)
         return side_by_side(self._as_vectors(vectors))
 
     def _as_vectors(self, x: Array) -> Array:
@@ -122,6 +127,15 @@ class Outliers(PlainXLA):
 
     def _unpacked(self, rows: Array) -> Array:
         return jnp.swapaxes(rows, -1, -2) if self.axis == "token" else from_rows(rows, self.head_dim, self.count)
+
+
+def _in_order(index: Array, values: Array) -> tuple[Array, Array]:
+    """Indices, the larger value of each pair first, and the values as float16 arrays keep them; `[..., count]`, float32 values."""
+    (first, second), (first_at, second_at) = (jnp.split(x, 2, axis=-1) for x in (values, index))
+    turned = first < second  # where a codec ranks on a scale of its own
+    larger, smaller = jnp.where(turned, second, first), jnp.where(turned, first, second)
+    index = jnp.concatenate([jnp.where(turned, second_at, first_at), jnp.where(turned, first_at, second_at)], axis=-1)
+    return index, as_half(jnp.concatenate(outlier_bits(larger, smaller), axis=-1))
 
 
 def beneath(codec: Any) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array
 
+from . import scales
 from .lanes import apart, as_rows, from_rows, rows_for, side_by_side
 from .packing import pack_planes, unpack_planes
 from .plain import PlainXLA
@@ -17,7 +18,7 @@ class PerChannel(PlainXLA):
     """Codec of one tensor: `bits` a channel, a scale and a zero point for each channel, shared by the block's T tokens.
 
     Keys have a few large channels; a group along the tokens keeps their range from the others. The metadata is `2 * head_dim` float16
-    numbers, all scales first, in rows of T lanes (`lanes.as_rows`). A block is encoded as a whole. Plain XLA runs it.
+    numbers (`scales`), all scales first, in rows of T lanes (`lanes.as_rows`). A block is encoded as a whole. Plain XLA runs it.
     """
 
     bits: int
@@ -44,17 +45,17 @@ class PerChannel(PlainXLA):
         return rows_for(2 * self.head_dim, self.tokens)
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """Quantise `[..., d, T]` to (payload, metadata). Rounds half to even with the unrounded float32 scale and zero point."""
+        """Quantise `[..., d, T]` to (payload, metadata). Rounds half to even with the scale and zero point of `scales.grid`."""
         x = x.astype(jnp.float32)
-        zero = x.min(axis=-1, keepdims=True)
-        scale = (x.max(axis=-1, keepdims=True) - zero) / (2**self.bits - 1)
+        scale, zero, *stored = scales.grid(x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True), 2**self.bits - 1)
         codes = jnp.clip(jnp.round((x - zero) / jnp.where(scale > 0, scale, 1.0)), 0, 2**self.bits - 1)
-        numbers = jnp.concatenate([scale, zero], axis=-2).astype(jnp.float16)  # [..., 2 * d, 1]
+        numbers = scales.as_half(jnp.concatenate(stored, axis=-2))  # [..., 2 * d, 1]
         return pack_planes(codes, self.bits), as_rows(numbers, self.tokens)
 
     def decode(self, payload: Array, meta: Array) -> Array:
         """`scale * code + zero` in float32 `[..., d, n * T]`, of one block or n that lie side by side."""
         payload, meta = apart(payload, self.tokens), apart(meta, self.tokens)
-        numbers = from_rows(meta, 2 * self.head_dim, 1).astype(jnp.float32)
+        numbers = from_rows(meta, 2 * self.head_dim, 1)
         scale, zero = numbers[..., : self.head_dim, :], numbers[..., self.head_dim :, :]
-        return side_by_side(scale * unpack_planes(payload, self.bits).astype(jnp.float32) + zero)
+        codes = unpack_planes(payload, self.bits).astype(jnp.float32)
+        return side_by_side(scales.scale_of(scale) * codes + scales.zero_of(scale, zero))

@@ -8,13 +8,14 @@ from jax import Array, lax
 
 from .formats import Codec, KVFormat
 from .plain import PlainXLA
+from .scales import as_half, length, scale_bits, scale_of
 
 SMALL = 1e-3  # sines below which SLERP becomes a line: float32 knows angles from cosines no better
 
 
 @dataclass(frozen=True)
 class Shared(PlainXLA):
-    """Codec of one tensor (K or V) of two layers: `inner` keeps the direction half-way between both, float16 metadata the two norms.
+    """Codec of one tensor (K or V) of two layers: `inner` keeps the direction half-way between both, metadata the two norms (`scales`).
 
     A block that is encoded is `[..., 2 * head_dim, T]`, the channels of the first layer above those of the second. What is decoded
     `[..., head_dim, T]` is the vector of one of them.
@@ -45,9 +46,9 @@ class Shared(PlainXLA):
     def encode(self, x: Array) -> tuple[Array, Array]:
         """`[..., 2 * head_dim, T]` to (payload, metadata)."""
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-2)
-        norms = (jnp.linalg.norm(layer, axis=-2, keepdims=True) for layer in (first, second))
+        norms = (as_half(scale_bits(length(layer, -2))) for layer in (first, second))
         payload, meta = self.inner.encode(between(first, second, self.t))
-        return payload, jnp.concatenate([meta, *(norm.astype(jnp.float16) for norm in norms)], axis=-2)
+        return payload, jnp.concatenate([meta, *norms], axis=-2)
 
     def decode(self, payload: Array, meta: Array) -> Array:
         """Norm times direction, float32 `[..., head_dim, T]`."""
@@ -67,7 +68,7 @@ class Shared(PlainXLA):
     def _split(self, meta: Array) -> tuple[Array, Array]:
         """Metadata of `inner`, and the layer's norms float32 `[..., 1, T]`."""
         norm = lax.dynamic_slice_in_dim(meta, self.inner.meta_rows + self.reads, 1, axis=-2)
-        return meta[..., : self.inner.meta_rows, :], norm.astype(jnp.float32)
+        return meta[..., : self.inner.meta_rows, :], scale_of(norm)
 
 
 def shared_format(fmt: KVFormat, t: float) -> KVFormat:
@@ -104,4 +105,4 @@ def angle(x: Array, y: Array) -> Array:
 
 def _unit(x: Array) -> Array:
     x = x.astype(jnp.float32)
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-2, keepdims=True), 1e-30)
+    return x / jnp.maximum(length(x, -2), 1e-30)

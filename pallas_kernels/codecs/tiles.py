@@ -7,8 +7,9 @@ A tile is a range of channels of one tensor that shares a byte plane and a group
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
+
+from .scales import scale_of, zero_of
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,17 @@ class Tile:
     unpack: Callable[[Sequence[Array]], Array]  # byte planes int32 [channels, T] -> float32 codes [channels, T]
 
     def value(self, codes: Array, number: Callable[[int], Array]) -> Array:
-        """The values float32 `[channels, T]` of codes; `number(row)` reads a metadata row as float32 `[T]`."""
+        """The values float32 `[channels, T]` of codes; `number(row)` reads a metadata row `[T]` as it is stored (`scales`)."""
+        scale, zero = self.scale_zero(number)
+        scaled = codes if scale is None else scale[None, :] * codes
+        return scaled if zero is None else scaled + zero[None, :]
+
+    def scale_zero(self, number: Callable[[int], Array]) -> tuple[Array | None, Array | None]:
+        """Scale and zero point float32, as far as there are any; `number(row)` reads a metadata row as it is stored."""
         if self.scale_row is None:
-            return codes
-        scaled = number(self.scale_row)[None, :] * codes
-        return scaled if self.zero_row is None else scaled + number(self.zero_row)[None, :]
+            return None, None
+        scale = number(self.scale_row)
+        return scale_of(scale), None if self.zero_row is None else zero_of(scale, number(self.zero_row))
 
 
 def cut_points(head_dim: int, codecs: Iterable) -> tuple[int, ...]:
@@ -47,31 +54,3 @@ def cut_points(head_dim: int, codecs: Iterable) -> tuple[int, ...]:
         if more == points:
             return (*sorted(points), head_dim)
         points = more
-
-
-def round_half_even(x: Array) -> Array:
-    """`round` for backends that lack it; x float32, below 2**22 in size."""
-    up = jnp.floor(x + 0.5)
-    odd = up - 2.0 * jnp.floor(up * 0.5)
-    return up - jnp.where(up - x == 0.5, odd, 0.0)
-
-
-def half_to_float(bits: Array) -> Array:
-    """float16 given as its 16 bits (int32, upper half ignored) to float32, by integer arithmetic: for backends without float16."""
-    exponent, fraction = (bits >> 10) & 31, bits & 1023
-    normal = lax.bitcast_convert_type(((exponent + 112) << 23) | (fraction << 13), jnp.float32)
-    special = lax.bitcast_convert_type((255 << 23) | (fraction << 13), jnp.float32)
-    small = fraction.astype(jnp.float32) * 2.0**-24
-    size = jnp.where(exponent == 0, small, jnp.where(exponent == 31, special, normal))
-    return jnp.where((bits >> 15) & 1 == 1, -size, size)
-
-
-def float_to_half(x: Array) -> Array:
-    """float32 to the 16 bits of the nearest float16 (half to even, overflow to infinity), as int32 below 65536."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    sign, size = (bits >> 16) & 0x8000, bits & 0x7FFFFFFF
-    rounded = (size + 0xFFF + ((size >> 13) & 1)) >> 13
-    normal = jnp.minimum(rounded - (112 << 10), 0x7C00)
-    small = round_half_even(lax.bitcast_convert_type(size, jnp.float32) * 2.0**24).astype(jnp.int32)
-    half = jnp.where(size < (113 << 23), small, normal)
-    return sign | jnp.where(size > 0x7F800000, 0x7E00, half)

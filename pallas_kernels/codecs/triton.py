@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from .blockwise import Meta, Planes, demote_block, encode_block, head_dim_of, parts_of
 from .formats import Block, Codec, KVFormat
+from .scales import as_half
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _demote(*refs: Any, source: KVFormat, target: KVFormat, head_dim: int) -> No
             low,
             head_dim,
             lambda row, channels: payload[row : row + channels, :].astype(jnp.int32),
-            lambda row: meta[row, :].astype(jnp.float32),
+            lambda row: meta[row, :],
         )
 
     _write(*requantise(source.key, target.key, old.k_payload, old.k_meta), new.k_payload, new.k_meta)
@@ -96,7 +97,7 @@ def _write(planes: Planes, metadata: Meta, payload: Any, meta: Any) -> None:
     for row, plane in planes.items():
         payload[row : row + plane.shape[0], :] = plane.astype(jnp.uint8)
     for row, value in metadata.items():
-        meta[row, :] = value.astype(jnp.float16)
+        meta[row, :] = as_half(value)
 
 
 def _call(kernel: Callable, fmt: KVFormat, operands: tuple, blocks: Blocks, interpret, name: str, head_dim: int | None = None) -> Block:

@@ -8,8 +8,10 @@ from typing import TypeGuard
 import jax.numpy as jnp
 from jax import Array
 
+from . import scales
+from .halves import round_half_even
 from .packing import pack_planes, pack_tiles, packed_rows, unpack_planes
-from .tiles import Tile, cut_points, round_half_even
+from .tiles import Tile, cut_points
 
 BITS = (1, 2, 4, 8)
 
@@ -19,7 +21,7 @@ class Uniform:
     """Codec of one tensor (K or V): `bits` a channel, `groups` of contiguous channels with their own scale and zero point.
 
     A block is `[..., head_dim, T]`; its payload is uint8 `[..., rows, T]` and its metadata float16 `[..., 2 * groups, T]`, all scales
-    first, then all zero points.
+    first, then all zero points, as `scales` keeps them.
     """
 
     bits: int
@@ -54,17 +56,16 @@ class Uniform:
         return 2 * self.groups
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """Quantise `[..., d, T]` to (payload, metadata). Rounds half to even with the unrounded float32 scale and zero point."""
+        """Quantise `[..., d, T]` to (payload, metadata). Rounds half to even with the scale and zero point of `scales.grid`."""
         grouped = _grouped(x.astype(jnp.float32), self.groups)  # [..., groups, d / groups, T]
-        zero = grouped.min(axis=-2)
-        scale = (grouped.max(axis=-2) - zero) / (2**self.bits - 1)
+        scale, zero, *stored = scales.grid(grouped.min(axis=-2), grouped.max(axis=-2), 2**self.bits - 1)
         step = jnp.where(scale > 0, scale, 1.0)
         codes = jnp.round((grouped - zero[..., None, :]) / step[..., None, :])
         codes = jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8).reshape(x.shape)
-        return pack_planes(codes, self.bits), jnp.concatenate([scale, zero], axis=-2).astype(jnp.float16)
+        return pack_planes(codes, self.bits), scales.as_half(jnp.concatenate(stored, axis=-2))
 
     def decode(self, payload: Array, meta: Array) -> Array:
-        """Dequantise to float32 `[..., d, T]`: `scale * code + zero` with the stored float16 values."""
+        """Dequantise to float32 `[..., d, T]`: `scale * code + zero` with the stored numbers."""
         scale, zero = self._scale_zero(meta)
         codes = _grouped(unpack_planes(payload, self.bits).astype(jnp.float32), self.groups)
         x = scale[..., None, :] * codes + zero[..., None, :]
@@ -98,9 +99,8 @@ class Uniform:
         if ratio == 1:
             return payload, meta
         codes = (unpack_planes(payload, self.bits).astype(jnp.int32) + ratio // 2) // ratio
-        scale, zero = self._scale_zero(meta)
-        meta = jnp.concatenate([scale * ratio, zero], axis=-2).astype(jnp.float16)
-        return pack_planes(codes, target.bits), meta
+        stored = _demoted(meta[..., : self.groups, :], meta[..., self.groups :, :], ratio)
+        return pack_planes(codes, target.bits), scales.as_half(jnp.concatenate(stored, axis=-2))
 
     def can_demote_to(self, target) -> TypeGuard["Uniform"]:
         """Whether `demote` applies: same groups, no more bits."""
@@ -127,46 +127,51 @@ class Uniform:
         )
 
     def encode_tiles(self, tiles: Sequence[Tile], values: Sequence[Array]) -> tuple[list[Array], dict[int, Array]]:
-        """`encode` tile by tile: values float32 `[channels, T]` to codes (int32, same shapes) and `{metadata row: float32 [T]}`."""
+        """`encode` tile by tile: values float32 `[channels, T]` to codes (int32, same shapes) and `{metadata row: bits int32 [T]}`."""
         most = 2**self.bits - 1
         low, high, meta = {}, {}, {}
         for tile, x in zip(tiles, values, strict=True):
             group, least, largest = tile.scale_row, x.min(axis=0), x.max(axis=0)
             low[group] = jnp.minimum(low[group], least) if group in low else least
             high[group] = jnp.maximum(high[group], largest) if group in high else largest
-        steps = {}
-        for group, zero in low.items():
-            scale = (high[group] - zero) / most
-            meta[group], meta[self.groups + group] = scale, zero
+        zeros, steps = {}, {}
+        for group, least in low.items():
+            scale, zeros[group], meta[group], meta[self.groups + group] = scales.grid(least, high[group], most)
             steps[group] = jnp.where(scale > 0, scale, 1.0)
         codes = []
         for tile, x in zip(tiles, values, strict=True):
             group = tile.scale_row
-            code = round_half_even((x - low[group][None, :]) / steps[group][None, :])
+            code = round_half_even((x - zeros[group][None, :]) / steps[group][None, :])
             codes.append(jnp.clip(code, 0.0, float(most)).astype(jnp.int32))
         return codes, meta
 
     def demote_tiles(self, target: "Uniform", codes: Sequence[Array], meta: dict[int, Array]) -> tuple[list[Array], dict[int, Array]]:
-        """`demote` tile by tile: int32 codes and `{metadata row: float32 [T]}` of this codec to those of `target`."""
-        ratio = (2**self.bits - 1) // (2**target.bits - 1)
-        scaled = {row: x * float(ratio) if row < self.groups else x for row, x in meta.items()}
-        return [(code + ratio // 2) // ratio for code in codes], scaled
+        """`demote` tile by tile: int32 codes and `{metadata row: [T]}` of this codec to those of `target`, its metadata as bits."""
+        ratio, numbers = (2**self.bits - 1) // (2**target.bits - 1), {}
+        for row in range(self.groups):
+            numbers[row], numbers[self.groups + row] = _demoted(meta[row], meta[self.groups + row], ratio)
+        return [(code + ratio // 2) // ratio for code in codes], numbers
 
     def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
         """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row once."""
         return pack_tiles(tiles, codes, self.bits)
 
     def _scale_zero(self, meta: Array) -> tuple[Array, Array]:
-        meta = meta.astype(jnp.float32)
-        return meta[..., : self.groups, :], meta[..., self.groups :, :]
+        scale, zero = meta[..., : self.groups, :], meta[..., self.groups :, :]
+        return scales.scale_of(scale), scales.zero_of(scale, zero)
 
 
 @dataclass(frozen=True)
 class Grouped:
-    """`Uniform` with groups of `channels` contiguous channels, at most all: what `for_block` gives once head_dim is known."""
+    """`Uniform` with groups of `channels` contiguous channels, at most all: what `for_block` gives once head_dim is known.
+
+    `as_tokens`: beside keys a channel of which T tokens share numbers (KIVI). Where the two group sizes are one number, `channels` = T, it
+    need not divide head_dim: the nearest divisor is taken (`nearest_divisor`).
+    """
 
     bits: int
     channels: int
+    as_tokens: bool = False
 
     in_kernels = in_decode_kernels = True
     separable = True
@@ -174,15 +179,32 @@ class Grouped:
     def __post_init__(self):
         Uniform(self.bits)  # checks them
         if self.channels < 1:
-            raise ValueError(f"channels={self.channels} of a group must be at least 1")
+            raise ValueError(f"channels={self.channels} of a group must be at least 1, as in 'K4g32V4g32'")
 
     def for_block(self, head_dim: int, tokens: int) -> Uniform:
         """The codec of blocks with `head_dim` channels."""
-        del tokens
         channels = min(self.channels, head_dim)
+        if self.as_tokens and channels == tokens:
+            channels = nearest_divisor(head_dim, channels)
         if head_dim % channels:
-            raise ValueError(f"head_dim={head_dim} must be a multiple of the groups' channels={self.channels}, as in 'K4g32V4g32'")
+            raise ValueError(
+                f"head_dim={head_dim} must be a multiple of the groups' channels={self.channels}, as in 'K4g32V4g32'; groups of "
+                f"{nearest_divisor(head_dim, channels)} would do"
+            )
         return Uniform(self.bits, head_dim // channels)
+
+
+def nearest_divisor(head_dim: int, channels: int) -> int:
+    """The largest divisor of `head_dim` from half of `channels` to `channels`; where there is none, the smallest one above."""
+    divisors = [n for n in range(1, head_dim + 1) if head_dim % n == 0]
+    below = [n for n in divisors if channels <= 2 * n <= 2 * channels]
+    return below[-1] if below else next(n for n in divisors if n > channels or n == head_dim)
+
+
+def _demoted(scale: Array, zero: Array, ratio: int) -> tuple[Array, Array]:
+    """Bits of the stored numbers of a scale that is `ratio` times as large."""
+    scale, zero, was_wide = scales.scale_of(scale) * float(ratio), scales.zero_of(scale, zero), scales.is_wide(scale)
+    return scales.pair_bits(scale, zero, was_wide | scales.too_large(scale))
 
 
 def _plane(planes: Sequence[Array], shift: int, bits: int) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..codecs import Codec
-from ..codecs.tiles import Tile, float_to_half, half_to_float
+from ..codecs.tiles import Tile
 from ..codecs.uniform import Uniform
 from ..pages import PageLayout
 
@@ -116,7 +116,7 @@ def requantise(layout: PageLayout, source: Any, out: Any) -> None:
     for tensor, (old, new) in enumerate(((high.key, low.key), (high.value, low.value))):
         tiles, new_tiles = old.tiles(layout.head_dim, new), new.tiles(layout.head_dim, old)
         codes = [_codes(above, tensor, tile, source) for tile in tiles]
-        meta = {row: half_to_float(source[_row(above.meta[tensor] + row)])[0] for row in range(old.meta_rows)}
+        meta = {row: source[above.meta[tensor] + row] for row in range(old.meta_rows)}
         if isinstance(old, Uniform) and old.can_demote_to(new):
             codes, meta = old.demote_tiles(new, [code.astype(jnp.int32) for code in codes], meta)
         else:
@@ -135,7 +135,7 @@ def _write(columns: Columns, tensor: int, codec: Codec, tiles: Sequence[Tile], c
         first = columns.payload[tensor] + row
         out[first : first + packed.shape[0]] = packed
     for row, x in meta.items():
-        out[_row(columns.meta[tensor] + row)] = float_to_half(x[None])
+        out[_row(columns.meta[tensor] + row)] = x[None]
 
 
 def _row(index: int) -> slice:

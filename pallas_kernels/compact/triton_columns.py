@@ -12,6 +12,7 @@ from jax import Array
 from jax.experimental.pallas import triton as plgpu
 
 from ..codecs import Codec, Uniform
+from ..codecs.scales import as_half
 from ..codecs.tiles import Tile
 from ..pages import PageLayout
 from ..prune.triton import Slots
@@ -123,7 +124,7 @@ def _requantised(source: Codec, target: Codec, head_dim: int, payload: _Part, me
         return tile.unpack([planes[row, tile.channels] for row in tile.rows])
 
     def number(row: int) -> Array:
-        return meta.load(slots, row, 1).astype(jnp.float32).reshape(-1)
+        return meta.load(slots, row, 1).reshape(-1)
 
     tiles, new_tiles = source.tiles(head_dim, target), target.tiles(head_dim, source)
     if isinstance(source, Uniform) and source.can_demote_to(target):
@@ -147,7 +148,7 @@ def encoded(codec: Codec, head_dim: int, exact: Any, head, index: Array, valid: 
 
 def _packed(codec: Codec, tiles: Sequence[Tile], codes: Sequence[Array], meta: dict[int, Array]) -> Encoded:
     payload = {row: x.astype(jnp.uint8) for row, x in codec.pack_tiles(tiles, codes).items()}
-    return Encoded(payload, {row: x.astype(jnp.float16) for row, x in meta.items()})
+    return Encoded(payload, {row: as_half(x) for row, x in meta.items()})
 
 
 def _pieces(rows: int) -> Iterator[tuple[int, int]]:

@@ -41,23 +41,31 @@ inline Floats pick(Floats table, Ints code) {
 #endif
 }
 
+// Numbers that a codec has learned, float16 or bfloat16.
+struct Learned {
+  const uint16_t* data;
+  bool bfloat16;
+
+  Floats numbers(Shorts bits) const { return bfloat16 ? from_bfloat16(bits) : from_float16(bits); }
+};
+
 // `Part` neighbouring channels of 32 tokens, which lie token after token in `rows`.
 template <int Part>
-inline void as_channels(const uint16_t* rows, Floats* x) {
+inline void as_channels(const Learned& table, const uint16_t* rows, Floats* x) {
   typedef uint16_t Wide __attribute__((vector_size(64)));
   for (int half = 0; half < 2; ++half, rows += kLanes * Part) {
     if constexpr (Part == 4) {
       const Wide a = load<Wide>(rows), b = load<Wide>(rows + 32);
-      x[half] = from_float16(__builtin_shufflevector(a, b, 0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60));
-      x[2 + half] = from_float16(__builtin_shufflevector(a, b, 1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 53, 57, 61));
-      x[4 + half] = from_float16(__builtin_shufflevector(a, b, 2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46, 50, 54, 58, 62));
-      x[6 + half] = from_float16(__builtin_shufflevector(a, b, 3, 7, 11, 15, 19, 23, 27, 31, 35, 39, 43, 47, 51, 55, 59, 63));
+      x[half] = table.numbers(__builtin_shufflevector(a, b, 0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60));
+      x[2 + half] = table.numbers(__builtin_shufflevector(a, b, 1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 53, 57, 61));
+      x[4 + half] = table.numbers(__builtin_shufflevector(a, b, 2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46, 50, 54, 58, 62));
+      x[6 + half] = table.numbers(__builtin_shufflevector(a, b, 3, 7, 11, 15, 19, 23, 27, 31, 35, 39, 43, 47, 51, 55, 59, 63));
     } else if constexpr (Part == 2) {
       const Wide a = load<Wide>(rows);
-      x[half] = from_float16(__builtin_shufflevector(a, a, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
-      x[2 + half] = from_float16(__builtin_shufflevector(a, a, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+      x[half] = table.numbers(__builtin_shufflevector(a, a, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
+      x[2 + half] = table.numbers(__builtin_shufflevector(a, a, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
     } else {
-      x[half] = from_float16(load<Shorts>(rows));
+      x[half] = table.numbers(load<Shorts>(rows));
     }
   }
 }
@@ -67,7 +75,7 @@ inline void as_channels(const uint16_t* rows, Floats* x) {
 // `Part` channels are taken at once. All rows are copied before any is turned into channels: a load that follows the stores that it reads
 // has to wait for them.
 template <int Bits, int Part>
-inline void look_up_rows(const Codec& codec, const Stored& at, int stride, int head_dim, const uint16_t* table, Floats* x) {
+inline void look_up_rows(const Codec& codec, const Stored& at, int stride, int head_dim, const Learned& table, Floats* x) {
   const int channels = codec.channels, groups = head_dim / channels;
   uint8_t* codes = scratch<struct Codes, uint8_t>(groups * kStrip);
   over_codes<Bits>(at.payload, stride, groups, [&](int group, const Ints (&code)[2]) {
@@ -78,27 +86,27 @@ inline void look_up_rows(const Codec& codec, const Stored& at, int stride, int h
   uint16_t* rows = scratch<struct Rows, uint16_t>(head_dim * kStrip);
   uint16_t* to = rows;
   for (int group = 0; group < groups; ++group) {
-    const uint16_t* book = table + (codec.ranged ? 0 : int64_t{group} * (channels << Bits));
+    const uint16_t* book = table.data + (codec.ranged ? 0 : int64_t{group} * (channels << Bits));
     const uint8_t* code = codes + group * kStrip;
     for (int c = 0; c < channels; c += Part) {
       for (int lane = 0; lane < kStrip; ++lane, to += Part) std::memcpy(to, book + code[lane] * channels + c, 2 * Part);
     }
   }
-  for (int c = 0; c < head_dim; c += Part) as_channels<Part>(rows + c * kStrip, x + 2 * c);
+  for (int c = 0; c < head_dim; c += Part) as_channels<Part>(table, rows + c * kStrip, x + 2 * c);
 }
 
 // The same of single channels with at most 16 levels, which one register holds.
 template <int Bits>
-inline void look_up_levels(const Codec& codec, const Stored& at, int stride, int head_dim, const uint16_t* table, Floats* x) {
+inline void look_up_levels(const Codec& codec, const Stored& at, int stride, int head_dim, const Learned& table, Floats* x) {
   over_codes<Bits>(at.payload, stride, head_dim, [&](int channel, const Ints (&code)[2]) {
     uint16_t few[kLanes] = {};
-    std::memcpy(few, table + (codec.ranged ? 0 : channel << Bits), 2 << Bits);
-    const Floats levels = from_float16(load<Shorts>(few));
+    std::memcpy(few, table.data + (codec.ranged ? 0 : channel << Bits), 2 << Bits);
+    const Floats levels = table.numbers(load<Shorts>(few));
     for (int half = 0; half < 2; ++half) x[2 * channel + half] = pick(levels, code[half]);
   });
 }
 
-inline void look_up(const Codec& codec, const Stored& at, int stride, int head_dim, const uint16_t* table, Floats* x) {
+inline void look_up(const Codec& codec, const Stored& at, int stride, int head_dim, const Learned& table, Floats* x) {
   const auto with_bits = [&](auto bits) {
     if constexpr (bits <= 4) {
       if (codec.channels == 1) return look_up_levels<bits>(codec, at, stride, head_dim, table, x);
@@ -116,18 +124,27 @@ inline void look_up(const Codec& codec, const Stored& at, int stride, int head_d
 
 // Puts the outliers of the first `live` tokens in their places in `x [head_dim, 32]`.
 inline void place_outliers(const Codec& codec, const Stored& at, int stride, int head_dim, int live, float* x) {
-  for (int i = 0; i < codec.outliers; ++i) {
-    const uint8_t* channel = at.payload + int64_t{codec.rows - codec.outliers + i} * stride;
-    float values[kStrip];
-    for (int half = 0; half < 2; ++half) store(values + half * kLanes, metadata(at, codec.meta_rows() - codec.outliers + i, stride, half));
-    for (int t = 0; t < live; ++t) {
-      if (channel[t] < head_dim) x[channel[t] * kStrip + t] = values[t];
+  const int pairs = codec.outliers / 2, first_row = codec.meta_rows() - codec.outliers;
+  for (int i = 0; i < pairs; ++i) {
+    float values[2][kStrip];
+    for (int half = 0; half < 2; ++half) {
+      const Shorts first = metadata(at, first_row + i, stride, half), second = metadata(at, first_row + pairs + i, stride, half);
+      const Floats smaller = from_bfloat16(first), larger = from_bfloat16(second);  // the smaller one comes first in bfloat16 alone
+      const Ints wide = smaller < larger;
+      store(values[0] + half * kLanes, select(wide, larger, from_float16(first)));
+      store(values[1] + half * kLanes, select(wide, smaller, from_float16(second)));
+    }
+    for (int which = 0; which < 2; ++which) {
+      const uint8_t* channel = at.payload + int64_t{codec.rows - codec.outliers + which * pairs + i} * stride;
+      for (int t = 0; t < live; ++t) {
+        if (channel[t] < head_dim) x[channel[t] * kStrip + t] = values[which][t];
+      }
     }
   }
 }
 
 // Channels `[head_dim, 2]` of a strip's keys or values; `table` is the head's learned one. Lanes from `live` on are zeros.
-inline Floats* decoded(const Codec& codec, const Stored& at, int stride, int head_dim, const uint16_t* table, int live) {
+inline Floats* decoded(const Codec& codec, const Stored& at, int stride, int head_dim, const Learned& table, int live) {
   Floats* x = scratch<struct DecodedStrip, Floats>(2 * head_dim);
   if (codec.channels) {
     look_up(codec, at, stride, head_dim, table, x);
@@ -144,8 +161,7 @@ inline Floats* decoded(const Codec& codec, const Stored& at, int stride, int hea
   for (int group = 0; group < codec.groups; ++group) {
     for (int half = 0; half < 2; ++half) {
       const Ints real = lanes() + half * kLanes < live;
-      const Floats scale = codec.scaled() ? metadata(at, group, stride, half) : splat(1);
-      const Floats zero = codec.zeroed() ? metadata(at, codec.groups + group, stride, half) : Floats{};
+      const auto [scale, zero] = Grid::read(at, codec, group, stride, half);
       if (!codec.scaled() && live == kStrip) continue;
       for (int c = group * width; c < (group + 1) * width; ++c) x[2 * c + half] = select(real, x[2 * c + half] * scale + zero, Floats{});
     }

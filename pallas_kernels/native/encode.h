@@ -16,7 +16,7 @@ namespace diffkv {
 // 16 tokens to be written: row r of payload and metadata begins `r * stride` further. Only lanes [first, first + count) change.
 struct Target {
   uint8_t* payload;
-  uint16_t* meta;  // float16 bits
+  uint16_t* meta;
   int stride, first, count;
 
   template <typename Vector, typename Index, typename Number>
@@ -71,8 +71,39 @@ typedef float SomeFloats __attribute__((vector_size(4 * kCompared)));
 typedef int32_t SomeInts __attribute__((vector_size(4 * kCompared)));
 typedef uint8_t SomeBytes __attribute__((vector_size(kCompared)));
 
-// Codes [width, 16] of one group of channels, and its scale and zero point; of kCompared lanes.
-inline void quantise_lanes(int bits, int width, const float* x, uint8_t* codes, float* scale, float* zero) {
+// What pallas_kernels/codecs/scales.py says of numbers beside codes; `wide` lanes, -1 or 0, are bfloat16.
+constexpr float kTooLarge = 65520, kTooSmall = 0x1p-16f, kSmallZero = 0x1p-8f, kLimit = 0x1p119f;
+
+inline SomeFloats size_of(SomeFloats x) { return x < 0 ? -x : x; }
+
+inline SomeFloats saturated(SomeFloats x) {
+  const SomeFloats most = x < 0 ? SomeFloats{} - kLimit : SomeFloats{} + kLimit, size = size_of(x);
+  return (size > kLimit) & (size < INFINITY) ? most : x;
+}
+
+inline SomeInts needs_wide(SomeFloats scale, SomeFloats zero) {
+  const SomeFloats size = size_of(zero) > scale ? size_of(zero) : scale;
+  return ((size >= kTooLarge) & (size < INFINITY)) | ((scale < kTooSmall) & (size > 0) & (size < kSmallZero));
+}
+
+// The largest bfloat16 up to x.
+inline SomeFloats rounded_down(SomeFloats x) {
+  const SomeInts bits = load<SomeInts>(&x), moved = (bits + (bits < 0 ? SomeInts{} + 0xFFFF : SomeInts{})) & -0x10000;
+  return load<SomeFloats>(&moved);
+}
+
+inline Shorts stored_scale(Floats scale, Ints wide) {
+  const Ints narrow = widen(to_float16(scale)) & 0x7FFF, bits = wide ? widen(nearest_bfloat16(scale)) | 0x8000 : narrow;
+  return __builtin_convertvector(bits, Shorts);
+}
+
+inline Shorts stored_zero(Floats zero, Ints wide) {
+  const Ints bits = wide ? widen(nearest_bfloat16(zero)) : widen(to_float16(zero));
+  return __builtin_convertvector(bits, Shorts);
+}
+
+// Codes [width, 16] of one group of channels, its scale and zero point, and whether those are wide; of kCompared lanes.
+inline void quantise_lanes(int bits, int width, const float* x, uint8_t* codes, float* scale, float* zero, int32_t* wide) {
   const float most = float((1 << bits) - 1);
   SomeFloats low = load<SomeFloats>(x), high = low;
   SomeInts nan = low != low;
@@ -81,9 +112,15 @@ inline void quantise_lanes(int bits, int width, const float* x, uint8_t* codes, 
     low = v < low ? v : low, high = v > high ? v : high, nan |= v != v;
   }
   low = nan ? SomeFloats{} + NAN : low;
-  const SomeFloats size = (high - low) * (1 / most), steps = 1 / (size > 0 ? size : SomeFloats{} + 1);
+  low = saturated(low), high = saturated(high);
+  SomeFloats size = (high - low) * (1 / most);
+  const SomeInts far = needs_wide(size, low);
+  const SomeFloats down = rounded_down(low), up = -rounded_down((down - high) * (1 / most));
+  low = far ? down : low, size = far ? up : size;
+  const SomeFloats steps = 1 / (size > 0 ? size : SomeFloats{} + 1);
   store(scale, size);
   store(zero, low);
+  store(wide, far);
   for (int c = 0; c < width; ++c) {
     SomeFloats ratio = (load<SomeFloats>(x + c * kLanes) - low) * steps;
     ratio = ratio > 0 ? ratio : SomeFloats{};  // also what is not a number
@@ -93,16 +130,29 @@ inline void quantise_lanes(int bits, int width, const float* x, uint8_t* codes, 
   }
 }
 
-// Codes [width, 16] of one token's channels in levels of the normal distribution, and its scale; of kCompared lanes.
+// Codes [width, 16] of one token's channels in levels of the normal distribution, and its scale; of kCompared lanes. Squares are those of
+// the channels divided by a power of two, so that they neither overflow nor vanish.
 template <int Bits>
-inline void normal_lanes(int width, const float* x, uint8_t* codes, float* scale) {
+inline void normal_lanes(int width, const float* x, uint8_t* codes, float* scale, int32_t* wide) {
   constexpr int half = 1 << (Bits - 1);
-  SomeFloats squares = {}, of_levels = {}, inverse = {};
-  for (int c = 0; c < width; ++c) squares += load<SomeFloats>(x + c * kLanes) * load<SomeFloats>(x + c * kLanes);
-  const SomeFloats means = squares / float(width);
-  for (int lane = 0; lane < kCompared; ++lane) inverse[lane] = means[lane] > 0 ? 1 / std::sqrt(means[lane]) : 0;
+  SomeFloats largest = {}, squares = {}, of_levels = {}, to_rms = {};
   for (int c = 0; c < width; ++c) {
-    const SomeFloats v = load<SomeFloats>(x + c * kLanes) * inverse, size = v < 0 ? -v : v;
+    const SomeFloats size = size_of(load<SomeFloats>(x + c * kLanes));
+    largest = size > largest ? size : largest;
+  }
+  SomeInts exponent = load<SomeInts>(&largest) & 0x7F800000;
+  exponent = exponent < 27 << 23 ? SomeInts{} + (27 << 23) : exponent;
+  exponent = exponent > 247 << 23 ? SomeInts{} + (247 << 23) : exponent;
+  const SomeInts reciprocal = (254 << 23) - exponent;
+  const SomeFloats unit = load<SomeFloats>(&exponent), inverse = load<SomeFloats>(&reciprocal);
+  for (int c = 0; c < width; ++c) {
+    const SomeFloats v = load<SomeFloats>(x + c * kLanes) * inverse;
+    squares += v * v;
+  }
+  const SomeFloats means = squares / float(width);
+  for (int lane = 0; lane < kCompared; ++lane) to_rms[lane] = means[lane] > 0 ? 1 / std::sqrt(means[lane]) : 0;
+  for (int c = 0; c < width; ++c) {
+    const SomeFloats v = load<SomeFloats>(x + c * kLanes) * inverse * to_rms, size = size_of(v);
     SomeInts code = v < 0 ? SomeInts{} + half : SomeInts{};
     SomeFloats level = SomeFloats{} + kLevels<Bits>[0];
     for (int i = 1; i < half; ++i) {
@@ -114,13 +164,17 @@ inline void normal_lanes(int width, const float* x, uint8_t* codes, float* scale
     store(codes + c * kLanes, __builtin_convertvector(code, SomeBytes));
   }
   const SomeFloats ratio = squares / of_levels;
-  for (int lane = 0; lane < kCompared; ++lane) scale[lane] = std::sqrt(ratio[lane]);
+  SomeFloats root;
+  for (int lane = 0; lane < kCompared; ++lane) root[lane] = std::sqrt(ratio[lane]);
+  root = root * unit;
+  store(wide, needs_wide(root, SomeFloats{}));
+  store(scale, saturated(root));
 }
 
-inline void normal_lanes(int bits, int width, const float* x, uint8_t* codes, float* scale) {
-  if (bits == 4) return normal_lanes<4>(width, x, codes, scale);
-  if (bits == 2) return normal_lanes<2>(width, x, codes, scale);
-  normal_lanes<1>(width, x, codes, scale);
+inline void normal_lanes(int bits, int width, const float* x, uint8_t* codes, float* scale, int32_t* wide) {
+  if (bits == 4) return normal_lanes<4>(width, x, codes, scale, wide);
+  if (bits == 2) return normal_lanes<2>(width, x, codes, scale, wide);
+  normal_lanes<1>(width, x, codes, scale, wide);
 }
 
 // Values `x [head_dim, 16]` in a codec.
@@ -139,13 +193,14 @@ inline void encode(const Codec& codec, int head_dim, const float* x, const Targe
   const int width = head_dim / codec.groups, planes = 8 / codec.bits;
   for (int group = 0; group < codec.groups; ++group) {
     float scale[kLanes], zero[kLanes];
+    int32_t wide[kLanes];
     for (int lane = 0; lane < kLanes; lane += kCompared) {
       const int64_t first = group * width * kLanes + lane;
-      if (codec.normal) normal_lanes(codec.bits, width, x + first, codes + first, scale + lane);
-      else quantise_lanes(codec.bits, width, x + first, codes + first, scale + lane, zero + lane);
+      if (codec.normal) normal_lanes(codec.bits, width, x + first, codes + first, scale + lane, wide + lane);
+      else quantise_lanes(codec.bits, width, x + first, codes + first, scale + lane, zero + lane, wide + lane);
     }
-    to.put_meta(group, to_float16(load<Floats>(scale)));
-    if (codec.zeroed()) to.put_meta(codec.groups + group, to_float16(load<Floats>(zero)));
+    to.put_meta(group, stored_scale(load<Floats>(scale), load<Ints>(wide)));
+    if (codec.zeroed()) to.put_meta(codec.groups + group, stored_zero(load<Floats>(zero), load<Ints>(wide)));
   }
   for (int row = 0; row < codec.rows; ++row) {
     Bytes packed = load<Bytes>(codes + row * kLanes);
@@ -163,9 +218,12 @@ inline void decode(const Codec& codec, int head_dim, const Stored& from, int str
     using Reader = decltype(reader);
     over_channels<Reader>(head_dim, 0, head_dim, [&](int c, int row, int plane) {
       Floats v = Reader::read(from.payload + int64_t(row) * stride, plane, int64_t(head_dim) * stride);
-      const uint16_t* scale = from.meta + c / width * stride;
-      if constexpr (Reader::scaled) v = from_float16(load<Shorts>(scale)) * v;
-      if constexpr (Reader::zeroed) v = v + from_float16(load<Shorts>(scale + codec.groups * stride));
+      const int group = c / width;
+      if constexpr (Reader::scaled) {
+        const Shorts scale = metadata(from, group, stride, 0);
+        v = scale_of(scale) * v;
+        if constexpr (Reader::zeroed) v = v + zero_of(scale, metadata(from, codec.groups + group, stride, 0));
+      }
       store(x + c * kLanes, v);
     });
   });
@@ -206,8 +264,11 @@ inline void demote_codes(const Codec& high, const Codec& low, int head_dim, cons
   });
   const float ratio = float(((1 << high.bits) - 1) / ((1 << low.bits) - 1));
   for (int group = 0; group < high.groups; ++group) {
-    to.put_meta(group, to_float16(from_float16(load<Shorts>(from.meta + group * stride)) * ratio));
-    to.put_meta(high.groups + group, load<Shorts>(from.meta + (high.groups + group) * stride));
+    const Shorts was = metadata(from, group, stride, 0), zero = metadata(from, high.groups + group, stride, 0);
+    const Floats scale = scale_of(was) * ratio;
+    const Ints wide = is_wide(was) | ((scale >= kTooLarge) & (scale < INFINITY));
+    to.put_meta(group, stored_scale(scale, wide));
+    to.put_meta(high.groups + group, stored_zero(zero_of(was, zero), wide));
   }
 }
 

@@ -70,13 +70,35 @@ struct Layout {
 // 32 tokens of one tensor: row r of payload or metadata begins `r * stride` further.
 struct Stored {
   const uint8_t* payload;
-  const uint16_t* meta;  // float16 bits
+  const uint16_t* meta;  // as pallas_kernels/codecs/scales.py keeps numbers
 };
 
-// A scale or zero point, row `row` of the metadata, of the first or second 16 tokens.
-inline Floats metadata(const Stored& at, int row, int stride, int half) {
-  return from_float16(load<Shorts>(at.meta + row * stride + half * kLanes));
+// Row `row` of the metadata of the first or second 16 tokens.
+inline Shorts metadata(const Stored& at, int row, int stride, int half) {
+  return load<Shorts>(at.meta + int64_t(row) * stride + half * kLanes);
 }
+
+// 16 bits each: bfloat16 in the lanes that are `wide`, else float16.
+inline Floats either(Shorts bits, Ints wide) { return select(wide, from_bfloat16(bits), from_float16(bits)); }
+
+// Which stored scales, and zero points beside them, are bfloat16: a scale is not negative, its sign bit says so.
+inline Ints is_wide(Shorts scale) { return widen(scale) > 0x7FFF; }
+inline Floats scale_of(Shorts scale) { return either(scale & 0x7FFF, is_wide(scale)); }
+inline Floats zero_of(Shorts scale, Shorts zero) { return either(zero, is_wide(scale)); }
+
+// Scale and zero point of a group of the first or second 16 tokens, as far as a codec has them; else 1 and 0.
+struct Grid {
+  Floats scale = splat(1), zero = {};
+
+  static Grid read(const Stored& at, const Codec& codec, int group, int stride, int half) {
+    Grid grid;
+    if (!codec.scaled()) return grid;
+    const Shorts scale = metadata(at, group, stride, half);
+    grid.scale = scale_of(scale);
+    if (codec.zeroed()) grid.zero = zero_of(scale, metadata(at, codec.groups + group, stride, half));
+    return grid;
+  }
+};
 
 // Asks for 32 tokens before they are needed: pages lie anywhere, so the CPU cannot guess the next one.
 inline void prefetch(const Stored& at, const Codec& codec, int stride) {

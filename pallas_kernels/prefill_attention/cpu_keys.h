@@ -101,9 +101,7 @@ void pack_stored_keys(const Problem& p, int64_t head, const Span& span, int word
     with_reader(codec, [&](auto reader) {
       using Reader = decltype(reader);
       for (int group = 0; group < codec.groups; ++group) {
-        Floats s = splat(1), z = {};
-        if constexpr (Reader::scaled) s = metadata(strip.key, group, stride, half);
-        if constexpr (Reader::zeroed) z = metadata(strip.key, codec.groups + group, stride, half);
+        const auto [s, z] = Grid::read(strip.key, codec, group, stride, half);
         over_codes<Word, Reader>(payload, stride, d, group * width, (group + 1) * width, [&](int c, Floats(&numbers)[Word::size]) {
           if (Word::size == 1 && Reader::scaled) numbers[0] = numbers[0] * s + z;
           store(to + c / Word::size * kPanel, Reader::scaled ? Word::joined_codes(numbers) : Word::joined(numbers));
@@ -169,16 +167,12 @@ template <typename Word, typename Reader>
 void unpack_values(const Strip& strip, const Codec& codec, int stride, int d, int32_t* rows) {
   const int width = d / codec.groups;
   for (int group = 0; group < codec.groups; ++group) {
-    Floats s[2], z[2] = {};
-    for (int half = 0; half < 2; ++half) {
-      if constexpr (Reader::scaled) s[half] = metadata(strip.value, group, stride, half);
-      if constexpr (Reader::zeroed) z[half] = metadata(strip.value, codec.groups + group, stride, half);
-    }
+    const Grid grid[2] = {Grid::read(strip.value, codec, group, stride, 0), Grid::read(strip.value, codec, group, stride, 1)};
     over_channels<Reader>(d, group * width, (group + 1) * width, [&](int c, int row, int plane) {
       Floats numbers[2];
       for (int half = 0; half < 2; ++half) {
         Floats x = Reader::read(strip.value.payload + row * stride + half * kLanes, plane, int64_t(d) * stride);
-        if constexpr (Reader::scaled) x = x * s[half] + z[half];
+        if constexpr (Reader::scaled) x = x * grid[half].scale + grid[half].zero;
         numbers[half] = strip.live < kStrip ? select(lanes() + half * kLanes < strip.live, x, Floats{}) : x;
       }
       int32_t* to = rows + c * (kStrip / Word::size);

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..codecs.formats import Codec
-from ..codecs.tiles import Tile, half_to_float
+from ..codecs.tiles import Tile
 from ..pages import PageLayout, Pages, meta_as_bits, page_column
 from .reference import Scale
 
@@ -153,16 +153,13 @@ class Tier(NamedTuple):
     def _read(self, codec: Codec, slot, valid: Array, dtype, first_row: int, first_meta: int) -> list:
         blocks = [(page, block) for page in range(self.pages) for block in range(self.layout.blocks[self.number])]
         rows, head_dim = codec.rows(self.layout.head_dim), self.layout.head_dim
-        meta = None
+        meta = []
         if codec.meta_rows:
             bits = [self.buffers.meta[slot, page].astype(jnp.int32) for page in range(self.pages)]
-            numbers = [half_to_float(page_bits) for page_bits in bits]
-            meta = [numbers[page][first_meta + block * codec.meta_rows :][: codec.meta_rows] for page, block in blocks]
+            meta = [bits[page][first_meta + block * codec.meta_rows :][: codec.meta_rows] for page, block in blocks]
 
-        def number(row: int | None) -> Array | None:
-            if meta is None or row is None:
-                return None
-            return jnp.where(valid, side_by_side([block[row : row + 1] for block in meta], 1), 0.0)
+        def number(row: int) -> Array:
+            return jnp.where(valid, side_by_side([block[row : row + 1] for block in meta], 1), 0)
 
         def codes(tile: Tile) -> Array:
             def unpacked(page: int, block: int) -> Array:
@@ -175,7 +172,7 @@ class Tier(NamedTuple):
             return x.astype(dtype)
 
         return [
-            (group, side_by_side(list(map(codes, group.tiles)), 0), number(group.tiles[0].scale_row), number(group.tiles[0].zero_row))
+            (group, side_by_side(list(map(codes, group.tiles)), 0), *group.tiles[0].scale_zero(number))
             for group in groups_of(codec, head_dim)
         ]
 

@@ -6,6 +6,7 @@ import numpy as np
 from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, Normal, Uniform
 from oracles.normal_levels import quantise_normal, rounded_levels
 from oracles.quantiser import pack, quantise, unpack
+from oracles.stored_numbers import grid
 
 HALF_WAY = 1e-4  # see same_codes
 
@@ -20,6 +21,16 @@ def ordinary(tokens: int, head_dim: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(tokens, head_dim)) * 3 + rng.normal(size=head_dim) * 5
     x[5], x[6] = -1.37, 0.0
+    return x.astype(np.float32)
+
+
+def of_any_size(tokens: int, head_dim: int, seed: int = 0) -> np.ndarray:
+    """`ordinary` tokens times anything from 1e-30 to 1e30; a few with one huge channel, constant, or at the ends of float32."""
+    rng = np.random.default_rng(seed)
+    x = ordinary(tokens, head_dim, seed) * 10.0 ** rng.uniform(-30, 30, (tokens, 1))
+    x[0::8, 3], x[1::8] = 1e6 * rng.normal(size=len(x[0::8])), 3e38 * np.sign(x[1::8])
+    x[2::8], x[3::8] = ordinary(tokens, head_dim, seed)[2::8] * 1e4, -1e-9
+    x[5], x[6] = -1e7, 0.0
     return x.astype(np.float32)
 
 
@@ -53,9 +64,9 @@ def same_codes(codec, x: np.ndarray, payload: np.ndarray, wanted: np.ndarray) ->
         np.testing.assert_array_equal(got[~doubtful], codes[~doubtful])
         assert np.abs(got - codes).max() <= 1 and doubtful.mean() < 0.01
         return
-    grouped = x.astype(np.float64).reshape(len(x), codec.groups, -1)
-    low, high = grouped.min(-1, keepdims=True), grouped.max(-1, keepdims=True)
-    ratio = (grouped - low) / np.where(high > low, high - low, 1) * (2**codec.bits - 1)
+    grouped = x.astype(np.float32).reshape(len(x), codec.groups, -1)
+    scale, zero, *_ = grid(grouped.min(-1, keepdims=True), grouped.max(-1, keepdims=True), 2**codec.bits - 1)
+    ratio = (grouped.astype(np.float64) - zero) / np.where(scale > 0, scale, 1)
     doubtful = (np.abs(ratio % 1 - 0.5) < HALF_WAY).reshape(x.shape)
     np.testing.assert_array_equal(got[~doubtful], codes[~doubtful])
     assert np.abs(got - codes).max() <= 1

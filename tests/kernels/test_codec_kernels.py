@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from codec_oracle import codes_of, expected, ordinary, parse, same_codes, same_meta
+from codec_oracle import codes_of, expected, of_any_size, ordinary, parse, same_codes, same_meta
 from implementations import IMPLEMENTATIONS
 
 from diffkv_jax.pallas_kernels import codecs
@@ -30,9 +30,9 @@ DEMOTIONS = (
 TO_LEVELS = (("K8V4", "K4nV2n"), ("K4nV4n", "K2nV2"))  # sums of squares, whose rounding depends on their order
 
 
-def values(tokens: int, head_dim: int, seed: int) -> np.ndarray:
+def values(tokens: int, head_dim: int, seed: int, of=ordinary) -> np.ndarray:
     """float32 [COUNT, T, d]."""
-    return ordinary(COUNT * tokens, head_dim, seed).reshape(COUNT, tokens, head_dim)
+    return of(COUNT * tokens, head_dim, seed).reshape(COUNT, tokens, head_dim)
 
 
 def same_blocks(fmt: KVFormat, got: Block, k: np.ndarray, v: np.ndarray) -> None:
@@ -47,10 +47,10 @@ def same_blocks(fmt: KVFormat, got: Block, k: np.ndarray, v: np.ndarray) -> None
             same_meta(meta[i], wanted_meta)
 
 
-def check_encode(kernels: Kernels, name: str, tokens: int, head_dim: int, dtype="float32") -> None:
+def check_encode(kernels: Kernels, name: str, tokens: int, head_dim: int, dtype="float32", of=ordinary) -> None:
     """Encode values of a dtype and compare."""
     fmt = parse(name)
-    k, v = (values(tokens, head_dim, seed).astype(jnp.dtype(dtype)) for seed in (1, 2))
+    k, v = (values(tokens, head_dim, seed, of).astype(jnp.dtype(dtype)) for seed in (1, 2))
     got = jax.jit(lambda k, v: codecs.encode(fmt, k, v, kernels=kernels))(k.swapaxes(1, 2), v.swapaxes(1, 2))
     same_blocks(fmt, got, k.astype(np.float32), v.astype(np.float32))
 
@@ -67,6 +67,12 @@ def test_encode_other_shapes_and_dtypes(kernels: Kernels, tokens: int, head_dim:
     check_encode(kernels, "K8V4", tokens, head_dim, dtype)
 
 
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["K8V4:1,2", "K1V2:4,1", "K4nV2n"])
+def test_encode_numbers_of_any_size(kernels: Kernels, name: str):
+    check_encode(kernels, name, 32, 64, of=of_any_size)
+
+
 def encoded(fmt: KVFormat, k: np.ndarray, v: np.ndarray) -> Block:
     """The oracle's blocks of `[N, T, d]`."""
     parts = [[expected(codec, one) for one in x] for codec, x in ((fmt.key, k), (fmt.value, v))]
@@ -74,10 +80,10 @@ def encoded(fmt: KVFormat, k: np.ndarray, v: np.ndarray) -> Block:
     return Block(k_payload, v_payload, k_meta, v_meta)
 
 
-def check_demotion(kernels: Kernels, source: str, target: str, tokens: int, head_dim: int) -> None:
+def check_demotion(kernels: Kernels, source: str, target: str, tokens: int, head_dim: int, of=ordinary) -> None:
     """Demote the oracle's blocks and compare with its own demotion."""
     high, low = parse(source), parse(target)
-    block = encoded(high, values(tokens, head_dim, 3), values(tokens, head_dim, 4))
+    block = encoded(high, values(tokens, head_dim, 3, of), values(tokens, head_dim, 4, of))
     got = jax.tree.map(
         np.asarray,
         jax.jit(lambda block: codecs.demote(high, low, block, kernels=kernels))(block),
@@ -111,6 +117,12 @@ def test_demote(kernels: Kernels, source: str, target: str):
 @pytest.mark.parametrize("tokens, head_dim", [(64, 256), (128, 128)])
 def test_demote_other_shapes(kernels: Kernels, tokens: int, head_dim: int):
     check_demotion(kernels, "K8V4", "K4V2", tokens, head_dim)
+
+
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+@pytest.mark.parametrize("source, target", [("K8V8:1,2", "K4V2:1,2"), ("full:float32", "K4V4"), ("K8V4", "K4nV2:1,2")])
+def test_demote_numbers_of_any_size(kernels: Kernels, source: str, target: str):
+    check_demotion(kernels, source, target, 32, 64, of_any_size)
 
 
 NATIVE = [p for p in IMPLEMENTATIONS if p.id == "cpu"]

@@ -34,18 +34,19 @@ class Shape(NamedTuple):
     tokens: int = 32
     cap: float | None = None
     window: int | None = None
+    learned: str = "float16"  # dtype of the tables
 
 
 CASES = {
     "CQ 4c8b, G=3": Shape(("K8v4V8v4",), 64, 3),
-    "CQ 2c8b+4c8b, G=5, d=128, T=64, without rope": Shape(("K8v2V8v2", "K8v4V8v4"), 128, 5, rope=False, tokens=64),
+    "CQ 2c8b+4c8b, G=5, d=128, T=64, without rope": Shape(("K8v2V8v2", "K8v4V8v4"), 128, 5, rope=False, tokens=64, learned="bfloat16"),
     "CQ 8c8b, G=1, far": Shape(("K8v8V8v8",), 64, 1, first=64_000),
-    "CQ of 1 to 4 bits": Shape(("K4v1V3v2", "K2v2V1v4"), 64, 2),
+    "CQ of 1 to 4 bits": Shape(("K4v1V3v2", "K2v2V1v4"), 64, 2, learned="bfloat16"),
     "KVQuant of 4 bits, G=3": Shape(("K4sV4t",), 64, 3, scored=False),
     "KVQuant of 3 and 2 bits, capped": Shape(("K3sV3t", "K2sV1t"), 64, 2, cap=3.0),
-    "KVQuant of 8 bits, sliding": Shape(("K8sV8t",), 32, 2, window=90),
+    "KVQuant of 8 bits, sliding": Shape(("K8sV8t",), 32, 2, window=90, learned="bfloat16"),
     "exact sinks and KVQuant": Shape(("full", "K4sV4t"), 64, 3),
-    "KVQuant of 3 bits, outliers": Shape(("K3sV3t+o5",), 64, 3),
+    "KVQuant of 3 bits, outliers": Shape(("K3sV3t+o5",), 64, 3, learned="bfloat16"),
     "outliers of CQ and of uniform numbers": Shape(("K8v4V4:1,2+o1", "K2V2n+o3"), 64, 2, rope=False),
     "CQ keys, uniform values": Shape(("K8v4V4:1,2",), 64, 2),
     "uniform and normal keys without rope": Shape(("K8V4:2,1", "K4nV2n"), 64, 3),
@@ -79,7 +80,7 @@ class Case:
     def _table(self, codec: Any, rng: np.random.Generator) -> np.ndarray | None:
         """Of two layers and the KV heads."""
         shape = table_shape(codec, self.shape.head_dim)
-        return None if shape is None else rng.normal(size=(2, KV_HEADS, *shape)).astype(np.float16)
+        return None if shape is None else rng.normal(size=(2, KV_HEADS, *shape)).astype(jnp.dtype(self.shape.learned))
 
     def _attend(self, q, pages: Pages, heads: Heads, tables, kernels: Kernels) -> tuple:
         def of_heads(table):

@@ -9,7 +9,8 @@ import pytest
 from codec_oracle import expected, ordinary, same_codes, same_meta
 
 from diffkv_jax.pallas_kernels.codecs import Full, Normal, Uniform
-from diffkv_jax.pallas_kernels.codecs.tiles import Tile, float_to_half, half_to_float, round_half_even
+from diffkv_jax.pallas_kernels.codecs.halves import float_to_half, half_to_float, round_half_even
+from diffkv_jax.pallas_kernels.codecs.tiles import Tile
 from readback import decode_tensor
 
 TOKENS = 8
@@ -47,7 +48,7 @@ def written_by_tiles(codec, tiles: tuple[Tile, ...], x: np.ndarray) -> tuple[np.
     assert payload.min() >= 0 and payload.max() <= 255
     meta = np.zeros((codec.meta_rows, len(x)), np.float16)
     for row, value in metadata.items():
-        meta[row] = np.asarray(value).astype(np.float16)
+        meta[row] = np.asarray(value).astype(np.uint16).view(np.float16)
     assert sorted(metadata) == list(range(codec.meta_rows))
     return payload.astype(np.uint8), meta
 

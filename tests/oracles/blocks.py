@@ -2,15 +2,15 @@
 
 import numpy as np
 
+from oracles import stored_numbers as stored
 from oracles.quantiser import dequantise, unpack
 
 
 def kivi_keys(x, bits):
-    """KIVI (arXiv:2402.02750), eq. of sec. 3.1 per channel: z = min, s = (max - min) / (2^b - 1) over the tokens, both kept in float16."""
-    low, high = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
-    scale = (high - low) / np.float32(2**bits - 1)
-    codes = np.rint((x - low) / np.where(scale > 0, scale, 1))
-    return scale.astype(np.float16).astype(np.float32) * codes + low.astype(np.float16).astype(np.float32)
+    """KIVI (arXiv:2402.02750), eq. of sec. 3.1 per channel: z = min, s = (max - min) / (2^b - 1) over the tokens, both kept in 16 bits."""
+    scale, zero, kept_scale, kept_zero = stored.grid(x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True), 2**bits - 1)
+    codes = np.rint((x - zero) / np.where(scale > 0, scale, 1))
+    return stored.read_scale(kept_scale) * codes + stored.read_zero(kept_scale, kept_zero)
 
 
 def with_outliers(x, inner, count, axis, fill):
@@ -20,7 +20,7 @@ def with_outliers(x, inner, count, axis, fill):
     order = np.argsort(np.argsort(x, axis=axis), axis=axis)
     kept = (order < count // 2) | (order >= x.shape[axis] - count // 2)
     middle = (np.mean if fill == "mean" else np.median)(x, axis=axis, keepdims=True)
-    return np.where(kept, x.astype(np.float16).astype(np.float32), inner(np.where(kept, middle, x))), kept
+    return np.where(kept, stored.kept_outlier(x), inner(np.where(kept, middle, x))), kept
 
 
 def gear_low_rank(error, rank, iterations=3):
@@ -43,6 +43,11 @@ def gear(x, inner, count, axis, rank):
     return backbone + np.swapaxes(gear_low_rank(error, rank), -1, -2) if rank else backbone
 
 
+def outliers(rows):
+    """float32 of stored outliers `[count, n]`: those of the upper half are paired with those of the lower."""
+    return np.concatenate(stored.read_outliers(*np.split(rows, 2)))
+
+
 def stored_rows(codec, head_dim):
     """(payload bytes, float16 numbers) of a token's lane, those of a block rounded up to whole rows of its lanes."""
     if hasattr(codec, "rank"):
@@ -62,18 +67,19 @@ def read_block(codec, payload, meta):
     if hasattr(codec, "rank"):
         _, own = stored_rows(codec.codec, codec.head_dim)
         q = meta[own : own + codec.rank].astype(np.float32)
-        p = meta[own + codec.rank :].reshape(-1)[: codec.head_dim * codec.rank].reshape(codec.head_dim, -1).astype(np.float32)
+        p = meta[own + codec.rank :].reshape(-1)[: codec.head_dim * codec.rank].reshape(codec.head_dim, -1)
+        p = np.where(np.abs(q).max(axis=1) > 2, p.view(stored.BFLOAT16).astype(np.float32), p.astype(np.float32))
         return read_block(codec.codec, payload, meta[:own]) + (p @ q).T
     if hasattr(codec, "share"):
         rows, own = stored_rows(codec.codec, codec.head_dim)
         x, index, values = read_block(codec.codec, payload[:rows], meta[:own]), payload[rows:], meta[own:]
         if codec.axis == "channel":
             index, values = (part.reshape(-1)[: codec.head_dim * codec.count].reshape(codec.head_dim, -1) for part in (index, values))
-            x[index.T, np.arange(codec.head_dim)] = values.T
+            x[index.T, np.arange(codec.head_dim)] = outliers(values.T)
         else:
-            x[np.arange(codec.tokens), index] = values
+            x[np.arange(codec.tokens), index] = outliers(values)
         return x
     if hasattr(codec, "tokens"):
-        scale, zero = meta.reshape(-1)[: 2 * codec.head_dim].reshape(2, -1).astype(np.float32)
-        return scale * unpack(payload, codec.bits).T + zero
+        scale, zero = meta.reshape(-1)[: 2 * codec.head_dim].reshape(2, -1)
+        return stored.read_scale(scale) * unpack(payload, codec.bits).T + stored.read_zero(scale, zero)
     return dequantise(unpack(payload, codec.bits).T, meta[: codec.groups].T, meta[codec.groups :].T)

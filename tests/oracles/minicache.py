@@ -5,6 +5,8 @@ Written from the equations alone; it shares no code with the library.
 
 import numpy as np
 
+from oracles.stored_numbers import read_scale, stored_scale
+
 
 def unit(x):
     """`x [..., d]` over its length; zero stays zero."""
@@ -28,9 +30,9 @@ def common_direction(x, y, t):
 
 
 def merged(x, y, t):
-    """Both layers' vectors as restored from one direction and two norms, which are kept as float16."""
+    """Both layers' vectors as restored from one direction and two norms, which are kept in 16 bits."""
     direction = common_direction(x, y, t)
-    norms = (np.linalg.norm(z, axis=-1, keepdims=True).astype(np.float16).astype(x.dtype) for z in (x, y))
+    norms = (read_scale(stored_scale(np.linalg.norm(z, axis=-1, keepdims=True))).astype(x.dtype) for z in (x, y))
     return tuple(norm * direction for norm in norms)
 
 

@@ -8,6 +8,8 @@ from functools import cache
 import numpy as np
 from scipy.special import ndtr, ndtri
 
+from oracles.stored_numbers import read_scale, stored_scale
+
 
 @cache
 def lloyd_max(bits):
@@ -33,7 +35,7 @@ def rounded_levels(bits):
 
 
 def quantise_normal(values, bits):
-    """Codes uint8 `[..., head_dim]` and scale float16 `[..., 1]`: sign and number of the level nearest to `x sqrt(d) / |x|`.
+    """Codes uint8 `[..., head_dim]` and stored scale `[..., 1]`: sign and number of the level nearest to `x sqrt(d) / |x|`.
 
     The scale makes the norm of what is read that of the token.
     """
@@ -42,11 +44,11 @@ def quantise_normal(values, bits):
     turned = values * np.sqrt(values.shape[-1]) / np.where(norm > 0, norm, 1)
     number = np.abs(np.abs(turned)[..., None] - levels).argmin(axis=-1)
     codes = (number + (turned < 0) * 2 ** (bits - 1)).astype(np.uint8)
-    with np.errstate(over="ignore"):
-        return codes, (norm / np.linalg.norm(levels[number], axis=-1, keepdims=True)).astype(np.float16)
+    return codes, stored_scale((norm / np.linalg.norm(levels[number], axis=-1, keepdims=True)).astype(np.float32))
 
 
 def dequantise_normal(codes, scale, bits):
-    """`scale * level` in float32, `codes [..., head_dim]`, `scale [..., 1]`."""
+    """`scale * level` in float32, `codes [..., head_dim]`, `scale [..., 1]` as stored (float16) or as a number."""
+    scale = read_scale(scale) if scale.dtype == np.float16 else scale
     signed = np.concatenate([rounded_levels(bits), -rounded_levels(bits)])
-    return (scale.astype(np.float64) * signed[codes]).astype(np.float32)
+    return (scale * signed[codes]).astype(np.float32)

@@ -6,28 +6,24 @@ of one token of one head, and a group is `head_dim / groups` contiguous channels
 
 import numpy as np
 
+from oracles import stored_numbers as stored
+
 
 def quantise(values, bits, groups=1):
-    """Codes uint8 `[..., head_dim]`, scale and zero float16 `[..., groups]`; the codes come from the unrounded scale and zero."""
+    """Codes uint8 `[..., head_dim]`, scale and zero as stored `[..., groups]`; the codes come from the unrounded scale and zero."""
     values = np.asarray(values, np.float32)
     grouped = values.reshape(*values.shape[:-1], groups, values.shape[-1] // groups)
-    zero = grouped.min(axis=-1, keepdims=True)
-    scale = (grouped.max(axis=-1, keepdims=True) - zero) / np.float32(2**bits - 1)
-    ratio = np.divide(grouped - zero, scale, out=np.zeros_like(grouped), where=scale > 0)  # a constant group has codes 0
+    scale, zero, *kept = stored.grid(grouped.min(axis=-1, keepdims=True), grouped.max(axis=-1, keepdims=True), 2**bits - 1)
+    with np.errstate(over="ignore"):
+        ratio = np.divide(grouped - zero, scale, out=np.zeros_like(grouped), where=scale > 0)  # a constant group has codes 0
     codes = np.clip(np.rint(ratio), 0, 2**bits - 1).astype(np.uint8)  # np.rint rounds halves to even
-    return codes.reshape(values.shape), to_half(scale[..., 0]), to_half(zero[..., 0])
+    return codes.reshape(values.shape), *(x[..., 0] for x in kept)
 
 
 def dequantise(codes, scale, zero):
-    """`scale * code + zero` in float32 from the stored float16 numbers."""
+    """`scale * code + zero` in float32 from the stored numbers."""
     grouped = codes.reshape(*codes.shape[:-1], scale.shape[-1], codes.shape[-1] // scale.shape[-1]).astype(np.float32)
-    return (scale.astype(np.float32)[..., None] * grouped + zero.astype(np.float32)[..., None]).reshape(codes.shape)
-
-
-def to_half(values):
-    """Round float32 to float16; beyond its range the answer is infinite, without a warning."""
-    with np.errstate(over="ignore", under="ignore"):
-        return np.asarray(values, np.float32).astype(np.float16)
+    return (stored.read_scale(scale)[..., None] * grouped + stored.read_zero(scale, zero)[..., None]).reshape(codes.shape)
 
 
 def fake_quantise(values, bits, groups=1):
@@ -48,10 +44,13 @@ def step_ratio(bits_from, bits_to):
 
 
 def demote_nested(codes, scale, zero, bits_from, bits_to):
-    """Demotion on integers only; both forms have the same groups, and the zero is unchanged."""
+    """Demotion on integers only; both forms have the same groups, and the zero is unchanged, but for its rounding where only the new scale
+    is beyond float16."""
     ratio = step_ratio(bits_from, bits_to)
     coarse = (codes.astype(np.int32) + ratio // 2) // ratio
-    return coarse.astype(np.uint8), to_half(np.float32(ratio) * scale.astype(np.float32)), zero
+    larger = np.float32(ratio) * stored.read_scale(scale)
+    wide = stored.is_wide(scale) | stored.too_large(larger)
+    return coarse.astype(np.uint8), stored.marked(larger, wide), stored.beside(stored.read_zero(scale, zero), wide)
 
 
 def demote(codes, scale, zero, bits_from, bits_to, groups_to):
