@@ -2,23 +2,27 @@
 
 import functools
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 R = TypeVar("R")
 
 
-def once(function: Callable[..., R]) -> Callable[..., R]:
+class once(Generic[R]):
     """`functools.cache` for which threads wait: it alone lets all that ask before the first answer run the function.
 
-    `cache_clear` forgets the answers. What raises is tried again.
+    What raises is tried again.
     """
-    cached, running = functools.cache(function), threading.RLock()
 
-    @functools.wraps(function)
-    def one_at_a_time(*args) -> R:
-        with running:
-            return cached(*args)
+    def __init__(self, function: Callable[..., R]) -> None:
+        self._cached, self._running = functools.cache(function), threading.RLock()
+        functools.update_wrapper(self, function)
 
-    one_at_a_time.cache_clear = cached.cache_clear  # pyright: ignore[reportAttributeAccessIssue]
-    return one_at_a_time
+    def __call__(self, *args: Hashable) -> R:
+        with self._running:
+            return self._cached(*args)
+
+    def cache_clear(self) -> None:
+        """Forget the answers."""
+        with self._running:
+            self._cached.cache_clear()
