@@ -133,6 +133,7 @@ def test_top_p(key, vocab: int):
 @pytest.mark.parametrize("policy", [CompressionPolicy.none(), quantized("K8V4"), diffkv(1.0, 0.0)], ids=["none", "K8V4", "DiffKV"])
 def test_smollm2(policy: CompressionPolicy):
     model, params, tokenizer = load_pretrained(smollm2_gguf_path(), dtype="bfloat16")
+    assert tokenizer is not None
     texts = [
         "The cache is",
         "Once upon a time there was a little girl",
