@@ -37,8 +37,10 @@ class Held:
         self._closing = True
 
     def __enter__(self) -> "Held":
-        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
-            self._before = signal.signal(signal.SIGINT, self._pressed)
+        before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread() and callable(before):
+            self._before = before
+            signal.signal(signal.SIGINT, self._pressed)
         return self
 
     def __exit__(self, *_: Any) -> None:
