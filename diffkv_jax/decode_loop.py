@@ -44,14 +44,13 @@ def decode(model: CausalLM, params, held: Held, requests: Requests) -> None:
     def turns(state: State, cache: KVCache, steps: Array) -> tuple[State, KVCache]:
         return advance(model, params, cache, state, requests, steps)
 
-    steps = 1  # the first call may compile, the second one is timed
-    while True:
+    steps = 1
+    while (np.asarray(held.value.reason) == RUNNING).any():  # else nothing is compiled
         began = time.perf_counter()
         held.update(turns, jnp.int32(steps))
-        if not (np.asarray(held.value.reason) == RUNNING).any():
-            return
-        pace = (time.perf_counter() - began) / steps
-        steps = 4 if steps == 1 else max(1, min(8 * steps, int(SECONDS / pace)))
+        jax.block_until_ready(held.value)
+        pace = (time.perf_counter() - began) / steps  # of the first call with the time to compile: then one step more
+        steps = max(1, min(8 * steps, int(SECONDS / pace)))
 
 
 @partial(jax.jit, static_argnames="width", donate_argnames="cache")

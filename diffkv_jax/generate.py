@@ -24,8 +24,10 @@ from diffkv_jax.not_finite import warn_of_errors
 from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.policy import CompressionPolicy
 from diffkv_jax.prompt import Prompts, as_prompts, check_context, chunk_size
-from diffkv_jax.read_prompts import read_prompts
+from diffkv_jax.read_prompts import Read, read_prompts
 from diffkv_jax.sampling import Greedy, Sample, rules
+
+LEAST_WIDTH = 128  # tokens that the decode loop has room for: programs are compiled by powers of two from here on
 
 
 @dataclass(frozen=True)
@@ -142,27 +144,34 @@ def generate(
     with claimed(cache):
         cache = _fingerprinted(cache, model, params)
         joined, size = _joined(cache, prompts, max_new_tokens, prefill_chunk)
-        return _run(model, params, Held(None, cache), joined, size, asked, max_new_tokens)
+        out = _run(model, params, Held(None, cache), joined, size, asked, max_new_tokens)
+    warn_of_errors(out.cache, [i for i, reason in enumerate(out.finish_reason) if reason == "error"])
+    return out
 
 
 def _run(model: CausalLM, params, held: Held, prompts: Prompts, size: int, asked: Requests, most: int) -> GenerateOutput:
     """Read the prompts in chunks of `size` and generate up to `most` tokens of each that does not rest."""
     fresh, began = prompts.lengths > 0, time.perf_counter()
-    seconds, width = 0.0, 1 << (max(most, 1) - 1).bit_length()
+    seconds, width = 0.0, 1 << (max(most, LEAST_WIDTH) - 1).bit_length()
+    where = jnp.asarray(fresh), jnp.asarray(prompts.rests)
+
+    def start(read: Read | None, cache: KVCache) -> tuple[State, KVCache]:
+        return begin(cache, read and read.logits, *where, asked, width)
+
     with held:
         try:
             if fresh.any():
                 read_prompts(model, params, held, prompts.tokens, prompts.lengths, size)
                 jax.block_until_ready(held.value)
             seconds = time.perf_counter() - began
-            where = jnp.asarray(fresh), jnp.asarray(prompts.rests)
-            held.update(lambda logits, cache: begin(cache, logits, *where, asked, width))
+            held.update(start)
             decode(model, params, held, asked)
-            out = _output(held, prompts.rests, most, seconds)
+            return _output(held, prompts.rests, most, seconds)
         except KeyboardInterrupt:
+            held.close()
+            if isinstance(held.value, Read) and held.value.whole:
+                held.update(start)  # without a first token there would be nothing to go on from
             raise GenerationInterrupted(_output(held, prompts.rests, most, seconds)) from None
-    warn_of_errors(out.cache, [i for i, reason in enumerate(out.finish_reason) if reason == "error"])
-    return out
 
 
 def _output(held: Held, rests: np.ndarray, most: int, seconds: float) -> GenerateOutput:

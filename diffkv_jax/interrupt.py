@@ -13,13 +13,15 @@ from diffkv_jax.cache import KVCache
 class Held:
     """A cache and what belongs to it, handed from one compiled call to the next, which take its memory.
 
-    Within the context (of the main thread) Ctrl-C raises `KeyboardInterrupt` at once while the cache is
-    here, and after the call that has taken it, so that `value` can always be gone on from.
+    Within the context (of the main thread) Ctrl-C calls the handler that was there, which raises
+    `KeyboardInterrupt` unless it is the user's own, at once while the cache is here, and after the call
+    that has taken it, so that `value` can always be gone on from.
     """
 
     def __init__(self, value: Any, cache: KVCache):
         self.value, self.cache = value, cache
-        self._asked = False
+        self._waits = self._closing = False
+        self._before: Any = None
 
     def update(self, call: Callable[..., tuple[Any, KVCache]], *given: Any) -> None:
         """`value, cache = call(value, cache, *given)`, where the call may take (donate) both.
@@ -28,25 +30,30 @@ class Held:
             KeyboardInterrupt: Ctrl-C was pressed meanwhile; both are those after the call.
         """
         self.value, self.cache = call(self.value, self.cache, *given)
-        if self._asked:
-            self._asked = False
-            raise KeyboardInterrupt
+        self._deliver()
+
+    def close(self) -> None:
+        """Let Ctrl-C do nothing any more in this context: what is left is short, and must not be lost to a second one."""
+        self._closing = True
 
     def __enter__(self) -> "Held":
-        self._before = None
-        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
-            self._before = signal.signal(signal.SIGINT, self._pressed)
+        before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread() and callable(before):
+            self._before = before
+            signal.signal(signal.SIGINT, self._pressed)
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
-        if self._asked:
-            raise KeyboardInterrupt
+        self._deliver()
 
-    def _pressed(self, number: int, frame: Any) -> None:
-        taken = any(x.is_deleted() for x in jax.tree.leaves(self.cache))
-        if taken:
-            self._asked = True
-        elif callable(self._before):
-            self._before(number, frame)
+    def _pressed(self, *_: Any) -> None:
+        self._waits = not self._closing
+        if not any(x.is_deleted() for x in jax.tree.leaves(self.cache)):
+            self._deliver()
+
+    def _deliver(self) -> None:
+        if self._waits:
+            self._waits = False
+            self._before(signal.SIGINT, None)

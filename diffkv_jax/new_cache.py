@@ -49,6 +49,7 @@ def make_cache(
         refuse("totals", totals, "a list with the tokens of at least one request")
     max_len = integer("max_len", max_len, least=1, most=None, optional=True)
     room = [-(-max(n, 1) // 128) * 128 if max_len is None else max_len for n in totals]
+    check_context(attention, np.asarray(totals), max(room))
     if calibration is not None:
         instance("calibration", calibration, Calibration, "calibrate(model, params, tokens, policy) makes it")
     spec = CacheSpec.build(
@@ -61,7 +62,6 @@ def make_cache(
         kernels=kernels_for(policy, attention) if kernels is None else instance("kernels", kernels, Kernels, "Kernels.resolve(name)"),
     )
     check_room(attention, max_len, spec)
-    check_context(attention, np.asarray(totals), max(room))
     tables = tables_for(spec, policy, calibration)
     if isinstance(policy.keep, str):
         _check_one_budget(policy, memory_budget)

@@ -31,11 +31,11 @@ def warn_of_errors(cache: KVCache, rows: Sequence[int]) -> None:
 
 def _cause(found: tuple[int, bool, bool] | None) -> str:
     if found is None:
-        return "All cached keys and values are finite, so the last layer or the projection to logits overflowed."
+        return "The keys and values of its recent tokens are all finite, so the last layer or the projection to logits overflowed."
     layer, keys, values = found
     kind = "keys and values" if not (keys or values) else "keys" if not keys else "values"
     before = "; so were the activations that entered it" if not (keys or values) else ""
-    return f"The first numbers in its cache that are not finite are the {kind} of layer {layer}{before}."
+    return f"The first numbers of its recent tokens that are not finite are the {kind} of layer {layer}{before}."
 
 
 @jax.jit

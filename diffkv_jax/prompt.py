@@ -102,7 +102,7 @@ def _ids(i: int, row: Any, mask: Any, vocab_size: int) -> np.ndarray:
     """The ids of one prompt, int [n], those that its mask keeps."""
     if isinstance(row, Mapping):
         row, mask = _of_encoding(row, mask)
-        row, mask = (x[0] if np.ndim(x) == 2 and len(x) == 1 else x for x in (row, mask))
+        row, mask = _single(row), _single(mask)
     ids = _flat(i, [] if row is None else row)
     if mask is None:
         return ids
@@ -113,6 +113,14 @@ def _ids(i: int, row: Any, mask: Any, vocab_size: int) -> np.ndarray:
     if len(kept) and kept[-1] - kept[0] + 1 != len(kept):
         raise ValueError(f"attention_mask of prompt {i} leaves out tokens in the middle: {shown(keeps.tolist())}; pad left or right")
     return ids[kept]
+
+
+def _single(rows: Any) -> Any:
+    """The row of a batch of one, anything else as it is."""
+    try:
+        return rows[0] if np.ndim(rows) == 2 and len(rows) == 1 else rows
+    except Exception:  # lists of unequal lengths, which `_flat` refuses
+        return rows
 
 
 def _flat(i: int, row: Any, name: str = "tokens") -> np.ndarray:

@@ -1,7 +1,7 @@
 """Prompts into the cache, chunk by chunk, and gone over again where a policy ranks by that."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,13 @@ from diffkv_jax.prompt import check_evicts_once, chunks, replay_passes
 from diffkv_jax.runner import end_replay, prefill_chunk, replay_chunk
 
 
+class Read(NamedTuple):
+    """What reading has come to."""
+
+    logits: Array  # [R, vocab] of each request's last token so far
+    whole: bool  # of the prompts' last tokens
+
+
 @in_32_bits
 def prefill(model: CausalLM, params, cache: KVCache, tokens: np.ndarray, lengths: np.ndarray, size: int) -> tuple[Array, KVCache]:
     """Feed prompts `[R, N]` in chunks of `size`; logits [R, vocab] of each prompt's last token and the cache (donated).
@@ -24,12 +31,11 @@ def prefill(model: CausalLM, params, cache: KVCache, tokens: np.ndarray, lengths
     """
     held = Held(None, cache)
     read_prompts(model, params, held, tokens, lengths, size)
-    return held.value, held.cache
+    return held.value.logits, held.cache
 
 
 def read_prompts(model: CausalLM, params, held: Held, tokens: np.ndarray, lengths: np.ndarray, size: int) -> None:
-    """Feed prompts `[R, N]` of `lengths` int [R] (0: the request rests) in chunks of `size`; `held.value` becomes the logits [R, vocab] of
-    each prompt's last token.
+    """Feed prompts `[R, N]` of `lengths` int [R] (0: the request rests) in chunks of `size`; `held.value` becomes a `Read`.
 
     A policy that ranks by replay has the first prompt of a request gone over again and then drops; later prompts stay as they are.
 
@@ -45,17 +51,18 @@ def read_prompts(model: CausalLM, params, held: Held, tokens: np.ndarray, length
         replay.check(spec.attention, again)
     held.cache = dataclasses.replace(held.cache, overflow=jnp.zeros_like(held.cache.overflow))
 
-    def read(_: Any, cache: KVCache, *chunk: Array) -> tuple[Array, KVCache]:
-        return prefill_chunk(model, params, cache, *chunk)
+    def read(_: Any, cache: KVCache, part: np.ndarray, real: np.ndarray, last: bool) -> tuple[Read, KVCache]:
+        logits, cache = prefill_chunk(model, params, cache, jnp.asarray(part), jnp.asarray(real), jnp.asarray(last))
+        return Read(logits, last), cache
 
-    def read_again(logits: Array, cache: KVCache, *part: Array) -> tuple[Array, KVCache]:
-        return logits, replay_chunk(model, params, cache, *part)
+    def read_again(found: Read, cache: KVCache, *part: Array) -> tuple[Read, KVCache]:
+        return found, replay_chunk(model, params, cache, *part)
 
-    for part, real, last in chunks(tokens, lengths, size):
+    for chunk in chunks(tokens, lengths, size):
         before = held.value
-        held.update(read, jnp.asarray(part), jnp.asarray(real), jnp.asarray(last))
+        held.update(read, *chunk)
         jax.block_until_ready(before)  # one chunk ahead of the device, so that Ctrl-C does not wait for all
     if replay is not None and again.any():
         for part, real, first in replay_passes(replay, tokens, again):
             held.update(read_again, jnp.asarray(part), jnp.asarray(real), jnp.int32(first))
-        held.update(lambda logits, cache: (logits, end_replay(cache, jnp.asarray(again > 0))))
+        held.update(lambda found, cache: (found, end_replay(cache, jnp.asarray(again > 0))))

@@ -249,3 +249,11 @@ def test_distribution_of_samples(sampling, key):
 def test_greedy_takes_the_lowest_id_of_equals(key):
     logits = jnp.array([[0.0, 2.0, 2.0, 1.0], [5.0, 5.0, 5.0, 5.0], [-1.0, -jnp.inf, -1.0, -2.0]])
     np.testing.assert_array_equal(next_token(rules([Greedy()] * 3), logits, jax.random.split(key, 3)), [1, 0, 0])
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_the_lowest_temperature_is_greedy(limits):
+    """Logits over it would be infinite, and all of them equal."""
+    logits = jnp.asarray([[3.0, 5.0, 90.0, 100.0, 4.0]])
+    asked = rules([Sample(temperature=1.2e-38, **limits)])
+    assert [int(next_token(asked, logits, jax.random.split(jax.random.key(seed), 1))[0]) for seed in range(3)] == [3, 3, 3]

@@ -58,6 +58,12 @@ def test_one_encoding_is_one_request():
         assert as_prompts(Encoding(input_ids=ids), None, None, 97).tokens.tolist() == [[5, 6, 7]]
 
 
+def test_encodings_that_are_refused(generate):
+    for ids in ([[1, 2], [3]], [[[1]]], "ab"):
+        with pytest.raises((ValueError, TypeError), match="tokens.*prompt 0|prompt 0.*tokens"):
+            generate([Encoding(input_ids=ids)])
+
+
 @pytest.mark.parametrize("mask", [LEFT["attention_mask"], np.array(LEFT["attention_mask"], bool), jnp.array(LEFT["attention_mask"])])
 def test_a_mask_beside_left_padded_tokens(generate, plain, mask):
     np.testing.assert_array_equal(generate(np.array(LEFT["input_ids"]), attention_mask=mask, **SIZES).tokens, plain)
@@ -193,6 +199,8 @@ def test_lengths_beyond_the_model(generate):
         for length in (513, 10**9):
             with pytest.raises(ValueError, match=rf"max_len={length} is more than the model's context of 512 tokens.*would take .*B"):
                 call(length)
+    with pytest.raises(ValueError, match=r"may come to 2147483650 tokens \(prompt and max_new_tokens\).*context of 512"):
+        generate(TEXTS, max_new_tokens=2**31 - 1)
     with pytest.raises(ValueError, match="may come to 1000 tokens.*context of 512"):
         dkv.make_cache(tiny_model(max_len=512)[0], None, [1000])
 

@@ -51,23 +51,28 @@ def test_the_loop_stops_and_the_cache_goes_on():
     np.testing.assert_array_equal(out.tokens[0, : min(count, 400)], whole.tokens[0, : min(count, 400)])
 
 
-def test_between_chunks_of_a_prompt(monkeypatch):
-    """Pressed while the second of four chunks is read: what was read stays, and the rest can follow."""
+def press_at_chunk(monkeypatch, number: int) -> None:
+    """Ctrl-C when the chunk has been read."""
     from diffkv_jax import read_prompts
 
-    model, params = tiny_model()
-    text, calls = prompt(256), []
+    calls = []
 
     def pressed(*given):
         calls.append(0)
         found = chunk(*given)
-        if len(calls) == 2:
+        if len(calls) == number:
             os.kill(os.getpid(), signal.SIGINT)
         return found
 
     chunk = read_prompts.prefill_chunk
     monkeypatch.setattr(read_prompts, "prefill_chunk", pressed)
-    sizes = {"prefill_chunk": 64, "max_len": 512, "max_new_tokens": 4}
+
+
+def test_between_chunks_of_a_prompt(monkeypatch):
+    """Pressed while the second of four chunks is read: what was read stays, and the rest can follow."""
+    model, params = tiny_model()
+    text, sizes = prompt(256), {"prefill_chunk": 64, "max_len": 512, "max_new_tokens": 4}
+    press_at_chunk(monkeypatch, 2)
     with pytest.raises(dkv.GenerationInterrupted) as error:
         dkv.generate(model, params, [text], **sizes)
     out = error.value.output
@@ -75,6 +80,59 @@ def test_between_chunks_of_a_prompt(monkeypatch):
     assert read == 128 and out.finish_reason == ("interrupted",) and out.tokens.shape == (1, 4) and not out.lengths.any()
     on = dkv.generate(model, params, [text[read:]], cache=out.cache, max_new_tokens=4, prefill_chunk=64)
     np.testing.assert_array_equal(on.tokens, dkv.generate(model, params, [text], **sizes).tokens)
+
+
+def test_in_the_last_chunk_of_a_prompt(monkeypatch):
+    """The prompt is read: its first token is there, else an empty prompt could not go on and there is no rest to give."""
+    model, params = tiny_model()
+    text, sizes = prompt(256), {"prefill_chunk": 64, "max_len": 512, "max_new_tokens": 4}
+    press_at_chunk(monkeypatch, 4)
+    with pytest.raises(dkv.GenerationInterrupted) as error:
+        dkv.generate(model, params, [text], **sizes)
+    out = error.value.output
+    assert out.finish_reason == ("interrupted",) and out.lengths.tolist() == [1]
+    on = dkv.generate(model, params, [[]], cache=out.cache, max_new_tokens=3)
+    whole = dkv.generate(model, params, [text], **sizes).tokens
+    np.testing.assert_array_equal(np.concatenate([out.tokens[:, :1], on.tokens], axis=1), whole)
+
+
+def test_a_handler_of_the_user():
+    """It is called, after the call that has the cache, and decides: one that returns lets the work go on. A closed `Held` hears nothing."""
+    cache, heard = dkv.make_cache(tiny_model()[0], None, [64]), []
+    signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+
+    def call(value, cache):
+        taken = jax.jit(lambda c: jax.tree.map(lambda x: x, c), donate_argnums=0)(cache)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert not heard, "while the call has the cache"
+        return value + 1, taken
+
+    with Held(0, cache) as held:
+        held.update(call)
+        assert held.value == 1 and heard == [signal.SIGINT]
+        held.close()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+    assert heard == [signal.SIGINT]
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.3, [1, 1, 1]), (0.0, [1, 8, 64])], ids=["slow", "fast"])
+def test_steps_between_looks(monkeypatch, seconds, steps):
+    """No call is to take much longer than a quarter of a second, also of a model that takes longer for a step."""
+    from diffkv_jax import decode_loop
+
+    seen = []
+
+    def advance(model, params, cache, state, requests, count):
+        seen.append(int(count))
+        time.sleep(seconds * seen[-1])
+        return state._replace(reason=np.array([decode_loop.LENGTH if len(seen) == 3 else decode_loop.RUNNING])), cache
+
+    monkeypatch.setattr(decode_loop, "advance", advance)
+    held = Held(decode_loop.State(None, None, np.array([decode_loop.RUNNING])), dkv.make_cache(tiny_model()[0], None, [64]))
+    decode_loop.decode(None, None, held, None)
+    assert seen == steps
 
 
 def test_held_gives_back_what_was_taken():

@@ -36,6 +36,15 @@ def test_one_row_ends_and_the_other_goes_on():
     assert not out.tokens[1].any() and int(out.cache.pending[1]) == -1
 
 
+def test_the_warning_is_the_callers():
+    """It names the caller's line. A token at the prompt's beginning has left the window: of the last ones layer 1's are the first."""
+    model, params = with_embedding(np.nan)
+    text = np.concatenate([[POISON], TEXTS[0]])
+    with pytest.warns(RuntimeWarning, match="first numbers of its recent tokens .* of layer 1") as found:
+        dkv.generate(model, params, [text], max_new_tokens=1, policy=dkv.diffkv(window=16, flush=8))
+    assert [warning.filename for warning in found] == [__file__]
+
+
 def test_in_decode():
     """The token that poisons comes after two good ones; those stay."""
     model, params = with_embedding(np.inf)
@@ -63,7 +72,7 @@ def test_the_layer_and_kind(part, kind):
 def test_only_the_logits():
     model, params = tiny_model()
     head = params["lm_head"]["kernel"] * np.float32(np.inf)
-    with pytest.warns(RuntimeWarning, match="All cached keys and values are finite"):
+    with pytest.warns(RuntimeWarning, match="keys and values of its recent tokens are all finite"):
         out = dkv.generate(model, params | {"lm_head": {"kernel": head}}, TEXTS[:1], max_new_tokens=3)
     assert out.finish_reason == ("error",)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
+from diffkv_jax import decode_loop
 from tiny import prompt, tiny_model
 
 TEXTS = [prompt(90, 1), prompt(40, 2)]
@@ -54,8 +55,10 @@ def test_draws_depend_on_the_position(generate):
     assert any((rows[0] != other).any() for other in rows[1:])
 
 
-def test_zero_new_tokens_only_read(generate):
-    read = generate(TEXTS, max_new_tokens=0, **SIZES)
+def test_zero_new_tokens_only_read(generate, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_loop, "advance", None)  # not even compiled
+        read = generate(TEXTS, max_new_tokens=0, **SIZES)
     assert read.tokens.shape == (2, 0) and read.finish_reason == ("length",) * 2 and not read.lengths.any()
     np.testing.assert_array_equal(read.cache.seq_len, [90, 40])
     np.testing.assert_array_equal(read.cache.pending, [-1, -1])
@@ -63,6 +66,13 @@ def test_zero_new_tokens_only_read(generate):
     answer = generate(questions, max_new_tokens=6, cache=read.cache)
     whole = generate([[*t, *q] for t, q in zip(TEXTS, questions, strict=True)], max_new_tokens=6, **SIZES)
     np.testing.assert_array_equal(answer.tokens, whole.tokens)
+
+
+def test_turns_of_any_length_share_a_program(generate):
+    first = generate(TEXTS, max_new_tokens=2, **SIZES)
+    compiled = decode_loop.advance._cache_size()
+    generate([[], []], max_new_tokens=30, cache=first.cache)
+    assert decode_loop.advance._cache_size() == compiled
 
 
 def test_zero_new_tokens_of_a_pending_one_change_nothing(generate):
