@@ -268,7 +268,7 @@ def _draw_tokens(rng, pages: dict[str, Any], layout, table_row: np.ndarray, tier
             kept = np.zeros((length, 0), np.float16)
         if count:  # in different channels, and larger than the others
             channels = rng.permuted(np.tile(np.arange(layout.head_dim), (length, 1)), axis=1)[:, :count]
-            largest_first = -np.sort(-rng.normal(size=(length, count)) * 4, axis=1)
+            largest_first = -np.sort(-rng.normal(size=(length, count)) * 3, axis=1)
             turned = np.where(wide, np.hstack([largest_first[:, count // 2 :], largest_first[:, : count // 2]]), largest_first)
             codes, kept = np.hstack([codes, channels]), np.hstack([kept, stored.beside(turned, wide)])
         for (name, first, rows), values in ((payload, codes), (meta, kept)):

@@ -171,8 +171,9 @@ def _tensor(
     if kind.takes != "groups" and groups not in (None, "1"):
         raise ValueError(f"format {name!r}: {bits}{letter} has no groups a token, give 1 for it after the colon")
     extra = {"groups": int(groups or 1), "number": int(number or 0), None: None}[kind.takes]
-    codec = kind.make(int(bits)) if kind.takes is None else kind.make(int(bits), extra)
-    codec = replace(codec, as_tokens=as_tokens) if isinstance(codec, Grouped) else codec
+    codec: Any = kind.make(int(bits)) if kind.takes is None else kind.make(int(bits), extra)
+    if letter == "g":
+        codec = Grouped(int(bits), extra or 0, as_tokens)
     codec = codec if share is None else Outliers(codec, float(share) / 100, kind.outliers, kind.fill)
     return codec if rank is None else LowRank(codec, int(rank))
 

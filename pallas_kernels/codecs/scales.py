@@ -85,8 +85,8 @@ def outlier_bits(larger: Array, smaller: Array) -> tuple[Array, Array]:
     high, low = nearest_bfloat16(larger), nearest_bfloat16(smaller)
     below = jnp.where(low > 0x7FFF, low + 1, low - 1)
     low = jnp.where(low == high, below, low)  # else nobody could tell which comes first
-    halves = (jnp.where(jnp.isnan(x), 0x7FFF, float_to_half(x)) for x in (larger, smaller))
-    return tuple(jnp.where(wide, *pair) for pair in zip((low, high), halves, strict=True))
+    first, second = (jnp.where(jnp.isnan(x), 0x7FFF, float_to_half(x)) for x in (larger, smaller))
+    return jnp.where(wide, low, first), jnp.where(wide, high, second)
 
 
 def outliers_of(first: Array, second: Array) -> tuple[Array, Array]:
