@@ -18,6 +18,11 @@ TEXTS = [[5, 6, 7, 8], [9, 10]]
 SIZES = {"max_len": 128, "max_new_tokens": 4}
 
 
+def cases(values: dict) -> list:
+    """One a value, numbered: their texts may hold addresses."""
+    return [pytest.param(name, value, id=f"{name}-{i}") for name, some in values.items() for i, value in enumerate(some)]
+
+
 class Encoding(collections.UserDict):
     """As tokenizers return."""
 
@@ -139,7 +144,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in REFUSED.items() for value in values], ids=repr)
+@pytest.mark.parametrize(("name", "value"), cases(REFUSED))
 def test_what_is_refused_names_the_argument(generate, name, value):
     with pytest.raises((ValueError, TypeError), match=name):
         generate(TEXTS, **SIZES | {name: value})
@@ -227,7 +232,7 @@ TEACHER = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in TEACHER.items() for value in values], ids=repr)
+@pytest.mark.parametrize(("name", "value"), cases(TEACHER))
 def test_teacher_forced_refuses(name, value):
     given = {"tokens": [[1, 2, 3]], "context": 2, "policy": dkv.diffkv()} | {name: value}
     with pytest.raises((ValueError, TypeError), match=name):
@@ -246,7 +251,7 @@ CALIBRATE = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in CALIBRATE.items() for value in values], ids=repr)
+@pytest.mark.parametrize(("name", "value"), cases(CALIBRATE))
 def test_calibrate_refuses(name, value):
     given = {"tokens": [[1, 2, 3, 4]], "policy": dkv.coupled_quantization(4, 4)} | {name: value}
     with pytest.raises(
