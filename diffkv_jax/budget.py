@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from diffkv_jax.amounts import parse_bytes
-from diffkv_jax.cache import CacheSpec, KVCache, complete, empty_cache
+from diffkv_jax.cache import CacheSpec, KVCache, empty_cache
 from diffkv_jax.merge_event import pages_of_pair
 from diffkv_jax.policy import CompressionPolicy
 
@@ -114,7 +114,8 @@ def check_pool(cache: KVCache, totals: Sequence[int]) -> None:
     Raises:
         ValueError: names the pool and the pages that the tokens need at least.
     """
-    least = _least_pages(cache.spec, totals, np.asarray(complete(cache).limits))
+    none = (0, cache.spec.num_requests, cache.spec.attention.num_kv_heads, 2)  # no layer has pages
+    least = _least_pages(cache.spec, totals, np.zeros(none) if cache.limits is None else np.asarray(cache.limits))
     if least > cache.spec.num_pages:
         raise ValueError(
             f"the pool of {cache.spec.num_pages} pages cannot hold {list(totals)} tokens, which need at least {least}; "
