@@ -56,7 +56,8 @@ class GenerationInterrupted(KeyboardInterrupt):
     """Ctrl-C in `generate`. `output` is what there was by then, and its cache can be gone on from.
 
     An empty prompt continues a request that had begun to generate; of one that was still being read, `output.cache.seq_len` tokens in all
-    are in the cache, and the next prompt may be the rest.
+    are in the cache, and the next prompt may be the rest. A policy that goes over the first prompt again (`kvzip`) and had not begun to drop
+    keeps all of it.
     """
 
     def __init__(self, output: GenerateOutput):
@@ -145,7 +146,11 @@ def generate(
         cache = _fingerprinted(cache, model, params)
         joined, size = _joined(cache, prompts, max_new_tokens, prefill_chunk)
         out = _run(model, params, Held(None, cache), joined, size, asked, max_new_tokens)
-    warn_of_errors(out.cache, [i for i, reason in enumerate(out.finish_reason) if reason == "error"])
+    try:
+        warn_of_errors(out.cache, [i for i, reason in enumerate(out.finish_reason) if reason == "error"])
+    except RuntimeWarning as warning:  # where warnings are errors: the other requests and the cache are not lost
+        warning.output = out  # pyright: ignore[reportAttributeAccessIssue]
+        raise
     return out
 
 

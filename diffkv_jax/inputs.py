@@ -134,7 +134,10 @@ def request_keys(samplings: Sequence[Greedy | Sample], key: Any, requests: int) 
         return key
     if key.ndim:
         refuse("key", key, f"a seed, jax.random.key(seed) or one such key for each of the {requests} requests")
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(requests))
+    return _folded(key, jnp.arange(requests))
+
+
+_folded = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
 
 
 def _wrapped(key: Any) -> Array:

@@ -45,6 +45,14 @@ def test_the_warning_is_the_callers():
     assert [warning.filename for warning in found] == [__file__]
 
 
+@pytest.mark.filterwarnings("error")
+def test_where_warnings_are_errors_nothing_is_lost():
+    with pytest.raises(RuntimeWarning, match="request 1") as error:
+        dkv.generate(*with_embedding(np.nan), POISONED, max_new_tokens=6, max_len=128)
+    out = error.value.output
+    assert out.finish_reason == ("length", "error") and not out.cache.seq_len.is_deleted()
+
+
 def test_in_decode():
     """The token that poisons comes after two good ones; those stay."""
     model, params = with_embedding(np.inf)
