@@ -56,8 +56,8 @@ class GenerationInterrupted(KeyboardInterrupt):
     """Ctrl-C in `generate`. `output` is what there was by then, and its cache can be gone on from.
 
     An empty prompt continues a request that had begun to generate; of one that was still being read, `output.cache.seq_len` tokens in all
-    are in the cache, and the next prompt may be the rest. A policy that goes over the first prompt again (`kvzip`) and had not begun to drop
-    keeps all of it.
+    are in the cache, and the next prompt may be the rest. A policy that goes over the first prompt again (`kvzip`) and had not begun to
+    drop keeps all of it.
     """
 
     def __init__(self, output: GenerateOutput):
