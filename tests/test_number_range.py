@@ -17,7 +17,7 @@ from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.pallas_kernels.native import why_unavailable
 from tiny import tiny_model
 
-PROMPT, FED, LAYERS = 64, 16, 2
+PROMPT, FED, LAYERS = 96, 16, 2
 TOKENS = np.random.default_rng(5).integers(0, 97, (1, PROMPT + FED))
 PLAIN = dkv.CompressionPolicy.none(window=16)
 CALIBRATION = np.random.default_rng(6).integers(0, 97, (2, 64))
@@ -38,7 +38,7 @@ def model_of(size: float):
 def named(name: str) -> dkv.CompressionPolicy:
     """A named policy or tier, with a window that the few tokens here leave."""
     policy = NAMED[name]() if name in NAMED else dkv.quantized(name)
-    return dataclasses.replace(policy, window=16, flush=policy.block or 8)
+    return dataclasses.replace(policy, window=16, flush=policy.block or 8)  # GEAR: 64 of the 96 tokens of the prompt leave
 
 
 @lru_cache
@@ -48,7 +48,7 @@ def log_probs(policy: dkv.CompressionPolicy, size: float, implementation: str = 
     learns = any(fmt.learned for fmt in policy.formats("float32"))
     calibration = dkv.calibrate(model, params, CALIBRATION, policy, iterations=3, progress=False) if learns else None
     cache = make_cache(model, policy, [PROMPT + FED + 1], kernels=Kernels(implementation), calibration=calibration)
-    _, cache = prefill(model, params, cache, TOKENS[:, :PROMPT], np.array([PROMPT]), 64)
+    _, cache = prefill(model, params, cache, TOKENS[:, :PROMPT], np.array([PROMPT]), 128)
     fed, _ = _feed(model, params, cache, jnp.asarray(TOKENS[:, PROMPT:].T), jnp.ones(FED, bool))
     return np.asarray(fed, np.float64)[:, 0]
 

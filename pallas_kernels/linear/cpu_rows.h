@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "elements.h"
 #include "ranges.h"
@@ -44,18 +45,25 @@ inline void pack_columns(Pair, const Numbers& weights, int64_t in, int64_t out, 
 
 #endif
 
-// total = kRows rows of x times the packed columns: the sums of the ranges, added in their order.
+// to [kRows, kColumns vectors], rows of `pitch` numbers: kRows rows of x times the packed columns, the sums of the ranges added in order.
 template <typename Word>
-inline void sum_ranges(const int32_t* a, int64_t words, const int32_t* packed, int64_t in, Floats (&total)[kRows][kColumns]) {
+inline void sum_ranges(const int32_t* a, int64_t words, const int32_t* packed, int64_t in, float* to, int64_t pitch) {
   const int64_t step = rows_of_range(in) / Word::size;
   for (int64_t k = 0; k < words; k += step) {
     Floats sum[kRows][kColumns] = {};
     multiply<Word, kColumns>(a + k, words, packed + k * kPanel, int(std::min(step, words - k)), sum);
+    const auto keep = [&](auto first) {
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
+      for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kColumns; ++j) total[i][j] = k ? total[i][j] + sum[i][j] : sum[i][j];
-    }
+        for (int j = 0; j < kColumns; ++j) {
+          float* place = to + i * pitch + j * kLanes;
+          store(place, first ? sum[i][j] : load<Floats>(place) + sum[i][j]);
+        }
+      }
+    };
+    if (k == 0) keep(std::true_type{});
+    else keep(std::false_type{});
   }
 }
 
@@ -74,18 +82,16 @@ void row_block(const int32_t* x, int64_t rows, int64_t words, const Numbers& wei
       std::memcpy(last, a, count * words * sizeof(int32_t));
       a = last;  // what is behind its rows is multiplied too, and left out
     }
-    for (int64_t c = 0; c < columns; c += kColumns * kLanes) {
-      Floats total[kRows][kColumns];
-      sum_ranges<Word>(a, words, packed + c, in, total);
+    constexpr int64_t width = kColumns * kLanes;
+    for (int64_t c = 0; c < columns; c += width) {
       float* to = result + row * out + first + c;
-      const int64_t left = columns - c;
-      for (int64_t i = 0; i < count; ++i) {
-        if (left >= kColumns * kLanes) {
-          for (int j = 0; j < kColumns; ++j) store(to + i * out + j * kLanes, total[i][j]);
-        } else {
-          std::memcpy(to + i * out, &total[i], left * sizeof(float));
-        }
+      if (count == kRows && columns - c >= width) {
+        sum_ranges<Word>(a, words, packed + c, in, to, out);
+        continue;
       }
+      alignas(64) float block[kRows * width];
+      sum_ranges<Word>(a, words, packed + c, in, block, width);
+      for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * out, block + i * width, std::min(width, columns - c) * sizeof(float));
     }
   }
 }
