@@ -9,6 +9,7 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax.budget import cache_bytes
+from diffkv_jax.cache import complete
 from diffkv_jax.kmeans import weighted_kmeans
 from diffkv_jax.layer_state import layer_heads, layer_layout
 from diffkv_jax.pallas_kernels.attention import decode_attention
@@ -113,7 +114,7 @@ def test_kept_tokens_are_the_nearest_rows():
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_attention_is_that_over_the_decoded_tokens(layer):
-    cache = generated().cache
+    cache = complete(generated().cache)
     spec = cache.spec
     q = np.random.default_rng(5).normal(size=(4, 2, 32)).astype(np.float32)
     out, _, _ = decode_attention(

@@ -228,7 +228,7 @@ def test_what_cannot_work():
     assert make_cache(model, dkv.snapkv(0.5), [40]).queries is None
 
     class Untold:
-        attention = dataclasses.replace(model.attention, rope=None)
+        attention, apply = dataclasses.replace(model.attention, rope=None), model.apply
 
     with pytest.raises(ValueError, match="the model does not tell it"):
         make_cache(Untold(), dkv.expected_attention(0.5), [40])

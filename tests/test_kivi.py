@@ -235,7 +235,7 @@ def test_bad_input():
     model, params = model_of()
     with pytest.raises(ValueError, match="residual=32 must be larger than group=32"):
         dkv.kivi(group=32, residual=32)
-    with pytest.raises(ValueError, match="groups of 0 channels must have at least 1"):
+    with pytest.raises(ValueError, match="value_group=0 must be an integer of at least 1"):
         dkv.kivi(value_group=0)
     with pytest.raises(ValueError, match="head_dim=32 must be a multiple of the groups' channels=24"):
         dkv.generate(model, params, TOKENS, policy=dkv.kivi(value_group=24))

@@ -214,7 +214,7 @@ def test_report_counts_tokens(counted):
     assert [name.split()[-1] for name in report.tier_names] == ["K8V4", "K4V2"]
     shared = report.allocated - report.allocated_bytes.sum()
     counters = (counted.ring.start, counted.ring.count, counted.seq_len, counted.recent_len, counted.observed)
-    counters += (counted.overflow, counted.steps, counted.pending)
+    counters += (counted.overflow, counted.steps, counted.pending, counted.fingerprint)
     assert shared == sum(x.nbytes for x in counters)
     layout = counted.spec.layout
     page = layout.page_bytes + 4  # 4: the page's place in the free ring

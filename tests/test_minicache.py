@@ -287,7 +287,7 @@ def test_directions_in_four_bits():
 
 def shared_layers(policy: dkv.CompressionPolicy, layers: int, tokens: int, dim: int = 64) -> dkv.MemoryReport:
     """The report of a cache whose heads each hold `tokens` outside the window; only its counters are filled in."""
-    model = Layers(spec_of(layers, dim=dim))
+    model = Layers(dataclasses.replace(spec_of(layers, dim=dim), max_position_embeddings=2 * tokens))
     cache = make_cache(model, policy, [policy.window], cache_dtype="bfloat16", max_len=2 * tokens)
     spec = cache.spec
     length = np.zeros(cache.tier_len.shape, np.int32)
