@@ -1,6 +1,7 @@
 """Set-up of every test: the CPU unless JAX_PLATFORMS says otherwise, and compiled programs kept between runs."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -37,3 +38,18 @@ def _few_mapped_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`daily(n)`: every n-th case of a test runs every day, the others are slow. An n that the number of implementations does not divide
+    comes round to each of them.
+    """
+    cases: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("daily")
+        if mark is None or item.get_closest_marker("slow"):
+            continue
+        test = item.nodeid.partition("[")[0]
+        if cases[test] % mark.args[0]:
+            item.add_marker(pytest.mark.slow)
+        cases[test] += 1

@@ -231,6 +231,7 @@ def test_the_table_model_is_a_causal_lm():
     assert isinstance(MODEL, CausalLM)
 
 
+@pytest.mark.slow
 def test_algorithm_1_on_three_prompts():
     """flush=1, decision for decision; the slow tests take every branch."""
     assert set(play(1, "planted", 0, LENGTHS[0], 30).taken()) > {"recent to high", "recent to low", "recent to dropped"}

@@ -179,6 +179,7 @@ def test_continuing(model, generate):
     assert not any(x.is_deleted() for x in jax.tree.leaves(cache)), "a refused call must not take the cache's memory"
 
 
+@pytest.mark.slow
 def test_smallest_budget_in_the_message_is_enough(model):
     tokens, sizes = [prompt(200, 1), prompt(90, 2)], {"max_new_tokens": 2, "prefill_chunk": 64}
     with pytest.raises(ValueError) as error:

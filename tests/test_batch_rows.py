@@ -113,6 +113,7 @@ def test_second_turn(model, prompts, greedy, lengths, stops):
     check_rows(two_turns(prompts, turn2), [two_turns([p], [q]) for p, q in zip(prompts, turn2, strict=True)])
 
 
+@pytest.mark.slow
 def test_plain_rows():
     """The plain cache, one layer: quick."""
     model, policy = tiny_model(layers=1), CompressionPolicy.none(window=16, flush=8)
@@ -123,9 +124,10 @@ def test_plain_rows():
 
 def test_keys_of_rows(key):
     """`next_token` draws for a row what it draws for that row alone."""
+    drawn_from = jax.jit(next_token)
     logits = jax.random.normal(key, (5, 97)) * 2
     keys = jax.random.split(key, 5)
     for sampling in (Greedy(), SAMPLE):
-        drawn = next_token(rules([sampling] * 5), logits, keys)
-        alone = jnp.concatenate([next_token(rules([sampling]), logits[i : i + 1], keys[i : i + 1]) for i in range(5)])
+        drawn = drawn_from(rules([sampling] * 5), logits, keys)
+        alone = jnp.concatenate([drawn_from(rules([sampling]), logits[i : i + 1], keys[i : i + 1]) for i in range(5)])
         np.testing.assert_array_equal(drawn, alone)

@@ -189,6 +189,7 @@ def test_copies_of_a_request_write_what_it_writes_alone(systems):
     assert (np.asarray(_decode(ours.model, ours.params, broken, first, 40)[0]).T != alone).any()
 
 
+@pytest.mark.slow
 def test_a_budget_takes_as_many_requests_as_its_bytes(systems):
     """Bytes are those of the arrays; more requests fit when they are compressed."""
     decoded = systems["diffkv"].decode(2, 40)

@@ -82,6 +82,7 @@ def test_every_call_returns_the_cache_it_was_given(kind: str, name: str):
         assert changed == cache, call
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(("kind", "name"), [("plain", "snapkv"), ("latent", "streaming_llm")])
 def test_a_cache_is_saved_and_goes_on(kind: str, name: str, tmp_path: Path):
     (model, params), policy = MODELS[kind](), policy_of(name)

@@ -75,6 +75,7 @@ def simulated(name: str, tokens: np.ndarray, head: int) -> set[int]:
     return set(held.tolist())
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_tokens_that_the_rule_keeps(name):
     tokens, found = written(name)

@@ -90,6 +90,7 @@ def test_coupled_channels_lose_less_than_single_ones():
     assert 0.6 * single < coupled < single
 
 
+@pytest.mark.slow
 def test_kept_tokens_are_the_nearest_rows():
     """In layer 0 keys and values depend on the tokens alone: those of a cache that keeps them exactly tell what is coded."""
     model, params, calibration = calibrated()

@@ -40,6 +40,7 @@ def both(function) -> tuple:
         return without, function()
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("policy", ["none", "diffkv", *(pytest.param(p, marks=pytest.mark.slow) for p in ("snapkv", "kivi", "streaming"))])
 def test_generate_gives_the_same_tokens(policy: str):
     np.testing.assert_array_equal(*both(partial(tokens_of, policy, "xla")))

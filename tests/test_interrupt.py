@@ -30,6 +30,7 @@ def press_after(seconds: float) -> threading.Timer:
     return timer
 
 
+@pytest.mark.slow
 def test_the_loop_stops_and_the_cache_goes_on():
     model, params = tiny_model(max_len=2**17)
     sizes = {"max_len": 2**17, "memory_budget": "64MiB", "policy": dkv.quantized("K4V2", window=16, flush=16)}

@@ -28,6 +28,7 @@ POLICIES = {
 }
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_cache_is_as_large_as_said(name):
     policy = POLICIES[name]

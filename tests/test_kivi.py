@@ -160,6 +160,7 @@ def test_evicted_before_encoded():
     assert differs
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("method", [dkv.expected_attention, dkv.pyramidinfer])
 def test_other_scores_that_decide_once_a_prompt(method):
     """Whole blocks of exact tokens in every layer, also where deeper ones see fewer tokens."""
@@ -202,6 +203,7 @@ def test_what_cannot_work(changes, message):
         dkv.CompressionPolicy(**{"name": "x", "tiers": ("K4cV4",)} | changes)
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize(("head_dim", "value_group", "channels"), [(80, None, 20), (100, None, 25), (80, 40, 40)])
 def test_head_dims_that_the_group_does_not_divide(head_dim, value_group, channels):
     """Tokens of a block and channels of a value's group are two numbers: the second is the nearest divisor unless it is given."""

@@ -172,6 +172,7 @@ def generated(name: str):
     return calibration, out
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("name", POLICIES)
 def test_attention_is_that_over_coded_tokens(name):
     """In layer 0 keys and values depend on the tokens alone: those of an exact cache, coded by the equations, are what attention reads."""

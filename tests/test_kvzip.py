@@ -84,6 +84,7 @@ def scores(policy: dkv.CompressionPolicy, chunk: int = 512, kernels: str = "xla"
     return found
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(("chunk", "window", "read"), [(2048, 1, 512), (100, 40, 128)])
 def test_scores_are_those_of_kvpress(chunk, window, read):
     """Of one pass and of three, the last of which goes over the window too; the prompt read in one chunk and in three."""
@@ -144,6 +145,7 @@ def test_keeping_everything_changes_nothing():
     assert outs[0].cache.pages.significance is None
 
 
+@pytest.mark.slow
 def test_pages_are_freed_and_later_tokens_stay():
     """Eight bits; a batch of two lengths, decode, and a second turn of which nothing is dropped."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32, windows=(None, 24, None), layers=3)

@@ -90,6 +90,7 @@ def copies_of_pool(text: str, num_pages: int) -> list[str]:
     return [line.strip()[:160] for line in text.splitlines() if re.search(rf"= \S*\[{num_pages},(?!0,)\S* copy\(", line)]
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.implementation)
 @pytest.mark.parametrize(("name", "step"), STEPS)
 def test_pool_is_updated_in_place(name, step, kernels):

@@ -71,6 +71,7 @@ SCORED = {
 }
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("name", SCORED)
 def test_the_tokens_that_kvpress_keeps(name):
     choice = pytest.importorskip("oracles.kvpress_choice")
@@ -111,6 +112,7 @@ def test_ada_kv_keeps_what_kvpress_keeps():
     assert any(len(layer[0]) != len(layer[1]) for layer in found)  # heads differ
 
 
+@pytest.mark.daily(4)
 @pytest.mark.parametrize("policy", [dkv.snapkv(0.5), dkv.h2o(0.3), dkv.key_norm(90), dkv.tova(0.5)], ids=lambda p: p.name)
 def test_chunks_of_a_prompt_choose_as_one(policy):
     assert kept(policy, chunk=128) == kept(policy)
@@ -130,6 +132,7 @@ def after_80_tokens(name: str, cache_dtype: str):
     return out.tokens.tolist(), [{at: (k.tobytes(), v.tobytes()) for at, (_, k, v, _) in head.items()} for head in heads]
 
 
+@pytest.mark.daily(4)
 @pytest.mark.parametrize("name", ["h2o", "tova", "snapkv", "key_difference", *(pytest.param(x, marks=pytest.mark.slow) for x in SELDOM)])
 def test_keeping_everything_changes_nothing(name):
     dtype = "bfloat16" if name in ("snapkv", "ada_kv") else "float32"

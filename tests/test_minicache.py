@@ -151,6 +151,7 @@ def distance(cache: dkv.KVCache, requests: list[minicache.Request]) -> float:
     return worst
 
 
+@pytest.mark.slow
 def test_both_layers_decode_to_the_equations():
     cache, requests, _ = whole_run()
     assert distance(cache, requests[""]) < NEAR

@@ -115,6 +115,7 @@ def test_what_is_kept_is_the_latent_and_the_rotary_key():
     np.testing.assert_allclose(exact[105][1], np.concatenate([c[105], rotary[105]]), atol=1e-4)  # in the recent window
 
 
+@pytest.mark.slow
 def test_eviction_and_four_bits_are_one_policy():
     """Latents of half the tokens at four bits: it runs, frees pages, and takes the bytes of the formula; a row is as if alone."""
     policy = dkv.CompressionPolicy.from_json(COMPOSED.to_json())

@@ -152,6 +152,7 @@ def run_operations(program: Program, alpha, free: int, operations) -> None:
 OPERATIONS = {"alpha": st.tuples(*[ALPHAS] * REQUESTS), "free": FREE, "operations": st.lists(PROMPT | DECODE, min_size=2, max_size=8)}
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(**OPERATIONS)
 def test_random_operations(alpha, free, operations):

@@ -48,6 +48,7 @@ def expected(row: int, **changes) -> tuple[list[set[int]], np.ndarray]:
     return read(model_of()[1], PROMPTS[row], 4, 2, budgets, **({"window": 16, "sinks": 4, "newest": 1.2} | changes))
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("implementation", ["xla", native])
 def test_layers_keep_what_the_paper_says(implementation):
     logits, cache = prefilled(POLICY, 128, implementation)

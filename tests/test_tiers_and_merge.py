@@ -135,6 +135,7 @@ def test_deep_layers_are_those_of_minicache():
     assert differing(both.cache, pairs.cache, DEEP, shift=1) > 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("retain", "right"), [(lambda angle: angle, True), (lambda angle: -angle, False)], ids=["text", "reversed"])
 def test_the_tokens_that_pairs_share_are_those_of_the_equations(retain, right):
     """And the keys of eight bits are near the common direction times the layer's norm, values of four bits less so."""
@@ -215,6 +216,7 @@ def test_a_pool_that_suffices_is_not_taken_for_a_small_one():
     assert (enough == [CHUNK - WINDOW, 0, 0]).all() and (too_few[..., 0] < CHUNK - WINDOW).sum() > 6
 
 
+@pytest.mark.slow
 def test_the_report_counts_both_kinds():
     cache = whole_run("both")[-1].cache
     report, layout = dkv.memory_report(cache), cache.spec.layout

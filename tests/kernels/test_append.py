@@ -83,6 +83,7 @@ def run_append(kernels: Kernels, shape: tuple[int, int, int], dtype: str, layer:
     return got, [appended(window, layer, token, slot) for window, token in zip(old, (k, v), strict=True)]
 
 
+@pytest.mark.daily(7)
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -114,6 +115,7 @@ def run_shift(kernels: Kernels, shape: tuple[int, int, int], dtype: str, layer: 
     return got, [*(shifted(window, layer, shift) for window in old), shifted(scores, layer, shift) if scored else scores]
 
 
+@pytest.mark.daily(7)
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -123,6 +125,7 @@ def test_shift_moves_one_layer(kernels: Kernels, shape: tuple[int, int, int], dt
         same_bits(one, other)
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 def test_shift_without_significance(kernels: Kernels):
     got, wanted = run_shift(kernels, (11, 24, 64), "bfloat16", layer=0, scored=False)
@@ -159,6 +162,7 @@ def test_native_shifts_outside_of_a_window_are_refused(kernels: Kernels, layer: 
         )
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("interpret", [True, "checked"])
 def test_several_grid_steps_on_tpu(interpret):
     """11 heads in steps of 8: the second step has heads that do not exist, and its copies overlap those of the first."""

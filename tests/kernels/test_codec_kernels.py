@@ -55,18 +55,21 @@ def check_encode(kernels: Kernels, name: str, tokens: int, head_dim: int, dtype=
     same_blocks(fmt, got, k.astype(np.float32), v.astype(np.float32))
 
 
+@pytest.mark.daily(7)
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", EVERY_FORMAT)
 def test_encode_every_codec(kernels: Kernels, name: str):
     check_encode(kernels, name, 32, 64)
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("tokens, head_dim, dtype", [(64, 256, "bfloat16"), (128, 128, "float16")])
 def test_encode_other_shapes_and_dtypes(kernels: Kernels, tokens: int, head_dim: int, dtype: str):
     check_encode(kernels, "K8V4", tokens, head_dim, dtype)
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["K8V4:1,2", "K1V2:4,1", "K4nV2n"])
 def test_encode_numbers_of_any_size(kernels: Kernels, name: str):
@@ -107,18 +110,21 @@ def same_demotion(a, b, old: list[np.ndarray], new: list[np.ndarray]) -> None:
         same_meta(new[1], meta)
 
 
+@pytest.mark.daily(7)
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("source, target", DEMOTIONS + TO_LEVELS)
 def test_demote(kernels: Kernels, source: str, target: str):
     check_demotion(kernels, source, target, 32, 64)
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("tokens, head_dim", [(64, 256), (128, 128)])
 def test_demote_other_shapes(kernels: Kernels, tokens: int, head_dim: int):
     check_demotion(kernels, "K8V4", "K4V2", tokens, head_dim)
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("source, target", [("K8V8:1,2", "K4V2:1,2"), ("full:float32", "K4V4"), ("K8V4", "K4nV2:1,2")])
 def test_demote_numbers_of_any_size(kernels: Kernels, source: str, target: str):
@@ -136,6 +142,7 @@ def hard_values() -> np.ndarray:
     return x
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("kernels", NATIVE)
 @pytest.mark.parametrize("source, target", [*DEMOTIONS, ("K2V1:2,4", "full:bfloat16"), ("K4V2", "K8V8")])
 def test_native_kernels_round_as_xla_does(kernels: Kernels, source: str, target: str):

@@ -74,6 +74,7 @@ def same_products(fmt: KVFormat, block: Block, k: np.ndarray, v: np.ndarray, see
     close(mixed, p @ v, 3 * (p @ np.abs(v).max(1, keepdims=True)))
 
 
+@pytest.mark.daily(5)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_format_equals_the_oracle(name: str, head_dim: int):

@@ -177,6 +177,7 @@ KINDS = ("high", "low", "drop high", "drop low", "demote", "demote or drop", "re
 OPERATIONS = st.tuples(st.sampled_from(KINDS), st.sampled_from([0.05, 0.3, 0.7, 1.0]), st.integers(0, 2**31))
 
 
+@pytest.mark.slow
 @SEQUENCES
 @given(st.lists(OPERATIONS, min_size=1, max_size=14))
 def test_random_sequences(sequence):

@@ -144,6 +144,7 @@ def case(name: str, kernels: Kernels = XLA) -> Case:
     return Case(CASES[name], kernels)
 
 
+@pytest.mark.daily(5)
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_a_dense_softmax(name: str, kernels: Kernels):
@@ -272,6 +273,7 @@ def test_the_comparison_sees_a_maximum_where_the_mean_is_asked(kernels: Kernels)
             same(asked._replace(**{scores: getattr(got, scores)}), asked, old)
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("kernels", [*IMPLEMENTATIONS[1:3], *NATIVE])
 @pytest.mark.parametrize("name", BFLOAT16)
 def test_bfloat16_queries(name: str, kernels: Kernels):

@@ -79,6 +79,7 @@ def world_and_reference(case: Case) -> tuple[World, Any, Stored]:
     return (world, *run(case, world, Kernels("xla")))
 
 
+@pytest.mark.daily(5)
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 def test_an_event(case: Case, kernels: Kernels):

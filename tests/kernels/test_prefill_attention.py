@@ -169,6 +169,7 @@ def kernels(request) -> Kernels:
     return request.param
 
 
+@pytest.mark.daily(5)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_dense_attention(name: str, kernels: Kernels):
     this = case(name, kernels)

@@ -141,6 +141,7 @@ def case(name: str, kernels: Kernels = XLA) -> Case:
 PAIRS = [pytest.param(name, *param.values, id=f"{name}-{param.id}") for name in CASES for param in IMPLEMENTATIONS]
 
 
+@pytest.mark.daily(5)
 @pytest.mark.parametrize(("name", "kernels"), PAIRS)
 def test_equals_a_dense_softmax(name: str, kernels: Kernels):
     this = case(name, kernels)

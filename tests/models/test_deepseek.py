@@ -97,6 +97,7 @@ def _error(pair: Pair, model: Any = None, params: Any = None) -> float:
     return float(np.abs(logits - pair.logits).max() / np.ptp(pair.logits))
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_the_reference(pairs, name):
     pair = pairs(name)
@@ -106,6 +107,7 @@ def test_logits_equal_the_reference(pairs, name):
     assert _error(pair) <= TOLERANCE
 
 
+@pytest.mark.daily(4)
 @pytest.mark.parametrize(
     ("name", "part", "changes"),
     [

@@ -78,6 +78,7 @@ def relative_error(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(got - wanted).max() / np.ptp(wanted))
 
 
+@pytest.mark.daily(4)
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_those_of_transformers(tmp_path: Path, name: str) -> None:
     model, params, _ = load_pretrained(file_with(tmp_path / "a.gguf", CASES[name][0]))
@@ -89,6 +90,7 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, name: str) -> None:
         assert relative_error(reference("yarn"), reference(name)) > 1e-3
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [

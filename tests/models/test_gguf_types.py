@@ -61,6 +61,7 @@ def test_the_types_are_those_of_the_package() -> None:
     assert not {"I8", "F64"} & names
 
 
+@pytest.mark.daily(5)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_model_of_this_type(tmp_path: Path, kind: Any) -> None:
     rng = np.random.default_rng(int(kind))

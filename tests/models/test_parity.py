@@ -156,6 +156,7 @@ def _with_attention(pair: Pair, **changes: Any) -> Any:
     return {**pair.params, "layers": {**layers, "self_attn": {**layers["self_attn"], **changes}}}
 
 
+@pytest.mark.daily(5)
 @pytest.mark.parametrize("name", CASES)
 def test_each_layer_and_the_logits_equal_the_reference(pairs, name):
     pair = pairs(name)
@@ -174,6 +175,7 @@ def test_swapped_k_and_v_are_rejected(pairs, name):
     assert _logits_error(pair, params=swapped) > TOLERANCE
 
 
+@pytest.mark.daily(6)
 @pytest.mark.parametrize("name", CASES)
 def test_a_wrong_rope_base_is_rejected(pairs, name):
     pair = pairs(name)
@@ -189,6 +191,7 @@ def test_a_dropped_bias_is_rejected(pairs, projection):
     assert _logits_error(pair, params=dropped) > TOLERANCE
 
 
+@pytest.mark.daily(4)
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma3"])
 @pytest.mark.parametrize("change", ["all_full", "all_sliding", "off_by_one"])
 def test_a_wrong_window_is_rejected(pairs, name, change):
@@ -205,6 +208,7 @@ def test_a_wrong_window_is_rejected(pairs, name, change):
         assert _logits_error(pair, model=_with_config(pair, **changes)) > TOLERANCE
 
 
+@pytest.mark.daily(5)
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
