@@ -91,14 +91,14 @@ def test_bfloat16():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_policies(policy: CompressionPolicy, dtype: str, head_dim: int):
     check(*tiny(dtype, head_dim=head_dim), prompts(), policy, [2, 8, 33])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gemma3_text"])
 def test_families(model_type: str, dtype: str):
     """Biases, norms of q and k, norms around each part, a sliding window; 24 channels a head."""
