@@ -258,6 +258,7 @@ def test_requests_that_have_ended_between_two_events_stay_as_they_are():
     stays_as_it_is(play(4, "planted", 2, LENGTHS[2], 6, cache_dtype="bfloat16"), request=1, steps=6)
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("mistake", ["threshold", "window", "observed"])
 def test_the_comparison_sees_other_decisions(mistake: str):
     run = Run(1, "planted", 0)

@@ -13,6 +13,7 @@ from diffkv_jax.smooth import moving_average
 NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from([0.0, -0.0, 1e-30, -1e-30])
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(NUMBERS, min_size=5, max_size=5), st.integers(1, 5))
 def test_kth_largest_is_that_of_a_sort(row, k):
@@ -43,6 +44,7 @@ def test_heads_share_a_budget():
     np.testing.assert_array_equal(threshold(3, 1, pooled=0.7), [5, 6])  # the best of each, then 7 and 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [2**30, 2**31, 3])
 def test_shared_budgets_larger_than_any_count(budget):
     """Four heads share: sums of whole layers' budgets would overflow int32."""

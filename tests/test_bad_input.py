@@ -192,6 +192,7 @@ def test_smallest_budget_in_the_message_is_enough(model):
     assert sum(x.nbytes for x in jax.tree.leaves(out.cache)) <= least
 
 
+@pytest.mark.slow
 def test_units_of_the_budget():
     def pool(budget):
         return dkv.make_cache(tiny_model(max_len=32_768)[0], dkv.load_policy("small"), [20_000], memory_budget=budget).spec.num_pages

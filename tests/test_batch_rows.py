@@ -122,6 +122,7 @@ def test_plain_rows():
     check_rows(batch, [run(model, [p], policy, max_new_tokens=16, prefill_chunk=16) for p in prompts])
 
 
+@pytest.mark.slow
 def test_keys_of_rows(key):
     """`next_token` draws for a row what it draws for that row alone."""
     drawn_from = jax.jit(next_token)

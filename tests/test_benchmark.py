@@ -144,6 +144,7 @@ def test_a_worker_answers_errors_and_reports_its_peak():
     assert answered(lambda: 1 / 0).error == "ZeroDivisionError: division by zero"
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_load_says_why(tmp_path):
     """A real worker process: the file is no model."""
     (tmp_path / "no.gguf").write_bytes(b"nothing")

@@ -65,6 +65,7 @@ def test_equal_values_are_no_trouble():
         np.testing.assert_array_equal(stored(KVFormat.parse(name).key, x), x)
 
 
+@pytest.mark.slow
 def test_separable_is_what_it_says():
     """Encoding a token alone gives what encoding it among others gives, if and only if the codec is separable."""
     rng = np.random.default_rng(0)

@@ -62,6 +62,7 @@ STEPPED = {
 }
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in STEPPED.items() for name in names])
 def test_every_call_returns_the_cache_it_was_given(kind: str, name: str):
     """Traced, not run: the same arrays come out of each compiled call, absent ones too."""
@@ -102,6 +103,7 @@ def test_a_cache_is_saved_and_goes_on(kind: str, name: str, tmp_path: Path):
     assert (wrong.tokens != wanted.tokens).any(), "any cache would do"
 
 
+@pytest.mark.slow
 def test_windows_alone_generate_and_are_counted():
     model, params = MODELS["windows only"]()
     out = dkv.generate(model, params, [prompt(40, 1)], max_new_tokens=3, max_len=64, prefill_chunk=64)

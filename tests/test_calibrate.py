@@ -116,6 +116,7 @@ def test_fisher_weights_lower_the_weighted_error_and_raise_the_plain_one():
     assert weighted[1] > 1.5 * plain[1]
 
 
+@pytest.mark.slow
 def test_tables_are_learned_from_what_is_stored():
     """Codebooks for exact copies of the tokens: as many rows as tokens are learned from, and each is one."""
     model, params, _ = calibrated()

@@ -46,6 +46,7 @@ def nearest_rows(x: np.ndarray, books: np.ndarray) -> np.ndarray:
     return np.concatenate([books[g][codes[:, g]] for g in range(groups)], axis=1).astype(np.float32)
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize(("bits", "channels"), [(8, 4), (4, 2), (2, 1)])
 def test_codes_are_the_nearest_rows(bits, channels):
     rng = np.random.default_rng(0)
@@ -113,6 +114,7 @@ def test_kept_tokens_are_the_nearest_rows():
     assert int(cache.recent_len[0]) < 16 + 8 and int(cache.tier_len.min()) > 90  # decode has sent tokens into the pages too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 1])
 def test_attention_is_that_over_the_decoded_tokens(layer):
     cache = complete(generated().cache)

@@ -51,6 +51,7 @@ def test_kernels_give_the_same_tokens(implementation: str):
     np.testing.assert_array_equal(*both(partial(tokens_of, "diffkv", implementation)))
 
 
+@pytest.mark.slow
 def test_sampling_draws_the_same_tokens():
     np.testing.assert_array_equal(*both(partial(tokens_of, "diffkv", "xla", dkv.Sample(temperature=0.7, top_p=0.9))))
 
@@ -79,6 +80,7 @@ def test_a_step_in_a_program_of_64_bits(kind):
     np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.slow
 def test_a_model_and_the_quality_of_a_cache():
     model, params = tiny_model()
     tokens = np.stack([prompt(40, 4)])

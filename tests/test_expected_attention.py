@@ -38,6 +38,7 @@ def test_the_tokens_that_kvpress_keeps():
         assert found != choice.kept_by_best(choice.scores(of_kvpress(**{without: False}), theirs, PROMPT), half, 1)
 
 
+@pytest.mark.slow
 def test_ada_kv_keeps_what_kvpress_keeps():
     theirs, _, _ = models(2)
     press = of_kvpress()
@@ -102,6 +103,7 @@ def scores(chunk: int, **options) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk", "options"),
     [
@@ -146,6 +148,7 @@ def test_statistics_join():
 WRAPPED = dkv.ada_kv(dkv.expected_attention(0.4, epsilon=0.001, window=32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy", [PLAIN, pytest.param(WRAPPED, marks=(pytest.mark.slow, pytest.mark.long))], ids=lambda policy: policy.name
 )
@@ -214,6 +217,7 @@ def test_rows_and_turns():
             assert set(held_tokens(together, layer, 1, head)) == set(held_tokens(alone, layer, 0, head))
 
 
+@pytest.mark.slow
 def test_nothing_leaves_in_decode():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     policy = dkv.expected_attention(0.5, window=16, flush=8)

@@ -78,7 +78,7 @@ def expected(row: int, out: dkv.GenerateOutput, **shares: float) -> list[set[int
     return held
 
 
-@pytest.mark.daily(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "implementation", ["xla", pytest.param("cpu", marks=pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable())))]
 )

@@ -47,6 +47,7 @@ def test_a_low_rank_is_found():
         assert least <= np.linalg.norm(error - q @ p.T) / np.linalg.norm(error) <= most
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("name", ["K2cV2g32+o5+r2", "K2cV2+r3", "K4cV4+o10+r4"])
 def test_blocks_are_gear(name):
     """Decoded as attention reads them, three blocks side by side; channels have a bias, as keys have."""
@@ -128,6 +129,7 @@ def test_gear_goes_on_in_decode():
     check_pool(out.cache.spec.layout, out.cache.page_table, out.cache.tier_len, out.cache.ring)
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("head_dim", [80, 100, 112])
 def test_head_dims_that_the_group_does_not_divide(head_dim):
     """Values in groups of the nearest divisor, everything else as with other widths; a given `value_group` must divide."""

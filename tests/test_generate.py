@@ -251,6 +251,7 @@ def test_greedy_takes_the_lowest_id_of_equals(key):
     np.testing.assert_array_equal(next_token(rules([Greedy()] * 3), logits, jax.random.split(key, 3)), [1, 0, 0])
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
 def test_the_lowest_temperature_is_greedy(limits):
     """Logits over it would be infinite, and all of them equal."""

@@ -31,7 +31,7 @@ def run(policy: str, kernels: Kernels) -> GenerateOutput:
     return generate(*tiny_model(), PROMPTS, implementation=kernels.implementation, interpret=bool(kernels.interpret), **options)
 
 
-@pytest.mark.daily(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_the_same_tokens(kernels: Kernels, policy: str):

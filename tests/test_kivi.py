@@ -73,6 +73,7 @@ def test_pages_hold_kivi():
             assert np.abs(held[3][1] - kivi(k[1:129], v[1:129])[0][2]).max() > 1e-3  # groups begin where they begin
 
 
+@pytest.mark.slow
 def test_groups_stay_the_same_in_chunks_and_in_decode():
     """In the first layer keys and values depend on the tokens alone: a prompt in chunks of 64, then 100 steps."""
     model, params = model_of()
@@ -160,7 +161,7 @@ def test_evicted_before_encoded():
     assert differs
 
 
-@pytest.mark.daily(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [dkv.expected_attention, dkv.pyramidinfer])
 def test_other_scores_that_decide_once_a_prompt(method):
     """Whole blocks of exact tokens in every layer, also where deeper ones see fewer tokens."""

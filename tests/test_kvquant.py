@@ -68,6 +68,7 @@ def run(codec, x: np.ndarray) -> np.ndarray:
     return np.asarray(codec.decode(payload, meta))[0].T
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_levels_of_a_tokens_range(bits):
     rng = np.random.default_rng(0)
@@ -88,6 +89,7 @@ def test_three_bits_are_packed_as_two_and_one():
     np.testing.assert_array_equal(payload[0], expected)
 
 
+@pytest.mark.slow
 def test_outliers_of_keys_are_those_beyond_their_channels_range():
     rng = np.random.default_rng(0)
     scale = np.exp(rng.normal(size=32) * 2)  # channels of very different size
@@ -172,7 +174,7 @@ def generated(name: str):
     return calibration, out
 
 
-@pytest.mark.daily(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_attention_is_that_over_coded_tokens(name):
     """In layer 0 keys and values depend on the tokens alone: those of an exact cache, coded by the equations, are what attention reads."""

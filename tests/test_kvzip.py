@@ -84,7 +84,7 @@ def scores(policy: dkv.CompressionPolicy, chunk: int = 512, kernels: str = "xla"
     return found
 
 
-@pytest.mark.daily(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(("chunk", "window", "read"), [(2048, 1, 512), (100, 40, 128)])
 def test_scores_are_those_of_kvpress(chunk, window, read):
     """Of one pass and of three, the last of which goes over the window too; the prompt read in one chunk and in three."""
@@ -135,6 +135,7 @@ def test_numbers_of_tokens_and_a_floor():
     assert sum(counts[1]) == LENGTH // 2 * len(HEADS) and min(counts[1]) == 67
 
 
+@pytest.mark.slow
 def test_keeping_everything_changes_nothing():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     policies = dkv.CompressionPolicy.none(window=16, flush=4), kvzip(1.0, 32, 16, flush=4)
@@ -170,6 +171,7 @@ def test_pages_are_freed_and_later_tokens_stay():
     assert [set(held_tokens(its_cache, layer, 0, head)) for layer in range(2) for head in range(2)] == held
 
 
+@pytest.mark.slow
 def test_what_is_scored_are_the_keys_that_attention_reads():
     """The recipe with four bits, on native kernels where they can be built: nearly the choice that exact keys make, in as many tokens."""
     policy = dataclasses.replace(dkv.load_policy("kvzip_4bit"), replay=REPLAY, window=1)

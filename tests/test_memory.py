@@ -90,7 +90,7 @@ def copies_of_pool(text: str, num_pages: int) -> list[str]:
     return [line.strip()[:160] for line in text.splitlines() if re.search(rf"= \S*\[{num_pages},(?!0,)\S* copy\(", line)]
 
 
-@pytest.mark.daily(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.implementation)
 @pytest.mark.parametrize(("name", "step"), STEPS)
 def test_pool_is_updated_in_place(name, step, kernels):
@@ -165,6 +165,7 @@ def test_peak_of_prefill_grows_with_the_chunk_not_with_the_prompt():
     assert prefill_temp(8192, 64) < 0.7 * half
 
 
+@pytest.mark.slow
 def test_program_does_not_grow_with_depth():
     sizes = []
     for layers in (2, 8):

@@ -101,6 +101,7 @@ def test_pyramidkv_keeps_what_kvpress_keeps():
         assert found[layer] == choice.kept_by_best(scores, lambda _, count=count: count, 16)[layer]
 
 
+@pytest.mark.slow
 def test_ada_kv_keeps_what_kvpress_keeps():
     choice = pytest.importorskip("oracles.kvpress_choice")
     theirs, _, _ = models(2)
@@ -112,7 +113,7 @@ def test_ada_kv_keeps_what_kvpress_keeps():
     assert any(len(layer[0]) != len(layer[1]) for layer in found)  # heads differ
 
 
-@pytest.mark.daily(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [dkv.snapkv(0.5), dkv.h2o(0.3), dkv.key_norm(90), dkv.tova(0.5)], ids=lambda p: p.name)
 def test_chunks_of_a_prompt_choose_as_one(policy):
     assert kept(policy, chunk=128) == kept(policy)
@@ -132,7 +133,7 @@ def after_80_tokens(name: str, cache_dtype: str):
     return out.tokens.tolist(), [{at: (k.tobytes(), v.tobytes()) for at, (_, k, v, _) in head.items()} for head in heads]
 
 
-@pytest.mark.daily(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["h2o", "tova", "snapkv", "key_difference", *(pytest.param(x, marks=pytest.mark.slow) for x in SELDOM)])
 def test_keeping_everything_changes_nothing(name):
     dtype = "bfloat16" if name in ("snapkv", "ada_kv") else "float32"
@@ -156,6 +157,7 @@ def scores_of(policy: dkv.CompressionPolicy, new: int) -> np.ndarray:
     return np.array([sum(score for *_, score in held_tokens(cache, layer, 0, head).values()) for layer in range(2) for head in range(2)])
 
 
+@pytest.mark.slow
 def test_scores_in_decode_are_the_attention_of_the_queries():
     """While nothing is dropped, the attention of each query sums to 1: over all queries (H2O), or those since the last event (TOVA)."""
     options = {"sinks": 0, "window": 16, "flush": 8}
@@ -175,6 +177,7 @@ def test_h2o_keeps_the_largest_sums():
     assert found != choice.kept_by_best(means, half, 1)
 
 
+@pytest.mark.slow
 def test_random_eviction():
     """As many as the budget says, others in each head, evenly spread, and the same in every run."""
     found = kept(dkv.random_eviction(0.5))
@@ -193,6 +196,7 @@ ROWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["key_norm", pytest.param("ada_kv", marks=pytest.mark.slow)])
 def test_a_row_chooses_as_the_request_alone(name):
     """Prompts of several lengths in chunks of 64, decode events, and a second turn."""

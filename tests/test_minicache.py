@@ -159,6 +159,7 @@ def test_both_layers_decode_to_the_equations():
         assert distance(cache, requests[wrong]) > 0.3, wrong
 
 
+@pytest.mark.slow
 def test_attention_reads_what_was_restored():
     _, _, worst = whole_run()
     assert worst[""] < 2e-3
@@ -267,6 +268,7 @@ def test_a_vector_of_zeros():
         np.testing.assert_array_equal(dataclasses.replace(halfway, reads=0).decode(payload, meta), 0)
 
 
+@pytest.mark.slow
 def test_directions_in_four_bits():
     """What is stored, and what attention makes of it, against the equations and the reference quantiser."""
     rng = np.random.default_rng(0)

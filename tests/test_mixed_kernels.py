@@ -56,6 +56,7 @@ CASES += [pytest.param(name, "triton", marks=(pytest.mark.slow, pytest.mark.long
 CASES += [pytest.param("KVQuant", "mosaic_tpu", marks=(pytest.mark.slow, pytest.mark.long))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "implementation"), CASES)
 def test_the_same_tokens(name: str, implementation: str):
     got, wanted = run(name, implementation), run(name, "xla")

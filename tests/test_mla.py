@@ -57,6 +57,7 @@ def first_layers_keys() -> tuple[np.ndarray, np.ndarray]:
     return c, np.concatenate([turned.real, turned.imag], axis=1)
 
 
+@pytest.mark.slow
 def test_the_absorbed_full_cache_equals_plain_attention():
     model, params = tiny_latent_model()
     log_probs, cache = teacher_forced(model, params, TOKENS, CONTEXT, EXACT, prefill_chunk=64)
@@ -190,6 +191,7 @@ def test_latents_have_learned_codes():
         assert np.abs(nearest - c[at]).mean() > 0.01
 
 
+@pytest.mark.slow
 def test_key_norm_ranks_by_the_rotary_key_and_only_the_latent_is_rotated():
     """The latent has passed a norm: its length says nothing. The prompt is attended exactly, so that a rotation changes no logit."""
     c, rotary = first_layers_keys()

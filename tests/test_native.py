@@ -100,6 +100,7 @@ def test_threads_build_and_register_once(counted, monkeypatch: pytest.MonkeyPatc
     assert counted() == ["append"] and len(libraries) == 1 and registered == ["diffkv_jax.append_recent_cpu"]
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_processes_build_once(counted, tmp_path: Path):
     program = "from diffkv_jax.pallas_kernels import native; print(native.library('append')._name)"

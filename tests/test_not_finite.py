@@ -85,6 +85,7 @@ def test_only_the_logits():
     assert out.finish_reason == ("error",)
 
 
+@pytest.mark.slow
 def test_a_window_layer():
     model, params = tiny_model(windows=(16, None))
     embedding = jnp.asarray(params["embed_tokens"]["embedding"]).at[POISON].set(np.nan)

@@ -26,6 +26,7 @@ def scored_by(observed: np.ndarray, length: int) -> np.ndarray:
     return np.round(1 / np.asarray(mean_significance(ones, position, jnp.asarray(observed)))[0]).astype(int)
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("seed", range(5))
 def test_every_token_is_divided_by_the_queries_that_saw_it(seed):
     rng = np.random.default_rng(seed)

@@ -166,6 +166,7 @@ def test_more_random_operations(name, alpha, free, operations):
     run_operations(program(name), alpha, free, operations)
 
 
+@pytest.mark.slow
 def test_the_checks_reject_damage():
     run = program("diffkv")
     _, cache = run.prompt(run.empty(), (32, 20, 9))
@@ -183,6 +184,7 @@ def test_the_checks_reject_damage():
         check_flags(run, cache, dataclasses.replace(cache, overflow=jnp.array([False, True, False])), np.full(REQUESTS, 4))
 
 
+@pytest.mark.slow
 def test_pausing_loses_no_token():
     """A request that sits out the step of an event and then goes on: its window must not run over."""
     run = program("diffkv")

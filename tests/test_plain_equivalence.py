@@ -141,6 +141,7 @@ def test_comparison_rejects_damaged_cache(after_prompt, damage):
     assert error(decoded(model, params, damage(fresh()), rows, LENGTHS), wanted) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_every_prompt_length_from_1_to_200():
     """Eight batches of 25 prompts with lengths 8 apart, one compile; the greedy tokens are those of plain attention."""
     new, longest = 16, 200

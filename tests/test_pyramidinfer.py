@@ -48,7 +48,7 @@ def expected(row: int, **changes) -> tuple[list[set[int]], np.ndarray]:
     return read(model_of()[1], PROMPTS[row], 4, 2, budgets, **({"window": 16, "sinks": 4, "newest": 1.2} | changes))
 
 
-@pytest.mark.daily(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", native])
 def test_layers_keep_what_the_paper_says(implementation):
     logits, cache = prefilled(POLICY, 128, implementation)
@@ -64,6 +64,7 @@ def test_layers_keep_what_the_paper_says(implementation):
     assert expected(0, newest=4.0)[0] != kept(cache, 0)
 
 
+@pytest.mark.slow
 def test_without_nesting_every_layer_attends_to_all():
     """In chunks too: the stored tokens' scores are averaged over the heads as the chunk's are."""
     logits, cache = prefilled(dataclasses.replace(POLICY, nested=False), 32)

@@ -35,6 +35,7 @@ def test_a_composition_keeps_what_its_eviction_keeps(name):
     assert stored[0] < 0.9 * min(stored[1:])
 
 
+@pytest.mark.slow
 def test_rotated_tiers_take_no_more_than_plain_ones():
     rotated, plain = (dkv.memory_report(cache_of(policy)) for policy in (recipes.diffkv_rotated(), dkv.diffkv(1.0, 0.02)))
     assert rotated.tier_names == ("K8V4", "K4nV2n") and rotated.tokens[..., 1].sum() > 100

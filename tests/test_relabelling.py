@@ -22,7 +22,7 @@ def held(policy: dkv.CompressionPolicy):
     return log_probs, tokens, {tier for by_position in tokens.values() for tier, *_ in by_position.values()}
 
 
-@pytest.mark.daily(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "name"), [(HIGH, "high"), (LOW, "low")], ids=["high", "low"])
 def test_the_same_tokens_under_another_number(policy, name):
     log_probs, only, _ = held(ONLY)

@@ -23,6 +23,7 @@ def test_the_matrix_is_orthogonal(head_dim):
     assert largest < 0.5
 
 
+@pytest.mark.slow
 def test_exact_tokens_give_the_same_text():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     outputs = [
@@ -36,6 +37,7 @@ def test_exact_tokens_give_the_same_text():
         np.testing.assert_allclose(plain[at][2] @ rotation(32), turned[at][2], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_norms_do_not_turn():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     options = {"window": 16, "flush": 8, "sinks": 2}

@@ -207,6 +207,7 @@ def test_pages_are_owned_once_and_change_hands():
         check_pool(leak.spec.layout, leak.page_table, leak.tier_len, leak.ring)
 
 
+@pytest.mark.slow
 def test_a_pool_that_suffices_is_not_taken_for_a_small_one():
     """The policy runs before the end of a prompt only where its chunk may not find its pages: in pairs those of both layers together."""
     layout, heads = empty("both").spec.layout, REQUESTS * KV_HEADS

@@ -106,6 +106,7 @@ def test_tokens_without_size_and_what_is_no_number(bits):
     assert not np.isfinite(read[[2, 4]]).any() and np.isfinite(read[[0, 1, 3, 5, 6, 7]]).all()
 
 
+@pytest.mark.slow
 def test_a_cache_holds_the_rotated_tokens_in_levels():
     """Layer 0, whose keys do not depend on the cache: stored tokens are the oracle's reading of the exact ones."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)

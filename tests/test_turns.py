@@ -83,6 +83,7 @@ def test_zero_new_tokens_of_a_pending_one_change_nothing(generate):
     np.testing.assert_array_equal(again.cache.pending, pending)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", CASES)
 def test_a_row_rests_and_another_goes_on(generate, policy):
     """Each row is what it is alone: one rests, one goes on without new text, one has a prompt; then all go on."""
@@ -149,6 +150,7 @@ def test_one_cache_in_two_threads(generate):
     assert len(refused) == 3 and all("another thread" in one or "given to an earlier call" in one for one in refused), refused
 
 
+@pytest.mark.slow
 def test_sampling_for_each_request(generate):
     """A list of samplings: every row is what it is alone, greedy ones beside drawn ones."""
     samplings = [dkv.Greedy(), dkv.Sample(0.7, top_k=5), dkv.Sample(1.5, top_p=0.8, min_p=0.05)]
@@ -160,6 +162,7 @@ def test_sampling_for_each_request(generate):
     assert (generate([texts[1]], max_new_tokens=8, **SIZES).tokens != together.tokens[1]).any(), "the draw must show"
 
 
+@pytest.mark.slow
 def test_pages_of_nobody_may_hold_anything(generate):
     """Bytes of NaN in every free page change nothing: a request that failed leaves them behind."""
 

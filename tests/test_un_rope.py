@@ -14,6 +14,7 @@ TOKENS = np.random.default_rng(2).integers(0, 97, (2, 120))
 BARE = dkv.CompressionPolicy("bare", ("full",), un_rope=True, window=16, flush=8)
 
 
+@pytest.mark.slow
 def test_exact_tokens_give_the_same_text():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     outputs = [
@@ -22,6 +23,7 @@ def test_exact_tokens_give_the_same_text():
     np.testing.assert_allclose(outputs[0], outputs[1], atol=2e-4)
 
 
+@pytest.mark.slow
 def test_kept_keys_are_those_of_the_projection():
     """In the first layer a token's bare key depends on its id alone, and the embedding of the equations turns it to the cached one."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)

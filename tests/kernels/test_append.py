@@ -162,7 +162,7 @@ def test_native_shifts_outside_of_a_window_are_refused(kernels: Kernels, layer: 
         )
 
 
-@pytest.mark.daily(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("interpret", [True, "checked"])
 def test_several_grid_steps_on_tpu(interpret):
     """11 heads in steps of 8: the second step has heads that do not exist, and its copies overlap those of the first."""

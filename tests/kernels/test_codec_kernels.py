@@ -185,6 +185,7 @@ def test_native_kernels_refuse_blocks_of_odd_size(kernels: Kernels):
         codecs.encode(KVFormat.parse("K8V4"), x, x, kernels=kernels)
 
 
+@pytest.mark.slow
 def test_other_block_sizes():
     """Several pieces of a block on GPUs; on TPUs a last step that is not full."""
     fmt, lower = KVFormat.parse("K8V4"), KVFormat.parse("K4V2")

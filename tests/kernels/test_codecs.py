@@ -119,6 +119,7 @@ def test_constant_groups_have_code_zero(bits: int, groups: int):
     np.testing.assert_array_equal(decode_tensor(codec, payload, meta), x)
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("source, target", DEMOTIONS)
 def test_demotion_equals_the_oracle(source: str, target: str):
     high, low = (KVFormat.parse(name) for name in (source, target))

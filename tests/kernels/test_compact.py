@@ -184,6 +184,7 @@ def test_random_sequences(sequence):
     play(operations("K8V4", "K4V2"), sequence)
 
 
+@pytest.mark.slow
 @SEQUENCES
 @given(st.lists(OPERATIONS, min_size=1, max_size=8))
 def test_random_sequences_of_one_unscored_tier(sequence):

@@ -176,6 +176,7 @@ def test_equals_dense_attention(name: str, kernels: Kernels):
     this.check(this.chunk, this.pool)
 
 
+@pytest.mark.slow
 def test_no_race_and_no_read_outside():
     """The TPU kernels, with buffers that hold NaN until something arrives."""
     this = Case(CHECKED, Kernels("mosaic_tpu", "checked"))

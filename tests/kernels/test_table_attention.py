@@ -157,6 +157,7 @@ def other_tables(tables, mistake: str):
     return tuple((value, key) for key, value in tables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", [*IMPLEMENTATIONS[:3], *NATIVE])
 @pytest.mark.parametrize("mistake", ["the table of the head beside", "the table of the layer before", "the value's table for the key"])
 def test_the_comparison_sees_wrong_tables(mistake: str, kernels: Kernels):

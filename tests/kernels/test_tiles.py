@@ -71,6 +71,7 @@ def test_tiles_read_and_write_what_the_codec_does(codec, head_dim: int):
     same_meta(got_meta, meta)
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("one", [Uniform(8), Uniform(4, 2), Uniform(1, 4), Full("bfloat16")], ids=str)
 @pytest.mark.parametrize("other", [Uniform(4), Uniform(2, 4), Normal(2), Full("float32")], ids=str)
 def test_common_tiles_have_the_same_channels(one, other):

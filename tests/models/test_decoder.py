@@ -89,6 +89,7 @@ def test_tokens_and_positions_must_agree(key):
         model.apply({"params": params}, tokens[0], positions[0])
 
 
+@pytest.mark.slow
 def test_last_only_is_the_last_row(key):
     model = build_model(_config(final_logit_softcapping=5.0))
     params, tokens, positions = _inputs(key, model)

@@ -129,6 +129,7 @@ def test_a_wrong_setting_is_rejected(pairs, name, part, changes):
     assert _error(pair, model=build_model(dataclasses.replace(config, **changes))) > TOLERANCE
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("change", ["correction bias", "shared experts", "order of experts", "order of layers"])
 def test_a_wrong_parameter_is_rejected(pairs, change):
     pair = pairs("v3_half_rotation")

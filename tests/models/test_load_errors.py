@@ -156,6 +156,7 @@ def test_everything_that_does_not_fit_is_listed(folder: Path) -> None:
     assert "tensors of another shape: model.layers.1.mlp.up_proj.weight (64, 96), must be (96, 64)" in message
 
 
+@pytest.mark.slow
 def test_a_tied_model_with_another_head(tmp_path: Path) -> None:
     config = tiny_config("llama", tie_word_embeddings=True)
     tensors = tiny_tensors(config)

@@ -47,6 +47,7 @@ def test_slots_say_shape_layer_and_transpose() -> None:
     assert found["model.embed_tokens.weight"].shape == (9, 5) and not found["model.embed_tokens.weight"].transpose
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_exactly_hugging_faces_tensors(family: str) -> None:
     config = tiny_config(family)

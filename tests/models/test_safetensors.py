@@ -28,6 +28,7 @@ def expected_leaf(tensors: dict[str, np.ndarray], path: tuple[str, ...]) -> np.n
     return np.stack([value.T if path[-1] == "kernel" else value for value in values])
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_value_lands_in_its_place(tmp_path: Path, family: str) -> None:
     config = tiny_config(family)
@@ -85,6 +86,7 @@ def test_multimodal_names_and_listed_extras(tmp_path: Path, caplog: pytest.LogCa
             assert f"ignored {name}" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_windows_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "diffkv_jax"):
         gemma = tiny_config("gemma3_text")
@@ -96,6 +98,7 @@ def test_the_windows_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert ("INFO", "2 layers: 2 compressed") in lines
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
 def test_what_transformers_writes_single_and_sharded(tmp_path: Path, family: str) -> None:
     torch = pytest.importorskip("torch")
