@@ -91,8 +91,8 @@ def generate(
 
     With native kernels a batch row has, bit for bit, the numbers of the same request alone (with `Sample`, when it has the same key; under
     a budget, unless the pool runs low: then the batch's prompts are compressed earlier). With plain XLA and Pallas kernels, where the
-    model's products are XLA's, and in layers with a sliding window, they are the same within rounding, so that a token may differ. Several calls with a cache give
-    the tokens of one call.
+    model's products are XLA's, and in layers with a sliding window, they are the same within rounding, so that a token may differ.
+    Several calls with a cache give the tokens of one call.
 
     Args:
         model: satisfies `CausalLM`; static, so reuse the object.
