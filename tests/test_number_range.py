@@ -17,7 +17,7 @@ from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.pallas_kernels.native import why_unavailable
 from tiny import tiny_model
 
-PROMPT, FED, LAYERS = 96, 16, 2
+PROMPT, FED, LAYERS = 96, 16, 4
 TOKENS = np.random.default_rng(5).integers(0, 97, (1, PROMPT + FED))
 PLAIN = dkv.CompressionPolicy.none(window=16)
 CALIBRATION = np.random.default_rng(6).integers(0, 97, (2, 64))
@@ -65,7 +65,8 @@ def check(name: str, size: float, implementation: str = "xla") -> None:
     before, after = log_probs(policy, 1.0, implementation), log_probs(policy, size, implementation)
     allowed = divergence(full, before)
     assert divergence(full, after) <= 1.4 * allowed + 1e-3
-    assert divergence(before, after) <= 0.7 * allowed + 1e-3
+    learns = any(fmt.learned for fmt in policy.formats("float32"))  # other tables, as far from the full cache
+    assert divergence(before, after) <= (2.5 if learns else 0.7) * allowed + 1e-3
 
 
 QUICK = ["K8V4", "turboquant", "kivi", "gear"]
