@@ -225,7 +225,7 @@ def test_a_request_for_which_there_is_no_page_is_emptied(monkeypatch):
     """Full pages of one tier become parts of pages of two."""
     _, model, params = models(2)
     policy = kvzip(1.0, tiers=("K8V4", "K4V2"), keep_high=0.9, window=16)
-    monkeypatch.setattr(import_module("diffkv_jax.generate"), "end_replay", lambda cache, _: cache)
+    monkeypatch.setattr(import_module("diffkv_jax.read_prompts"), "end_replay", lambda cache, _: cache)
     cache = make_cache(model, policy, [16 + 64], max_len=80)
     assert cache.spec.layout.pages_for(0, 64) * cache.spec.layout.tokens_per_page(0) == 64
     _, cache = prefill(model, params, cache, PROMPT[None, :80], np.array([80]), 128)
