@@ -91,8 +91,7 @@ def teacher_forced(
     if context >= batch.shape[1]:
         raise ValueError(f"context={context} must leave something of the {batch.shape[1]} tokens to feed")
     progress = None if progress is None else text("progress", progress, "the name of a progress bar, or None")
-    observe = policy.observe if isinstance(policy.observe, int) else 0
-    size = chunk_size(context, integer("prefill_chunk", prefill_chunk), observe)
+    size = chunk_size(context, integer("prefill_chunk", prefill_chunk), policy.observe)
     if calibration is not None:
         instance("calibration", calibration, Calibration, "calibrate(model, params, tokens, policy) makes it").check(model, params)
     cache = make_cache(model, policy, sizes, max_len=max_len, memory_budget=memory_budget, cache_dtype=cache_dtype, calibration=calibration)

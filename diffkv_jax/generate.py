@@ -208,7 +208,7 @@ def _new_cache(
     """An empty cache for these prompts and what is generated."""
     policy = as_policy(policy)
     _check_empty(prompts, np.full(len(prompts.lengths), -1))
-    chunk_size(int(prompts.lengths.max()), prefill_chunk, _observing(policy.observe))
+    chunk_size(int(prompts.lengths.max()), prefill_chunk, policy.observe)
     kernels = kernels_for(policy, model.attention, implementation, interpret=interpret or False)
     if calibration is not None:
         instance("calibration", calibration, Calibration, "calibrate(model, params, tokens, policy) makes it").check(model, params)
@@ -220,11 +220,6 @@ def _totals(seen: np.ndarray, prompts: Prompts, max_new_tokens: int) -> np.ndarr
     """Tokens int64 [R] that each request may come to; the last one generated is not fed."""
     fed = prompts.lengths.astype(np.int64) + max(max_new_tokens - 1, 0)
     return seen.astype(np.int64) + np.where(prompts.rests, 0, fed)
-
-
-def _observing(observe: int | str | None) -> int:
-    """Queries that must fit a prompt's last chunk."""
-    return observe if isinstance(observe, int) else 0
 
 
 def _check_empty(prompts: Prompts, pending: np.ndarray) -> None:
@@ -286,4 +281,4 @@ def _joined(cache: KVCache, prompts: Prompts, max_new_tokens: int, prefill_chunk
         batch[i, : had[i]] = pending[i]
         batch[i, had[i] : had[i] + n] = prompts.tokens[i, :n]
     joined = Prompts(batch, prompts.lengths + had, prompts.rests)
-    return joined, chunk_size(int(joined.lengths.max()), prefill_chunk, _observing(cache.spec.selection.observe))
+    return joined, chunk_size(int(joined.lengths.max()), prefill_chunk, cache.spec.selection.observe)

@@ -86,7 +86,7 @@ def as_policy(policy: Any) -> CompressionPolicy:
     """
     if policy is None:
         return CompressionPolicy.none()
-    return policy if isinstance(policy, CompressionPolicy) else load_policy(policy)
+    return load_policy(policy)
 
 
 def as_samplings(sampling: Any, requests: int) -> tuple[Greedy | Sample, ...]:

@@ -14,6 +14,7 @@ from diffkv_jax.cache import CacheSpec, KVCache, empty_cache, kernels_for
 from diffkv_jax.calibration import Calibration, tables_for
 from diffkv_jax.inputs import as_policy, check_model, check_outside_jit
 from diffkv_jax.model_protocol import AttentionSpec, CausalLM
+from diffkv_jax.pallas_kernels.codecs.full import DTYPES
 from diffkv_jax.pallas_kernels.kernels import Kernels
 from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.policy import CompressionPolicy
@@ -76,10 +77,9 @@ def dtype_name(name: str, dtype: Any) -> str | None:
     Raises:
         TypeError, ValueError: it is none that exact tokens can be kept in.
     """
-    known = ("float32", "bfloat16", "float16")
     if dtype is not None and not isinstance(dtype, str):
-        dtype = next((one for one in known if _is_dtype(dtype, one)), dtype)
-    return one_of(name, dtype, known, optional=True)
+        dtype = next((one for one in DTYPES if _is_dtype(dtype, one)), dtype)
+    return one_of(name, dtype, DTYPES, optional=True)
 
 
 def _is_dtype(given: Any, name: str) -> bool:

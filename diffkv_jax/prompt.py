@@ -202,7 +202,7 @@ def check_evicts_once(spec: CacheSpec, seen: np.ndarray, lengths: np.ndarray, si
         raise ValueError(f"{rule}, and this cache holds a prompt already; begin a new cache, or take a codec for each token such as 'K4V4'")
 
 
-def chunk_size(longest: int, prefill_chunk: int, observe: int) -> int:
+def chunk_size(longest: int, prefill_chunk: int, observe: int | str | None) -> int:
     """Length of the chunks: the power of two that holds the longest prompt, at most `prefill_chunk`.
 
     Raises:
@@ -210,7 +210,7 @@ def chunk_size(longest: int, prefill_chunk: int, observe: int) -> int:
     """
     if prefill_chunk < MIN_CHUNK or prefill_chunk & (prefill_chunk - 1):
         raise ValueError(f"prefill_chunk={prefill_chunk} must be a power of two of at least {MIN_CHUNK}")
-    if longest > prefill_chunk and prefill_chunk < observe:
+    if longest > prefill_chunk and isinstance(observe, int) and prefill_chunk < observe:
         raise ValueError(f"prefill_chunk={prefill_chunk} must be at least observe={observe}: the last chunk holds all observing queries")
     return min(prefill_chunk, _power_of_two(longest))
 
