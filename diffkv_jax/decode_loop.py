@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from diffkv_jax.cache import KVCache
+from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.interrupt import Held
-from diffkv_jax.model_protocol import CausalLM
-from diffkv_jax.runner import decode_step
+from diffkv_jax.model import CausalLM
 from diffkv_jax.sampling import Rules, next_token
+from diffkv_jax.steps.jitted import decode_step
 
 RUNNING, EOS, LENGTH, CACHE_FULL, ERROR, RESTING = range(6)
 FINISH_REASONS = ("interrupted", "eos", "length", "cache_full", "error", "resting")

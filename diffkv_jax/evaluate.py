@@ -12,20 +12,20 @@ from jax import Array, lax
 from tqdm import tqdm
 
 from diffkv_jax.arguments import instance, integer, text
-from diffkv_jax.cache import KVCache
-from diffkv_jax.calibration import Calibration
+from diffkv_jax.batching import as_batch, chunk_size
+from diffkv_jax.cache.cache import KVCache
+from diffkv_jax.cache.make import make_cache
+from diffkv_jax.calibration.calibration import Calibration
 from diffkv_jax.inputs import as_params, as_policy, check_model, check_outside_jit
-from diffkv_jax.model_protocol import CausalLM
-from diffkv_jax.new_cache import make_cache
+from diffkv_jax.model import CausalLM
 from diffkv_jax.not_finite import warn_of_errors
 from diffkv_jax.pallas_kernels.branch import when
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.linear import sum_of_rows
 from diffkv_jax.pallas_kernels.precision import in_32_bits
-from diffkv_jax.policy import CompressionPolicy
-from diffkv_jax.prompt import as_batch, chunk_size
+from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.read_prompts import prefill
-from diffkv_jax.runner import decode_step
+from diffkv_jax.steps.jitted import decode_step
 
 SEGMENT = 16  # decode steps in one compiled call: how often progress is shown and logits go to the host
 

@@ -11,19 +11,27 @@ import numpy as np
 from jax import Array
 
 from diffkv_jax.arguments import flag, instance, integer
-from diffkv_jax.budget import check_pool
-from diffkv_jax.cache import KVCache, kernels_for
-from diffkv_jax.calibration import Calibration, fingerprint
-from diffkv_jax.claim import claimed
+from diffkv_jax.batching import Prompts, as_prompts, check_context, chunk_size
+from diffkv_jax.cache.cache import KVCache, kernels_for
+from diffkv_jax.cache.claim import claimed
+from diffkv_jax.cache.make import make_cache
+from diffkv_jax.cache.pool_size import check_pool
+from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.decode_loop import FINISH_REASONS, Requests, State, begin, decode
-from diffkv_jax.inputs import as_params, as_policy, as_samplings, check_model, check_outside_jit, request_keys, stop_ids
+from diffkv_jax.inputs import (
+    as_params,
+    as_policy,
+    as_samplings,
+    check_model,
+    check_outside_jit,
+    request_keys,
+    stop_ids,
+)
 from diffkv_jax.interrupt import Held
-from diffkv_jax.model_protocol import AttentionSpec, CausalLM
-from diffkv_jax.new_cache import make_cache
+from diffkv_jax.model import AttentionSpec, CausalLM
 from diffkv_jax.not_finite import warn_of_errors
 from diffkv_jax.pallas_kernels.precision import in_32_bits
-from diffkv_jax.policy import CompressionPolicy
-from diffkv_jax.prompt import Prompts, as_prompts, check_context, chunk_size
+from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.read_prompts import Read, read_prompts
 from diffkv_jax.sampling import Greedy, Sample, rules
 

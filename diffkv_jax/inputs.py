@@ -11,10 +11,10 @@ from jax import Array
 from jax.core import Tracer
 
 from diffkv_jax.arguments import integer, refuse, shown
-from diffkv_jax.cache import KVCache
-from diffkv_jax.model_protocol import CausalLM
-from diffkv_jax.named import load_policy
-from diffkv_jax.policy import CompressionPolicy
+from diffkv_jax.cache.cache import KVCache
+from diffkv_jax.methods.registry import load_policy
+from diffkv_jax.model import CausalLM
+from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.sampling import Greedy, Sample
 
 
@@ -65,7 +65,7 @@ def check_outside_jit(caller: str, *values: Any) -> None:
     if any(_is_traced(x) for x in values):
         raise TypeError(
             f"{caller} was called inside jax.jit, vmap, grad or eval_shape: it compiles its own programs and reads their "
-            "results, so call it outside with concrete arrays; inside, call diffkv_jax.runner.decode_step(model, params, "
+            "results, so call it outside with concrete arrays; inside, call diffkv_jax.steps.jitted.decode_step(model, params, "
             "cache, token, active), one step that is a pure function"
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from diffkv_jax.cache import KVCache
+from diffkv_jax.cache.cache import KVCache
 
 
 class Held:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from diffkv_jax.cache import KVCache
+from diffkv_jax.cache.cache import KVCache
 
 
 def warn_of_errors(cache: KVCache, rows: Sequence[int]) -> None:

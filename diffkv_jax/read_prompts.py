@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from diffkv_jax.cache import KVCache
+from diffkv_jax.batching import check_evicts_once, chunks, replay_passes
+from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.interrupt import Held
-from diffkv_jax.model_protocol import CausalLM
+from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.precision import in_32_bits
-from diffkv_jax.prompt import check_evicts_once, chunks, replay_passes
-from diffkv_jax.runner import end_replay, prefill_chunk, replay_chunk
+from diffkv_jax.steps.jitted import end_replay, prefill_chunk, replay_chunk
 
 
 class Read(NamedTuple):

@@ -95,7 +95,9 @@ class ModelConfig:
         Raises:
             ValueError: an architecture, rope type or option that is not supported, or a value that cannot be right.
         """
-        from .hf_config import read_hf_config  # that module needs the families, and they need this one
+        from .hf_config import (
+            read_hf_config,  # that module needs the families, and they need this one
+        )
 
         return cls(**read_hf_config(raw))
 

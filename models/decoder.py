@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffkv_jax.attend import kernels_of
-from diffkv_jax.model_protocol import AttentionSpec
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.model import AttentionSpec
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.precision import in_32_bits
+from diffkv_jax.steps.attend import kernels_of
 
 from .config import ModelConfig
 from .experts import MixtureOfExperts
@@ -69,7 +69,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model; satisfies `diffkv_jax.model_protocol.CausalLM`. Made by `build_model`.
+    """A causal language model; satisfies `diffkv_jax.model.CausalLM`. Made by `build_model`.
 
     Parameters follow Hugging Face's names, with the layers stacked: `model.layers.{i}.mlp.up_proj.weight` [out, in]
     is params["layers"]["mlp"]["up_proj"]["kernel"] [num_layers, in, out].

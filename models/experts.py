@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.linear import linear
 
 from .deepseek_config import ExpertSizes

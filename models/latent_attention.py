@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffkv_jax.attend import attend, kernels_of
+from diffkv_jax.steps.attend import attend, kernels_of
 
 from .config import ModelConfig
 from .deepseek_config import LatentSizes

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
+from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
 from diffkv_jax.pallas_kernels.linear import linear, sum_of_rows
 
 ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {

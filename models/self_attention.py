@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from diffkv_jax.attend import attend, kernels_of
+from diffkv_jax.steps.attend import attend, kernels_of
 
 from .config import ModelConfig
 from .layers import Projection, RMSNorm, project
@@ -37,7 +37,7 @@ class SharedData(NamedTuple):
     sin: jax.Array
     """As `cos`."""
     step: Any
-    """Handed to `diffkv_jax.attend.attend` as it came."""
+    """Handed to `diffkv_jax.steps.attend.attend` as it came."""
 
 
 def score_scale(config: ModelConfig) -> float:

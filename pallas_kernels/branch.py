@@ -6,7 +6,7 @@ from typing import TypeVar
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .kernels import target_platform
+from .dispatch import target_platform
 
 State = TypeVar("State")
 

@@ -19,8 +19,8 @@ from bench_states import (
     random_pages,
 )
 from bench_timing import Effort, Looped, Runner, Timing, copy_bandwidth, interleaved
-from diffkv_jax.pallas_kernels.attention import Heads, decode_attention
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.decode_attention import Heads, decode_attention
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 
 MIXES = {"all high": (1.0, 0.0), "half high, half low": (0.5, 0.5), "13 % high, 49 % low": (0.13, 0.49)}  # of a context; the rest dropped

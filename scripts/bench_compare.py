@@ -12,7 +12,7 @@ from bench_correct import verdict
 from bench_report import Row
 from bench_states import Setting
 from bench_timing import Effort, Runner, interleaved
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 
 LIMIT = 2e-2  # of `error`: here XLA multiplies in tf32 and the kernels in bfloat16
 

@@ -15,12 +15,12 @@ import numpy as np
 
 from bench_report import FAILED, OK, Row, Section
 from bench_states import Setting
-from diffkv_jax.pallas_kernels.append import append_recent, shift_recent
-from diffkv_jax.pallas_kernels.attention import Heads, Sliding, decode_attention
 from diffkv_jax.pallas_kernels.codecs import KVFormat
-from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
+from diffkv_jax.pallas_kernels.decode_attention import Heads, Sliding, decode_attention
+from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk, Scale, column_sums, prefill_attention
+from diffkv_jax.pallas_kernels.recent_window import append_recent, shift_recent
 from readback import on_device, random_pool
 
 COLUMNS = {"kernel": "", "case": "", "error": ".1e", "limit": ".0e", "status": ""}

@@ -11,11 +11,11 @@ import numpy as np
 from bench_correct import Job, both, distance, verdict
 from bench_report import Row
 from bench_states import COMPRESSED, Setting, max_pages
+from diffkv_jax.pallas_kernels.apply_event import FreeRing, Stored, Tokens, apply_event
 from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, demote, encode
-from diffkv_jax.pallas_kernels.compact import FreeRing, Stored, Tokens, apply_event
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
-from diffkv_jax.pallas_kernels.prune import Rule, count_moves
+from diffkv_jax.pallas_kernels.plan_event import Rule, count_moves
 from readback import TierTokens, check_pool, random_pool, read_tier
 
 FORMATS = ("K8V4", "K4V2", "K8V4:1,2", "K4V2:2,4", "K8V8", "K4V1", "full")

@@ -11,9 +11,9 @@ from bench_compare import Sizes, compare
 from bench_report import Row
 from bench_states import COMPRESSED, Setting, layer_tables, pages_of, random_pages, uniform
 from bench_timing import Effort, FreshRunner, Looped, Runner
-from diffkv_jax.pallas_kernels.compact import FreeRing, Stored, Tokens, apply_event
-from diffkv_jax.pallas_kernels.kernels import Kernels
-from diffkv_jax.pallas_kernels.prune import Rule, count_moves
+from diffkv_jax.pallas_kernels.apply_event import FreeRing, Stored, Tokens, apply_event
+from diffkv_jax.pallas_kernels.dispatch import Kernels
+from diffkv_jax.pallas_kernels.plan_event import Rule, count_moves
 
 DECODE_EVENT, PROMPT_EVENT = (0.02, 0.0), (0.87, 0.39)  # thresholds (high, low) of significances that are uniform in [0, 1)
 

@@ -26,7 +26,7 @@ from bench_compare import Sizes  # noqa: E402
 from bench_report import Section, circumstances, print_section, write_json  # noqa: E402
 from bench_states import Setting  # noqa: E402
 from bench_timing import Effort  # noqa: E402
-from diffkv_jax.pallas_kernels.kernels import Kernels  # noqa: E402
+from diffkv_jax.pallas_kernels.dispatch import Kernels  # noqa: E402
 
 SECONDS = {"correctness": 120.0, "attention": 90.0, "operations": 60.0, "serving": 130.0}  # no row is begun later in its section
 SHAPES = ((1, 8192), (16, 8192), (64, 8192), (1, 32768), (16, 32768), (64, 32768))  # batch, context

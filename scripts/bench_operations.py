@@ -14,11 +14,11 @@ from bench_event import DECODE_EVENT, PROMPT_EVENT, time_count, time_event
 from bench_report import Row, Section
 from bench_states import COMPRESSED, Setting, layer_heads, layer_tables, pages_of, random_pages
 from bench_timing import Effort, Looped, Runner
-from diffkv_jax.pallas_kernels.append import append_recent, shift_recent
 from diffkv_jax.pallas_kernels.codecs import KVFormat, demote, encode
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk, Scale, column_sums, prefill_attention
-from diffkv_jax.prefill_layer import PAGES_A_ROUND
+from diffkv_jax.pallas_kernels.recent_window import append_recent, shift_recent
+from diffkv_jax.steps.prefill import PAGES_A_ROUND
 
 COLUMNS = {
     "operation": "",

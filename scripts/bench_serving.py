@@ -16,9 +16,9 @@ import diffkv_jax as dkv
 from bench_attention import check_memory
 from bench_report import Row, Section
 from bench_states import Setting, uniform
-from diffkv_jax.amounts import parse_bytes
-from diffkv_jax.budget import cache_bytes, tree_bytes
+from diffkv_jax.cache.pool_size import cache_bytes, tree_bytes
 from diffkv_jax.models import ModelConfig, build_model, load_pretrained, param_shapes
+from diffkv_jax.units import parse_bytes
 
 COLUMNS = {
     "cache": "",

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from diffkv_jax.pallas_kernels.attention import Heads
 from diffkv_jax.pallas_kernels.codecs import Full, KVFormat
-from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
+from diffkv_jax.pallas_kernels.decode_attention import Heads
+from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 
 COMPRESSED, PLAIN = ("K8V4", "K4V2"), ("full",)

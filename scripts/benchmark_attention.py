@@ -15,7 +15,7 @@ from bench_attention import attention_runner
 from bench_states import COMPRESSED, Setting, attended_bytes
 from bench_timing import Effort, Looped, Runner
 from benchmark_results import Entry, Results
-from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
+from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
 
 # High and low share of a context of king_james in SmolLM2 (docs/results.md); the rest is dropped, or in the recent window.
 SHARES = {"(1, 0)": (0.12, 0.87), "(1, 0.02)": (0.12, 0.48)}

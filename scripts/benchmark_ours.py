@@ -16,15 +16,15 @@ from jax import Array, lax
 
 import diffkv_jax as dkv
 from benchmark_systems import Decoded, Place
-from diffkv_jax.amounts import parse_bytes
-from diffkv_jax.budget import cache_bytes, tree_bytes
-from diffkv_jax.cache import complete, empty_cache, without_empty
+from diffkv_jax.cache.cache import complete, empty_cache, without_empty
+from diffkv_jax.cache.pool_size import cache_bytes, tree_bytes
 from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.models import load_pretrained
-from diffkv_jax.pallas_kernels.compact import FreeRing
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.apply_event import FreeRing
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.read_prompts import prefill
-from diffkv_jax.runner import decode_step
+from diffkv_jax.steps.jitted import decode_step
+from diffkv_jax.units import parse_bytes
 
 CHUNK = 1024  # of a prompt: the default of `generate`
 

@@ -38,7 +38,7 @@ MODELS = {
 
 def named():
     try:
-        from diffkv_jax.methods import NAMED
+        from diffkv_jax.methods.registry import NAMED
     except ImportError:
         from diffkv_jax.named import NAMED
     return NAMED

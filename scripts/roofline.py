@@ -20,7 +20,18 @@ import jax
 import typer
 
 import chips  # first: it sets the environment
-from roofline_cases import MIXES, MODELS, PLAIN, SLOTS, Case, Setting, append_case, decode_case, prefill_case, sums_case
+from roofline_cases import (
+    MIXES,
+    MODELS,
+    PLAIN,
+    SLOTS,
+    Case,
+    Setting,
+    append_case,
+    decode_case,
+    prefill_case,
+    sums_case,
+)
 from roofline_event import event_cases
 from roofline_tables import MIXED, PLATFORM, Line, chips_of, label, megabytes, report
 from traffic import Traffic, count_traffic

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffkv_jax.pallas_kernels.append.api import append_recent
-from diffkv_jax.pallas_kernels.attention import Heads, decode_attention
 from diffkv_jax.pallas_kernels.codecs import KVFormat
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.decode_attention import Heads, decode_attention
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from diffkv_jax.pallas_kernels.prefill_attention.api import column_sums, prefill_attention
 from diffkv_jax.pallas_kernels.prefill_attention.reference import Chunk, Scale
+from diffkv_jax.pallas_kernels.recent_window.api import append_recent
 
 WINDOW, FLUSH, CHUNK, OBSERVE = 64, 32, 1024, 64
 SLOTS, LIVE = WINDOW + FLUSH, WINDOW + FLUSH // 2  # of the recent window; live ones on the average between two events

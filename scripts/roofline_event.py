@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffkv_jax.pallas_kernels.append.api import shift_recent
-from diffkv_jax.pallas_kernels.compact.api import apply_event
-from diffkv_jax.pallas_kernels.compact.reference import Stored, Tokens
-from diffkv_jax.pallas_kernels.compact.ring import FreeRing
+from diffkv_jax.pallas_kernels.apply_event.api import apply_event
+from diffkv_jax.pallas_kernels.apply_event.reference import Stored, Tokens
+from diffkv_jax.pallas_kernels.apply_event.ring import FreeRing
 from diffkv_jax.pallas_kernels.pages import Pages
-from diffkv_jax.pallas_kernels.prune.api import count_moves
-from diffkv_jax.pallas_kernels.prune.reference import Moves, Rule
+from diffkv_jax.pallas_kernels.plan_event.api import count_moves
+from diffkv_jax.pallas_kernels.plan_event.reference import Moves, Rule
+from diffkv_jax.pallas_kernels.recent_window.api import shift_recent
 from roofline_cases import CHUNK, FLUSH, OBSERVE, SLOTS, Case, Mix, Setting, unknown
 
 

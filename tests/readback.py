@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffkv_jax.cache import complete
+from diffkv_jax.cache.cache import complete
 from diffkv_jax.pallas_kernels.codecs import Levels, Normal, read_by
 from oracles import stored_numbers as stored
 from oracles.blocks import outliers, read_block, stored_rows

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from diffkv_jax import AttentionSpec, CausalLM, diffkv, make_cache
-from diffkv_jax.attend import attend
+from diffkv_jax.batching import chunks
 from diffkv_jax.models import self_attention
-from diffkv_jax.prompt import chunks
-from diffkv_jax.runner import decode_step, prefill_chunk
+from diffkv_jax.steps.attend import attend
+from diffkv_jax.steps.jitted import decode_step, prefill_chunk
 from oracles.algorithm1 import Head
 from readback import check_pool, held_tokens
 from tiny import prompt, tiny_model

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffkv_jax as dkv
-from diffkv_jax.allocate import budget_thresholds, kth_largest
-from diffkv_jax.selection import PROTECTED, Selection
-from diffkv_jax.smooth import moving_average
+from diffkv_jax.methods.snapkv import moving_average
+from diffkv_jax.policy.keep import budget_thresholds, kth_largest
+from diffkv_jax.policy.selection import PROTECTED, Selection
 
 NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from([0.0, -0.0, 1e-30, -1e-30])
 

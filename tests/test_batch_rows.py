@@ -5,10 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffkv_jax import CompressionPolicy, GenerateOutput, Greedy, Sample, diffkv, generate, make_cache, memory_report
+from diffkv_jax import (
+    CompressionPolicy,
+    GenerateOutput,
+    Greedy,
+    Sample,
+    diffkv,
+    generate,
+    make_cache,
+    memory_report,
+)
 from diffkv_jax.decode_loop import advance
-from diffkv_jax.runner import prefill_chunk
 from diffkv_jax.sampling import next_token, rules
+from diffkv_jax.steps.jitted import prefill_chunk
 from tiny import prompt, tiny_model
 
 LENGTHS = (40, 64, 150, 333)  # shorter than the window, one chunk, three and six chunks

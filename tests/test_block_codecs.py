@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, Outliers, PerChannel, Uniform, table_shape, with_table
+from diffkv_jax.pallas_kernels.codecs import (
+    Full,
+    KVFormat,
+    Outliers,
+    PerChannel,
+    Uniform,
+    table_shape,
+    with_table,
+)
 from oracles.blocks import kivi_keys, with_outliers
 from oracles.quantiser import fake_quantise
 

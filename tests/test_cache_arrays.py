@@ -10,9 +10,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.cache import CacheSpec, complete, empty_cache, without_empty
-from diffkv_jax.named import NAMED
-from diffkv_jax.runner import decode_step, end_replay, prefill_chunk, replay_chunk
+from diffkv_jax.cache.cache import CacheSpec, complete, empty_cache, without_empty
+from diffkv_jax.methods.registry import NAMED
+from diffkv_jax.steps.jitted import decode_step, end_replay, prefill_chunk, replay_chunk
 from tiny import prompt, tiny_latent_model, tiny_model
 
 REQUESTS, MAX_LEN = 2, 64

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.calibration import fingerprint
-from diffkv_jax.kmeans import weighted_kmeans
+from diffkv_jax.calibration.calibration import fingerprint
+from diffkv_jax.calibration.kmeans import weighted_kmeans
+from diffkv_jax.calibration.probe import Probe, activations
 from diffkv_jax.models import ModelConfig, build_model
-from diffkv_jax.probe import Probe, activations
 from tiny import prompt, tiny_latent_model, tiny_model
 
 TEXT = np.random.default_rng(1).integers(0, 97, (2, 40))

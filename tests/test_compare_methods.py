@@ -8,8 +8,8 @@ import pytest
 import compare_measure
 import compare_methods
 import diffkv_jax as dkv
-from diffkv_jax.methods import METHODS
-from diffkv_jax.recipes import RECIPES
+from diffkv_jax.methods.all import METHODS
+from diffkv_jax.methods.recipes import RECIPES
 
 METHOD_OF = {  # pages about one method, which they do not name again
     "ada_kv": "Ada-KV(SnapKV)",

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.budget import cache_bytes
-from diffkv_jax.cache import complete
-from diffkv_jax.kmeans import weighted_kmeans
-from diffkv_jax.layer_state import layer_heads, layer_layout
-from diffkv_jax.pallas_kernels.attention import decode_attention
+from diffkv_jax.cache.cache import complete
+from diffkv_jax.cache.layer import layer_heads, layer_layout
+from diffkv_jax.cache.pool_size import cache_bytes
+from diffkv_jax.calibration.kmeans import weighted_kmeans
 from diffkv_jax.pallas_kernels.codecs import Coupled, KVFormat
+from diffkv_jax.pallas_kernels.decode_attention import decode_attention
 from oracles.quantiser import pack
 from readback import check_pool, held_tokens
 from tiny import tiny_latent_model, tiny_model

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.pallas_kernels.native import why_unavailable
+from diffkv_jax.pallas_kernels.native.build import why_unavailable
 from tiny import prompt, tiny_model
 
 INTERPRETED = ("triton", "mosaic_tpu")

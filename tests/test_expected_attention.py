@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.new_cache import make_cache
-from diffkv_jax.pallas_kernels import native
-from diffkv_jax.pallas_kernels.kernels import Kernels
-from diffkv_jax.prompt import as_batch
-from diffkv_jax.query_statistics import QueryStatistics, with_queries
+from diffkv_jax.batching import as_batch
+from diffkv_jax.cache.make import make_cache
+from diffkv_jax.methods.query_statistics import QueryStatistics, with_queries
+from diffkv_jax.pallas_kernels.dispatch import Kernels
+from diffkv_jax.pallas_kernels.native import build
 from diffkv_jax.read_prompts import prefill
 from readback import held_tokens
 from test_coupled import POLICY as CODES
@@ -158,7 +158,7 @@ def test_chunks_of_a_prompt_choose_as_one(policy):
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.skipif(native.why_unavailable() is not None, reason="native kernels cannot be built here")
+@pytest.mark.skipif(build.why_unavailable() is not None, reason="native kernels cannot be built here")
 def test_keys_of_four_bits_are_scored_nearly_as_exact_ones():
     """On native kernels, in chunks: most keys are read from pages."""
     found = kept(dataclasses.replace(WRAPPED, tiers=("K4V4",)), chunk=128, kernels=Kernels("cpu"))

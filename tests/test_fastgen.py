@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.head_profile import mark_all, unmark
-from diffkv_jax.pallas_kernels.native import why_unavailable
+from diffkv_jax.methods.fastgen import mark_all, unmark
+from diffkv_jax.pallas_kernels.native.build import why_unavailable
 from oracles.fastgen import POLICIES, Head, queries_and_keys
 from readback import check_pool, held_tokens
 from tiny import tiny_model

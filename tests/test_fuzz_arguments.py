@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 import diffkv_jax as dkv
 from diffkv_jax import AttentionSpec, CacheSpec, CompressionPolicy
-from diffkv_jax.amounts import parse_bytes
-from diffkv_jax.budget import with_pool
-from diffkv_jax.methods import METHODS, Options
-from diffkv_jax.named import NAMED
-from diffkv_jax.recipes import RECIPES
+from diffkv_jax.cache.pool_size import with_pool
+from diffkv_jax.methods.all import METHODS, Options
+from diffkv_jax.methods.recipes import RECIPES
+from diffkv_jax.methods.registry import NAMED
+from diffkv_jax.units import parse_bytes
 from nasty import PROFILE, attempt, fuzz, some_of, values
 
 LAYERS, HEADS, DIM, CONTEXT = 4, 2, 32, 256

@@ -41,7 +41,7 @@ def nothing_computed(first):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.import_module("diffkv_jax.generate"), "_run", computed)
-        for name in ("new_cache", "calibrate", "evaluate"):
+        for name in ("cache.make", "calibration.calibrate", "evaluate"):
             module = importlib.import_module(f"diffkv_jax.{name}")
             found = [part for part in ("_allocated", "_collect", "prefill") if hasattr(module, part)]
             patch.setattr(module, found[0], computed)

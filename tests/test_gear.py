@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.new_cache import make_cache
+from diffkv_jax.cache.make import make_cache
 from diffkv_jax.pallas_kernels.codecs import KVFormat, table_shape, with_table
 from diffkv_jax.pallas_kernels.codecs.low_rank import nearest
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout
 from diffkv_jax.read_prompts import prefill
 from oracles.blocks import gear, gear_low_rank, kivi_keys

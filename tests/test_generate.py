@@ -7,11 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffkv_jax import CompressionPolicy, GenerateOutput, Greedy, KVCache, Sample, diffkv, generate, make_cache
+from diffkv_jax import (
+    CompressionPolicy,
+    GenerateOutput,
+    Greedy,
+    KVCache,
+    Sample,
+    diffkv,
+    generate,
+    make_cache,
+)
 from diffkv_jax.decode_loop import Requests, advance, begin
 from diffkv_jax.read_prompts import prefill
-from diffkv_jax.runner import prefill_chunk
 from diffkv_jax.sampling import next_token, rules
+from diffkv_jax.steps.jitted import prefill_chunk
 from readback import page_ids_in_use
 from tiny import prompt, tiny_model
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from diffkv_jax import GenerateOutput, diffkv, generate, quantized
-from diffkv_jax.pallas_kernels.kernels import Kernels
-from diffkv_jax.pallas_kernels.native import why_unavailable
+from diffkv_jax.pallas_kernels.dispatch import Kernels
+from diffkv_jax.pallas_kernels.native.build import why_unavailable
 from readback import check_pool, page_ids_in_use
 from tiny import prompt, tiny_model
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax import new_cache
+from diffkv_jax.batching import as_prompts
+from diffkv_jax.cache import make
 from diffkv_jax.evaluate import teacher_forced
-from diffkv_jax.prompt import as_prompts
 from tiny import prompt, tiny_model
 
 TEXTS = [[5, 6, 7, 8], [9, 10]]
@@ -214,7 +214,7 @@ def test_a_cache_that_the_memory_does_not_hold(monkeypatch):
     def exhausted(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(new_cache, "_empty", exhausted)
+    monkeypatch.setattr(make, "_empty", exhausted)
     with pytest.raises(ValueError, match="2 requests of up to 512 tokens takes .*B, more than the device has free: give a memory_budget"):
         dkv.make_cache(tiny_model(max_len=512)[0], None, [5, 7], max_len=512)
 

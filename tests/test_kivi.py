@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
+from diffkv_jax.cache.make import make_cache
 from diffkv_jax.evaluate import teacher_forced
-from diffkv_jax.new_cache import make_cache
-from diffkv_jax.pallas_kernels.attention import Heads, decode_attention
 from diffkv_jax.pallas_kernels.codecs import KVFormat, Uniform
 from diffkv_jax.pallas_kernels.codecs.uniform import nearest_divisor
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.decode_attention import Heads, decode_attention
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout
 from diffkv_jax.read_prompts import prefill
 from oracles.blocks import kivi_keys

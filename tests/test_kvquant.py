@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.layer_state import layer_heads, layer_layout
-from diffkv_jax.learn import Learning, learn_table
-from diffkv_jax.pallas_kernels.attention import decode_attention
-from diffkv_jax.pallas_kernels.codecs import KVFormat, Levels, LowRank, Outliers, StaticLevels, with_table
+from diffkv_jax.cache.layer import layer_heads, layer_layout
+from diffkv_jax.calibration.learn import Learning, learn_table
+from diffkv_jax.pallas_kernels.codecs import (
+    KVFormat,
+    Levels,
+    LowRank,
+    Outliers,
+    StaticLevels,
+    with_table,
+)
+from diffkv_jax.pallas_kernels.decode_attention import decode_attention
 from oracles.quantiser import fake_quantise, pack
 from readback import held_tokens
 from tiny import tiny_model

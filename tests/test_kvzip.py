@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.new_cache import make_cache
-from diffkv_jax.pallas_kernels import native
-from diffkv_jax.pallas_kernels.kernels import Kernels
-from diffkv_jax.prompt import replay_passes
+from diffkv_jax.batching import replay_passes
+from diffkv_jax.cache.make import make_cache
+from diffkv_jax.pallas_kernels.dispatch import Kernels
+from diffkv_jax.pallas_kernels.native import build
+from diffkv_jax.policy.replay import FIRST, LATER
 from diffkv_jax.read_prompts import prefill
-from diffkv_jax.replay import FIRST, LATER
-from diffkv_jax.runner import end_replay
+from diffkv_jax.steps.jitted import end_replay
 from readback import check_pool, held_tokens
 from test_methods import LAYERS, LENGTH, PROMPT, kept, models
 from tiny import tiny_model
@@ -175,7 +175,7 @@ def test_pages_are_freed_and_later_tokens_stay():
 def test_what_is_scored_are_the_keys_that_attention_reads():
     """The recipe with four bits, on native kernels where they can be built: nearly the choice that exact keys make, in as many tokens."""
     policy = dataclasses.replace(dkv.load_policy("kvzip_4bit"), replay=REPLAY, window=1)
-    found = kept(policy, kernels=Kernels("xla" if native.why_unavailable() else "cpu"))
+    found = kept(policy, kernels=Kernels("xla" if build.why_unavailable() else "cpu"))
     exact = kept(dataclasses.replace(policy, tiers=("full",)))
     both = sum(len(found[layer][head] & exact[layer][head]) for layer, head in HEADS)
     total = sum(len(found[layer][head]) for layer, head in HEADS)
@@ -185,7 +185,7 @@ def test_what_is_scored_are_the_keys_that_attention_reads():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "implementation",
-    ["xla", pytest.param("cpu", marks=pytest.mark.skipif(bool(native.why_unavailable()), reason="native kernels cannot be built here"))],
+    ["xla", pytest.param("cpu", marks=pytest.mark.skipif(bool(build.why_unavailable()), reason="native kernels cannot be built here"))],
 )
 def test_two_tiers(implementation):
     """The best stay at eight bits, the next at four; a tier's line is one for all heads."""

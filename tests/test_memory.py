@@ -26,11 +26,11 @@ from diffkv_jax import (
     pyramidinfer,
     snapkv,
 )
-from diffkv_jax.budget import tree_bytes
-from diffkv_jax.cache import KVCache, empty_cache
-from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
-from diffkv_jax.pallas_kernels.native import why_unavailable
-from diffkv_jax.runner import decode_step, end_replay, prefill_chunk, replay_chunk
+from diffkv_jax.cache.cache import KVCache, empty_cache
+from diffkv_jax.cache.pool_size import tree_bytes
+from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
+from diffkv_jax.pallas_kernels.native.build import why_unavailable
+from diffkv_jax.steps.jitted import decode_step, end_replay, prefill_chunk, replay_chunk
 from tiny import tiny_model
 
 pytestmark = pytest.mark.optimized

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
+from diffkv_jax.cache.make import make_cache
 from diffkv_jax.models import load_pretrained
-from diffkv_jax.new_cache import make_cache
-from diffkv_jax.pallas_kernels import native
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.dispatch import Kernels
+from diffkv_jax.pallas_kernels.native import build
 from diffkv_jax.read_prompts import prefill
 from readback import check_pool, held_tokens
 from tiny import tiny_model
@@ -233,7 +233,7 @@ def test_two_tiers_with_budgets_on_native_kernels_too():
     policy = dkv.CompressionPolicy("l2 in tiers", ("K8V4", "K4V2"), score="key_norm", keep=0.5, keep_high=0.3, sinks=4, window=16)
     found = kept(policy)
     assert all(len(head) == LENGTH // 2 for layer in found for head in layer)
-    if native.why_unavailable() is None:
+    if build.why_unavailable() is None:
         assert kept(policy, kernels=Kernels("cpu")) == found
 
 

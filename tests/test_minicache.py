@@ -11,14 +11,14 @@ import pytest
 from jax import lax
 
 import diffkv_jax as dkv
-from diffkv_jax.attend import attend
-from diffkv_jax.budget import with_pool
-from diffkv_jax.cache import CacheSpec, empty_cache
-from diffkv_jax.model_protocol import AttentionSpec
-from diffkv_jax.new_cache import make_cache
+from diffkv_jax.cache.cache import CacheSpec, empty_cache
+from diffkv_jax.cache.make import make_cache
+from diffkv_jax.cache.pool_size import with_pool
+from diffkv_jax.model import AttentionSpec
 from diffkv_jax.pallas_kernels.codecs import Full, Shared, Uniform
-from diffkv_jax.pallas_kernels.kernels import XLA
-from diffkv_jax.runner import decode_step, prefill_chunk
+from diffkv_jax.pallas_kernels.dispatch import XLA
+from diffkv_jax.steps.attend import attend
+from diffkv_jax.steps.jitted import decode_step, prefill_chunk
 from oracles import minicache, quantiser
 from readback import check_pool, held_tokens, page_ids_in_use
 from tiny import tiny_model

@@ -9,10 +9,10 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax import GenerateOutput
-from diffkv_jax.cache import kernels_for, table_shapes
-from diffkv_jax.calibration import fingerprint
-from diffkv_jax.pallas_kernels.kernels import PALLAS, XLA, Kernels
-from diffkv_jax.pallas_kernels.native import why_unavailable
+from diffkv_jax.cache.cache import kernels_for, table_shapes
+from diffkv_jax.calibration.calibration import fingerprint
+from diffkv_jax.pallas_kernels.dispatch import PALLAS, XLA, Kernels
+from diffkv_jax.pallas_kernels.native.build import why_unavailable
 from readback import check_pool
 from tiny import prompt, tiny_model
 

@@ -11,8 +11,8 @@ import pytest
 import diffkv_jax as dkv
 from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.pallas_kernels.codecs import LatentFormat
+from diffkv_jax.policy.transform import rotation
 from diffkv_jax.read_prompts import prefill
-from diffkv_jax.rotation import rotation
 from oracles.quantiser import dequantise, quantise
 from readback import held_tokens
 from tiny import tiny_latent_model

@@ -13,8 +13,9 @@ import jax
 import pytest
 from filelock import FileLock
 
-from diffkv_jax.pallas_kernels import kernels, native
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels import dispatch
+from diffkv_jax.pallas_kernels.dispatch import Kernels
+from diffkv_jax.pallas_kernels.native import build
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -23,7 +24,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Nothing found out yet about compilers, an empty cache."""
     monkeypatch.setenv("DIFFKV_JAX_CACHE", str(tmp_path / "cache"))
-    cached = (native._toolchain, native.library, native._register, kernels._no_native_kernels)
+    cached = (build._toolchain, build.library, build._register, dispatch._no_native_kernels)
     for function in cached:
         function.cache_clear()
     yield monkeypatch
@@ -46,21 +47,21 @@ def test_a_compiler_that_fails_is_named(fresh, tmp_path):
     broken.write_text("#!/bin/sh\necho out of order >&2\nexit 1\n")
     broken.chmod(0o755)
     fresh.setenv("CXX", str(broken))
-    assert "out of order" in (native.why_unavailable() or "")
+    assert "out of order" in (build.why_unavailable() or "")
 
 
 @needs_compiler
 def test_a_library_is_built_once_and_again_when_the_flags_change(fresh, tmp_path):
-    native.library("append")
+    build.library("recent_window")
     (built,) = (tmp_path / "cache").iterdir()
     before = built.stat()
-    native.library.cache_clear()
-    native.library("append")
+    build.library.cache_clear()
+    build.library("recent_window")
     assert built.stat() == before
-    native.library.cache_clear()
-    native._toolchain.cache_clear()
+    build.library.cache_clear()
+    build._toolchain.cache_clear()
     fresh.setenv("DIFFKV_JAX_CXXFLAGS", "-O1")
-    native.library("append")
+    build.library("recent_window")
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
@@ -92,42 +93,42 @@ def test_threads_build_and_register_once(counted, monkeypatch: pytest.MonkeyPatc
 
     def first_use(_):
         start.wait()
-        native._register("append", "append_recent_cpu")
-        return native.library("append")
+        build._register("recent_window", "append_recent_cpu")
+        return build.library("recent_window")
 
     with ThreadPoolExecutor(threads) as pool:
         libraries = set(map(id, pool.map(first_use, range(threads))))
-    assert counted() == ["append"] and len(libraries) == 1 and registered == ["diffkv_jax.append_recent_cpu"]
+    assert counted() == ["recent_window"] and len(libraries) == 1 and registered == ["diffkv_jax.append_recent_cpu"]
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_processes_build_once(counted, tmp_path: Path):
-    program = "from diffkv_jax.pallas_kernels import native; print(native.library('append')._name)"
+    program = "from diffkv_jax.pallas_kernels.native import build; print(build.library('recent_window')._name)"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "JAX_PLATFORMS": "cpu"}
     started = [subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     names = {process.communicate(timeout=120)[0] for process in started}
     assert [process.returncode for process in started] == [0, 0, 0] and len(names) == 1
-    assert counted() == ["append"]
+    assert counted() == ["recent_window"]
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
 
 
 @needs_compiler
 def test_the_lock_of_a_process_that_died_is_no_obstacle(counted, tmp_path: Path):
-    place = native._place("append")
+    place = build._place("recent_window")
     place.parent.mkdir()
     place.with_suffix(".lock").write_text("left behind")
-    native.library("append")
-    assert counted() == ["append"]
+    build.library("recent_window")
+    assert counted() == ["recent_window"]
 
 
 @needs_compiler
 def test_a_build_that_takes_too_long_is_named(counted, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(native, "LOCK_SECONDS", 0.1)
-    lock = native._place("append").with_suffix(".lock")
+    monkeypatch.setattr(build, "LOCK_SECONDS", 0.1)
+    lock = build._place("recent_window").with_suffix(".lock")
     lock.parent.mkdir()
-    with FileLock(lock), pytest.raises(native.Unavailable, match=f"{lock} has been held for 0.1 s.*DIFFKV_JAX_CACHE"):
-        native.library("append")
+    with FileLock(lock), pytest.raises(build.Unavailable, match=f"{lock} has been held for 0.1 s.*DIFFKV_JAX_CACHE"):
+        build.library("recent_window")
     assert counted() == []
 
 
@@ -144,10 +145,10 @@ def test_where_nothing_can_be_written_xla_runs_and_the_log_says_why(fresh, tmp_p
 
 @needs_compiler
 def test_built_libraries_are_used_where_nothing_can_be_written(fresh, tmp_path: Path):
-    operations = sorted(path.parent.name for path in native.HEADERS.parent.glob("*/cpu.cc"))
+    operations = sorted(path.parent.name for path in build.HEADERS.parent.glob("*/cpu.cc"))
     for operation in operations:
-        place = native._place(operation)
+        place = build._place(operation)
         place.parent.mkdir(exist_ok=True)
         place.touch()
-    fresh.setattr(native, "_check_writable", lambda directory: pytest.fail(f"asks for {directory}"))
-    assert native.why_unavailable() is None and len(operations) >= 6
+    fresh.setattr(build, "_check_writable", lambda directory: pytest.fail(f"asks for {directory}"))
+    assert build.why_unavailable() is None and len(operations) >= 6

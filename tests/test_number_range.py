@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
+from diffkv_jax.cache.make import make_cache
 from diffkv_jax.evaluate import _feed
-from diffkv_jax.named import NAMED
-from diffkv_jax.new_cache import make_cache
+from diffkv_jax.methods.registry import NAMED
 from diffkv_jax.pallas_kernels.codecs import KVFormat, shared_format, table_shape, with_table
-from diffkv_jax.pallas_kernels.kernels import Kernels
-from diffkv_jax.pallas_kernels.native import why_unavailable
+from diffkv_jax.pallas_kernels.dispatch import Kernels
+from diffkv_jax.pallas_kernels.native.build import why_unavailable
 from diffkv_jax.read_prompts import prefill
 from tiny import tiny_model
 

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffkv_jax.observed import SPANS, count_observed, nothing_observed
-from diffkv_jax.pallas_kernels.prune import mean_significance
+from diffkv_jax.cache.query_counts import SPANS, count_observed, nothing_observed
+from diffkv_jax.pallas_kernels.plan_event import mean_significance
 
 
 def counted(turns: list[tuple[int, int, int]]) -> tuple[np.ndarray, list[int]]:

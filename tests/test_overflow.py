@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffkv_jax import CacheSpec, CompressionPolicy, KVCache, diffkv
-from diffkv_jax.cache import complete, empty_cache, without_empty
-from diffkv_jax.runner import decode_step, prefill_chunk
+from diffkv_jax.cache.cache import complete, empty_cache, without_empty
+from diffkv_jax.steps.jitted import decode_step, prefill_chunk
 from readback import page_ids_in_use, slot_addresses
 from tiny import prompt, tiny_model
 

@@ -10,8 +10,8 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax import AttentionSpec, CacheSpec, CompressionPolicy
-from diffkv_jax.amounts import parse_bytes
-from diffkv_jax.recipes import kvzip_4bit
+from diffkv_jax.methods.recipes import kvzip_4bit
+from diffkv_jax.units import parse_bytes
 
 SPEC = AttentionSpec(4, 4, 2, 32, (None,) * 4, 0.2, None, 97, 512, "float32", (0.5,) * 16)
 SAME = {

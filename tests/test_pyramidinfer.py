@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.new_cache import make_cache
-from diffkv_jax.pallas_kernels.kernels import Kernels
-from diffkv_jax.pallas_kernels.native import why_unavailable
-from diffkv_jax.policy import cosine
+from diffkv_jax.cache.make import make_cache
+from diffkv_jax.pallas_kernels.dispatch import Kernels
+from diffkv_jax.pallas_kernels.native.build import why_unavailable
+from diffkv_jax.policy.policy import cosine
 from diffkv_jax.read_prompts import prefill
 from oracles.pyramidinfer import read
 from readback import check_pool, held_tokens

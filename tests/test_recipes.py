@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax import recipes
+from diffkv_jax.methods import recipes
 from readback import held_tokens
 from tiny import tiny_model
 

@@ -5,7 +5,7 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax.evaluate import teacher_forced
-from diffkv_jax.rotation import rotated, rotation
+from diffkv_jax.policy.transform import rotated, rotation
 from oracles.quantiser import dequantise, quantise
 from readback import held_tokens
 from tiny import tiny_model

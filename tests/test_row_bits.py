@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from diffkv_jax import CompressionPolicy, diffkv, make_cache, quantized
+from diffkv_jax.batching import as_batch, chunk_size
 from diffkv_jax.evaluate import _log_softmax
 from diffkv_jax.models import ModelConfig, build_model, load_pretrained
-from diffkv_jax.pallas_kernels.kernels import Kernels
-from diffkv_jax.pallas_kernels.native import why_unavailable
-from diffkv_jax.prompt import as_batch, chunk_size
+from diffkv_jax.pallas_kernels.dispatch import Kernels
+from diffkv_jax.pallas_kernels.native.build import why_unavailable
 from diffkv_jax.read_prompts import prefill
-from diffkv_jax.runner import decode_step
 from diffkv_jax.sampling import Sample, _allowed, rules
+from diffkv_jax.steps.jitted import decode_step
 from helpers_model import smollm2_gguf_path
 from tiny import prompt
 

@@ -10,15 +10,27 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.budget import with_pool
-from diffkv_jax.cache import CacheSpec, empty_cache
-from diffkv_jax.new_cache import make_cache
-from diffkv_jax.pallas_kernels.kernels import XLA
+from diffkv_jax.cache.cache import CacheSpec, empty_cache
+from diffkv_jax.cache.make import make_cache
+from diffkv_jax.cache.pool_size import with_pool
+from diffkv_jax.pallas_kernels.dispatch import XLA
 from diffkv_jax.read_prompts import prefill
-from diffkv_jax.runner import prefill_chunk
+from diffkv_jax.steps.jitted import prefill_chunk
 from oracles import minicache
 from readback import check_pool, held_tokens, page_ids_in_use
-from test_minicache import CHUNK, DIM, FIRST, FLUSH, KV_HEADS, LAYERS, MODEL, REQUESTS, WINDOW, decode, draw
+from test_minicache import (
+    CHUNK,
+    DIM,
+    FIRST,
+    FLUSH,
+    KV_HEADS,
+    LAYERS,
+    MODEL,
+    REQUESTS,
+    WINDOW,
+    decode,
+    draw,
+)
 from tiny import tiny_model
 
 ALPHA, OPTIONS = (1.0, 0.7), {"observe": 16, "window": WINDOW, "flush": FLUSH}

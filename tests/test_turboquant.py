@@ -8,7 +8,7 @@ import diffkv_jax as dkv
 from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.pallas_kernels.codecs import KVFormat, Normal
 from diffkv_jax.pallas_kernels.codecs.normal import LEVELS
-from diffkv_jax.rotation import rotated
+from diffkv_jax.policy.transform import rotated
 from oracles.normal_levels import dequantise_normal, lloyd_max, quantise_normal, rounded_levels
 from oracles.quantiser import dequantise, quantise
 from readback import held_tokens

@@ -2,7 +2,7 @@
 
 from jax import Array
 
-from ..kernels import XLA, Kernels
+from ..dispatch import XLA, Kernels
 from ..precision import in_32_bits
 from .formats import Block, KVFormat
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .. import native
+from ..native import build
 from ..pages import PageLayout
 from .blockwise import head_dim_of
 from .formats import Block, KVFormat
@@ -20,7 +20,7 @@ def encode(fmt: KVFormat, k: Array, v: Array) -> Block:
         ValueError: T is no multiple of 16.
     """
     count, head_dim, tokens = k.shape
-    run = native.call("codecs", "encode_cpu", *_shapes(fmt, count, head_dim, tokens))
+    run = build.call("codecs", "encode_cpu", *_shapes(fmt, count, head_dim, tokens))
     return Block(*run(k, v, formats=_codes(head_dim, tokens, fmt)))
 
 
@@ -32,7 +32,7 @@ def demote(source: KVFormat, target: KVFormat, block: Block) -> Block:
     """
     count, rows, tokens = block.k_payload.shape
     head_dim = head_dim_of(source.key, rows)
-    run = native.call("codecs", "demote_cpu", *_shapes(target, count, head_dim, tokens))
+    run = build.call("codecs", "demote_cpu", *_shapes(target, count, head_dim, tokens))
     return Block(*run(*block, formats=_codes(head_dim, tokens, source, target), head_dim=np.int64(head_dim)))
 
 
@@ -48,4 +48,4 @@ def _shapes(fmt: KVFormat, count: int, head_dim: int, tokens: int) -> list[jax.S
 
 def _codes(head_dim: int, tokens: int, *formats: KVFormat) -> np.ndarray:
     """The codecs of formats as the kernels read them: each that of pages of its own."""
-    return np.concatenate([native.format_codes(PageLayout.solve((fmt,), head_dim, tokens=tokens)) for fmt in formats])
+    return np.concatenate([build.format_codes(PageLayout.solve((fmt,), head_dim, tokens=tokens)) for fmt in formats])

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..kernels import tpu_interpreter
+from ..dispatch import tpu_interpreter
 from .blockwise import Meta, Parts, Planes, demote_block, encode_block, head_dim_of, parts_of
 from .formats import Block, Codec, KVFormat
 from .halves import half_to_float

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..kernels import XLA, Kernels
+from ..dispatch import XLA, Kernels
 from ..precision import in_32_bits
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .. import native
+from ..native import build
 
 NUMBERS = (jnp.float32, jnp.bfloat16)
 
@@ -27,7 +27,7 @@ def linear(x: Array, weights: Sequence[Array], layer: Array | None, *, transpose
     stacks = [w if layer is not None else w[None] for w in weights]
     columns = [w.shape[1 if transposed else 2] for w in stacks]
     outputs = [jax.ShapeDtypeStruct((rows.shape[0], n), jnp.float32) for n in columns]
-    run = native.call("linear", "linear_cpu", *outputs)
+    run = build.call("linear", "linear_cpu", *outputs)
     index = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
     results = run(rows, index, *stacks, transposed=transposed)
     return [y.astype(dtype).reshape(*x.shape[:-1], n) for y, n in zip(results, columns, strict=True)]

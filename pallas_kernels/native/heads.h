@@ -45,7 +45,7 @@ struct Sides {
   }
 };
 
-// Rules of B heads, as pallas_kernels/prune/reference.py has them.
+// Rules of B heads, as pallas_kernels/plan_event/reference.py has them.
 struct Rules {
   const float* tau;         // [B, 2] high, low
   const int32_t* observed;  // [B, spans, 2] end, length

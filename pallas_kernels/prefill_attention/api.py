@@ -2,8 +2,8 @@
 
 from jax import Array
 
-from ..attention.reference import Heads
-from ..kernels import XLA, Kernels
+from ..decode_attention.reference import Heads
+from ..dispatch import XLA, Kernels
 from ..pages import PageLayout, Pages
 from ..precision import in_32_bits
 from . import reference, sums_reference

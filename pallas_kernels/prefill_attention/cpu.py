@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .. import native
-from ..attention.reference import Heads
+from ..decode_attention.reference import Heads
+from ..native import build
 from ..pages import PageLayout, Pages
 from .reference import Chunk, Scale
 
@@ -19,7 +19,7 @@ def prefill_attention(chunk: Chunk, pages: Pages, layout: PageLayout, heads: Hea
         ValueError or jax.errors.JaxRuntimeError: when run, for a length or page id that leads out of an array.
     """
     q, k, v, length = readable(chunk)
-    run = native.call(
+    run = build.call(
         "prefill_attention",
         "prefill_attention_cpu",
         jax.ShapeDtypeStruct(q.shape, jnp.float32),
@@ -51,7 +51,7 @@ def readable(chunk: Chunk) -> Chunk:
 def attributes(layout: PageLayout, scale: Scale) -> dict[str, np.ndarray | np.generic]:
     """What both handlers want to know of the pages and the logits."""
     return {
-        "formats": native.format_codes(layout),
+        "formats": build.format_codes(layout),
         "sm_scale": np.float32(scale.sm_scale),
         "cap": np.float32(scale.soft_cap or 0),
         "side_rows": np.int64(layout.side_rows),

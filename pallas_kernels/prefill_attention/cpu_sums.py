@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .. import native
-from ..attention.reference import Heads
+from ..decode_attention.reference import Heads
+from ..native import build
 from ..pages import PageLayout, Pages
 from .cpu import attributes, readable
 from .reference import Chunk, Scale
@@ -20,7 +20,7 @@ def column_sums(chunk: Chunk, lse: Array, observe: int, pages: Pages, layout: Pa
         ValueError or jax.errors.JaxRuntimeError: when run, for a length or page id that leads out of an array.
     """
     q, k, _, length = readable(chunk)
-    run = native.call(
+    run = build.call(
         "prefill_attention",
         "column_sums_cpu",
         jax.ShapeDtypeStruct(pages.significance.shape, jnp.float32),

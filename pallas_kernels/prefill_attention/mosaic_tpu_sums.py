@@ -11,8 +11,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..attention.reference import Heads
-from ..kernels import tpu_interpreter
+from ..decode_attention.reference import Heads
+from ..dispatch import tpu_interpreter
 from ..pages import PageLayout, Pages
 from .mosaic_tpu import pages_of_step, queries
 from .mosaic_tpu_pages import (

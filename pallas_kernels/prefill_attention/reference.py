@@ -5,8 +5,16 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..attention.reference import Heads
-from ..attention.stream import Partial, Scale, chunk_logits, chunk_mix, over_chunks, read_chunk, soft_cap
+from ..decode_attention.reference import Heads
+from ..decode_attention.stream import (
+    Partial,
+    Scale,
+    chunk_logits,
+    chunk_mix,
+    over_chunks,
+    read_chunk,
+    soft_cap,
+)
 from ..pages import PageLayout, Pages
 
 BLOCK_Q, BLOCK_KV = 512, 512  # rows of queries and of chunk keys that one step holds; BLOCK_Q divides or exceeds the chunk

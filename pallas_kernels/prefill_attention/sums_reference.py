@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..attention.reference import Heads
-from ..attention.stream import add_significance, chunk_logits, over_chunks, read_chunk
+from ..decode_attention.reference import Heads
+from ..decode_attention.stream import add_significance, chunk_logits, over_chunks, read_chunk
 from ..pages import PageLayout, Pages
 from .reference import Chunk, Scale, exact_logits, own_logits, recent_keys
 

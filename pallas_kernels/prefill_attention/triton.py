@@ -11,8 +11,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ..attention.reference import Heads
-from ..attention.triton_keys import (
+from ..decode_attention.reference import Heads
+from ..decode_attention.triton_keys import (
     LN_2,
     CodeTile,
     State,

@@ -11,8 +11,17 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ..attention.reference import Heads
-from ..attention.triton_keys import LOG2_E, CodeTile, chunk_key_index, gathered, key_pieces, load_rows, logits_of, stored_blocks
+from ..decode_attention.reference import Heads
+from ..decode_attention.triton_keys import (
+    LOG2_E,
+    CodeTile,
+    chunk_key_index,
+    gathered,
+    key_pieces,
+    load_rows,
+    logits_of,
+    stored_blocks,
+)
 from ..pages import PageLayout, Pages
 from .reference import Chunk, Scale
 from .sums_reference import ColumnSums

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct as Shape
 
 from diffkv_jax import CompressionPolicy, diffkv
-from diffkv_jax.cache import CacheSpec, KVCache, empty_cache
+from diffkv_jax.cache.cache import CacheSpec, KVCache, empty_cache
 from diffkv_jax.models import ModelConfig, build_model
-from diffkv_jax.pallas_kernels.attention import Heads
+from diffkv_jax.pallas_kernels.apply_event import FreeRing, Stored
 from diffkv_jax.pallas_kernels.codecs import KVFormat, table_shape
-from diffkv_jax.pallas_kernels.compact import FreeRing, Stored
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.decode_attention import Heads
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
-from diffkv_jax.pallas_kernels.prune import Moves, Rule
+from diffkv_jax.pallas_kernels.plan_event import Moves, Rule
 
 REQUESTS, LAYERS, KV_HEADS, GROUP, HEAD_DIM, CONTEXT, SLOTS, FLUSH = 16, 32, 8, 4, 128, 8192, 96, 32
 HEADS = REQUESTS * KV_HEADS

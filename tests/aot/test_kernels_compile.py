@@ -13,13 +13,13 @@ from jax import ShapeDtypeStruct as Shape
 from llama8b import CONTEXT, FLUSH, GROUP, HEADS, LAYERS, SLOTS, int32
 
 import chips
-from diffkv_jax.pallas_kernels.append import append_recent, shift_recent
-from diffkv_jax.pallas_kernels.attention import decode_attention
+from diffkv_jax.pallas_kernels.apply_event import Tokens, apply_event
 from diffkv_jax.pallas_kernels.codecs import KVFormat, demote, encode
-from diffkv_jax.pallas_kernels.compact import Tokens, apply_event
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.decode_attention import decode_attention
+from diffkv_jax.pallas_kernels.dispatch import Kernels
+from diffkv_jax.pallas_kernels.plan_event import count_moves
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk, Scale, column_sums, prefill_attention
-from diffkv_jax.pallas_kernels.prune import count_moves
+from diffkv_jax.pallas_kernels.recent_window import append_recent, shift_recent
 
 pytestmark = pytest.mark.compile
 

@@ -12,9 +12,9 @@ from jax import ShapeDtypeStruct as Shape
 import chips
 from chips import Compiled, compile_for
 from diffkv_jax import CompressionPolicy, kvquant
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.pages import Pages
-from diffkv_jax.runner import decode_step, prefill_chunk
+from diffkv_jax.steps.jitted import decode_step, prefill_chunk
 
 pytestmark = pytest.mark.compile
 

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from diffkv_jax.pallas_kernels.compact import Tokens
+from diffkv_jax.pallas_kernels.apply_event import Tokens
 from diffkv_jax.pallas_kernels.pages import PageLayout
-from diffkv_jax.pallas_kernels.prune import Rule
+from diffkv_jax.pallas_kernels.plan_event import Rule
 from oracles.normal_levels import dequantise_normal, rounded_levels
 from oracles.quantiser import demote_nested, dequantise, unpack
 from readback import decode_tensor, slot_addresses, tensor_rows

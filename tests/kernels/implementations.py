@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-from diffkv_jax.pallas_kernels.kernels import Kernels
-from diffkv_jax.pallas_kernels.native import why_unavailable
+from diffkv_jax.pallas_kernels.dispatch import Kernels
+from diffkv_jax.pallas_kernels.native.build import why_unavailable
 
 INTERPRETED = {
     "xla": Kernels("xla"),

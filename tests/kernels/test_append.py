@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from implementations import IMPLEMENTATIONS
 
-from diffkv_jax.pallas_kernels.append import append_recent, mosaic_tpu, shift_recent
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.dispatch import Kernels
+from diffkv_jax.pallas_kernels.recent_window import append_recent, mosaic_tpu, shift_recent
 
 LAYERS = 2
 SHAPES = (

@@ -11,7 +11,7 @@ from implementations import IMPLEMENTATIONS
 
 from diffkv_jax.pallas_kernels import codecs
 from diffkv_jax.pallas_kernels.codecs import Block, KVFormat, Uniform, mosaic_tpu, triton
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 from oracles.quantiser import demote_nested, pack
 from readback import decode_tensor
 

@@ -10,9 +10,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from diffkv_jax.pallas_kernels.apply_event import (
+    FreeRing,
+    Stored,
+    Tokens,
+    append_tokens,
+    release_all,
+    remove_tokens,
+)
+from diffkv_jax.pallas_kernels.apply_event.ring import allocate, release
 from diffkv_jax.pallas_kernels.codecs import KVFormat
-from diffkv_jax.pallas_kernels.compact import FreeRing, Stored, Tokens, append_tokens, release_all, remove_tokens
-from diffkv_jax.pallas_kernels.compact.ring import allocate, release
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from oracles.quantiser import demote_nested, dequantise, quantise
 from readback import check_pool, read_tier

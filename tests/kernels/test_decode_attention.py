@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from implementations import IMPLEMENTATIONS, NATIVE
 
-from diffkv_jax.pallas_kernels.attention import Heads, Sliding, decode_attention
 from diffkv_jax.pallas_kernels.codecs import KVFormat
-from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
+from diffkv_jax.pallas_kernels.decode_attention import Heads, Sliding, decode_attention
+from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from readback import Pool, on_device, random_pool, read_tier, slot_addresses
 

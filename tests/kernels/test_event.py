@@ -12,10 +12,10 @@ from event_rule import World, check_tensor, expected, read
 from event_states import INFINITE, MAX_LEN, NEW, SCENARIOS, Case, build
 from implementations import IMPLEMENTATIONS
 
-from diffkv_jax.pallas_kernels.compact import FreeRing, Stored, Tokens, apply_event
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.apply_event import FreeRing, Stored, Tokens, apply_event
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
-from diffkv_jax.pallas_kernels.prune import Rule, count_moves
+from diffkv_jax.pallas_kernels.plan_event import Rule, count_moves
 from readback import check_pool, slot_addresses
 
 CASES = [

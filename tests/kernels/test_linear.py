@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.linear import linear, sum_of_rows
-from diffkv_jax.pallas_kernels.native import why_unavailable
+from diffkv_jax.pallas_kernels.native.build import why_unavailable
 
 LAYERS, WIDTH = 3, 70  # no multiple of a vector
 TYPES = [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]  # of x and the weights

@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from diffkv_jax.pallas_kernels.codecs import Block, KVFormat
-from diffkv_jax.pallas_kernels.pages import PageLayout, Pages, least_waste, page_column, tier_page_ids
+from diffkv_jax.pallas_kernels.pages import (
+    PageLayout,
+    Pages,
+    least_waste,
+    page_column,
+    tier_page_ids,
+)
 
 # --- the library's pages ---
 

@@ -10,9 +10,9 @@ import pytest
 from implementations import IMPLEMENTATIONS
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
-from diffkv_jax.pallas_kernels.attention import Heads
 from diffkv_jax.pallas_kernels.codecs import KVFormat
-from diffkv_jax.pallas_kernels.kernels import Kernels
+from diffkv_jax.pallas_kernels.decode_attention import Heads
+from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk, Scale, column_sums, prefill_attention
 from readback import Pool, on_device, random_pool, read_tier, slot_addresses

@@ -11,9 +11,9 @@ import pytest
 from implementations import IMPLEMENTATIONS, NATIVE
 from test_decode_attention import Attended, same, softmax
 
-from diffkv_jax.pallas_kernels.attention import Heads, Sliding, decode_attention
 from diffkv_jax.pallas_kernels.codecs import KVFormat, table_shape, with_table
-from diffkv_jax.pallas_kernels.kernels import XLA, Kernels
+from diffkv_jax.pallas_kernels.decode_attention import Heads, Sliding, decode_attention
+from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from readback import Pool, on_device, random_pool, read_tier, slot_addresses, tensor_rows
 

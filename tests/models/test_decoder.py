@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffkv_jax.model_protocol import AttentionSpec, CausalLM
+from diffkv_jax.model import AttentionSpec, CausalLM
 from diffkv_jax.models import ModelConfig, build_model, param_shapes
 from diffkv_jax.models.plain_attention import NO_WINDOW, plain_attention
 from diffkv_jax.models.registry import FAMILIES
@@ -127,7 +127,7 @@ def test_bfloat16_stays_near_float32(key):
 
 
 def _dense_attend(model: Any) -> Any:
-    """A stand-in for `diffkv_jax.attend`: a dense cache k, v [layers, B, capacity, K, H], written at its own `used`."""
+    """A stand-in for `diffkv_jax.steps.attend`: a dense cache k, v [layers, B, capacity, K, H], written at its own `used`."""
     spec = model.attention
     windows = jnp.asarray([NO_WINDOW if w is None else w for w in spec.sliding_windows])
 

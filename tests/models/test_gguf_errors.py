@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from diffkv_jax.models import load_pretrained
-from helpers_model import gguf_metadata, gguf_tensors, tiny_config, tiny_tensors, write_gguf, write_model_gguf
+from helpers_model import (
+    gguf_metadata,
+    gguf_tensors,
+    tiny_config,
+    tiny_tensors,
+    write_gguf,
+    write_model_gguf,
+)
 
 pytest.importorskip("gguf")
 

@@ -10,7 +10,15 @@ import pytest
 
 from diffkv_jax.models import load_pretrained
 from diffkv_jax.models.load import convert_pretrained
-from helpers_model import gguf_metadata, gguf_tensors, same_trees, tiny_config, tiny_tensors, write_folder, write_gguf
+from helpers_model import (
+    gguf_metadata,
+    gguf_tensors,
+    same_trees,
+    tiny_config,
+    tiny_tensors,
+    write_folder,
+    write_gguf,
+)
 
 pytest.importorskip("safetensors")
 from safetensors.numpy import save_file  # noqa: E402

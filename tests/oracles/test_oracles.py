@@ -6,8 +6,28 @@ import pytest
 pytest.importorskip("torch")  # the simulation is written in it
 
 from .algorithm1 import Head  # noqa: E402
-from .fake_quant_simulation import DROPPED, HIGH, LOW, RECENT, LayerCache, Policy, decide, metrics, move  # noqa: E402
-from .quantiser import demote, demote_nested, dequantise, fake_demote, fake_quantise, pack, quantise, requantise, unpack  # noqa: E402
+from .fake_quant_simulation import (  # noqa: E402
+    DROPPED,
+    HIGH,
+    LOW,
+    RECENT,
+    LayerCache,
+    Policy,
+    decide,
+    metrics,
+    move,
+)
+from .quantiser import (  # noqa: E402
+    demote,
+    demote_nested,
+    dequantise,
+    fake_demote,
+    fake_quantise,
+    pack,
+    quantise,
+    requantise,
+    unpack,
+)
 
 # --- quantiser ---
 

@@ -1,0 +1,1 @@
+"""The compressed cache: one immutable pytree."""

@@ -1,0 +1,46 @@
+"""Prompts that do not fit the pool: the request is flagged and emptied, so that the others get its pages (docs/design.md 4)."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from diffkv_jax.cache.cache import KVCache
+from diffkv_jax.cache.layer import per_head, stored_layer, with_stored
+from diffkv_jax.pallas_kernels.apply_event import release_all
+from diffkv_jax.steps.event import admit
+
+
+def make_room(cache: KVCache, needed: Array) -> KVCache:
+    """Set `overflow` for requests whose `needed [R]` pages are not free, one at a time, and give back all they hold.
+
+    Of those that starve the largest goes first, by the pages it holds and needs: what it leaves may be enough for the others.
+    """
+
+    def starving(cache: KVCache) -> Array:
+        return ~admit(jnp.where(cache.overflow, 0, needed), cache.ring.count) & ~cache.overflow
+
+    def give_up(small: KVCache) -> KVCache:
+        size = jnp.where(starving(small), _held_pages(small) + needed, -1)
+        largest = jnp.arange(needed.shape[0]) == jnp.argmax(size)
+        return _without(dataclasses.replace(small, overflow=small.overflow | largest), largest)
+
+    small = dataclasses.replace(cache, pages=None)  # the loop changes ring and tables only
+    small = lax.while_loop(lambda small: starving(small).any(), give_up, small)
+    return dataclasses.replace(small, pages=cache.pages)
+
+
+def _held_pages(cache: KVCache) -> Array:
+    """Pages of each request over all layers and heads, int32 [R]."""
+    layout = cache.spec.layout
+    held = jnp.stack([layout.pages_for(tier, cache.tier_len[..., tier]) for tier in range(layout.tiers)])
+    return held.sum(axis=(0, 1, 3))
+
+
+def _without(cache: KVCache, gone: Array) -> KVCache:
+    """The cache with all pages of the requests `gone` bool [R] free."""
+
+    def release_layer(layer, cache):
+        return with_stored(cache, layer, release_all(stored_layer(cache, layer), cache.spec.layout, per_head(cache, gone)))
+
+    return lax.fori_loop(0, len(cache.spec.paged_layers), release_layer, cache)

@@ -1,0 +1,125 @@
+"""`make_cache`: an empty cache for requests of given lengths, within a memory budget."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import humanize
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffkv_jax.arguments import instance, integer, one_of, refuse, tuple_of
+from diffkv_jax.batching import check_context
+from diffkv_jax.cache.cache import CacheSpec, KVCache, empty_cache, kernels_for
+from diffkv_jax.cache.pool_size import cache_bytes, kept_within, with_pool
+from diffkv_jax.calibration.calibration import Calibration, tables_for
+from diffkv_jax.inputs import as_policy, check_model, check_outside_jit
+from diffkv_jax.model import AttentionSpec, CausalLM
+from diffkv_jax.pallas_kernels.codecs.full import DTYPES
+from diffkv_jax.pallas_kernels.dispatch import Kernels
+from diffkv_jax.pallas_kernels.precision import in_32_bits
+from diffkv_jax.policy.policy import CompressionPolicy
+
+
+@in_32_bits
+def make_cache(
+    model: CausalLM,
+    policy: CompressionPolicy | str | None,
+    totals: Sequence[int] | np.ndarray,
+    *,
+    max_len: int | None = None,
+    memory_budget: int | str | None = None,
+    cache_dtype: str | None = None,
+    kernels: Kernels | None = None,
+    calibration: Calibration | None = None,
+) -> KVCache:
+    """An empty cache for requests that come to `totals` tokens each; `kernels` are those of the platform when None, the other arguments
+    are those of `generate`.
+
+    A calibration must be of the policy's tiers and transforms; that it is of these parameters only `generate` can check.
+    Without `max_len` the totals are rounded up to multiples of 128, so that nearly equal prompts share their compiled programs.
+
+    Raises:
+        TypeError, ValueError: bad input, named; more than the model's context or the device's memory.
+    """
+    check_model("make_cache", model)
+    check_outside_jit("make_cache", totals)
+    attention, policy = model.attention, as_policy(policy)
+    totals = tuple_of("totals", totals, lambda name, n: integer(name, n, least=0, most=None), "a list with the tokens of each request")
+    if not totals:
+        refuse("totals", totals, "a list with the tokens of at least one request")
+    max_len = integer("max_len", max_len, least=1, most=None, optional=True)
+    room = [-(-max(n, 1) // 128) * 128 if max_len is None else max_len for n in totals]
+    check_context(attention, np.asarray(totals), max(room))
+    if calibration is not None:
+        instance("calibration", calibration, Calibration, "calibrate(model, params, tokens, policy) makes it")
+    spec = CacheSpec.build(
+        attention,
+        policy,
+        num_requests=len(totals),
+        max_len=max(room),
+        num_pages=0,
+        dtype=dtype_name("cache_dtype", cache_dtype) or attention.dtype,
+        kernels=kernels_for(policy, attention) if kernels is None else instance("kernels", kernels, Kernels, "Kernels.resolve(name)"),
+    )
+    check_room(attention, max_len, spec)
+    tables = tables_for(spec, policy, calibration)
+    if isinstance(policy.keep, str):
+        _check_one_budget(policy, memory_budget)
+        policy, memory_budget = kept_within(spec, policy, room), policy.keep
+    spec = with_pool(spec, policy, list(totals), room, memory_budget)
+    return _allocated(spec, policy.limits(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads), tables)
+
+
+def dtype_name(name: str, dtype: Any) -> str | None:
+    """ "bfloat16" from that or from `jnp.bfloat16` and its like; None stays.
+
+    Raises:
+        TypeError, ValueError: it is none that exact tokens can be kept in.
+    """
+    if dtype is not None and not isinstance(dtype, str):
+        dtype = next((one for one in DTYPES if _is_dtype(dtype, one)), dtype)
+    return one_of(name, dtype, DTYPES, optional=True)
+
+
+def _is_dtype(given: Any, name: str) -> bool:
+    try:
+        return jnp.dtype(given) == name
+    except Exception:  # whatever a foreign object raises
+        return False
+
+
+def check_room(attention: AttentionSpec, max_len: int | None, spec: CacheSpec) -> None:
+    """Refuse a cache for longer sequences than the model was made for.
+
+    Raises:
+        ValueError: names both lengths, and the bytes that the cache would take.
+    """
+    most = attention.max_position_embeddings
+    if max_len is not None and max_len > most:
+        size = humanize.naturalsize(cache_bytes(spec), binary=True)
+        raise ValueError(
+            f"max_len={max_len} is more than the model's context of {most} tokens, and such a cache would take {size} before its first "
+            f"page: lower it to {most} at most"
+        )
+
+
+def _check_one_budget(policy: CompressionPolicy, memory_budget: int | str | None) -> None:
+    if memory_budget is not None:
+        raise ValueError(f"keep={policy.keep!r} is a memory budget already: leave memory_budget={memory_budget!r} out")
+
+
+_empty = jax.jit(empty_cache, static_argnames="spec")
+
+
+def _allocated(spec: CacheSpec, limits: np.ndarray, tables: Any) -> KVCache:
+    try:
+        return jax.block_until_ready(_empty(spec, limits, tables))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        size = humanize.naturalsize(cache_bytes(spec), binary=True)
+        raise ValueError(
+            f"a cache for {spec.num_requests} requests of up to {spec.max_len} tokens takes {size}, more than the device has free: give a "
+            "memory_budget, a smaller max_len or fewer requests"
+        ) from error

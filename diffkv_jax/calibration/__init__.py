@@ -1,0 +1,1 @@
+"""What learned codecs learn, and from what."""

@@ -1,0 +1,186 @@
+"""The compression event of many heads as one Pallas kernel for TPU, between a few operations on what is known of each head."""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..dispatch import tpu_interpreter
+from ..pages import PageLayout, Pages, meta_as_bits, meta_like, tier_page_ids
+from ..plan_event.mosaic_tpu import Blocks
+from ..plan_event.reference import DROPPED, Moves, Rule
+from .mosaic_tpu_kernel import Inputs, Outputs, carry_out
+from .mosaic_tpu_pages import Plan, Pool, Scratch
+from .reference import Stored, Tokens
+from .ring import allocate, release
+
+LANES_OF_TOKENS = 16  # rows of a tile of 16-bit tokens
+
+
+def apply_event(
+    stored: Stored,
+    layout: PageLayout,
+    rule: Rule,
+    moves: Moves,
+    tokens: Tokens,
+    entering: Array,
+    admitted: Array,
+    *,
+    one_victim: bool,
+    max_len: int,
+    interpret: bool | Literal["checked"],
+    blocks: Blocks | None = None,
+) -> Stored:
+    """`apply_event` of api.py on TPU. The pool and the table stay in HBM and are changed in place where the caller donates them."""
+    del max_len  # lengths are read
+    entering = jnp.where(admitted[:, None], entering, DROPPED)
+    dropped, demoted = (jnp.where(gate, x, 0) for gate, x in ((admitted[:, None], moves.dropped), (admitted, moves.demoted)))
+    arriving = jnp.stack([(entering == tier + 1).sum(axis=-1, dtype=jnp.int32) for tier in range(layout.tiers)], axis=-1)
+    leaving = dropped.at[:, 0].add(demoted)
+    length = stored.tier_len - leaving + (arriving.at[:, 1].add(demoted) if layout.tiers == 2 else arriving)
+    before, after = (_pages(layout, x).sum(axis=-1) for x in (stored.tier_len, length))
+    granted, ring = allocate(stored.ring, jnp.maximum(after - before, 0), _most_extra(layout, entering.shape[1]))
+    numbers = dict(
+        busy=(arriving.any(axis=-1) | leaving.any(axis=-1))[:, None],
+        length=stored.tier_len,
+        dropped=dropped,
+        demoted=demoted[:, None],
+        victim=moves.victim,
+        extra=jnp.maximum(after - before, 0)[:, None],
+        granted=granted,
+        tail=_tails(layout, stored, leaving, length),
+        observed=rule.observed.reshape(len(before), -1),
+    )
+    surplus, table, pages = _call(stored, layout, rule.tau, numbers, tokens, entering, one_victim, blocks, interpret)
+    nth = jnp.arange(surplus.shape[-1])
+    ring = release(ring, surplus, nth < jnp.maximum(before - after, 0)[:, None])
+    return Stored(pages, ring, table, length)
+
+
+def _pages(layout: PageLayout, tier_len: Array) -> Array:
+    """Pages of each tier `[B, tiers]`."""
+    return jnp.stack([layout.pages_for(tier, tier_len[:, tier]) for tier in range(layout.tiers)], axis=-1)
+
+
+def _tails(layout: PageLayout, stored: Stored, leaving: Array, length: Array) -> Array:
+    """Id of the last page of each tier `[B, tiers]` that loses tokens, or gains some and has room in it; else -1."""
+    ids, before = [], stored.tier_len
+    for tier in range(layout.tiers):
+        last = layout.pages_for(tier, before[:, tier]) - 1
+        page_id = tier_page_ids(stored.page_table, tier, jnp.maximum(last, 0), 1)[:, 0]
+        room = before[:, tier] % layout.tokens_per_page(tier) > 0
+        wanted = (leaving[:, tier] > 0) | (room & (length[:, tier] > before[:, tier]))
+        ids.append(jnp.where(wanted, page_id, -1))
+    return jnp.stack(ids, axis=-1)
+
+
+def _most_extra(layout: PageLayout, entering: int) -> int:
+    """Most pages by which a head can grow: entering tokens start one page a tier beyond those that they fill, demoted ones another."""
+    return layout.pages_for(0, entering) + 2
+
+
+def _live_table(stored: Stored, layout: PageLayout) -> Array:
+    """The page table with `num_pages` in every column that no tier uses."""
+    pages, column, width = _pages(layout, stored.tier_len), jnp.arange(stored.page_table.shape[1]), stored.page_table.shape[1]
+    used = column < pages[:, :1]
+    if layout.tiers == 2:
+        used |= column >= width - pages[:, 1:]
+    return jnp.where(used, stored.page_table, stored.pages.num_pages)
+
+
+def _tile(entering: int, tokens: int, lanes: int) -> int:
+    """Entering tokens that one program takes, of `tokens` that there are."""
+    rounded = -(-entering // LANES_OF_TOKENS) * LANES_OF_TOKENS
+    if tokens <= lanes:
+        return min(rounded, tokens)
+    return min(rounded, lanes)
+
+
+def _call(
+    stored: Stored,
+    layout: PageLayout,
+    tau: Array,
+    numbers: dict[str, Array],
+    tokens: Tokens,
+    entering: Array,
+    one_victim: bool,
+    blocks: Blocks | None,
+    interpret,
+) -> tuple[Array, Array, Pages]:
+    """Run the kernel: surplus page ids `[B, max_pages]`, the table and the pool."""
+    pages, (heads, n), max_pages = stored.pages, entering.shape, stored.page_table.shape[1]
+    tile = _tile(n, tokens.k.shape[1], layout.tokens)
+    tiles = -(-n // tile)
+    columns, end = {}, 0
+    for name, x in numbers.items():
+        columns[name], end = range(end, end + x.shape[1]), end + x.shape[1]
+    plan = Plan(layout, pages.num_pages, max_pages, one_victim, columns, Blocks() if blocks is None else blocks)
+    side = jnp.stack([entering, lax.bitcast_convert_type(tokens.significance[:, :n], jnp.int32), tokens.position[:, :n]], axis=1)
+    pool = Pool(
+        pages.payload,
+        pages.position,
+        meta_as_bits(pages.meta) if layout.meta_rows else None,
+        pages.significance if layout.scored else None,
+    )
+    scalars = jnp.concatenate([x.astype(jnp.int32) for x in numbers.values()], axis=1)[:, None]
+    inputs = Inputs(
+        numbers=scalars,
+        upcoming=scalars,
+        tau=tau[:, None],
+        k=_plain(tokens.k),
+        v=_plain(tokens.v),
+        side=jnp.pad(side, ((0, 0), (0, 0), (0, tiles * tile - n))),
+        table=_live_table(stored, layout)[:, None],
+        pool=pool,
+    )
+    out_shape = Outputs(*(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x) for x in (inputs.table, inputs.table, pool)))
+    changed = len(jax.tree.leaves((inputs.table, pool)))
+    first = len(jax.tree.leaves(inputs)) - changed
+    surplus, table, pool = pl.pallas_call(
+        partial(carry_out, plan=plan),
+        out_shape=out_shape,
+        grid=(heads, tiles),
+        in_specs=_specs(inputs, tile),
+        out_specs=jax.tree.map(lambda _: pl.BlockSpec(memory_space=pltpu.HBM), out_shape),
+        scratch_shapes=[Scratch.shapes(plan)],
+        input_output_aliases={first + i: 1 + i for i in range(changed)},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
+        cost_estimate=_cost(layout, heads, n),
+        interpret=tpu_interpreter(interpret),
+        name="apply_event",
+    )(*inputs)
+    meta = pages.meta if pool.meta is None else meta_like(pool.meta, pages.meta)
+    significance = pages.significance if pool.significance is None else pool.significance
+    return surplus[:, 0], table[:, 0], Pages(pool.payload, meta, significance, pool.position)
+
+
+def _plain(x: Array) -> Array:
+    """Tokens in a type that the chip has."""
+    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+
+
+def _specs(inputs: Inputs, tile: int) -> list:
+    """Blocks of the kernel's operands."""
+    head_dim = inputs.k.shape[2]
+
+    def scalars(x: Array, ahead: int = 0) -> pl.BlockSpec:
+        last = x.shape[0] - 1
+        return pl.BlockSpec((None, 1, x.shape[2]), lambda head, _: (jnp.minimum(head + ahead, last), 0, 0), memory_space=pltpu.SMEM)
+
+    rows = pl.BlockSpec((None, tile, head_dim), lambda head, i: (head, i, 0))
+    side = pl.BlockSpec((None, 3, tile), lambda head, i: (head, 0, i))
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    numbers = [scalars(inputs.numbers), scalars(inputs.upcoming, ahead=1), scalars(inputs.tau)]
+    return [*numbers, rows, rows, side, hbm, jax.tree.map(lambda _: hbm, inputs.pool)]
+
+
+def _cost(layout: PageLayout, heads: int, entering: int) -> pl.CostEstimate:
+    """Of heads that read and write the tail page of each tier and one page with holes."""
+    tokens = heads * layout.tokens
+    flops = 2 * tokens * layout.tokens * (layout.rows + 4 * layout.head_dim)
+    page_bytes = 2 * heads * (layout.tiers + 1) * layout.page_bytes
+    return pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=page_bytes + 4 * heads * entering * layout.head_dim)

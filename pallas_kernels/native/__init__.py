@@ -1,0 +1,1 @@
+"""C++ headers of the native kernels, and what compiles, loads and registers them."""

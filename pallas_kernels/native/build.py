@@ -1,0 +1,191 @@
+"""Native CPU kernels: C++ built on first use with the system's compiler, called through XLA's foreign function interface.
+
+Each operation's `cpu.cc` (with the headers beside it and in `native/`) becomes one shared library in a cache directory, keyed by all that
+the machine code depends on: the sources, the compiler, the flags, what `-march=native` means on this CPU, and jaxlib's headers.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+from filelock import FileLock, Timeout
+
+from ..codecs import Coupled, Full, Levels, Normal, Outliers
+from ..once import once
+from ..pages import PageLayout
+
+HEADERS = Path(__file__).parent
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi")
+LOCK_SECONDS = 600.0  # that a process waits for another one's build; a build takes one minute at most
+
+_log = logging.getLogger(__name__)
+
+
+class Unavailable(RuntimeError):
+    """There is no compiler, it cannot build the kernels, or there is no place for them."""
+
+
+def why_unavailable() -> str | None:
+    """None where native kernels are built or can be, else the reason."""
+    try:
+        _toolchain()
+        operations = (source.parent.name for source in HEADERS.parent.glob("*/cpu.cc"))
+        if not all(_place(operation).exists() for operation in operations):
+            _check_writable(cache_directory())
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def call(operation: str, target: str, *outputs, aliases: dict[int, int] | None = None):
+    """A function that calls the handler `target` of an operation's library on arrays; attributes are its keyword arguments.
+
+    Args:
+        operation: the folder that holds cpu.cc.
+        outputs: `jax.ShapeDtypeStruct` of each result.
+        aliases: result that takes over the memory of an operand, `{operand: result}`.
+    """
+    _register(operation, target)
+    return jax.ffi.ffi_call(f"diffkv_jax.{target}", outputs, input_output_aliases=aliases, vmap_method="sequential")
+
+
+def format_codes(layout: PageLayout) -> np.ndarray:
+    """The tiers' codecs as `Layout::make` of native/pages.h reads them: int64 [tiers * 5]."""
+    codes = {"bfloat16": 16, "float16": 17, "float32": 32}
+
+    def codec(one) -> list[int]:
+        if isinstance(one, Full):
+            return [codes[one.dtype], 1]
+        if isinstance(one, Outliers):
+            code, number = codec(one.codec)
+            return [code + 256 * one.count, number]
+        if isinstance(one, Coupled):
+            return [128 + one.bits, one.channels]
+        if isinstance(one, Levels):
+            return [192 + one.bits, 1]
+        return [64 + one.bits, 1] if isinstance(one, Normal) else [one.bits, one.groups]
+
+    tiers = zip(layout.formats, layout.blocks, strict=True)
+    return np.array([x for fmt, blocks in tiers for x in (*codec(fmt.key), *codec(fmt.value), blocks)], np.int64)
+
+
+@once
+def _register(operation: str, target: str) -> None:
+    handler = getattr(library(operation), target)
+    jax.ffi.register_ffi_target(f"diffkv_jax.{target}", jax.ffi.pycapsule(handler), platform="cpu")
+
+
+@once
+def library(operation: str) -> ctypes.CDLL:
+    """The operation's library, built unless the cache has it."""
+    built = _place(operation)
+    if not built.exists():
+        _build(_source(operation), built)
+    return ctypes.CDLL(str(built))
+
+
+def _source(operation: str) -> Path:
+    return HEADERS.parent / operation / "cpu.cc"
+
+
+def _place(operation: str) -> Path:
+    """Where the operation's library lies once it is built: its name changes with all that the machine code depends on."""
+    source = _source(operation)
+    sources = [source, *sorted(source.parent.glob("*.h")), *sorted(HEADERS.glob("*.h"))]
+    parts = [_toolchain().identity, *(path.read_text() for path in sources)]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    return cache_directory() / f"{operation}-{key}.so"
+
+
+def cache_directory() -> Path:
+    """Where built libraries lie: $DIFFKV_JAX_CACHE, else diffkv_jax in the user's cache directory."""
+    given = os.environ.get("DIFFKV_JAX_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffkv_jax"
+
+
+def _check_writable(directory: Path) -> None:
+    """
+    Raises:
+        Unavailable: no file can be made in the directory; names it and the remedy.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise Unavailable(f"built kernels cannot be kept in {directory} ({error}); set DIFFKV_JAX_CACHE to another folder") from error
+
+
+def _build(source: Path, built: Path) -> None:
+    """Build a library unless another process does: then wait for that one, whose lock ends with it, however it ends.
+
+    Raises:
+        Unavailable: the compiler fails, nothing can be written, or the other process takes longer than `LOCK_SECONDS`.
+    """
+    _check_writable(built.parent)
+    lock = built.with_suffix(".lock")
+    try:
+        with FileLock(lock, timeout=LOCK_SECONDS):
+            if not built.exists():
+                _log.info("building the native kernels of %s into %s", source.parent.name, built)
+                _compile(source, built)
+            lock.unlink(missing_ok=True)  # still held, and whoever waits for it finds the library
+    except Timeout as error:
+        raise Unavailable(
+            f"{lock} has been held for {LOCK_SECONDS:g} s: end the process that builds, remove the file if there is none, "
+            "or set DIFFKV_JAX_CACHE to another folder"
+        ) from error
+
+
+def _compile(source: Path, built: Path) -> None:
+    """Compile into a temporary file, then move it: nobody sees half a library, also where file systems know no locks."""
+    handle, temporary = tempfile.mkstemp(dir=built.parent, suffix=".so")
+    os.close(handle)
+    try:
+        _run([_toolchain().compiler, *_flags(), str(source), "-o", temporary])
+        os.replace(temporary, built)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+class _Toolchain:
+    """A compiler that works, and all that its output depends on beside the sources."""
+
+    def __init__(self, compiler: str):
+        self.compiler = compiler
+        described = _run([compiler, "--version"])
+        macros = _run([compiler, *_flags(), "-dM", "-E", "-x", "c++", os.devnull])  # what -march=native stands for on this CPU
+        self.identity = "\0".join([compiler, described, macros, *_flags(), version("jaxlib")])
+
+
+@once
+def _toolchain() -> _Toolchain:
+    wanted = os.environ.get("CXX")
+    compiler = shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if compiler is None:
+        raise Unavailable(f"no C++ compiler was found ({wanted or 'g++, clang++, c++'}); install one or set CXX")
+    return _Toolchain(compiler)
+
+
+def _flags() -> tuple[str, ...]:
+    extra = os.environ.get("DIFFKV_JAX_CXXFLAGS", "").split()  # such as -fsanitize=address
+    return (*FLAGS, *extra, f"-I{HEADERS}", f"-I{jax.ffi.include_dir()}")
+
+
+def _run(command: list[str]) -> str:
+    """Standard output of a command.
+
+    Raises:
+        Unavailable: it fails; with what it wrote.
+    """
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Unavailable(f"{' '.join(command)} failed: {getattr(error, 'stderr', '') or error}") from error
