@@ -1,7 +1,9 @@
-"""Arguments as callers give them to the plain Python values that the library works with, or an error that names them.
+"""Arguments as callers give them to the plain Python values that the library works with, or an
+error that names them.
 
-Every converter takes the argument's name and value. NumPy and JAX scalars are numbers; booleans, strings and None are not.
-A wrong type is a `WrongType`, which both `except TypeError` and `except ValueError` catch.
+Every converter takes the argument's name and value. NumPy and JAX scalars are numbers; booleans,
+strings and None are not. A wrong type is a `WrongType`, which both `except TypeError` and `except
+ValueError` catch.
 """
 
 import difflib
@@ -30,7 +32,8 @@ def integer(
     multiple: int = 1,
     optional: bool = False,
 ) -> Any:
-    """`value` as int, from `least` to `most` (None: no bound), a `multiple`; None stays with `optional`.
+    """`value` as int, from `least` to `most` (None: no bound), a `multiple`; None stays with
+    `optional`.
 
     Raises:
         TypeError: it is no number.
@@ -59,9 +62,11 @@ def number(
     optional: bool = False,
     rule: str | None = None,
 ) -> Any:
-    """`value` as float: finite, at least `least`, more than `above`, at most `most`; None stays with `optional`.
+    """`value` as float: finite, at least `least`, more than `above`, at most `most`; None stays
+    with `optional`.
 
-    `rule` says so in a message of its own. What float32 cannot hold is refused, and -0.0 becomes 0.0.
+    `rule` says so in a message of its own. What float32 cannot hold is refused, and -0.0 becomes
+    0.0.
 
     Raises:
         TypeError: it is no number.
@@ -107,8 +112,16 @@ def text(name: str, value: Any, rule: str = "text") -> str:
     return str.__str__(value)
 
 
-def one_of(name: str, value: Any, choices: Sequence[str], *, optional: bool = False, rule: str | None = None) -> Any:
-    """The one of `choices` that `value` is; None stays with `optional`. `rule` says so in a message of its own.
+def one_of(
+    name: str,
+    value: Any,
+    choices: Sequence[str],
+    *,
+    optional: bool = False,
+    rule: str | None = None,
+) -> Any:
+    """The one of `choices` that `value` is; None stays with `optional`. `rule` says so in a message
+    of its own.
 
     Raises:
         TypeError: it is no text.
@@ -133,11 +146,13 @@ def tuple_of(
     entry_rule: str | None = None,
     optional: bool = False,
 ) -> Any:
-    """A list, tuple, range or array as a tuple, every entry through the converter `each`; None stays with `optional`.
+    """A list, tuple, range or array as a tuple, every entry through the converter `each`; None
+    stays with `optional`.
 
     Raises:
         TypeError: it is no such container; the message says `rule`.
-        TypeError, ValueError: an entry that `each` refuses; the message says `entry_rule`, or `rule`, and shows the entry.
+        TypeError, ValueError: an entry that `each` refuses; the message says `entry_rule`, or
+            `rule`, and shows the entry.
     """
     if value is None and optional:
         return None
@@ -149,7 +164,12 @@ def tuple_of(
         try:
             found.append(each(name, entry))
         except ValueError as error:
-            refuse(name, value, f"{entry_rule or rule}; it holds {shown(entry)}", isinstance(error, TypeError))
+            refuse(
+                name,
+                value,
+                f"{entry_rule or rule}; it holds {shown(entry)}",
+                isinstance(error, TypeError),
+            )
     return tuple(found)
 
 
@@ -164,7 +184,8 @@ def token_ids(name: str, value: Any, rule: str = f"a list of {IDS}") -> tuple[in
 
 
 def nested(name: str, value: Any, each: Callable[[str, Any], Any], *, axes: int) -> Any:
-    """One value, or nested lists, tuples or an array of up to `axes` axes as nested tuples, every entry through `each`.
+    """One value, or nested lists, tuples or an array of up to `axes` axes as nested tuples, every
+    entry through `each`.
 
     Raises:
         TypeError, ValueError: those of `each`.
@@ -183,7 +204,12 @@ def nested(name: str, value: Any, each: Callable[[str, Any], Any], *, axes: int)
     try:
         return convert(value, axes)
     except _Uneven:
-        refuse(name, value, f"one value or nested lists of equal shapes, with up to {axes} axes and none of them empty")
+        refuse(
+            name,
+            value,
+            f"one value or nested lists of equal shapes, with up to {axes} axes "
+            f"and none of them empty",
+        )
 
 
 def instance(name: str, value: Any, kind: type, remedy: str) -> Any:
@@ -199,7 +225,9 @@ def instance(name: str, value: Any, kind: type, remedy: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """`value` for a message: its repr, shortened; what has none (an int of thousands of digits) by its type."""
+    """`value` for a message: its repr, shortened; what has none (an int of thousands of digits) by
+    its type.
+    """
     try:
         said = repr(value)
     except Exception:
@@ -215,7 +243,9 @@ def nearest(unknown: Sequence[Any], known: Iterable[str]) -> str:
 
 
 class WrongType(TypeError, ValueError):
-    """A value of a type that an argument does not take; a ValueError too, for callers that know only bad values."""
+    """A value of a type that an argument does not take; a ValueError too, for callers that know
+    only bad values.
+    """
 
 
 def refuse(name: str, value: Any, rule: str, wrong_type: bool = False) -> NoReturn:
@@ -237,7 +267,12 @@ def file_path(name: str, value: Any) -> Path:
         with suppress(FileNotFoundError):
             os.stat(path)
         return path
-    except (OSError, ValueError, RuntimeError, TypeError) as error:  # no such user, a null byte, too long, forbidden
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # no such user, a null byte, too long, forbidden
         reason = error.strerror if isinstance(error, OSError) else error
         refuse(name, value, f"the path of a file or folder that can be read ({reason})")
 
@@ -247,12 +282,22 @@ class _Uneven(Exception):
 
 
 def _scalar(name: str, value: Any) -> Any:
-    """NumPy and JAX scalars and arrays without axes as Python's bool, int or float; anything else as it is."""
+    """NumPy and JAX scalars and arrays without axes as Python's bool, int or float; anything else
+    as it is.
+    """
     if isinstance(value, Tracer):
-        raise TypeError(f"{name}={shown(value)} must be known when compiling: give a plain Python value, or mark it static for jax.jit")
+        raise TypeError(
+            f"{name}={shown(value)} must be known when compiling: give a plain Python "
+            f"value, or mark it static for jax.jit"
+        )
     if not isinstance(value, np.generic | np.ndarray | jax.Array) or value.ndim:
         return value
-    kinds = ((np.timedelta64, lambda time: time), (jnp.integer, int), (jnp.floating, float), (jnp.bool_, bool))
+    kinds = (
+        (np.timedelta64, lambda time: time),
+        (jnp.integer, int),
+        (jnp.floating, float),
+        (jnp.bool_, bool),
+    )
     return next((make(value) for kind, make in kinds if jnp.issubdtype(value.dtype, kind)), value)
 
 
@@ -269,7 +314,9 @@ def _entries(name: str, value: Any) -> list | None:
     _scalar(name, value)  # refuses tracers
     if isinstance(value, np.ndarray | jax.Array):
         return list(value) if value.ndim else None
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else None
+    return (
+        list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else None
+    )
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -1,4 +1,6 @@
-"""Prompts as the user gives them, checked and cut into right-aligned chunks. NumPy only: nothing has been computed yet."""
+"""Prompts as the user gives them, checked and cut into right-aligned chunks. NumPy only: nothing
+has been computed yet.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,7 +34,9 @@ def as_batch(tokens: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """
     prompts = as_prompts(tokens, None, None, vocab_size)
     for i in np.flatnonzero(prompts.lengths == 0):
-        raise ValueError(f"prompt {i} has length 0; it must hold at least one token (empty prompt?)")
+        raise ValueError(
+            f"prompt {i} has length 0; it must hold at least one token (empty prompt?)"
+        )
     return prompts.tokens, prompts.lengths
 
 
@@ -40,14 +44,17 @@ def as_prompts(tokens: Any, lengths: Any, attention_mask: Any, vocab_size: int) 
     """Prompts as the user gives them.
 
     Args:
-        tokens: int [R, N], or a list with a list of token ids, a tokenizer's encoding, or None (the request rests) for each request;
-            or a tokenizer's encoding of one text or of several, with its mask.
+        tokens: int [R, N], or a list with a list of token ids, a tokenizer's encoding, or None (the
+            request rests) for each request; or a tokenizer's encoding of one text or of several,
+            with its mask.
         lengths: int [R] of right-padded rows; None: all of a row.
-        attention_mask: 0 or 1 in the shape of `tokens`, ones side by side; None: all ones, or that of the encoding.
+        attention_mask: 0 or 1 in the shape of `tokens`, ones side by side; None: all ones, or that
+            of the encoding.
         vocab_size: ids lie below.
 
     Raises:
-        TypeError, ValueError: no request, lengths or a mask that do not fit, a token id outside the vocabulary, or not integers.
+        TypeError, ValueError: no request, lengths or a mask that do not fit, a token id outside the
+            vocabulary, or not integers.
     """
     if isinstance(tokens, Mapping):
         tokens, attention_mask = _of_encoding(tokens, attention_mask)
@@ -57,11 +64,21 @@ def as_prompts(tokens: Any, lengths: Any, attention_mask: Any, vocab_size: int) 
     if not rows:
         raise ValueError("tokens must hold at least one request, given none")
     if attention_mask is not None and lengths is not None:
-        raise ValueError("give lengths= or attention_mask=, not both: each says which tokens of a row count")
-    masks = [None] * len(rows) if attention_mask is None else _rows(attention_mask, "attention_mask")
+        raise ValueError(
+            "give lengths= or attention_mask=, not both: each says which tokens of a row count"
+        )
+    masks = (
+        [None] * len(rows) if attention_mask is None else _rows(attention_mask, "attention_mask")
+    )
     if len(masks) != len(rows):
-        raise ValueError(f"attention_mask has {len(masks)} rows, tokens have {len(rows)}; give a row of it for each prompt")
-    found = [_ids(i, row, mask, vocab_size) for i, (row, mask) in enumerate(zip(rows, masks, strict=True))]
+        raise ValueError(
+            f"attention_mask has {len(masks)} rows, tokens have {len(rows)}; give a "
+            f"row of it for each prompt"
+        )
+    found = [
+        _ids(i, row, mask, vocab_size)
+        for i, (row, mask) in enumerate(zip(rows, masks, strict=True))
+    ]
     if lengths is not None:
         found = _cut(found, lengths)
     for i, row in enumerate(found):
@@ -69,13 +86,20 @@ def as_prompts(tokens: Any, lengths: Any, attention_mask: Any, vocab_size: int) 
     batch = np.zeros((len(found), max(map(len, found))), np.int32)
     for i, row in enumerate(found):
         batch[i, : len(row)] = row
-    return Prompts(batch, np.array([len(row) for row in found], np.int32), np.array([row is None for row in rows]))
+    return Prompts(
+        batch,
+        np.array([len(row) for row in found], np.int32),
+        np.array([row is None for row in rows]),
+    )
 
 
 def _of_encoding(encoding: Mapping, mask: Any) -> tuple[Any, Any]:
     """Ids and mask of what a tokenizer returns; a given mask wins."""
     if "input_ids" not in encoding:
-        raise ValueError(f"tokens is a mapping with {sorted(map(str, encoding))} and without 'input_ids': give {IDS}")
+        raise ValueError(
+            f"tokens is a mapping with {sorted(map(str, encoding))} and without "
+            f"'input_ids': give {IDS}"
+        )
     return encoding["input_ids"], encoding.get("attention_mask") if mask is None else mask
 
 
@@ -91,7 +115,10 @@ def _rows(tokens: Any, name: str = "tokens") -> list:
     if hasattr(tokens, "shape"):
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or tokens.shape[0] == 0:
-            raise ValueError(f"{name} must be [requests, length] with at least one request, given shape {tokens.shape}")
+            raise ValueError(
+                f"{name} must be [requests, length] with at least one request, given "
+                f"shape {tokens.shape}"
+            )
         return list(_integers(tokens, name))
     if isinstance(tokens, str | bytes) or not isinstance(tokens, Sequence):
         raise TypeError(f"{name}={shown(tokens)} must be a list of prompts, each a list of {IDS}")
@@ -108,10 +135,16 @@ def _ids(i: int, row: Any, mask: Any, vocab_size: int) -> np.ndarray:
         return ids
     keeps = _flat(i, mask, "attention_mask")
     if len(keeps) != len(ids) or not np.isin(keeps, (0, 1)).all():
-        raise ValueError(f"attention_mask of prompt {i} must be 0 or 1 for each of its {len(ids)} tokens, given {shown(keeps.tolist())}")
+        raise ValueError(
+            f"attention_mask of prompt {i} must be 0 or 1 for each of its {len(ids)} "
+            f"tokens, given {shown(keeps.tolist())}"
+        )
     kept = np.flatnonzero(keeps)
     if len(kept) and kept[-1] - kept[0] + 1 != len(kept):
-        raise ValueError(f"attention_mask of prompt {i} leaves out tokens in the middle: {shown(keeps.tolist())}; pad left or right")
+        raise ValueError(
+            f"attention_mask of prompt {i} leaves out tokens in the middle: "
+            f"{shown(keeps.tolist())}; pad left or right"
+        )
     return ids[kept]
 
 
@@ -129,12 +162,16 @@ def _flat(i: int, row: Any, name: str = "tokens") -> np.ndarray:
     try:
         found = np.asarray(row)
     except jax.errors.TracerArrayConversionError:
-        raise TypeError(f"{name}: prompt {i} holds values that are traced by jax.jit or its like: give concrete token ids") from None
+        raise TypeError(
+            f"{name}: prompt {i} holds values that are traced by jax.jit or its like: "
+            f"give concrete token ids"
+        ) from None
     except Exception:  # lists of unequal lengths, and whatever a foreign object raises
         found = np.zeros((0, 0))
     if found.ndim != 1:
         raise ValueError(
-            f"{name} must be a list of prompts, each a flat list of token ids; wrap a single prompt in a list (prompt {i} is {shown(row)})"
+            f"{name} must be a list of prompts, each a flat list of token ids; wrap a single "
+            f"prompt in a list (prompt {i} is {shown(row)})"
         )
     return _integers(found, name) if len(found) else np.zeros(0, np.int64)
 
@@ -143,21 +180,33 @@ def _integers(array: np.ndarray, name: str = "tokens") -> np.ndarray:
     if name == "attention_mask" and array.dtype == bool:
         return array.astype(np.int32)
     if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} must be integers, given dtype {array.dtype}: {shown(array.tolist())}")
+        raise ValueError(
+            f"{name} must be integers, given dtype {array.dtype}: {shown(array.tolist())}"
+        )
     return array
 
 
 def _cut(rows: list[np.ndarray], lengths: Any) -> list[np.ndarray]:
     """The first `lengths` ids of each row."""
-    if isinstance(lengths, str | bytes | None) or not (isinstance(lengths, Sequence) or np.ndim(lengths) == 1):
-        raise TypeError(f"lengths={shown(lengths)} must be a list with one number of tokens for each of the {len(rows)} requests")
+    if isinstance(lengths, str | bytes | None) or not (
+        isinstance(lengths, Sequence) or np.ndim(lengths) == 1
+    ):
+        raise TypeError(
+            f"lengths={shown(lengths)} must be a list with one number of tokens for "
+            f"each of the {len(rows)} requests"
+        )
     if len(lengths) != len(rows):
-        raise ValueError(f"lengths={shown(lengths)} must have one entry for each of the {len(rows)} requests")
+        raise ValueError(
+            f"lengths={shown(lengths)} must have one entry for each of the {len(rows)} requests"
+        )
     found = []
     for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
         n = integer("lengths", n, most=None)
         if not 0 <= n <= len(row):
-            raise ValueError(f"lengths={shown(list(lengths))}: prompt {i} has length {n}; it must be from 0 to the {len(row)} given")
+            raise ValueError(
+                f"lengths={shown(list(lengths))}: prompt {i} has length {n}; it must "
+                f"be from 0 to the {len(row)} given"
+            )
         found.append(row[:n])
     return found
 
@@ -165,11 +214,14 @@ def _cut(rows: list[np.ndarray], lengths: Any) -> list[np.ndarray]:
 def _check_ids(i: int, row: np.ndarray, vocab_size: int) -> None:
     if len(row) and (row.min() < 0 or row.max() >= vocab_size):
         beyond = row.min() if row.min() < 0 else row.max()
-        raise ValueError(f"tokens: prompt {i} holds token id {beyond}, outside the vocabulary [0, {vocab_size})")
+        raise ValueError(
+            f"tokens: prompt {i} holds token id {beyond}, outside the vocabulary [0, {vocab_size})"
+        )
 
 
 def check_context(attention: AttentionSpec, totals: np.ndarray, max_len: int) -> None:
-    """Refuse requests that would outgrow the model or the cache. `totals` int [R] tokens that each may come to.
+    """Refuse requests that would outgrow the model or the cache. `totals` int [R] tokens that each
+    may come to.
 
     Raises:
         ValueError: names the request, the limit and the remedy.
@@ -177,46 +229,69 @@ def check_context(attention: AttentionSpec, totals: np.ndarray, max_len: int) ->
     worst = int(np.argmax(totals))
     if totals[worst] > attention.max_position_embeddings:
         raise ValueError(
-            f"request {worst} may come to {totals[worst]} tokens (prompt and max_new_tokens), more than the model's context of "
+            f"request {worst} may come to {totals[worst]} tokens (prompt and max_new_tokens), "
+            f"more than the model's context of "
             f"{attention.max_position_embeddings}; shorten the prompt or lower max_new_tokens"
         )
     if totals[worst] > max_len:
         raise ValueError(
-            f"request {worst} may come to {totals[worst]} tokens, more than the cache's max_len={max_len}; "
+            f"request {worst} may come to {totals[worst]} tokens, more than the cache's "
+            f"max_len={max_len}; "
             "make the first call with a larger max_len or lower max_new_tokens"
         )
 
 
 def check_evicts_once(spec: CacheSpec, seen: np.ndarray, lengths: np.ndarray, size: int) -> None:
-    """Refuse prompts that would have stored tokens dropped which share numbers. `seen`, `lengths` int [R], `size` is that of a chunk.
+    """Refuse prompts that would have stored tokens dropped which share numbers. `seen`, `lengths`
+    int [R], `size` is that of a chunk.
 
     Raises:
         ValueError: a prompt of several chunks, or one after another.
     """
     if spec.layout.together == 1 or spec.selection.score is None:
         return
-    rule = f"{spec.layout.formats[0].name} shares numbers between tokens, so the policy drops tokens before they are encoded"
+    rule = (
+        f"{spec.layout.formats[0].name} shares numbers between tokens, so the policy drops tokens "
+        f"before they are encoded"
+    )
     if lengths.max() > size:
-        raise ValueError(f"{rule}: a prompt of {lengths.max()} tokens must fit one chunk of {size}; raise prefill_chunk")
+        raise ValueError(
+            f"{rule}: a prompt of {lengths.max()} tokens must fit one chunk of "
+            f"{size}; raise prefill_chunk"
+        )
     if seen[lengths > 0].any():
-        raise ValueError(f"{rule}, and this cache holds a prompt already; begin a new cache, or take a codec for each token such as 'K4V4'")
+        raise ValueError(
+            f"{rule}, and this cache holds a prompt already; begin a new cache, or "
+            f"take a codec for each token such as 'K4V4'"
+        )
 
 
 def chunk_size(longest: int, prefill_chunk: int, observe: int | str | None) -> int:
-    """Length of the chunks: the power of two that holds the longest prompt, at most `prefill_chunk`.
+    """Length of the chunks: the power of two that holds the longest prompt, at most
+    `prefill_chunk`.
 
     Raises:
-        ValueError: `prefill_chunk` is not a power of two of at least 16, or too small for the observing queries to fit one chunk.
+        ValueError: `prefill_chunk` is not a power of two of at least 16, or too small for the
+            observing queries to fit one chunk.
     """
     if prefill_chunk < MIN_CHUNK or prefill_chunk & (prefill_chunk - 1):
-        raise ValueError(f"prefill_chunk={prefill_chunk} must be a power of two of at least {MIN_CHUNK}")
+        raise ValueError(
+            f"prefill_chunk={prefill_chunk} must be a power of two of at least {MIN_CHUNK}"
+        )
     if longest > prefill_chunk and isinstance(observe, int) and prefill_chunk < observe:
-        raise ValueError(f"prefill_chunk={prefill_chunk} must be at least observe={observe}: the last chunk holds all observing queries")
+        raise ValueError(
+            f"prefill_chunk={prefill_chunk} must be at least observe={observe}: the "
+            f"last chunk holds all observing queries"
+        )
     return min(prefill_chunk, _power_of_two(longest))
 
 
-def chunks(tokens: np.ndarray, lengths: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """Right-aligned chunks: int32 [R, size], real tokens int32 [R] at their end, and whether it is the last."""
+def chunks(
+    tokens: np.ndarray, lengths: np.ndarray, size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+    """Right-aligned chunks: int32 [R, size], real tokens int32 [R] at their end, and whether it is
+    the last.
+    """
     count = -(-int(lengths.max()) // size)
     padded = _right_aligned([row[:n] for row, n in zip(tokens, lengths, strict=True)], count * size)
     for c in range(count):
@@ -224,10 +299,16 @@ def chunks(tokens: np.ndarray, lengths: np.ndarray, size: int) -> Iterator[tuple
         yield padded[:, c * size : (c + 1) * size], real, c == count - 1
 
 
-def replay_passes(replay: Replay, tokens: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Right-aligned passes over prompts `tokens` [R, N] of `lengths` [R]: int32 [R, C], real tokens int32 [R], first position."""
+def replay_passes(
+    replay: Replay, tokens: np.ndarray, lengths: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Right-aligned passes over prompts `tokens` [R, N] of `lengths` [R]: int32 [R, C], real tokens
+    int32 [R], first position.
+    """
     starts = range(0, int(lengths.max()), replay.chunk)
-    passes = [[replay.row(row[:n], at) for row, n in zip(tokens, lengths, strict=True)] for at in starts]
+    passes = [
+        [replay.row(row[:n], at) for row, n in zip(tokens, lengths, strict=True)] for at in starts
+    ]
     longest = max(len(row) for rows in passes for row in rows)
     width = -(-longest // PASS_ROWS) * PASS_ROWS if longest > PASS_ROWS else _power_of_two(longest)
     for at, rows in zip(starts, passes, strict=True):

@@ -1,4 +1,6 @@
-"""The decode loop: sample, feed, sample ... on the device, coming back to Python a few times a second."""
+"""The decode loop: sample, feed, sample ... on the device, coming back to Python a few times a
+second.
+"""
 
 import dataclasses
 import time
@@ -49,15 +51,18 @@ def decode(model: CausalLM, params, held: Held, requests: Requests) -> None:
         began = time.perf_counter()
         held.update(turns, jnp.int32(steps))
         jax.block_until_ready(held.value)
-        pace = (time.perf_counter() - began) / steps  # of the first call with the time to compile: then one step more
+        # of the first call with the time to compile: then one step more
+        pace = (time.perf_counter() - began) / steps
         steps = max(1, min(8 * steps, int(SECONDS / pace)))
 
 
 @partial(jax.jit, static_argnames="width", donate_argnames="cache")
-def begin(cache: KVCache, logits: Array | None, fresh: Array, rests: Array, requests: Requests, width: int) -> tuple[State, KVCache]:
-    """The state before the first step, room for `width` tokens. Requests that are `fresh` (bool [R]) take
-    their first token from `logits` [R, vocab], those that rest (bool [R]) do nothing, the others go on
-    with their pending token.
+def begin(
+    cache: KVCache, logits: Array | None, fresh: Array, rests: Array, requests: Requests, width: int
+) -> tuple[State, KVCache]:
+    """The state before the first step, room for `width` tokens. Requests that are `fresh` (bool
+    [R]) take their first token from `logits` [R, vocab], those that rest (bool [R]) do nothing, the
+    others go on with their pending token.
     """
     count = len(fresh)
     full = cache.overflow & ~rests
@@ -68,7 +73,9 @@ def begin(cache: KVCache, logits: Array | None, fresh: Array, rests: Array, requ
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames=("cache", "state"))
-def advance(model: CausalLM, params, cache: KVCache, state: State, requests: Requests, steps: Array) -> tuple[State, KVCache]:
+def advance(
+    model: CausalLM, params, cache: KVCache, state: State, requests: Requests, steps: Array
+) -> tuple[State, KVCache]:
     """Up to `steps` int32 [] turns of feeding and sampling. No host read."""
 
     def turn(carry: tuple[State, KVCache, Array]) -> tuple[State, KVCache, Array]:
@@ -86,15 +93,21 @@ def advance(model: CausalLM, params, cache: KVCache, state: State, requests: Req
     return lax.while_loop(goes_on, turn, (state, cache, steps))[:2]
 
 
-def _take(state: State, cache: KVCache, logits: Array, asked: Array, requests: Requests) -> tuple[State, KVCache]:
+def _take(
+    state: State, cache: KVCache, logits: Array, asked: Array, requests: Requests
+) -> tuple[State, KVCache]:
     """One token for every running request that is `asked` (bool [R]), and whether it ends there.
 
-    The draw depends on the request's key and the token's position alone, so that turns draw as one call.
+    The draw depends on the request's key and the token's position alone, so that turns draw as one
+    call.
     """
     asked &= state.reason == RUNNING
-    broken = asked & ~jnp.isfinite(logits.max(axis=-1))  # NaN, infinity, or nothing that could be chosen
+    # NaN, infinity, or nothing that could be chosen
+    broken = asked & ~jnp.isfinite(logits.max(axis=-1))
     draws = asked & ~broken & (state.lengths < requests.limit)
-    drawn = next_token(requests.rules, logits, jax.vmap(jax.random.fold_in)(requests.keys, cache.seq_len))
+    drawn = next_token(
+        requests.rules, logits, jax.vmap(jax.random.fold_in)(requests.keys, cache.seq_len)
+    )
     rows, width = jnp.arange(len(asked)), state.tokens.shape[1]
     lengths = state.lengths + draws
     ended = jnp.where(lengths >= requests.limit, LENGTH, RUNNING)

@@ -1,4 +1,6 @@
-"""What compression costs: teacher-forced logits through a compressed cache, against the full cache on the same text."""
+"""What compression costs: teacher-forced logits through a compressed cache, against the full cache
+on the same text.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +29,8 @@ from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.read_prompts import prefill
 from diffkv_jax.steps.jitted import decode_step
 
-SEGMENT = 16  # decode steps in one compiled call: how often progress is shown and logits go to the host
+# decode steps in one compiled call: how often progress is shown and logits go to the host
+SEGMENT = 16
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Quality:
     """A compressed run against the full one on the same tokens; arrays are float64 [R, steps].
 
     Attributes:
-        kl: Kullback-Leibler divergence of the compressed next-token distribution from the full one, nats.
+        kl: Kullback-Leibler divergence of the compressed next-token distribution from the full one,
+            nats.
         top1: 1 where both rank the same token first.
         nll_full, nll: negative log-likelihood of the text's next token, nats.
     """
@@ -71,50 +75,90 @@ def teacher_forced(
     progress: str | None = None,
     calibration: Calibration | None = None,
 ) -> tuple[np.ndarray, KVCache]:
-    """Prefill `tokens[:, :context]` int [R, N], then feed the others one at a time while the cache goes on compressing.
+    """Prefill `tokens[:, :context]` int [R, N], then feed the others one at a time while the cache
+    goes on compressing.
 
-    Returns log-probabilities float32 [R, N - context, vocab], row i after seeing `context + i + 1` tokens, and the cache at the end.
-    `progress` names a progress bar; None shows none. The other arguments are those of `generate`.
+    Returns log-probabilities float32 [R, N - context, vocab], row i after seeing `context + i + 1`
+    tokens, and the cache at the end. `progress` names a progress bar; None shows none. The other
+    arguments are those of `generate`.
 
     A warning says where the numbers of a request stopped being finite.
 
     Raises:
-        TypeError, ValueError: bad input, a context that leaves nothing to feed, or (at the end) a pool that was too small for some request.
+        TypeError, ValueError: bad input, a context that leaves nothing to feed, or (at the end) a
+            pool that was too small for some request.
     """
     check_model("teacher_forced", model)
     params, policy = as_params("teacher_forced", params), as_policy(policy)
     check_outside_jit("teacher_forced", tokens)
     batch, sizes = as_batch(tokens, model.attention.vocab_size)
     if (sizes != batch.shape[1]).any():
-        raise ValueError(f"tokens must be texts of one length, given lengths {sizes.tolist()}: cut them to the shortest")
+        raise ValueError(
+            f"tokens must be texts of one length, given lengths {sizes.tolist()}: "
+            f"cut them to the shortest"
+        )
     context = integer("context", context, least=1)
     if context >= batch.shape[1]:
-        raise ValueError(f"context={context} must leave something of the {batch.shape[1]} tokens to feed")
-    progress = None if progress is None else text("progress", progress, "the name of a progress bar, or None")
+        raise ValueError(
+            f"context={context} must leave something of the {batch.shape[1]} tokens to feed"
+        )
+    progress = (
+        None
+        if progress is None
+        else text("progress", progress, "the name of a progress bar, or None")
+    )
     size = chunk_size(context, integer("prefill_chunk", prefill_chunk), policy.observe)
     if calibration is not None:
-        instance("calibration", calibration, Calibration, "calibrate(model, params, tokens, policy) makes it").check(model, params)
-    cache = make_cache(model, policy, sizes, max_len=max_len, memory_budget=memory_budget, cache_dtype=cache_dtype, calibration=calibration)
+        instance(
+            "calibration",
+            calibration,
+            Calibration,
+            "calibrate(model, params, tokens, policy) makes it",
+        ).check(model, params)
+    cache = make_cache(
+        model,
+        policy,
+        sizes,
+        max_len=max_len,
+        memory_budget=memory_budget,
+        cache_dtype=cache_dtype,
+        calibration=calibration,
+    )
     _, cache = prefill(model, params, cache, batch, np.full_like(sizes, context), size)
     held = batch[:, context:].T  # [steps, R]
     rows = []
-    for first in tqdm(range(0, len(held), SEGMENT), desc=progress, disable=progress is None, unit_scale=SEGMENT, unit=" tokens"):
+    for first in tqdm(
+        range(0, len(held), SEGMENT),
+        desc=progress,
+        disable=progress is None,
+        unit_scale=SEGMENT,
+        unit=" tokens",
+    ):
         part = np.zeros((SEGMENT, held.shape[1]), np.int32)
         real = held[first : first + SEGMENT]
         part[: len(real)] = real
-        log_probs, cache = _feed(model, params, cache, jnp.asarray(part), jnp.arange(SEGMENT) < len(real))
+        log_probs, cache = _feed(
+            model, params, cache, jnp.asarray(part), jnp.arange(SEGMENT) < len(real)
+        )
         rows.append(np.asarray(log_probs[: len(real)]))
     full = np.flatnonzero(np.asarray(cache.overflow))
     if full.size:
-        raise ValueError(f"the pool had no page left for requests {full.tolist()}: raise memory_budget={memory_budget!r} or drop more")
+        raise ValueError(
+            f"the pool had no page left for requests {full.tolist()}: raise "
+            f"memory_budget={memory_budget!r} or drop more"
+        )
     log_probs = np.concatenate(rows).swapaxes(0, 1)
     warn_of_errors(cache, [i for i, row in enumerate(log_probs) if np.isnan(row).any()])
     return log_probs, cache
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _feed(model: CausalLM, params, cache: KVCache, tokens: Array, real: Array) -> tuple[Array, KVCache]:
-    """Feed `tokens` int32 [S, R], steps that are not `real` bool [S] changing nothing; log-probabilities [S, R, vocab]."""
+def _feed(
+    model: CausalLM, params, cache: KVCache, tokens: Array, real: Array
+) -> tuple[Array, KVCache]:
+    """Feed `tokens` int32 [S, R], steps that are not `real` bool [S] changing nothing;
+    log-probabilities [S, R, vocab].
+    """
 
     def step(cache, inputs):
         token, live = inputs
@@ -134,13 +178,19 @@ def _feed(model: CausalLM, params, cache: KVCache, tokens: Array, real: Array) -
 
 
 def _log_softmax(logits: Array, kernels: Kernels) -> Array:
-    """Log-probabilities of `logits [R, vocab]`; with native kernels a row's do not depend on how many rows there are."""
+    """Log-probabilities of `logits [R, vocab]`; with native kernels a row's do not depend on how
+    many rows there are.
+    """
     relative = logits - logits.max(axis=-1, keepdims=True)
     return relative - jnp.log(sum_of_rows(jnp.exp(relative), kernels=kernels))
 
 
-def quality(full: np.ndarray, compressed: np.ndarray, next_tokens: Sequence[Sequence[int]] | np.ndarray) -> Quality:
-    """Compare log-probabilities [R, steps, vocab] of two runs; `next_tokens` int [R, steps] is what the text goes on with."""
+def quality(
+    full: np.ndarray, compressed: np.ndarray, next_tokens: Sequence[Sequence[int]] | np.ndarray
+) -> Quality:
+    """Compare log-probabilities [R, steps, vocab] of two runs; `next_tokens` int [R, steps] is what
+    the text goes on with.
+    """
     p = full.astype(np.float64)
     q = compressed.astype(np.float64)
     index = np.asarray(next_tokens)[..., None]

@@ -35,7 +35,8 @@ from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.read_prompts import Read, read_prompts
 from diffkv_jax.sampling import Greedy, Sample, rules
 
-LEAST_WIDTH = 128  # tokens that the decode loop has room for: programs are compiled by powers of two from here on
+# tokens that the decode loop has room for: programs are compiled by powers of two from here on
+LEAST_WIDTH = 128
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,16 @@ class GenerateOutput:
     """What `generate` returns.
 
     Attributes:
-        tokens: int32 [R, max_new_tokens], generated ids, a stop id included; zeros behind `lengths`.
+        tokens: int32 [R, max_new_tokens], generated ids, a stop id included; zeros behind
+            `lengths`.
         lengths: int32 [R], how many were generated.
-        finish_reason: per request "eos"; "length"; "cache_full" (the pool had no page left for it; with `lengths` 0 its prompt did not
-            fit, and the cache holds nothing of it any more, earlier turns included); "error" (its logits were not finite; a warning says
-            in which layer that began); "resting" (None was given for its prompt); "interrupted" (Ctrl-C).
-        cache: the compressed cache; give it to the next call to go on. It is donated there. The token generated last has not been seen by
-            the model: it waits in `cache.pending` and goes before the next prompt by itself, so do not give it again.
+        finish_reason: per request "eos"; "length"; "cache_full" (the pool had no page left for it;
+            with `lengths` 0 its prompt did not fit, and the cache holds nothing of it any more,
+            earlier turns included); "error" (its logits were not finite; a warning says in which
+            layer that began); "resting" (None was given for its prompt); "interrupted" (Ctrl-C).
+        cache: the compressed cache; give it to the next call to go on. It is donated there. The
+            token generated last has not been seen by the model: it waits in `cache.pending` and
+            goes before the next prompt by itself, so do not give it again.
         prefill_seconds: wall time until the prompts were in the cache, compilation included.
     """
 
@@ -63,13 +67,16 @@ class GenerateOutput:
 class GenerationInterrupted(KeyboardInterrupt):
     """Ctrl-C in `generate`. `output` is what there was by then, and its cache can be gone on from.
 
-    An empty prompt continues a request that had begun to generate; of one that was still being read, `output.cache.seq_len` tokens in all
-    are in the cache, and the next prompt may be the rest. A policy that goes over the first prompt again (`kvzip`) and had not begun to
-    drop keeps all of it.
+    An empty prompt continues a request that had begun to generate; of one that was still being
+    read, `output.cache.seq_len` tokens in all are in the cache, and the next prompt may be the
+    rest. A policy that goes over the first prompt again (`kvzip`) and had not begun to drop keeps
+    all of it.
     """
 
     def __init__(self, output: GenerateOutput):
-        super().__init__("generate was interrupted; .output has the tokens so far and the cache to go on from")
+        super().__init__(
+            "generate was interrupted; .output has the tokens so far and the cache to go on from"
+        )
         self.output = output
 
 
@@ -97,36 +104,48 @@ def generate(
 ) -> GenerateOutput:
     """Continue prompts with a compressed KV cache.
 
-    With native kernels a batch row has, bit for bit, the numbers of the same request alone (with `Sample`, when it has the same key; under
-    a budget, unless the pool runs low: then the batch's prompts are compressed earlier). With plain XLA and Pallas kernels, where the
-    model's products are XLA's, and in layers with a sliding window, they are the same within rounding, so that a token may differ.
-    Several calls with a cache give the tokens of one call.
+    With native kernels a batch row has, bit for bit, the numbers of the same request alone (with
+    `Sample`, when it has the same key; under a budget, unless the pool runs low: then the batch's
+    prompts are compressed earlier). With plain XLA and Pallas kernels, where the model's products
+    are XLA's, and in layers with a sliding window, they are the same within rounding, so that a
+    token may differ. Several calls with a cache give the tokens of one call.
 
     Args:
         model: satisfies `CausalLM`; static, so reuse the object.
         params: its parameters.
-        tokens: int [R, N] right-padded with `lengths` int [R]; a list of prompts (lists of token ids, or a tokenizer's encodings); or a
-            tokenizer's encoding of one or more texts. With `cache`, an empty prompt goes on from the token that was generated last, and
-            None lets a request rest: it stays as it is.
-        attention_mask: 0 or 1 for each of `tokens`, in place of `lengths`; prompts may be padded left or right.
-        policy: how to compress, or what `load_policy` takes; nothing is compressed when None. Fixed by the first call when `cache` is
-            given.
-        memory_budget: bytes or text such as "512MiB" for the whole cache; None reserves for every token in the highest tier.
+        tokens: int [R, N] right-padded with `lengths` int [R]; a list of prompts (lists of token
+            ids, or a tokenizer's encodings); or a tokenizer's encoding of one or more texts. With
+            `cache`, an empty prompt goes on from the token that was generated last, and None lets a
+            request rest: it stays as it is.
+        attention_mask: 0 or 1 for each of `tokens`, in place of `lengths`; prompts may be padded
+            left or right.
+        policy: how to compress, or what `load_policy` takes; nothing is compressed when None. Fixed
+            by the first call when `cache` is given.
+        memory_budget: bytes or text such as "512MiB" for the whole cache; None reserves for every
+            token in the highest tier.
         max_new_tokens: most tokens to generate; 0 only reads the prompts.
-        sampling: `Greedy()` (default) or `Sample(...)`, or a list with one for each request. Other values compile nothing.
-        key: a seed or a random key (request i draws with `fold_in(key, i)`), or one key a request `[R]`; needed by `Sample`. A draw depends
-            on the key and on the token's position in its sequence.
-        stop_token_ids: a request ends with "eos" when it generates one of them; those of the model when None, `()` for none.
+        sampling: `Greedy()` (default) or `Sample(...)`, or a list with one for each request. Other
+            values compile nothing.
+        key: a seed or a random key (request i draws with `fold_in(key, i)`), or one key a request
+            `[R]`; needed by `Sample`. A draw depends on the key and on the token's position in its
+            sequence.
+        stop_token_ids: a request ends with "eos" when it generates one of them; those of the model
+            when None, `()` for none.
         cache: from an earlier call: the prompts go on where it ended. Donated.
-        max_len: most tokens that a request may ever come to in this cache; what this call needs when None.
+        max_len: most tokens that a request may ever come to in this cache; what this call needs
+            when None.
         cache_dtype: dtype of exact tokens ("full" tier, recent window); the model's when None.
-        prefill_chunk: prompts go in chunks of this many tokens, a power of two; a prompt that fits one is attended exactly.
-        implementation: kernels: "xla", "cpu" (native), "triton" (GPU) or "mosaic_tpu" (TPU); None takes those of the platform at hand.
+        prefill_chunk: prompts go in chunks of this many tokens, a power of two; a prompt that fits
+            one is attended exactly.
+        implementation: kernels: "xla", "cpu" (native), "triton" (GPU) or "mosaic_tpu" (TPU); None
+            takes those of the platform at hand.
         interpret: run Pallas kernels in their interpreter, on any platform: slow, for tests.
-        calibration: what `calibrate` made for this model and policy; needed where codecs are learned.
+        calibration: what `calibrate` made for this model and policy; needed where codecs are
+            learned.
 
     Raises:
-        TypeError, ValueError: bad input, named, before anything is computed; a given cache is as it was.
+        TypeError, ValueError: bad input, named, before anything is computed; a given cache is as it
+            was.
         GenerationInterrupted: Ctrl-C, with what there was by then.
     """
     check_model("generate", model)
@@ -137,7 +156,9 @@ def generate(
     prompts = as_prompts(tokens, lengths, attention_mask, model.attention.vocab_size)
     samplings = as_samplings(sampling, len(prompts.lengths))
     keys = request_keys(samplings, key, len(samplings))
-    asked = Requests(rules(samplings), keys, jnp.int32(max_new_tokens), stop_ids(stop_token_ids, model))
+    asked = Requests(
+        rules(samplings), keys, jnp.int32(max_new_tokens), stop_ids(stop_token_ids, model)
+    )
     fixed = {
         "policy": policy,
         "memory_budget": memory_budget,
@@ -150,22 +171,34 @@ def generate(
     if cache is None:
         cache = _new_cache(model, params, prompts, max_new_tokens, prefill_chunk, **fixed)
     else:
-        _check_owner(instance("cache", cache, KVCache, "an earlier call returned one as its .cache"), model.attention, prompts)
+        _check_owner(
+            instance("cache", cache, KVCache, "an earlier call returned one as its .cache"),
+            model.attention,
+            prompts,
+        )
         _check_unset(**fixed)
     with claimed(cache):
         cache = _fingerprinted(cache, model, params)
         joined, size = _joined(cache, prompts, max_new_tokens, prefill_chunk)
         out = _run(model, params, Held(None, cache), joined, size, asked, max_new_tokens)
     try:
-        warn_of_errors(out.cache, [i for i, reason in enumerate(out.finish_reason) if reason == "error"])
-    except RuntimeWarning as warning:  # where warnings are errors: the other requests and the cache are not lost
+        warn_of_errors(
+            out.cache, [i for i, reason in enumerate(out.finish_reason) if reason == "error"]
+        )
+    except (
+        RuntimeWarning
+    ) as warning:  # where warnings are errors: the other requests and the cache are not lost
         warning.output = out  # pyright: ignore[reportAttributeAccessIssue]
         raise
     return out
 
 
-def _run(model: CausalLM, params, held: Held, prompts: Prompts, size: int, asked: Requests, most: int) -> GenerateOutput:
-    """Read the prompts in chunks of `size` and generate up to `most` tokens of each that does not rest."""
+def _run(
+    model: CausalLM, params, held: Held, prompts: Prompts, size: int, asked: Requests, most: int
+) -> GenerateOutput:
+    """Read the prompts in chunks of `size` and generate up to `most` tokens of each that does not
+    rest.
+    """
     fresh, began = prompts.lengths > 0, time.perf_counter()
     seconds, width = 0.0, 1 << (max(most, LEAST_WIDTH) - 1).bit_length()
     where = jnp.asarray(fresh), jnp.asarray(prompts.rests)
@@ -219,7 +252,12 @@ def _new_cache(
     chunk_size(int(prompts.lengths.max()), prefill_chunk, policy.observe)
     kernels = kernels_for(policy, model.attention, implementation, interpret=interpret or False)
     if calibration is not None:
-        instance("calibration", calibration, Calibration, "calibrate(model, params, tokens, policy) makes it").check(model, params)
+        instance(
+            "calibration",
+            calibration,
+            Calibration,
+            "calibrate(model, params, tokens, policy) makes it",
+        ).check(model, params)
     totals = _totals(np.zeros(len(prompts.lengths), np.int64), prompts, max_new_tokens)
     return make_cache(model, policy, totals, kernels=kernels, calibration=calibration, **sizes)
 
@@ -234,26 +272,36 @@ def _check_empty(prompts: Prompts, pending: np.ndarray) -> None:
     """Refuse empty prompts of requests that have no token to go on from: `pending` int [R]."""
     for i in np.flatnonzero((prompts.lengths == 0) & ~prompts.rests & (pending < 0)):
         raise ValueError(
-            f"prompt {i} has length 0 and no generated token is pending in the cache that it could go on from: give at least one token, "
+            f"prompt {i} has length 0 and no generated token is pending in the cache that it "
+            f"could go on from: give at least one token, "
             "or None to let the request rest (empty prompt?)"
         )
     if prompts.rests.all():
-        raise ValueError("every prompt is None, so that all requests rest: give one of them a prompt")
+        raise ValueError(
+            "every prompt is None, so that all requests rest: give one of them a prompt"
+        )
 
 
 def _check_unset(**arguments: Any) -> None:
     """Refuse arguments that a given cache has fixed."""
     given = [name for name, value in arguments.items() if value is not None]
     if given:
-        raise ValueError(f"{' and '.join(given)} were fixed by the call that made the cache; leave them out when cache= is given")
+        raise ValueError(
+            f"{' and '.join(given)} were fixed by the call that made the cache; "
+            f"leave them out when cache= is given"
+        )
 
 
 def _check_owner(cache: KVCache, attention: AttentionSpec, prompts: Prompts) -> None:
     if cache.spec.attention != attention:
-        raise ValueError(f"the cache was made for another model: {cache.spec.attention}, given {attention}; use the model that made it")
+        raise ValueError(
+            f"the cache was made for another model: {cache.spec.attention}, given "
+            f"{attention}; use the model that made it"
+        )
     if len(prompts.lengths) != cache.spec.num_requests:
         raise ValueError(
-            f"the cache holds {cache.spec.num_requests} requests, given {len(prompts.lengths)} prompts; they must match row by row"
+            f"the cache holds {cache.spec.num_requests} requests, given {len(prompts.lengths)} "
+            f"prompts; they must match row by row"
         )
 
 
@@ -263,24 +311,36 @@ def _fingerprinted(cache: KVCache, model: CausalLM, params) -> KVCache:
     Raises:
         ValueError: it was made with others.
     """
-    had, found = np.asarray(cache.fingerprint), np.frombuffer(bytes.fromhex(fingerprint(model, params)), np.uint8)
+    had, found = (
+        np.asarray(cache.fingerprint),
+        np.frombuffer(bytes.fromhex(fingerprint(model, params)), np.uint8),
+    )
     if not had.any():
         return replace(cache, fingerprint=jnp.asarray(found))
     if (had != found).any():
-        raise ValueError("the cache was made with other parameters of this geometry, to which its keys and values mean nothing: use those")
+        raise ValueError(
+            "the cache was made with other parameters of this geometry, to which its "
+            "keys and values mean nothing: use those"
+        )
     return cache
 
 
-def _joined(cache: KVCache, prompts: Prompts, max_new_tokens: int, prefill_chunk: int) -> tuple[Prompts, int]:
-    """Prompts that go on from `cache`, each with the token that was sampled last (the model has not seen it) put before it, and the
-    length of their chunks.
+def _joined(
+    cache: KVCache, prompts: Prompts, max_new_tokens: int, prefill_chunk: int
+) -> tuple[Prompts, int]:
+    """Prompts that go on from `cache`, each with the token that was sampled last (the model has not
+    seen it) put before it, and the length of their chunks.
 
     Raises:
         ValueError: they do not fit the model's context, the cache or its pool.
     """
     pending = np.asarray(cache.pending)
     _check_empty(prompts, pending)
-    totals = _totals(np.asarray(cache.seq_len), prompts._replace(lengths=prompts.lengths + (pending >= 0)), max_new_tokens)
+    totals = _totals(
+        np.asarray(cache.seq_len),
+        prompts._replace(lengths=prompts.lengths + (pending >= 0)),
+        max_new_tokens,
+    )
     check_context(cache.spec.attention, totals, cache.spec.max_len)
     check_pool(cache, [int(n) for n in totals])
     had = ((pending >= 0) & (prompts.lengths > 0)).astype(np.int32)
@@ -289,4 +349,6 @@ def _joined(cache: KVCache, prompts: Prompts, max_new_tokens: int, prefill_chunk
         batch[i, : had[i]] = pending[i]
         batch[i, had[i] : had[i] + n] = prompts.tokens[i, :n]
     joined = Prompts(batch, prompts.lengths + had, prompts.rests)
-    return joined, chunk_size(int(joined.lengths.max()), prefill_chunk, cache.spec.selection.observe)
+    return joined, chunk_size(
+        int(joined.lengths.max()), prefill_chunk, cache.spec.selection.observe
+    )

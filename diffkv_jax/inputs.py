@@ -1,4 +1,6 @@
-"""What users give to `generate` and its siblings, checked and converted before anything is computed."""
+"""What users give to `generate` and its siblings, checked and converted before anything is
+computed.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +27,23 @@ def check_model(caller: str, model: Any) -> None:
         TypeError: says so.
     """
     if isinstance(model, Mapping):
-        raise TypeError(f"{caller} takes the model first and then its parameters, and model= is a mapping: swap them")
+        raise TypeError(
+            f"{caller} takes the model first and then its parameters, and model= is a "
+            f"mapping: swap them"
+        )
     if isinstance(model, type) or not isinstance(model, CausalLM):
-        refuse("model", model, "a CausalLM, such as load_pretrained returns, with `attention` and `apply`", True)
+        refuse(
+            "model",
+            model,
+            "a CausalLM, such as load_pretrained returns, with `attention` and `apply`",
+            True,
+        )
     try:
         hash(model)
     except TypeError as error:
-        raise TypeError(f"model={shown(model)} must be hashable, as compiled programs are kept for it: {error}") from None
+        raise TypeError(
+            f"model={shown(model)} must be hashable, as compiled programs are kept for it: {error}"
+        ) from None
 
 
 def as_params(caller: str, params: Any) -> Any:
@@ -50,9 +62,17 @@ def as_params(caller: str, params: Any) -> Any:
     check_outside_jit(caller, [leaf for _, leaf in leaves])
     for path, leaf in leaves:
         if not isinstance(leaf, np.ndarray | Array):
-            refuse(f"params{jax.tree_util.keystr(path)}", leaf, "an array: load or initialise the parameters first", True)
+            refuse(
+                f"params{jax.tree_util.keystr(path)}",
+                leaf,
+                "an array: load or initialise the parameters first",
+                True,
+            )
         if isinstance(leaf, Array) and leaf.is_deleted():
-            raise ValueError(f"params{jax.tree_util.keystr(path)} was deleted or donated to another call: load it again")
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} was deleted or donated to "
+                f"another call: load it again"
+            )
     return jax.tree.map(jnp.asarray, params)
 
 
@@ -64,8 +84,10 @@ def check_outside_jit(caller: str, *values: Any) -> None:
     """
     if any(_is_traced(x) for x in values):
         raise TypeError(
-            f"{caller} was called inside jax.jit, vmap, grad or eval_shape: it compiles its own programs and reads their "
-            "results, so call it outside with concrete arrays; inside, call diffkv_jax.steps.jitted.decode_step(model, params, "
+            f"{caller} was called inside jax.jit, vmap, grad or eval_shape: it compiles its own "
+            f"programs and reads their "
+            "results, so call it outside with concrete arrays; inside, call "
+            "diffkv_jax.steps.jitted.decode_step(model, params, "
             "cache, token, active), one step that is a pure function"
         )
 
@@ -74,12 +96,19 @@ def _is_traced(value: Any) -> bool:
     """Whether it is a tracer, or a list, mapping or cache of them."""
     if isinstance(value, Mapping):
         value = list(value.values())
-    parts = jax.tree.leaves(value) if isinstance(value, KVCache) else value if isinstance(value, list | tuple) else [value]
+    parts = (
+        jax.tree.leaves(value)
+        if isinstance(value, KVCache)
+        else value
+        if isinstance(value, list | tuple)
+        else [value]
+    )
     return any(isinstance(x, Tracer) for x in parts)
 
 
 def as_policy(policy: Any) -> CompressionPolicy:
-    """A policy, the name or file of one (`load_policy`), a method itself such as `dkv.snapkv`, or None: nothing is compressed.
+    """A policy, the name or file of one (`load_policy`), a method itself such as `dkv.snapkv`, or
+    None: nothing is compressed.
 
     Raises:
         TypeError, ValueError: it is none of these.
@@ -92,20 +121,31 @@ def as_policy(policy: Any) -> CompressionPolicy:
 def as_samplings(sampling: Any, requests: int) -> tuple[Greedy | Sample, ...]:
     """One way of choosing tokens a request, from one for all or a list with one for each.
 
-    Each is `Greedy()`, `Sample(...)`, one of these classes, a mapping of `Sample`'s fields, "greedy", "sample", or None: greedy.
+    Each is `Greedy()`, `Sample(...)`, one of these classes, a mapping of `Sample`'s fields,
+    "greedy", "sample", or None: greedy.
 
     Raises:
         TypeError, ValueError: it is none of these, or a list of another length.
     """
     if isinstance(sampling, list | tuple):
         if len(sampling) != requests:
-            refuse("sampling", sampling, f"one for all or a list with one for each of the {requests} requests")
+            refuse(
+                "sampling",
+                sampling,
+                f"one for all or a list with one for each of the {requests} requests",
+            )
         return tuple(_as_sampling(one) for one in sampling)
     return (_as_sampling(sampling),) * requests
 
 
 def _as_sampling(sampling: Any) -> Greedy | Sample:
-    named: dict[Any, Callable[[], Greedy | Sample]] = {None: Greedy, "greedy": Greedy, "sample": Sample, Greedy: Greedy, Sample: Sample}
+    named: dict[Any, Callable[[], Greedy | Sample]] = {
+        None: Greedy,
+        "greedy": Greedy,
+        "sample": Sample,
+        Greedy: Greedy,
+        Sample: Sample,
+    }
     if isinstance(sampling, Greedy | Sample):
         return sampling
     fields = tuple(inspect.signature(Sample).parameters)
@@ -113,7 +153,12 @@ def _as_sampling(sampling: Any) -> Greedy | Sample:
         return Sample(**sampling)
     if isinstance(sampling, str | None | type) and sampling in named:
         return named[sampling]()
-    refuse("sampling", sampling, f"Greedy(), Sample(...) or a mapping with any of {fields}", not isinstance(sampling, str | Mapping))
+    refuse(
+        "sampling",
+        sampling,
+        f"Greedy(), Sample(...) or a mapping with any of {fields}",
+        not isinstance(sampling, str | Mapping),
+    )
 
 
 def request_keys(samplings: Sequence[Greedy | Sample], key: Any, requests: int) -> Array:
@@ -124,16 +169,23 @@ def request_keys(samplings: Sequence[Greedy | Sample], key: Any, requests: int) 
     """
     if key is None:
         if any(isinstance(one, Sample) for one in samplings):
-            raise ValueError("sampling=Sample(...) needs key=, such as key=0 or key=jax.random.key(0)")
+            raise ValueError(
+                "sampling=Sample(...) needs key=, such as key=0 or key=jax.random.key(0)"
+            )
         key = 0
-    if isinstance(key, Array | np.ndarray) and key.dtype == np.uint32 and key.ndim in (1, 2):  # as jax.random.PRNGKey makes them
+    # as jax.random.PRNGKey makes them
+    if isinstance(key, Array | np.ndarray) and key.dtype == np.uint32 and key.ndim in (1, 2):
         key = _wrapped(key)
     elif not isinstance(key, Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key(integer("key", key, most=2**63 - 1, least=-(2**63)) & 0xFFFFFFFF)
     if key.ndim == 1 and key.shape[0] == requests:
         return key
     if key.ndim:
-        refuse("key", key, f"a seed, jax.random.key(seed) or one such key for each of the {requests} requests")
+        refuse(
+            "key",
+            key,
+            f"a seed, jax.random.key(seed) or one such key for each of the {requests} requests",
+        )
     return _folded(key, jnp.arange(requests))
 
 
@@ -148,7 +200,8 @@ def _wrapped(key: Any) -> Array:
 
 
 def stop_ids(stop_token_ids: Any, model: CausalLM) -> Array:
-    """Stop ids int32, filled with -1 to a power of two of at least 8, so that another number of them compiles nothing.
+    """Stop ids int32, filled with -1 to a power of two of at least 8, so that another number of
+    them compiles nothing.
 
     None takes those of the model (`model.stop_token_ids`), an empty list none.
 

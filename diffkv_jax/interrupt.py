@@ -11,11 +11,12 @@ from diffkv_jax.cache.cache import KVCache
 
 
 class Held:
-    """A cache and what belongs to it, handed from one compiled call to the next, which take its memory.
+    """A cache and what belongs to it, handed from one compiled call to the next, which take its
+    memory.
 
     Within the context (of the main thread) Ctrl-C calls the handler that was there, which raises
-    `KeyboardInterrupt` unless it is the user's own, at once while the cache is here, and after the call
-    that has taken it, so that `value` can always be gone on from.
+    `KeyboardInterrupt` unless it is the user's own, at once while the cache is here, and after the
+    call that has taken it, so that `value` can always be gone on from.
     """
 
     def __init__(self, value: Any, cache: KVCache):
@@ -33,7 +34,9 @@ class Held:
         self._deliver()
 
     def close(self) -> None:
-        """Let Ctrl-C do nothing any more in this context: what is left is short, and must not be lost to a second one."""
+        """Let Ctrl-C do nothing any more in this context: what is left is short, and must not be
+        lost to a second one.
+        """
         self._closing = True
 
     def __enter__(self) -> "Held":

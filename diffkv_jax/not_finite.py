@@ -11,18 +11,34 @@ from diffkv_jax.cache.cache import KVCache
 
 
 def warn_of_errors(cache: KVCache, rows: Sequence[int]) -> None:
-    """Warn of the requests `rows`, whose logits are not finite: layer and kind, as far as the cache tells."""
+    """Warn of the requests `rows`, whose logits are not finite: layer and kind, as far as the cache
+    tells.
+    """
     if not len(rows):
         return
     spec = cache.spec
     paged = _finite(cache.recent_k, cache.recent_v, cache.recent_len)
-    windowed = _finite(cache.ring_k, cache.ring_v, jnp.full_like(cache.recent_len, spec.ring_len))  # zeros where nothing came yet
-    finite = dict(zip(spec.paged_layers + spec.window_layers, jax.device_get((*paged, *windowed)), strict=True))
+    # zeros where nothing came yet
+    windowed = _finite(cache.ring_k, cache.ring_v, jnp.full_like(cache.recent_len, spec.ring_len))
+    finite = dict(
+        zip(
+            spec.paged_layers + spec.window_layers, jax.device_get((*paged, *windowed)), strict=True
+        )
+    )
     for row in rows:
-        found = next(((layer, *finite[layer][:, row]) for layer in sorted(finite) if not finite[layer][:, row].all()), None)
+        found = next(
+            (
+                (layer, *finite[layer][:, row])
+                for layer in sorted(finite)
+                if not finite[layer][:, row].all()
+            ),
+            None,
+        )
         warnings.warn(
-            f"request {row} ended with finish reason 'error': its logits are not finite. {_cause(found)} "
-            f"The model computes in {spec.attention.dtype} and the cache keeps {spec.dtype}: load it with dtype='bfloat16' or "
+            f"request {row} ended with finish reason 'error': its logits are not finite. "
+            f"{_cause(found)} "
+            f"The model computes in {spec.attention.dtype} and the cache keeps {spec.dtype}: load "
+            f"it with dtype='bfloat16' or "
             "'float32', whose range is wider than float16's, or look for NaN in the parameters",
             RuntimeWarning,
             stacklevel=4,
@@ -31,16 +47,24 @@ def warn_of_errors(cache: KVCache, rows: Sequence[int]) -> None:
 
 def _cause(found: tuple[int, bool, bool] | None) -> str:
     if found is None:
-        return "The keys and values of its recent tokens are all finite, so the last layer or the projection to logits overflowed."
+        return (
+            "The keys and values of its recent tokens are all finite, so the last layer or the "
+            "projection to logits overflowed."
+        )
     layer, keys, values = found
     kind = "keys and values" if not (keys or values) else "keys" if not keys else "values"
     before = "; so were the activations that entered it" if not (keys or values) else ""
-    return f"The first numbers of its recent tokens that are not finite are the {kind} of layer {layer}{before}."
+    return (
+        f"The first numbers of its recent tokens that are not finite are the {kind} of layer "
+        f"{layer}{before}."
+    )
 
 
 @jax.jit
 def _finite(k: Array | None, v: Array | None, count: Array) -> Array:
-    """Whether the first `count` int32 [R] keys and values `[L, R, K, N, d]` of each layer and request are finite: bool [L, 2, R]."""
+    """Whether the first `count` int32 [R] keys and values `[L, R, K, N, d]` of each layer and
+    request are finite: bool [L, 2, R].
+    """
     if k is None:
         return jnp.ones((0, 2, len(count)), bool)
 

@@ -24,8 +24,11 @@ class Read(NamedTuple):
 
 
 @in_32_bits
-def prefill(model: CausalLM, params, cache: KVCache, tokens: np.ndarray, lengths: np.ndarray, size: int) -> tuple[Array, KVCache]:
-    """Feed prompts `[R, N]` in chunks of `size`; logits [R, vocab] of each prompt's last token and the cache (donated).
+def prefill(
+    model: CausalLM, params, cache: KVCache, tokens: np.ndarray, lengths: np.ndarray, size: int
+) -> tuple[Array, KVCache]:
+    """Feed prompts `[R, N]` in chunks of `size`; logits [R, vocab] of each prompt's last token and
+    the cache (donated).
 
     The arguments and errors are those of `read_prompts`.
     """
@@ -34,14 +37,19 @@ def prefill(model: CausalLM, params, cache: KVCache, tokens: np.ndarray, lengths
     return held.value.logits, held.cache
 
 
-def read_prompts(model: CausalLM, params, held: Held, tokens: np.ndarray, lengths: np.ndarray, size: int) -> None:
-    """Feed prompts `[R, N]` of `lengths` int [R] (0: the request rests) in chunks of `size`; `held.value` becomes a `Read`.
+def read_prompts(
+    model: CausalLM, params, held: Held, tokens: np.ndarray, lengths: np.ndarray, size: int
+) -> None:
+    """Feed prompts `[R, N]` of `lengths` int [R] (0: the request rests) in chunks of `size`;
+    `held.value` becomes a `Read`.
 
-    A policy that ranks by replay has the first prompt of a request gone over again and then drops; later prompts stay as they are.
+    A policy that ranks by replay has the first prompt of a request gone over again and then drops;
+    later prompts stay as they are.
 
     Raises:
-        ValueError: the policy drops tokens before they are encoded, and the prompt takes more than one chunk or is not the first; or going
-            over a prompt again would outgrow the model's context or vocabulary.
+        ValueError: the policy drops tokens before they are encoded, and the prompt takes more than
+            one chunk or is not the first; or going over a prompt again would outgrow the model's
+            context or vocabulary.
     """
     spec, seen = held.cache.spec, np.asarray(held.cache.seq_len)
     replay = spec.selection.replay if spec.paged_layers else None
@@ -51,8 +59,12 @@ def read_prompts(model: CausalLM, params, held: Held, tokens: np.ndarray, length
         replay.check(spec.attention, again)
     held.cache = dataclasses.replace(held.cache, overflow=jnp.zeros_like(held.cache.overflow))
 
-    def read(_: Any, cache: KVCache, part: np.ndarray, real: np.ndarray, last: bool) -> tuple[Read, KVCache]:
-        logits, cache = prefill_chunk(model, params, cache, jnp.asarray(part), jnp.asarray(real), jnp.asarray(last))
+    def read(
+        _: Any, cache: KVCache, part: np.ndarray, real: np.ndarray, last: bool
+    ) -> tuple[Read, KVCache]:
+        logits, cache = prefill_chunk(
+            model, params, cache, jnp.asarray(part), jnp.asarray(real), jnp.asarray(last)
+        )
         return Read(logits, last), cache
 
     def read_again(found: Read, cache: KVCache, *part: Array) -> tuple[Read, KVCache]:
@@ -61,7 +73,8 @@ def read_prompts(model: CausalLM, params, held: Held, tokens: np.ndarray, length
     for chunk in chunks(tokens, lengths, size):
         before = held.value
         held.update(read, *chunk)
-        jax.block_until_ready(before)  # one chunk ahead of the device, so that Ctrl-C does not wait for all
+        # one chunk ahead of the device, so that Ctrl-C does not wait for all
+        jax.block_until_ready(before)
     if replay is not None and again.any():
         for part, real, first in replay_passes(replay, tokens, again):
             held.update(read_again, jnp.asarray(part), jnp.asarray(real), jnp.int32(first))

@@ -1,4 +1,6 @@
-"""Choosing the next token: greedy, or temperature with top-k, top-p and min-p; a row of numbers a request."""
+"""Choosing the next token: greedy, or temperature with top-k, top-p and min-p; a row of numbers a
+request.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +36,12 @@ class Sample:
 
     def __post_init__(self):
         checked = {
-            "temperature": number("temperature", self.temperature, above=0, rule="positive and finite; use Greedy() for 0"),
+            "temperature": number(
+                "temperature",
+                self.temperature,
+                above=0,
+                rule="positive and finite; use Greedy() for 0",
+            ),
             "top_k": integer("top_k", self.top_k, least=1, most=None, optional=True),
             "top_p": number("top_p", self.top_p, above=0, most=1, optional=True),
             "min_p": number("min_p", self.min_p, above=0, most=1, optional=True),
@@ -74,7 +81,8 @@ def next_token(rules: Rules, logits: Array, keys: Array) -> Array:
     draws = rules.temperature > 0
 
     def draw() -> Array:
-        relative = logits - logits.max(axis=-1, keepdims=True)  # else they could become infinite, and equal
+        # else they could become infinite, and equal
+        relative = logits - logits.max(axis=-1, keepdims=True)
         allowed = _allowed(rules, relative / jnp.where(draws, rules.temperature, 1)[:, None])
         drawn = jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)
         return jnp.where(draws, drawn, best)

@@ -4,9 +4,23 @@ import re
 
 from diffkv_jax.arguments import integer, number, refuse
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_DIGITS = 30  # at most, on either side of the point: more than any memory has, less than float overflows at
-_AMOUNT = re.compile(rf"\s*(\d{{1,{_DIGITS}}}\.?\d{{0,{_DIGITS}}}|\.\d{{1,{_DIGITS}}})\s*([A-Za-z]*)\s*")
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+# at most, on either side of the point: more than any memory has, less than float overflows at
+_DIGITS = 30
+_AMOUNT = re.compile(
+    rf"\s*(\d{{1,{_DIGITS}}}\.?\d{{0,{_DIGITS}}}|\.\d{{1,{_DIGITS}}})\s*([A-Za-z]*)\s*"
+)
 
 
 def parse_bytes(budget: int | str, field: str = "memory_budget") -> int:

@@ -1,7 +1,8 @@
-"""This library's own checkpoint: parameters saved with Orbax, and the Hugging Face files that go with them.
+"""This library's own checkpoint: parameters saved with Orbax, and the Hugging Face files that go
+with them.
 
-A checkpoint is a folder with params/ (the parameter tree, written by Orbax) and config.json, and where the model has them
-generation_config.json, the tokenizer's files and chat_template.jinja.
+A checkpoint is a folder with params/ (the parameter tree, written by Orbax) and config.json, and
+where the model has them generation_config.json, the tokenizer's files and chat_template.jinja.
 """
 
 import json
@@ -41,13 +42,18 @@ class Checkpoint:
         return read_tokenizer(self.folder)
 
     def read_params(self, param_shapes: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters, cast to the dtypes of `param_shapes` (nested dict of `jax.ShapeDtypeStruct`), on the default device.
+        """The parameters, cast to the dtypes of `param_shapes` (nested dict of
+        `jax.ShapeDtypeStruct`), on the default device.
 
-        Raises ValueError for a damaged checkpoint, and for leaves that are unused, unfilled or of another shape (all listed).
+        Raises ValueError for a damaged checkpoint, and for leaves that are unused, unfilled or of
+        another shape (all listed).
         """
         path = str((self.folder / _PARAMS).resolve())
         sharding = jnp.zeros(()).sharding
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), dict(param_shapes))
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            dict(param_shapes),
+        )
         try:
             stored = ocp.metadata(path).metadata
         except Exception as error:  # Orbax meets a damaged folder as many exception types
@@ -62,19 +68,25 @@ class Checkpoint:
 
 
 def check_destination(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError if `save_checkpoint` would refuse to write to `folder`; call it before long work.
+    """Raise ValueError if `save_checkpoint` would refuse to write to `folder`; call it before long
+    work.
 
-    An existing non-empty folder is replaced only with `overwrite`, and only if it holds a checkpoint.
+    An existing non-empty folder is replaced only with `overwrite`, and only if it holds a
+    checkpoint.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} must be a folder, but it is a file: choose another destination")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"{folder} must be empty or absent: choose another destination, or pass overwrite=True (--overwrite)")
+        raise ValueError(
+            f"{folder} must be empty or absent: choose another destination, or pass "
+            f"overwrite=True (--overwrite)"
+        )
     if not is_checkpoint(folder):
         raise ValueError(
-            f"{folder} must hold a checkpoint of this library to be overwritten: choose another destination, or empty it yourself"
+            f"{folder} must hold a checkpoint of this library to be overwritten: choose another "
+            f"destination, or empty it yourself"
         )
 
 
@@ -123,7 +135,10 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def _damaged(path: str, error: Exception) -> ValueError:
     reason = (str(error).splitlines() or [""])[0][:200]  # TensorStore appends pages of details
-    return ValueError(f"{path} must be a complete Orbax checkpoint ({type(error).__name__}: {reason}): convert or copy it again")
+    return ValueError(
+        f"{path} must be a complete Orbax checkpoint ({type(error).__name__}: "
+        f"{reason}): convert or copy it again"
+    )
 
 
 def _check_complete(stored: Any, wanted: Mapping[str, Any], origin: str) -> None:
@@ -145,4 +160,7 @@ def _check_finite(params: Mapping[str, Any], origin: str) -> None:
     """Only float16 can overflow on the way."""
     for path, leaf in flatten(params).items():
         if leaf.dtype == jnp.float16 and not np.isfinite(np.asarray(leaf)).all():
-            raise ValueError(f"{origin}: {'/'.join(path)} must be finite in float16: load with dtype='bfloat16' or 'float32'")
+            raise ValueError(
+                f"{origin}: {'/'.join(path)} must be finite in float16: load with "
+                f"dtype='bfloat16' or 'float32'"
+            )

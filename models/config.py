@@ -1,4 +1,6 @@
-"""`ModelConfig`: the numbers that define a model, under the names that Hugging Face's config.json uses."""
+"""`ModelConfig`: the numbers that define a model, under the names that Hugging Face's config.json
+uses.
+"""
 
 import math
 from collections.abc import Mapping
@@ -36,22 +38,30 @@ REALS = (
 class ModelConfig:
     """Sizes and choices of one model; hashable, so it can be a static argument of `jax.jit`.
 
-    Build it from a checkpoint's config.json with `from_hf`. Where a name needs more than its config.json meaning:
+    Build it from a checkpoint's config.json with `from_hf`. Where a name needs more than its
+    config.json meaning:
 
     Attributes:
         model_type: the family, a key of `diffkv_jax.models.registry.FAMILIES`.
-        rope_theta: base of the rotary embedding (of the full_attention layers where there are two bases).
+        rope_theta: base of the rotary embedding (of the full_attention layers where there are two
+            bases).
         rope_scaling: long-context stretch that goes with `rope_theta`; None = unscaled.
-        rope_local_base_freq: base of the sliding_attention layers, unscaled; None = these use `rope_theta` too.
-        attention_bias: biases on the q, k, v and o projections (Qwen2 has them on q, k, v whatever this says).
+        rope_local_base_freq: base of the sliding_attention layers, unscaled; None = these use
+            `rope_theta` too.
+        attention_bias: biases on the q, k, v and o projections (Qwen2 has them on q, k, v whatever
+            this says).
         sliding_window: tokens, the query's own included, that a sliding_attention layer sees.
-        layer_types: one of LAYER_TYPES per layer; None = all sliding if `sliding_window` is given, else all full.
+        layer_types: one of LAYER_TYPES per layer; None = all sliding if `sliding_window` is given,
+            else all full.
         query_pre_attn_scalar: attention scores are multiplied by its -1/2 power; None = head_dim.
-        latent: sizes of latent attention, in which `head_dim` is that of the rotary part; None = grouped-query attention.
+        latent: sizes of latent attention, in which `head_dim` is that of the rotary part; None =
+            grouped-query attention.
         experts: sizes of the mixture of experts; None = every layer has one MLP.
-        attn_logit_softcapping, final_logit_softcapping: c in c * tanh(x / c) on scores and on logits; None = no cap.
-        stop_token_ids: ids of the vocabulary at which generated text is over (config.json's eos_token_id), each once.
-            No part of equality and hash: what is compiled for a model does not depend on when its text ends.
+        attn_logit_softcapping, final_logit_softcapping: c in c * tanh(x / c) on scores and on
+        logits; None = no cap.
+        stop_token_ids: ids of the vocabulary at which generated text is over (config.json's
+            eos_token_id), each once. No part of equality and hash: what is compiled for a model
+            does not depend on when its text ends.
     """
 
     model_type: str
@@ -86,14 +96,18 @@ class ModelConfig:
         _check_layers(self)
         _check_stop_tokens(self)
         if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is not supported; supported are {', '.join(ACTIVATIONS)}.")
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r} is not supported; supported are "
+                f"{', '.join(ACTIVATIONS)}."
+            )
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "ModelConfig":
         """The config of a parsed Hugging Face config.json, in today's or the pre-5 layout.
 
         Raises:
-            ValueError: an architecture, rope type or option that is not supported, or a value that cannot be right.
+            ValueError: an architecture, rope type or option that is not supported, or a value that
+                cannot be right.
         """
         from .hf_config import (
             read_hf_config,  # that module needs the families, and they need this one
@@ -106,13 +120,18 @@ class ModelConfig:
         """Per layer, the window in tokens, or None for full attention."""
         if self.layer_types is None:
             return (self.sliding_window,) * self.num_hidden_layers
-        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
+        return tuple(
+            self.sliding_window if kind == "sliding_attention" else None
+            for kind in self.layer_types
+        )
 
 
 def check_size(name: str, value: Any) -> None:
     """Raise ValueError unless `value` can be the config field `name`, a count or size."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer of at least 1; correct it in config.json.")
+        raise ValueError(
+            f"{name}={value!r} must be an integer of at least 1; correct it in config.json."
+        )
 
 
 def _check_numbers(config: ModelConfig) -> None:
@@ -120,13 +139,24 @@ def _check_numbers(config: ModelConfig) -> None:
         value = getattr(config, name)
         if value is not None or name != "sliding_window":
             check_size(name, value)
-    optional = ("rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+    optional = (
+        "rope_local_base_freq",
+        "query_pre_attn_scalar",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+    )
     for name in REALS:
         value = getattr(config, name)
         if value is None and name in optional:
             continue
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 < value < math.inf:
-            raise ValueError(f"{name}={value!r} must be a finite number above 0; correct it in config.json.")
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not 0.0 < value < math.inf
+        ):
+            raise ValueError(
+                f"{name}={value!r} must be a finite number above 0; correct it in config.json."
+            )
 
 
 def _check_heads(config: ModelConfig) -> None:
@@ -137,11 +167,14 @@ def _check_heads(config: ModelConfig) -> None:
         )
     if config.latent is not None and config.num_key_value_heads != config.num_attention_heads:
         raise ValueError(
-            f"num_key_value_heads={config.num_key_value_heads} must equal num_attention_heads={config.num_attention_heads} with latent "
+            f"num_key_value_heads={config.num_key_value_heads} must equal "
+            f"num_attention_heads={config.num_attention_heads} with latent "
             "attention, which makes keys and values for every head; correct them in config.json."
         )
     if config.head_dim % 2:
-        raise ValueError(f"head_dim={config.head_dim} must be even; the rotary embedding pairs its channels.")
+        raise ValueError(
+            f"head_dim={config.head_dim} must be even; the rotary embedding pairs its channels."
+        )
 
 
 def _check_layers(config: ModelConfig) -> None:
@@ -154,10 +187,14 @@ def _check_layers(config: ModelConfig) -> None:
         )
     for kind in config.layer_types:
         if kind not in LAYER_TYPES:
-            raise ValueError(f"layer_types entry {kind!r} is not supported; supported are {', '.join(LAYER_TYPES)}.")
+            raise ValueError(
+                f"layer_types entry {kind!r} is not supported; supported are "
+                f"{', '.join(LAYER_TYPES)}."
+            )
     if "sliding_attention" in config.layer_types and config.sliding_window is None:
         raise ValueError(
-            "sliding_window=None must be a number of tokens because layer_types names sliding_attention; "
+            "sliding_window=None must be a number of tokens because layer_types names "
+            "sliding_attention; "
             "give the window, or make these layers full_attention."
         )
 
@@ -165,12 +202,18 @@ def _check_layers(config: ModelConfig) -> None:
 def _check_stop_tokens(config: ModelConfig) -> None:
     ids = config.stop_token_ids
     if not isinstance(ids, tuple):
-        raise TypeError(f"stop_token_ids={ids!r} must be a tuple, so that the config can be hashed; give tuple(...).")
+        raise TypeError(
+            f"stop_token_ids={ids!r} must be a tuple, so that the config can be "
+            f"hashed; give tuple(...)."
+        )
     for token in ids:
         whole = isinstance(token, int) and not isinstance(token, bool)
         if not whole or not 0 <= token < config.vocab_size or ids.count(token) > 1:
             raise ValueError(
-                f"stop_token_ids={ids!r} must be ids of the vocabulary, each once: integers from 0 to "
-                f"vocab_size - 1 = {config.vocab_size - 1}, found {token!r}; correct eos_token_id in "
-                "generation_config.json or config.json (a GGUF file: tokenizer.ggml.eos_token_id, eot_ and eom_)."
+                f"stop_token_ids={ids!r} must be ids of the vocabulary, each once: integers from "
+                f"0 to "
+                f"vocab_size - 1 = {config.vocab_size - 1}, found {token!r}; correct eos_token_id "
+                f"in "
+                "generation_config.json or config.json (a GGUF file: tokenizer.ggml.eos_token_id, "
+                "eot_ and eom_)."
             )

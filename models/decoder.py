@@ -1,4 +1,6 @@
-"""The one decoder stack that all families share: embed, one loop over stacked layers, norm, logits."""
+"""The one decoder stack that all families share: embed, one loop over stacked layers, norm,
+logits.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -39,15 +41,30 @@ class DecoderLayer(nn.Module):
     param_dtype: str
     keep_hidden: bool
 
-    def _norm(self, name: str, data: LayerData, kernels: Kernels) -> Callable[[jax.Array], jax.Array]:
+    def _norm(
+        self, name: str, data: LayerData, kernels: Kernels
+    ) -> Callable[[jax.Array], jax.Array]:
         config = self.config
-        norm = RMSNorm(config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, config.num_hidden_layers, name=name)
+        norm = RMSNorm(
+            config.rms_norm_eps,
+            self.switches.norm_adds_one,
+            self.param_dtype,
+            config.num_hidden_layers,
+            name=name,
+        )
         return partial(norm, layer=data.layer, kernels=kernels)
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, Any], data: LayerData, shared: SharedData) -> tuple[tuple[jax.Array, Any], Any]:
+    def __call__(
+        self, carry: tuple[jax.Array, Any], data: LayerData, shared: SharedData
+    ) -> tuple[tuple[jax.Array, Any], Any]:
         hidden, cache = carry
-        config, switches, types, kernels = self.config, self.switches, (self.dtype, self.param_dtype), kernels_of(cache)
+        config, switches, types, kernels = (
+            self.config,
+            self.switches,
+            (self.dtype, self.param_dtype),
+            kernels_of(cache),
+        )
         norm = partial(self._norm, data=data, kernels=kernels)
         attention = SelfAttention if config.latent is None else LatentAttention
         self_attn = attention(config, switches, *types, name="self_attn")
@@ -58,7 +75,8 @@ class DecoderLayer(nn.Module):
             mlp = MixtureOfExperts(config.num_hidden_layers, config.experts, *choices, name="mlp")
         mlp = partial(mlp, layer=data.layer, kernels=kernels)
         attended, cache = self_attn(norm("input_layernorm")(hidden), cache, data, shared)
-        if switches.sandwich_norms:  # here post_attention_layernorm stands after attention, else before the MLP
+        # here post_attention_layernorm stands after attention, else before the MLP
+        if switches.sandwich_norms:
             hidden = hidden + norm("post_attention_layernorm")(attended)
             transformed = mlp(norm("pre_feedforward_layernorm")(hidden))
             hidden = hidden + norm("post_feedforward_layernorm")(transformed)
@@ -71,12 +89,14 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """A causal language model; satisfies `diffkv_jax.model.CausalLM`. Made by `build_model`.
 
-    Parameters follow Hugging Face's names, with the layers stacked: `model.layers.{i}.mlp.up_proj.weight` [out, in]
-    is params["layers"]["mlp"]["up_proj"]["kernel"] [num_layers, in, out].
+    Parameters follow Hugging Face's names, with the layers stacked:
+    `model.layers.{i}.mlp.up_proj.weight` [out, in] is params["layers"]["mlp"]["up_proj"]["kernel"]
+    [num_layers, in, out].
 
     Attributes:
         config, switches: sizes, and the family's choices.
-        dtype: of activations and matrix products; norms, softmax, rotary embedding and logits are float32.
+        dtype: of activations and matrix products; norms, softmax, rotary embedding and logits are
+            float32.
         param_dtype: of the parameters that `init` makes.
     """
 
@@ -93,7 +113,9 @@ class Decoder(nn.Module):
             num_layers=config.num_hidden_layers,
             num_q_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads if latent is None else 1,
-            head_dim=config.head_dim if latent is None else latent.kv_lora_rank + latent.qk_rope_head_dim,
+            head_dim=config.head_dim
+            if latent is None
+            else latent.kv_lora_rank + latent.qk_rope_head_dim,
             latent=None if latent is None else latent.kv_lora_rank,
             sliding_windows=config.sliding_windows,
             sm_scale=score_scale(config),
@@ -101,12 +123,20 @@ class Decoder(nn.Module):
             vocab_size=config.vocab_size,
             max_position_embeddings=config.max_position_embeddings,
             dtype=self.dtype,
-            rope=None if latent else tuple(inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling).tolist()),
+            rope=None
+            if latent
+            else tuple(
+                inverse_frequencies(
+                    config.head_dim, config.rope_theta, config.rope_scaling
+                ).tolist()
+            ),
         )
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Token ids at which generated text is over, as the checkpoint names them; () = it names none."""
+        """Token ids at which generated text is over, as the checkpoint names them; () = it names
+        none.
+        """
         return self.config.stop_token_ids
 
     @in_32_bits
@@ -118,15 +148,22 @@ class Decoder(nn.Module):
         step: Any = None,
         last_only: bool = False,
     ) -> tuple[Float[Array, "B rows vocab_size"], Any]:
-        """See `CausalLM.apply`: int32 [B, T] twice -> logits float32 [B, T or 1, vocab_size], and the cache.
+        """See `CausalLM.apply`: int32 [B, T] twice -> logits float32 [B, T or 1, vocab_size], and
+        the cache.
 
-        Tokens at position -1 are padding: their ids are not looked at and their logits mean nothing (but are finite).
+        Tokens at position -1 are padding: their ids are not looked at and their logits mean nothing
+        (but are finite).
         """
-        logits, cache, _ = self._forward(tokens, positions, cache, step, last_only=last_only, keep_hidden=False)
+        logits, cache, _ = self._forward(
+            tokens, positions, cache, step, last_only=last_only, keep_hidden=False
+        )
         return logits, cache
 
-    def hidden_states(self, tokens: jax.Array, positions: jax.Array) -> Float[Array, "states B T hidden_size"]:
-        """The residual stream, dtype [num_layers + 1, B, T, hidden_size]: the embeddings, then each layer's output.
+    def hidden_states(
+        self, tokens: jax.Array, positions: jax.Array
+    ) -> Float[Array, "states B T hidden_size"]:
+        """The residual stream, dtype [num_layers + 1, B, T, hidden_size]: the embeddings, then each
+        layer's output.
 
         Call it as `model.apply({"params": params}, tokens, positions, method="hidden_states")`.
         """
@@ -134,7 +171,14 @@ class Decoder(nn.Module):
 
     @nn.compact
     def _forward(
-        self, tokens: jax.Array, positions: jax.Array, cache: Any, step: Any, *, last_only: bool, keep_hidden: bool
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: Any,
+        step: Any,
+        *,
+        last_only: bool,
+        keep_hidden: bool,
     ) -> tuple[jax.Array, Any, Any]:
         """Logits, cache, and the residual stream if `keep_hidden`, else None."""
         _check_inputs(tokens, positions)
@@ -151,7 +195,8 @@ class Decoder(nn.Module):
                 split_rngs={"params": False},
                 in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # Flax takes a tuple and annotates an int
                 length=part.num_hidden_layers,
-                # Flax takes a kernel's effects for a dependency of the parameters, which only `init` makes here
+                # Flax takes a kernel's effects for a dependency of the parameters, which only
+                # `init` makes here
                 check_constancy_invariants=self.is_initializing(),
             )(part, self.switches, *types, keep_hidden, name=name)
             (hidden, cache), outputs = stack((hidden, cache), _layer_data(part, first), shared)
@@ -159,8 +204,14 @@ class Decoder(nn.Module):
         if last_only:
             hidden = hidden[:, -1:]
         kernels = kernels_of(cache)
-        hidden = RMSNorm(config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, name="norm")(hidden, kernels=kernels)
-        head = embed.logits if config.tie_word_embeddings else LogitsHead(config.vocab_size, *types, name="lm_head")
+        hidden = RMSNorm(
+            config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, name="norm"
+        )(hidden, kernels=kernels)
+        head = (
+            embed.logits
+            if config.tie_word_embeddings
+            else LogitsHead(config.vocab_size, *types, name="lm_head")
+        )
         logits, cap = head(hidden, kernels), config.final_logit_softcapping
         if cap is not None:
             logits = cap * jnp.tanh(logits / cap)
@@ -168,7 +219,9 @@ class Decoder(nn.Module):
 
 
 def param_shapes(model: Decoder) -> dict[str, Any]:
-    """The parameter tree's shapes and dtypes, a nested dict of `jax.ShapeDtypeStruct`; nothing is allocated."""
+    """The parameter tree's shapes and dtypes, a nested dict of `jax.ShapeDtypeStruct`; nothing is
+    allocated.
+    """
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), one, one)["params"]
 
@@ -176,16 +229,22 @@ def param_shapes(model: Decoder) -> dict[str, Any]:
 def _check_inputs(tokens: jax.Array, positions: jax.Array) -> None:
     if tokens.ndim != 2 or tokens.shape != positions.shape:
         raise ValueError(
-            f"tokens of shape {tokens.shape} and positions of shape {positions.shape} must both be [batch, length]; "
+            f"tokens of shape {tokens.shape} and positions of shape {positions.shape} must both "
+            f"be [batch, length]; "
             "for one sequence add a leading axis of 1."
         )
 
 
 def _stacks(config: ModelConfig) -> list[tuple[str, int, ModelConfig]]:
-    """(name in the parameter tree, first layer, config) of the runs of layers alike: those before the first with experts, and the rest."""
+    """(name in the parameter tree, first layer, config) of the runs of layers alike: those before
+    the first with experts, and the rest.
+    """
     if config.experts is None:
         return [("layers", 0, config)]
-    count, dense = config.num_hidden_layers, min(config.experts.first_k_dense_replace, config.num_hidden_layers)
+    count, dense = (
+        config.num_hidden_layers,
+        min(config.experts.first_k_dense_replace, config.num_hidden_layers),
+    )
     plain = dataclasses.replace(_part(config, 0, dense), experts=None) if dense else None
     before = [] if plain is None else [("dense_layers", 0, plain)]
     return before if dense == count else [*before, ("layers", dense, _part(config, dense, count))]
@@ -198,8 +257,13 @@ def _part(config: ModelConfig, first: int, last: int) -> ModelConfig:
 
 
 def _layer_data(config: ModelConfig, first: int) -> LayerData:
-    """What sets the layers of a stack apart, int32 [num_layers] each; `first` is the model's index of its first."""
-    local = [window is not None and config.rope_local_base_freq is not None for window in config.sliding_windows]
+    """What sets the layers of a stack apart, int32 [num_layers] each; `first` is the model's index
+    of its first.
+    """
+    local = [
+        window is not None and config.rope_local_base_freq is not None
+        for window in config.sliding_windows
+    ]
     windows = [NO_WINDOW if window is None else window for window in config.sliding_windows]
     return LayerData(
         layer=jnp.arange(config.num_hidden_layers, dtype=jnp.int32),
@@ -216,6 +280,8 @@ def _shared_data(config: ModelConfig, positions: jax.Array, step: Any) -> Shared
         frequencies.append(inverse_frequencies(config.head_dim, config.rope_local_base_freq, None))
     cos, sin = rope_tables(positions, np.stack(frequencies))
     if config.rope_scaling is not None and config.rope_scaling.attention_factor != 1.0:
-        factors = jnp.array([config.rope_scaling.attention_factor, 1.0])[: len(frequencies), None, None, None]
+        factors = jnp.array([config.rope_scaling.attention_factor, 1.0])[
+            : len(frequencies), None, None, None
+        ]
         cos, sin = cos * factors, sin * factors
     return SharedData(positions, cos, sin, step)

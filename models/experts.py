@@ -1,4 +1,6 @@
-"""A mixture of experts (DeepSeekMoE, arXiv:2401.06066): some experts for every token, and a few that a router picks."""
+"""A mixture of experts (DeepSeekMoE, arXiv:2401.06066): some experts for every token, and a few
+that a router picks.
+"""
 
 import flax.linen as nn
 import jax
@@ -13,7 +15,9 @@ from .layers import ACTIVATION, GatedMLP
 
 
 class MixtureOfExperts(nn.Module):
-    """What the layers with experts have for an MLP; `use_bias` concerns the shared experts alone."""
+    """What the layers with experts have for an MLP; `use_bias` concerns the shared experts
+    alone.
+    """
 
     num_layers: int
     sizes: ExpertSizes
@@ -24,10 +28,14 @@ class MixtureOfExperts(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, layer: Array, kernels: Kernels) -> Array:
-        """x [B, T, hidden_size] through the picked experts, one after the other, and the shared; what no token goes to is skipped."""
+        """x [B, T, hidden_size] through the picked experts, one after the other, and the shared;
+        what no token goes to is skipped.
+        """
         sizes, width, inner = self.sizes, x.shape[-1], self.sizes.moe_intermediate_size
         weights = Router(self.num_layers, sizes, self.param_dtype, name="gate")(x, layer)
-        stacks = Experts(self.num_layers, sizes.n_routed_experts, width, inner, self.param_dtype, name="experts")()
+        stacks = Experts(
+            self.num_layers, sizes.n_routed_experts, width, inner, self.param_dtype, name="experts"
+        )()
         given = x.astype(self.dtype)
 
         def one(expert: Array, total: Array) -> Array:
@@ -35,17 +43,29 @@ class MixtureOfExperts(nn.Module):
 
             def run(total: Array) -> Array:
                 gate, up = linear(given, stacks[:2], row, kernels=kernels)
-                return total + weight * linear(ACTIVATION[self.hidden_act](gate) * up, stacks[2:], row, kernels=kernels)[0]
+                return (
+                    total
+                    + weight
+                    * linear(
+                        ACTIVATION[self.hidden_act](gate) * up, stacks[2:], row, kernels=kernels
+                    )[0]
+                )
 
             return lax.cond((weight > 0).any(), run, lambda total: total, total)
 
-        routed = lax.fori_loop(0, sizes.n_routed_experts, one, jnp.zeros(x.shape, jnp.float32)).astype(self.dtype)
+        routed = lax.fori_loop(
+            0, sizes.n_routed_experts, one, jnp.zeros(x.shape, jnp.float32)
+        ).astype(self.dtype)
         choices = (self.hidden_act, self.use_bias, self.dtype, self.param_dtype)
-        return routed + GatedMLP(self.num_layers, sizes.n_shared_experts * inner, *choices, name="shared_experts")(x, layer, kernels)
+        return routed + GatedMLP(
+            self.num_layers, sizes.n_shared_experts * inner, *choices, name="shared_experts"
+        )(x, layer, kernels)
 
 
 class Experts(nn.Module):
-    """Weights of all routed experts in every layer, named as the MLP's, each "kernel" [num_layers, experts, inputs, features]."""
+    """Weights of all routed experts in every layer, named as the MLP's, each "kernel" [num_layers,
+    experts, inputs, features].
+    """
 
     num_layers: int
     experts: int
@@ -56,8 +76,15 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(self) -> list[Array]:
         """gate_proj, up_proj and down_proj, layers and experts on one axis."""
-        shapes = {"gate_proj": (self.width, self.inner), "up_proj": (self.width, self.inner), "down_proj": (self.inner, self.width)}
-        stacks = [ExpertStack((self.num_layers, self.experts, *shape), self.param_dtype, name=name)() for name, shape in shapes.items()]
+        shapes = {
+            "gate_proj": (self.width, self.inner),
+            "up_proj": (self.width, self.inner),
+            "down_proj": (self.inner, self.width),
+        }
+        stacks = [
+            ExpertStack((self.num_layers, self.experts, *shape), self.param_dtype, name=name)()
+            for name, shape in shapes.items()
+        ]
         return [stack.reshape(-1, *stack.shape[2:]) for stack in stacks]
 
 
@@ -69,7 +96,9 @@ class ExpertStack(nn.Module):
 
     @nn.compact
     def __call__(self) -> Array:
-        return self.param("kernel", nn.initializers.lecun_normal(batch_axis=(0, 1)), self.shape, self.param_dtype)
+        return self.param(
+            "kernel", nn.initializers.lecun_normal(batch_axis=(0, 1)), self.shape, self.param_dtype
+        )
 
 
 class Router(nn.Module):
@@ -81,17 +110,31 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, layer: Array) -> Array:
-        """x [B, T, hidden_size] to weights float32 [B, T, n_routed_experts], 0 for experts that were not picked."""
+        """x [B, T, hidden_size] to weights float32 [B, T, n_routed_experts], 0 for experts that
+        were not picked.
+        """
         sizes, count = self.sizes, self.sizes.n_routed_experts
         initial = nn.initializers.lecun_normal(batch_axis=(0,))
-        kernel = self.param("kernel", initial, (self.num_layers, x.shape[-1], count), self.param_dtype)[layer]
-        logits = jnp.matmul(x.astype(jnp.float32), kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        kernel = self.param(
+            "kernel", initial, (self.num_layers, x.shape[-1], count), self.param_dtype
+        )[layer]
+        logits = jnp.matmul(
+            x.astype(jnp.float32), kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST
+        )
         if sizes.scoring == "softmax":
             scores = nn.softmax(logits)
             choice = scores
         else:
             scores = nn.sigmoid(logits)
-            choice = scores + self.param("e_score_correction_bias", nn.initializers.zeros, (self.num_layers, count), "float32")[layer]
+            choice = (
+                scores
+                + self.param(
+                    "e_score_correction_bias",
+                    nn.initializers.zeros,
+                    (self.num_layers, count),
+                    "float32",
+                )[layer]
+            )
         if sizes.n_group is not None:
             choice = jnp.where(_in_best_groups(choice, sizes), choice, -jnp.inf)
         weights = jnp.where(_among_best(choice, sizes.num_experts_per_tok), scores, 0.0)
@@ -101,9 +144,13 @@ class Router(nn.Module):
 
 
 def _in_best_groups(choice: Array, sizes: ExpertSizes) -> Array:
-    """Mask of the experts in the best groups; a group counts by its best expert (V2), or the sum of its two best (V3)."""
+    """Mask of the experts in the best groups; a group counts by its best expert (V2), or the sum of
+    its two best (V3).
+    """
     groups, taken = sizes.n_group or 1, sizes.topk_group or 1
-    best = lax.top_k(choice.reshape(*choice.shape[:-1], groups, -1), 1 if sizes.scoring == "softmax" else 2)[0].sum(axis=-1)
+    best = lax.top_k(
+        choice.reshape(*choice.shape[:-1], groups, -1), 1 if sizes.scoring == "softmax" else 2
+    )[0].sum(axis=-1)
     return jnp.repeat(_among_best(best, taken), choice.shape[-1] // groups, axis=-1)
 
 

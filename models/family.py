@@ -12,7 +12,9 @@ REQUIRED = object()
 
 
 def sizes(**changes: Any) -> dict[str, Any]:
-    """The config.json keys that every family reads, with their defaults; None is filled in from other sizes."""
+    """The config.json keys that every family reads, with their defaults; None is filled in from
+    other sizes.
+    """
     common = {
         "vocab_size": REQUIRED,
         "hidden_size": REQUIRED,
@@ -35,12 +37,16 @@ class Family:
 
     Attributes:
         hf_fields: the config.json keys read straight into `ModelConfig`, each with the value that
-            `transformers` assumes where the key is absent (checkpoints leave defaults out), or REQUIRED.
+            `transformers` assumes where the key is absent (checkpoints leave defaults out), or
+            REQUIRED.
         rope_theta: the base that is assumed where config.json names none.
-        layers: from the raw config and the number of layers, (sliding_window, layer_types); None types = all alike.
+        layers: from the raw config and the number of layers, (sliding_window, layer_types); None
+            types = all alike.
         switches: which parts of the stack this family has.
-        rope_local_base_freq: likewise for the sliding_attention layers of a family with two bases, else None.
-        parts: from the raw config, `ModelConfig` fields of this family alone; they come before all others.
+        rope_local_base_freq: likewise for the sliding_attention layers of a family with two bases,
+            else None.
+        parts: from the raw config, `ModelConfig` fields of this family alone; they come before all
+            others.
         reads: the other config.json keys that `layers` and `parts` read.
         must_be_off: options that change the computation and are not supported, refused when set.
     """
@@ -64,10 +70,16 @@ WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers")
 """What `windowed_from_layer` reads."""
 
 
-def windowed_from_layer(raw: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[str, ...] | None]:
-    """`Family.layers` of Qwen2 and Qwen3: if `use_sliding_window`, layers from `max_window_layers` on slide."""
+def windowed_from_layer(
+    raw: Mapping[str, Any], num_layers: int
+) -> tuple[int | None, tuple[str, ...] | None]:
+    """`Family.layers` of Qwen2 and Qwen3: if `use_sliding_window`, layers from `max_window_layers`
+    on slide.
+    """
     window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
     if raw.get("layer_types") is not None:
         return window, tuple(raw["layer_types"])
     first = raw.get("max_window_layers", 28) if window is not None else num_layers
-    return window, tuple("full_attention" if i < first else "sliding_attention" for i in range(num_layers))
+    return window, tuple(
+        "full_attention" if i < first else "sliding_attention" for i in range(num_layers)
+    )

@@ -16,18 +16,26 @@ def hugging_face_packages(path: Path) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{path} needs the package {error.name!r} to be read: pip install 'diffkv-jax[hf]'", name=error.name
+            f"{path} needs the package {error.name!r} to be read: pip install 'diffkv-jax[hf]'",
+            name=error.name,
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _object(path, pairs))
+        value = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _object(path, pairs)
+        )
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} must hold valid JSON ({error}): copy or download it again") from error
+        raise ValueError(
+            f"{path} must hold valid JSON ({error}): copy or download it again"
+        ) from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, given a {type(value).__name__}: copy or download it again")
+        raise ValueError(
+            f"{path} must hold a JSON object, given a {type(value).__name__}: copy "
+            f"or download it again"
+        )
     return value
 
 
@@ -36,7 +44,10 @@ def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for key, item in pairs:
         if key in value and value[key] != item:
-            raise ValueError(f"{path} must say one thing for {key!r}, given {value[key]!r} and {item!r}: correct the file")
+            raise ValueError(
+                f"{path} must say one thing for {key!r}, given {value[key]!r} and "
+                f"{item!r}: correct the file"
+            )
         value[key] = item
     return value
 
@@ -45,7 +56,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} must hold a config.json beside its weights: copy it from the model's repository")
+        raise ValueError(
+            f"{folder} must hold a config.json beside its weights: copy it from the "
+            f"model's repository"
+        )
     return read_json(path)
 
 
@@ -56,12 +70,21 @@ def read_generation_config(folder: Path) -> dict[str, Any] | None:
 
 
 def read_tokenizer(folder: Path) -> Any | None:
-    """The folder's Hugging Face tokenizer, or None if it holds no tokenizer files. Never goes to the network."""
+    """The folder's Hugging Face tokenizer, or None if it holds no tokenizer files. Never goes to
+    the network.
+    """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     with hugging_face_packages(folder):
         from transformers import AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a broken tokenizer.json surfaces as several unrelated exception types
-        raise ValueError(f"the tokenizer files in {folder} must load with transformers.AutoTokenizer ({error}): copy them again") from error
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except (
+        Exception
+    ) as error:  # a broken tokenizer.json surfaces as several unrelated exception types
+        raise ValueError(
+            f"the tokenizer files in {folder} must load with "
+            f"transformers.AutoTokenizer ({error}): copy them again"
+        ) from error

@@ -1,4 +1,6 @@
-"""Gemma 3, text part: local and global layers with two rope bases, norms around each part (arXiv:2503.19786)."""
+"""Gemma 3, text part: local and global layers with two rope bases, norms around each part
+(arXiv:2503.19786).
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +11,16 @@ from .switches import Switches
 
 
 def _layers(raw: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[str, ...] | None]:
-    """The list of kinds, or the older "every n-th layer is global" number (published checkpoints have either)."""
+    """The list of kinds, or the older "every n-th layer is global" number (published checkpoints
+    have either).
+    """
     window = raw.get("sliding_window", 4096)
     if raw.get("layer_types") is not None:
         return window, tuple(raw["layer_types"])
     every = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
-    return window, tuple("sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers))
+    return window, tuple(
+        "sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)
+    )
 
 
 def _switches(config: ModelConfig) -> Switches:

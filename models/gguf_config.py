@@ -16,14 +16,15 @@ _CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
 }
 _GEMMA3_LAYERS_PER_GLOBAL_LAYER = 6
-_GEMMA3_27B_LAYERS = 62  # the one size whose attention scale is not 1/sqrt(head_dim); the file does not state it
+# the one size whose attention scale is not 1/sqrt(head_dim); the file does not state it
+_GEMMA3_27B_LAYERS = 62
 
 
 def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     """A config.json dict for the model in `file`.
 
-    Raises ValueError for another architecture, a missing key, one that is not known, values that contradict each other,
-    mixture-of-experts layers, and rope scaling that has no config.json form.
+    Raises ValueError for another architecture, a missing key, one that is not known, values that
+    contradict each other, mixture-of-experts layers, and rope scaling that has no config.json form.
     """
     arch = _architecture(file)
     check_keys(file, arch)
@@ -31,9 +32,15 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     if arch == "qwen2":
         config["use_sliding_window"] = False
     if arch == "qwen3":
-        config |= {"attention_bias": "blk.0.attn_q.bias" in file.shapes, "use_sliding_window": False}
+        config |= {
+            "attention_bias": "blk.0.attn_q.bias" in file.shapes,
+            "use_sliding_window": False,
+        }
     if config["model_type"] == "llama":
-        config |= {"attention_bias": "blk.0.attn_q.bias" in file.shapes, "mlp_bias": "blk.0.ffn_up.bias" in file.shapes}
+        config |= {
+            "attention_bias": "blk.0.attn_q.bias" in file.shapes,
+            "mlp_bias": "blk.0.ffn_up.bias" in file.shapes,
+        }
     if config["model_type"] == "mistral":
         config["sliding_window"] = file.metadata.get("llama.attention.sliding_window") or None
     if arch == "gemma3":
@@ -57,17 +64,25 @@ def _architecture(file: GGUFFile) -> str:
     arch = file.metadata.get("general.architecture")
     if arch not in SUPPORTED_ARCHITECTURES:
         raise ValueError(
-            f"{file.path}: general.architecture must be one of {SUPPORTED_ARCHITECTURES}, given {arch!r}: "
-            "use a model of one of these families (Mistral models are labelled 'llama' or 'mistral3'; 'mistral3' is not supported)"
+            f"{file.path}: general.architecture must be one of {SUPPORTED_ARCHITECTURES}, given "
+            f"{arch!r}: "
+            "use a model of one of these families (Mistral models are labelled 'llama' or "
+            "'mistral3'; 'mistral3' is not supported)"
         )
     if file.metadata.get(f"{arch}.expert_count", 0):
-        raise ValueError(f"{file.path}: {arch}.expert_count must be 0, given {file.metadata[f'{arch}.expert_count']}: use a dense model")
+        raise ValueError(
+            f"{file.path}: {arch}.expert_count must be 0, given "
+            f"{file.metadata[f'{arch}.expert_count']}: use a dense model"
+        )
     return arch
 
 
 def _key(file: GGUFFile, name: str) -> Any:
     if name not in file.metadata:
-        raise ValueError(f"{file.path} must state {name!r} in its metadata: convert the model to GGUF again with a current converter")
+        raise ValueError(
+            f"{file.path} must state {name!r} in its metadata: convert the model to "
+            f"GGUF again with a current converter"
+        )
     return file.metadata[name]
 
 
@@ -77,10 +92,15 @@ def _common(file: GGUFFile, arch: str) -> dict[str, Any]:
     named = "mistral" in str(file.metadata.get("general.name", "")).lower()
     if arch == "llama" and (named or file.metadata.get("llama.attention.sliding_window")):
         model_type = "mistral"
-    hidden, heads = _size(file, f"{arch}.embedding_length"), _size(file, f"{arch}.attention.head_count")
+    hidden, heads = (
+        _size(file, f"{arch}.embedding_length"),
+        _size(file, f"{arch}.attention.head_count"),
+    )
     head_dim = _head_dim(file, arch, hidden, heads)
     if "token_embd.weight" not in file.shapes:
-        raise ValueError(f"{file.path} must hold the tensor 'token_embd.weight': use a file with the whole model")
+        raise ValueError(
+            f"{file.path} must hold the tensor 'token_embd.weight': use a file with the whole model"
+        )
     config = {
         "model_type": model_type,
         "architectures": [_CLASSES[model_type]],
@@ -112,15 +132,23 @@ _PER_LAYER = {
 
 
 def _size(file: GGUFFile, key: str, default: int | None = None) -> int:
-    """The integer at `key`; where the file has a list, one value for each layer, they must be one."""
+    """The integer at `key`; where the file has a list, one value for each layer, they must be
+    one.
+    """
     value = _key(file, key) if default is None else file.metadata.get(key, default)
     if isinstance(value, list) and value:
         name = _PER_LAYER.get(key.split(".", 1)[1], key)
         if len(set(value)) > 1:
-            raise ValueError(f"{file.path}: {name} must be the same in every layer, given {value}: use a model with uniform layers")
+            raise ValueError(
+                f"{file.path}: {name} must be the same in every layer, given "
+                f"{value}: use a model with uniform layers"
+            )
         value = value[0]
     if type(value) is not int or value < 1:
-        raise ValueError(f"{file.path}: {key}={value!r} must be an integer of at least 1: convert the model to GGUF again")
+        raise ValueError(
+            f"{file.path}: {key}={value!r} must be an integer of at least 1: convert "
+            f"the model to GGUF again"
+        )
     return value
 
 
@@ -128,28 +156,38 @@ def _head_dim(file: GGUFFile, arch: str, hidden: int, heads: int) -> int:
     key = f"{arch}.attention.key_length"
     if key not in file.metadata and hidden % heads:
         raise ValueError(
-            f"{file.path}: {arch}.embedding_length={hidden} must be a multiple of {arch}.attention.head_count={heads} "
+            f"{file.path}: {arch}.embedding_length={hidden} must be a multiple of "
+            f"{arch}.attention.head_count={heads} "
             f"where {key} is not given: convert the model to GGUF again"
         )
     return _size(file, key, hidden // heads)
 
 
 def _gemma3(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    """Gemma 3's additions. The file states the window; pattern, local rope base and attention scale are the family's."""
+    """Gemma 3's additions. The file states the window; pattern, local rope base and attention scale
+    are the family's.
+    """
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
-    period = file.metadata.get("gemma3.attention.sliding_window_pattern", _GEMMA3_LAYERS_PER_GLOBAL_LAYER)
+    period = file.metadata.get(
+        "gemma3.attention.sliding_window_pattern", _GEMMA3_LAYERS_PER_GLOBAL_LAYER
+    )
     if type(period) is not int or period < 1:
         raise ValueError(
-            f"{file.path}: gemma3.attention.sliding_window_pattern must be one integer, given {period}: convert the model again"
+            f"{file.path}: gemma3.attention.sliding_window_pattern must be one integer, given "
+            f"{period}: convert the model again"
         )
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "hidden_act": "gelu_pytorch_tanh",
         "sliding_window": _size(file, "gemma3.attention.sliding_window"),
-        "layer_types": ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)],
+        "layer_types": [
+            "sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)
+        ],
         "rope_theta": number(file, "gemma3.rope.freq_base", 1000000.0),
         "rope_local_base_freq": number(file, "gemma3.rope.freq_base_swa", 10000.0),
-        "query_pre_attn_scalar": config["hidden_size"] // heads if layers == _GEMMA3_27B_LAYERS else config["head_dim"],
+        "query_pre_attn_scalar": config["hidden_size"] // heads
+        if layers == _GEMMA3_27B_LAYERS
+        else config["head_dim"],
         "attention_bias": False,
         "attn_logit_softcapping": number(file, "gemma3.attn_logit_softcapping", None) or None,
         "final_logit_softcapping": number(file, "gemma3.final_logit_softcapping", None) or None,

@@ -1,4 +1,6 @@
-"""The keys that a GGUF file states about its model: read, known to change nothing, or refused by name."""
+"""The keys that a GGUF file states about its model: read, known to change nothing, or refused by
+name.
+"""
 
 import math
 from collections.abc import Mapping
@@ -50,7 +52,8 @@ _HARMLESS = {
     "attention.group_norm_epsilon": "of GroupNorm; these architectures have RMSNorm",
     "attention.group_norm_groups": "of GroupNorm; these architectures have RMSNorm",
     "expert_used_count": "of experts, whose expert_count must be 0",
-    "tensor_data_layout": "where the rows of Q and K came from; the architecture settles where they are",
+    "tensor_data_layout": "where the rows of Q and K came from; the architecture settles where "
+    "they are",
     "pooling_type": "how llama.cpp makes one embedding of a text; no logits depend on it",
 }
 """Keys behind the architecture's name that change no logits, and why."""
@@ -59,17 +62,28 @@ _OFF_AT_ONE = ("logit_scale", "residual_scale", "embedding_scale")
 
 
 def check_keys(file: GGUFFile, arch: str) -> None:
-    """Raise ValueError, with names and values, for keys of the architecture that are neither read nor harmless.
+    """Raise ValueError, with names and values, for keys of the architecture that are neither read
+    nor harmless.
 
-    Nothing is said against a value that turns the key off, as in llama.cpp: 0, false, or 1 for a plain scale.
+    Nothing is said against a value that turns the key off, as in llama.cpp: 0, false, or 1 for a
+    plain scale.
     """
     known = {*_READ, *_READ_IN_ADDITION.get(arch, ()), *_HARMLESS}
-    ours = {key.removeprefix(f"{arch}."): value for key, value in file.metadata.items() if key.startswith(f"{arch}.")}
-    unknown = {key: value for key, value in ours.items() if key not in known and not _is_off(key, value)}
+    ours = {
+        key.removeprefix(f"{arch}."): value
+        for key, value in file.metadata.items()
+        if key.startswith(f"{arch}.")
+    }
+    unknown = {
+        key: value for key, value in ours.items() if key not in known and not _is_off(key, value)
+    }
     if unknown:
-        listed = ", ".join(f"{arch}.{key}={shown(value)!r}" for key, value in sorted(unknown.items()))
+        listed = ", ".join(
+            f"{arch}.{key}={shown(value)!r}" for key, value in sorted(unknown.items())
+        )
         raise ValueError(
-            f"{file.path} states {listed}, which this reader does not know and which may change the computation: "
+            f"{file.path} states {listed}, which this reader does not know and which may change "
+            f"the computation: "
             f"use a model of plain architecture {arch!r}, or its safetensors files"
         )
 
@@ -85,7 +99,11 @@ def check_agreement(file: GGUFFile, arch: str, config: Mapping[str, Any]) -> Non
     scale = (config.get("query_pre_attn_scalar") or width) ** -0.5
     for name, must, why in (
         ("attention.value_length", width, "keys and values have one width in these architectures"),
-        ("rope.dimension_count", width, "the rotary embedding must cover the whole head, not part of it"),
+        (
+            "rope.dimension_count",
+            width,
+            "the rotary embedding must cover the whole head, not part of it",
+        ),
         ("attention.causal", True, "only causal attention is supported"),
         ("vocab_size", config["vocab_size"], "token_embd.weight has that many rows"),
         ("attention.scale", scale, "it is the factor on q . k in this architecture"),
@@ -95,22 +113,28 @@ def check_agreement(file: GGUFFile, arch: str, config: Mapping[str, Any]) -> Non
             continue
         if not math.isclose(number(file, f"{arch}.{name}", must), must, rel_tol=1e-5):
             raise ValueError(
-                f"{file.path}: {arch}.{name}={shown(value)!r} is not supported, it must be {must!r}: {why}; use the model's "
+                f"{file.path}: {arch}.{name}={shown(value)!r} is not supported, it must be "
+                f"{must!r}: {why}; use the model's "
                 "safetensors files, or convert it again"
             )
     tokens = file.metadata.get("tokenizer.ggml.tokens") or []
     if len(tokens) > config["vocab_size"]:
         raise ValueError(
-            f"{file.path}: tokenizer.ggml.tokens has {len(tokens)} entries, and token_embd.weight only "
+            f"{file.path}: tokenizer.ggml.tokens has {len(tokens)} entries, and token_embd.weight "
+            f"only "
             f"{config['vocab_size']} rows: convert the model to GGUF again"
         )
 
 
 def number(file: GGUFFile, key: str, default: Any) -> Any:
-    """The number at `key`, as the shortest decimal that is the same float32 (9.9999997e-06 -> 1e-05), or `default`."""
+    """The number at `key`, as the shortest decimal that is the same float32 (9.9999997e-06 ->
+    1e-05), or `default`.
+    """
     value = file.metadata.get(key, default)
     if value is not None and not isinstance(value, (int, float)):
-        raise ValueError(f"{file.path}: {key}={value!r} must be a number: convert the model to GGUF again")
+        raise ValueError(
+            f"{file.path}: {key}={value!r} must be a number: convert the model to GGUF again"
+        )
     return shown(value)
 
 

@@ -38,8 +38,9 @@ _IGNORED_IN_LAYER = re.compile(r"^blk\.\d+\.attn_rot_embd\.weight$")
 class GGUFSource:
     """One GGUF file. Matrices are dequantized to float32 one at a time.
 
-    Values that GGUF stores differently are put back: Llama's rotary row order, and Gemma's norm weights (Hugging Face has them less one).
-    Raises ValueError for what `GGUFFile` and `config_from_gguf` refuse.
+    Values that GGUF stores differently are put back: Llama's rotary row order, and Gemma's norm
+    weights (Hugging Face has them less one). Raises ValueError for what `GGUFFile` and
+    `config_from_gguf` refuse.
     """
 
     def __init__(self, path: Path):
@@ -48,11 +49,18 @@ class GGUFSource:
         self.generation_config = generation_config_from_gguf(self._file)
         self._gemma = self._file.metadata["general.architecture"] == "gemma3"
         self._llama = self._file.metadata["general.architecture"] == "llama"
-        self.ignored = {name: reason for name in self._file.shapes if (reason := _ignored_reason(name)) is not None}
+        self.ignored = {
+            name: reason
+            for name in self._file.shapes
+            if (reason := _ignored_reason(name)) is not None
+        }
         kept = [name for name in self._file.shapes if name not in self.ignored]
         self._names = {name: self._hf_name(name) for name in kept}
         check_unique(path, self._names)
-        self.tensors = {self._names[name]: TensorInfo(self._file.shapes[name], self._file.types[name]) for name in kept}
+        self.tensors = {
+            self._names[name]: TensorInfo(self._file.shapes[name], self._file.types[name])
+            for name in kept
+        }
 
     def stream(self) -> Iterator[tuple[str, np.ndarray]]:
         """(name, float32 array), tensor by tensor."""
@@ -65,7 +73,9 @@ class GGUFSource:
         return tokenizer_from_gguf(self._file.metadata)
 
     def _hf_name(self, name: str) -> str:
-        """The Hugging Face name, or `name` itself where there is none: the loader then lists it as unused."""
+        """The Hugging Face name, or `name` itself where there is none: the loader then lists it as
+        unused.
+        """
         match = _NAME.match(name)
         if match is None:
             return name
@@ -73,7 +83,11 @@ class GGUFSource:
         table = _TOP if layer is None else _IN_GEMMA3_LAYER if self._gemma else _IN_LAYER
         if part not in table:
             return name
-        return f"{table[part]}.{leaf}" if layer is None else f"model.layers.{layer}.{table[part]}.{leaf}"
+        return (
+            f"{table[part]}.{leaf}"
+            if layer is None
+            else f"model.layers.{layer}.{table[part]}.{leaf}"
+        )
 
     def _as_hugging_face(self, name: str, value: np.ndarray) -> np.ndarray:
         if self._gemma and name.endswith("norm.weight"):
@@ -86,15 +100,17 @@ class GGUFSource:
 
 
 def split_rotary_halves(value: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of a Q or K projection from GGUF's order to Hugging Face's, per head: [0, 1, 2, 3, ...] -> [0, 2, ..., 1, 3, ...].
+    """Rows of a Q or K projection from GGUF's order to Hugging Face's, per head: [0, 1, 2, 3, ...]
+    -> [0, 2, ..., 1, 3, ...].
 
-    GGUF puts the two components of each rotated pair side by side; Hugging Face puts all first components before all second ones.
-    value: [num_heads * head_dim, in] or [num_heads * head_dim].
+    GGUF puts the two components of each rotated pair side by side; Hugging Face puts all first
+    components before all second ones. value: [num_heads * head_dim, in] or [num_heads * head_dim].
     """
     rows = value.shape[0]
     if rows % (2 * num_heads):
         raise ValueError(
-            f"a Q or K projection's rows must be a multiple of 2 * num_heads, given {rows} rows and {num_heads=}: use an intact file"
+            f"a Q or K projection's rows must be a multiple of 2 * num_heads, given {rows} rows "
+            f"and {num_heads=}: use an intact file"
         )
     pairs = value.reshape(num_heads, rows // num_heads // 2, 2, *value.shape[1:])
     return np.concatenate([pairs[:, :, 0], pairs[:, :, 1]], axis=1).reshape(value.shape)

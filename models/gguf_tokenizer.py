@@ -1,8 +1,10 @@
-"""The tokenizer that a GGUF file's metadata describes, rebuilt with the `tokenizers` library. No PyTorch.
+"""The tokenizer that a GGUF file's metadata describes, rebuilt with the `tokenizers` library. No
+PyTorch.
 
-Two kinds exist among the supported families: byte-level BPE ("gpt2": SmolLM, Llama 3, Qwen, Mistral Nemo) and SentencePiece BPE with byte
-fallback ("llama": Llama 2, Mistral, Gemma). Neither stores everything a tokenizer.json does: the splitting pattern is named, not written,
-and SentencePiece merges are implied by the scores.
+Two kinds exist among the supported families: byte-level BPE ("gpt2": SmolLM, Llama 3, Qwen, Mistral
+Nemo) and SentencePiece BPE with byte fallback ("llama": Llama 2, Mistral, Gemma). Neither stores
+everything a tokenizer.json does: the splitting pattern is named, not written, and SentencePiece
+merges are implied by the scores.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,19 +24,26 @@ _TEKKEN_WORDS = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_USE_ANOTHER = "put the model's tokenizer.json in a folder and pass that folder as load_pretrained(..., tokenizer=folder)"
+_USE_ANOTHER = (
+    "put the model's tokenizer.json in a folder and pass that folder as load_pretrained(..., "
+    "tokenizer=folder)"
+)
 
 
 def tokenizer_from_gguf(metadata: dict[str, Any]) -> PreTrainedTokenizerFast | None:
     """The tokenizer in `metadata`, or None if it holds none.
 
-    Raises ValueError for another kind of tokenizer, an unknown splitting pattern, and incomplete metadata.
+    Raises ValueError for another kind of tokenizer, an unknown splitting pattern, and incomplete
+    metadata.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind is None:
         return None
     if kind not in _BUILDERS:
-        raise ValueError(f"tokenizer.ggml.model must be one of {sorted(_BUILDERS)}, given {kind!r}: {_USE_ANOTHER}")
+        raise ValueError(
+            f"tokenizer.ggml.model must be one of {sorted(_BUILDERS)}, given "
+            f"{kind!r}: {_USE_ANOTHER}"
+        )
     tokens = _required(metadata, "tokens")
     tokenizer = _BUILDERS[kind](metadata, tokens)
     _mark_special_tokens(tokenizer, metadata, tokens)
@@ -44,7 +53,10 @@ def tokenizer_from_gguf(metadata: dict[str, Any]) -> PreTrainedTokenizerFast | N
 def _required(metadata: dict[str, Any], name: str) -> list[Any]:
     value = metadata.get(f"tokenizer.ggml.{name}")
     if not isinstance(value, list) or not value:
-        raise ValueError(f"the GGUF file must state a non-empty 'tokenizer.ggml.{name}', given {value!r}: {_USE_ANOTHER}")
+        raise ValueError(
+            f"the GGUF file must state a non-empty 'tokenizer.ggml.{name}', given "
+            f"{value!r}: {_USE_ANOTHER}"
+        )
     return value
 
 
@@ -52,7 +64,9 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     """GPT-2 style: text is split by a pattern, spelt in 256 byte letters, and merged."""
     split = metadata.get("tokenizer.ggml.pre", "default")
     if split not in _SPLITS:
-        raise ValueError(f"tokenizer.ggml.pre must be one of {sorted(_SPLITS)}, given {split!r}: {_USE_ANOTHER}")
+        raise ValueError(
+            f"tokenizer.ggml.pre must be one of {sorted(_SPLITS)}, given {split!r}: {_USE_ANOTHER}"
+        )
     merges = [_pair(merge) for merge in _required(metadata, "merges")]
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=split in _WHOLE_WORDS_FIRST))
@@ -69,7 +83,10 @@ def _pair(merge: str) -> tuple[str, str]:
 
 def _by_pattern(pattern: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
     return lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
 
 
@@ -93,15 +110,21 @@ _SPLITS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "tekken": _by_pattern(_TEKKEN_WORDS),
 }
 _LLAMA3 = ("llama3", "llama-v3", "llama-bpe")
-_WHOLE_WORDS_FIRST = (*_LLAMA3, "tekken")  # a word that is itself a token is not merged up from bytes
+# a word that is itself a token is not merged up from bytes
+_WHOLE_WORDS_FIRST = (*_LLAMA3, "tekken")
 _NFC = ("qwen2", "deepseek-r1-qwen")
 
 
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
-    """SentencePiece BPE: spaces are written as U+2581, unknown characters as bytes such as <0x0A>."""
+    """SentencePiece BPE: spaces are written as U+2581, unknown characters as bytes such as
+    <0x0A>.
+    """
     gemma = str(metadata.get("general.architecture", "")).startswith("gemma")
     if gemma:  # its runs of spaces are stored as plain spaces
-        tokens[:] = ["▁" * len(token) if len(token) > 1 and not token.strip(" ") else token for token in tokens]
+        tokens[:] = [
+            "▁" * len(token) if len(token) > 1 and not token.strip(" ") else token
+            for token in tokens
+        ]
     # Gemma's scores do not follow its merge order; the order of its tokens does.
     ranks = [-float(i) for i in range(len(tokens))] if gemma else _required(metadata, "scores")
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
@@ -115,8 +138,11 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(model)
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", not gemma):
-        # At the start and after each special token, as llama.cpp does; a text's own leading space comes on top, as in SentencePiece.
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        # At the start and after each special token, as llama.cpp does; a text's own leading space
+        # comes on top, as in SentencePiece.
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
         parts.append(decoders.Strip(" ", 1, 0))
     else:
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
@@ -125,32 +151,52 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
 
 
 def _implied_merges(tokens: Sequence[str], ranks: Sequence[float]) -> list[tuple[str, str]]:
-    """Every way to cut a token into two tokens, best-ranked token first: SentencePiece merges the pair whose union ranks highest."""
+    """Every way to cut a token into two tokens, best-ranked token first: SentencePiece merges the
+    pair whose union ranks highest.
+    """
     ids = {token: i for i, token in enumerate(tokens)}
     order = sorted(range(len(tokens)), key=lambda i: -ranks[i])
     merges: list[tuple[str, str]] = []
     for i in order:
         token = tokens[i]
-        cuts = [(token[:k], token[k:]) for k in range(1, len(token)) if token[:k] in ids and token[k:] in ids]
+        cuts = [
+            (token[:k], token[k:])
+            for k in range(1, len(token))
+            if token[:k] in ids and token[k:] in ids
+        ]
         merges.extend(sorted(cuts, key=lambda cut: (ids[cut[0]], ids[cut[1]])))
     return merges
 
 
-_BUILDERS: dict[str, Callable[[dict[str, Any], list[str]], Tokenizer]] = {"gpt2": _byte_level, "llama": _sentencepiece}
+_BUILDERS: dict[str, Callable[[dict[str, Any], list[str]], Tokenizer]] = {
+    "gpt2": _byte_level,
+    "llama": _sentencepiece,
+}
 
 
 def _mark_special_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str]) -> None:
-    """Control tokens are matched whole and skipped in decoding; user-defined ones are matched whole and printed."""
+    """Control tokens are matched whole and skipped in decoding; user-defined ones are matched whole
+    and printed.
+    """
     kinds = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
     plain = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in control]
+    )
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain])
 
 
-def _wrap(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str]) -> PreTrainedTokenizerFast:
+def _wrap(
+    tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str]
+) -> PreTrainedTokenizerFast:
     """The Hugging Face object around it: named special tokens, BOS and EOS rules, chat template."""
-    ids = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+    ids = {
+        "bos_token": "bos_token_id",
+        "eos_token": "eos_token_id",
+        "unk_token": "unknown_token_id",
+        "pad_token": "padding_token_id",
+    }
     names = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in ids.items()}
     sentencepiece = metadata["tokenizer.ggml.model"] == "llama"
     starts_with_bos = sentencepiece or metadata.get("tokenizer.ggml.pre") in _LLAMA3

@@ -23,22 +23,36 @@ def read_hf_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     family = family_of(raw["model_type"])
     for option in family.must_be_off:
         if raw.get(option):
-            raise ValueError(f"{option}={raw[option]!r} is not supported for model_type={raw['model_type']!r}; it must be off.")
+            raise ValueError(
+                f"{option}={raw[option]!r} is not supported for "
+                f"model_type={raw['model_type']!r}; it must be off."
+            )
     check_keys(raw, family)
     fields = _plain_fields(raw, family)
     window, layer_types = family.layers(raw, fields["num_hidden_layers"])
     if raw.get("layer_types") is not None and tuple(raw["layer_types"]) != layer_types:
         raise ValueError(
-            f"layer_types={raw['layer_types']!r} does not fit model_type={raw['model_type']!r}, whose layers are all alike; "
+            f"layer_types={raw['layer_types']!r} does not fit model_type={raw['model_type']!r}, "
+            f"whose layers are all alike; "
             "remove it, or use a model_type that mixes them."
         )
-    rope = read_rope(raw, family.rope_theta, family.rope_local_base_freq, fields["max_position_embeddings"])
-    fields = {"model_type": raw["model_type"], "sliding_window": window, "layer_types": layer_types, **fields, **rope}
+    rope = read_rope(
+        raw, family.rope_theta, family.rope_local_base_freq, fields["max_position_embeddings"]
+    )
+    fields = {
+        "model_type": raw["model_type"],
+        "sliding_window": window,
+        "layer_types": layer_types,
+        **fields,
+        **rope,
+    }
     return _typed({**fields, **family.parts(raw), "stop_token_ids": ends})
 
 
 def _text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A multimodal checkpoint's text model, with its own model_type and the outer tie_word_embeddings."""
+    """A multimodal checkpoint's text model, with its own model_type and the outer
+    tie_word_embeddings.
+    """
     model_type = raw.get("model_type")
     if model_type not in TEXT_PART or "text_config" not in raw:
         return raw
@@ -53,14 +67,24 @@ def _plain_fields(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     given = {key: value for key, value in raw.items() if value is not None}
     for key, name in _RENAMED.items():
         if key in given and given.setdefault(name, given[key]) != given[key]:
-            raise ValueError(f"{name}={given[name]!r} and {key}={given[key]!r} must agree; correct config.json.")
+            raise ValueError(
+                f"{name}={given[name]!r} and {key}={given[key]!r} must agree; correct config.json."
+            )
     fields = {name: given.get(name, default) for name, default in family.hf_fields.items()}
     missing = [name for name, value in fields.items() if value is REQUIRED]
     if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}, which model_type={raw['model_type']!r} needs; add them.")
-    if "num_key_value_heads" in raw and raw["num_key_value_heads"] is None or fields["num_key_value_heads"] is None:
+        raise ValueError(
+            f"config.json lacks {', '.join(missing)}, which "
+            f"model_type={raw['model_type']!r} needs; add them."
+        )
+    if (
+        "num_key_value_heads" in raw
+        and raw["num_key_value_heads"] is None
+        or fields["num_key_value_heads"] is None
+    ):
         fields["num_key_value_heads"] = fields["num_attention_heads"]
-    for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):  # used before ModelConfig checks the rest
+    # used before ModelConfig checks the rest
+    for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
         check_size(name, fields[name])
     if fields["head_dim"] is None:
         fields["head_dim"] = _even_share(fields["hidden_size"], fields["num_attention_heads"])
@@ -80,7 +104,8 @@ def _typed(fields: dict[str, Any]) -> dict[str, Any]:
 def _even_share(hidden_size: int, num_heads: int) -> int:
     if hidden_size % num_heads:
         raise ValueError(
-            f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_heads} where head_dim is not given; "
+            f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_heads} "
+            f"where head_dim is not given; "
             "give head_dim in config.json."
         )
     return hidden_size // num_heads

@@ -1,4 +1,6 @@
-"""Keys of config.json that no family reads although they would change the computation: refused by name."""
+"""Keys of config.json that no family reads although they would change the computation: refused by
+name.
+"""
 
 import re
 from collections.abc import Mapping
@@ -17,10 +19,14 @@ _ROPE_KEYS = (
 """Read, or checked, for every family."""
 
 _COMPUTES = frozenset(
-    "act activation alibi attend attention attn bidirectional bias causal chunk clip cross depth emb embedding embeddings "
-    "expert experts factor ffn gate gated head heads interleave interleaved kv layer layernorm layers logit logits logn "
-    "lora mla mlp moe mtp multiplier mup norm ntk nope parallel position positional positions qk qkv query ratio residual "
-    "rms rope rotary router scale scales scaling scalar scoring shared sink sinks softcap softcapping softmax sparse "
+    "act activation alibi attend attention attn bidirectional bias causal chunk clip cross depth "
+    "emb embedding embeddings "
+    "expert experts factor ffn gate gated head heads interleave interleaved kv layer layernorm "
+    "layers logit logits logn "
+    "lora mla mlp moe mtp multiplier mup norm ntk nope parallel position positional positions qk "
+    "qkv query ratio residual "
+    "rms rope rotary router scale scales scaling scalar scoring shared sink sinks softcap "
+    "softcapping softmax sparse "
     "sparsity ssm swiglu topk value window windows yarn".split()
 )
 """A key with one of these words between its underscores speaks of the network itself."""
@@ -50,8 +56,10 @@ _HARMLESS = {
     "num_logits_to_keep": "which logits are returned",
     "output_attentions": "what else is returned",
     "output_router_logits": "what else is returned",
-    "num_mtp_layers": "layers behind the model's last; their tensors, where present, are refused by name",
-    "num_nextn_predict_layers": "layers behind the model's last; their tensors, where present, are refused by name",
+    "num_mtp_layers": "layers behind the model's last; their tensors, where present, are refused "
+    "by name",
+    "num_nextn_predict_layers": "layers behind the model's last; their tensors, where present, "
+    "are refused by name",
     "qk_head_dim": "the sum of qk_nope_head_dim and qk_rope_head_dim, which are read",
 }
 """Keys with such a word that change no logits, and why."""
@@ -60,17 +68,24 @@ _FACTORS = re.compile(r"(^|_)(multiplier|scale|scales|scaling|factor|ratio)(_|$)
 
 
 def check_keys(raw: Mapping[str, Any], family: Family) -> None:
-    """Raise ValueError, with names and values, for keys that would change the computation and are not read.
+    """Raise ValueError, with names and values, for keys that would change the computation and are
+    not read.
 
     Values that turn such a key off pass: null, false, 0, an empty list, and 1 for a plain factor.
     """
     read = {*family.hf_fields, *family.reads, *family.must_be_off, *_ROPE_KEYS, *_renamed(family)}
-    unread = {key: value for key, value in raw.items() if key not in read and _computes(key) and not _is_off(key, value)}
+    unread = {
+        key: value
+        for key, value in raw.items()
+        if key not in read and _computes(key) and not _is_off(key, value)
+    }
     if unread:
         listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unread.items()))
         raise ValueError(
-            f"config.json has {listed}, which would change the computation and is not supported for "
-            f"model_type={raw['model_type']!r}; use a checkpoint without it (remove a key only if the model ignores it)."
+            f"config.json has {listed}, which would change the computation and is not supported "
+            f"for "
+            f"model_type={raw['model_type']!r}; use a checkpoint without it (remove a key only if "
+            f"the model ignores it)."
         )
 
 
@@ -80,7 +95,8 @@ def _renamed(family: Family) -> tuple[str, ...]:
 
 
 def _computes(key: str) -> bool:
-    if key in _HARMLESS or key.startswith("_") or "dropout" in key:  # a leading underscore: transformers' own notes
+    # a leading underscore: transformers' own notes
+    if key in _HARMLESS or key.startswith("_") or "dropout" in key:
         return False
     return not _COMPUTES.isdisjoint(key.lower().split("_"))
 
@@ -90,7 +106,8 @@ def _is_off(key: str, value: Any) -> bool:
         return "causal" not in key or value is None
     if value is True:
         return "causal" in key
-    # attention_multiplier, softmax_scale and their like stand for 1/sqrt(head_dim), and 1 is no neutral value
+    # attention_multiplier, softmax_scale and their like stand for 1/sqrt(head_dim), and 1 is no
+    # neutral value
     replaces_scale = any(word in key for word in ("attention", "attn", "softmax", "qk", "query"))
     if _FACTORS.search(key) and not replaces_scale:
         return value in (1, None)

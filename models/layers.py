@@ -1,7 +1,9 @@
-"""The parts of a decoder layer, as Flax Linen modules: norm, projection, embedding, MLP and the logits head.
+"""The parts of a decoder layer, as Flax Linen modules: norm, projection, embedding, MLP and the
+logits head.
 
-Parameters carry Hugging Face's names; a projection is "kernel" [in, out] (the transpose of torch's), a norm "weight". Those of the layers
-are stacked, and a layer picks its own by index when it uses them: a slice cut off first would be a copy (docs/design.md 7).
+Parameters carry Hugging Face's names; a projection is "kernel" [in, out] (the transpose of
+torch's), a norm "weight". Those of the layers are stacked, and a layer picks its own by index when
+it uses them: a slice cut off first would be a copy (docs/design.md 7).
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +29,8 @@ class RMSNorm(nn.Module):
         eps: added to the mean square.
         adds_one: multiply by (1 + weight) instead, as Gemma does.
         param_dtype: the weight's dtype; the output has x's.
-        num_layers: of a stack "weight" [num_layers, features], then called with the layer's index; None for a single one.
+        num_layers: of a stack "weight" [num_layers, features], then called with the layer's index;
+            None for a single one.
     """
 
     eps: float
@@ -36,7 +39,9 @@ class RMSNorm(nn.Module):
     num_layers: int | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: jax.Array | None = None, kernels: Kernels = XLA) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, layer: jax.Array | None = None, kernels: Kernels = XLA
+    ) -> jax.Array:
         initial = nn.initializers.zeros if self.adds_one else nn.initializers.ones
         stack = () if self.num_layers is None else (self.num_layers,)
         weight = self.param("weight", initial, (*stack, x.shape[-1]), self.param_dtype)
@@ -48,7 +53,8 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """Weights of one projection in every layer: "kernel" [num_layers, inputs, features], and "bias" [num_layers, features] if `use_bias`.
+    """Weights of one projection in every layer: "kernel" [num_layers, inputs, features], and "bias"
+    [num_layers, features] if `use_bias`.
 
     `project` applies several of them at once.
     """
@@ -61,19 +67,32 @@ class Projection(nn.Module):
 
     def setup(self) -> None:
         initial = nn.initializers.lecun_normal(batch_axis=(0,))
-        self.kernel = self.param("kernel", initial, (self.num_layers, self.inputs, self.features), self.param_dtype)
+        self.kernel = self.param(
+            "kernel", initial, (self.num_layers, self.inputs, self.features), self.param_dtype
+        )
         shape = (self.num_layers, self.features)
-        self.bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype) if self.use_bias else None
+        self.bias = (
+            self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+            if self.use_bias
+            else None
+        )
 
 
-def project(x: jax.Array, projections: Sequence[Projection], layer: jax.Array, dtype: str, kernels: Kernels) -> list[jax.Array]:
+def project(
+    x: jax.Array, projections: Sequence[Projection], layer: jax.Array, dtype: str, kernels: Kernels
+) -> list[jax.Array]:
     """x [..., inputs] through each projection of one layer: `dtype` [..., features]."""
     products = linear(x.astype(dtype), [p.kernel for p in projections], layer, kernels=kernels)
-    return [y if p.bias is None else y + p.bias[layer].astype(dtype) for y, p in zip(products, projections, strict=True)]
+    return [
+        y if p.bias is None else y + p.bias[layer].astype(dtype)
+        for y, p in zip(products, projections, strict=True)
+    ]
 
 
 class Embedding(nn.Module):
-    """The token table "embedding" [vocab_size, hidden_size], read as input and, where tied, as the logits head."""
+    """The token table "embedding" [vocab_size, hidden_size], read as input and, where tied, as the
+    logits head.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -82,21 +101,29 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         shape = (self.vocab_size, self.hidden_size)
-        self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape, self.param_dtype)
+        self.embedding = self.param(
+            "embedding", nn.initializers.normal(0.02), shape, self.param_dtype
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Rows of the table for tokens [B, T]: dtype [B, T, hidden_size]; NaN for an id that is not in the vocabulary."""
+        """Rows of the table for tokens [B, T]: dtype [B, T, hidden_size]; NaN for an id that is not
+        in the vocabulary.
+        """
         # the barrier keeps XLA from converting the whole table to float32 once before a decode loop
         table, tokens = jax.lax.optimization_barrier((self.embedding, tokens))
         return jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.dtype)
 
     def logits(self, hidden: jax.Array, kernels: Kernels = XLA) -> jax.Array:
         """hidden [B, T, hidden_size] against every row: float32 [B, T, vocab_size]."""
-        return linear(hidden, [self.embedding], transposed=True, dtype="float32", kernels=kernels)[0]
+        return linear(hidden, [self.embedding], transposed=True, dtype="float32", kernels=kernels)[
+            0
+        ]
 
 
 class LogitsHead(nn.Module):
-    """The untied logits head "kernel" [hidden_size, vocab_size]; float32 out of matrix products in `dtype`."""
+    """The untied logits head "kernel" [hidden_size, vocab_size]; float32 out of matrix products in
+    `dtype`.
+    """
 
     vocab_size: int
     dtype: str
@@ -104,7 +131,12 @@ class LogitsHead(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, kernels: Kernels = XLA) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (hidden.shape[-1], self.vocab_size), self.param_dtype)
+        kernel = self.param(
+            "kernel",
+            nn.initializers.lecun_normal(),
+            (hidden.shape[-1], self.vocab_size),
+            self.param_dtype,
+        )
         return linear(hidden, [kernel], dtype="float32", kernels=kernels)[0]
 
 
@@ -121,9 +153,17 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, layer: jax.Array, kernels: Kernels) -> jax.Array:
         def projection(name: str, inputs: int, features: int) -> Projection:
-            return Projection(self.num_layers, inputs, features, self.use_bias, self.param_dtype, name=name)
+            return Projection(
+                self.num_layers, inputs, features, self.use_bias, self.param_dtype, name=name
+            )
 
         width, inner = x.shape[-1], self.intermediate_size
         inwards = [projection("gate_proj", width, inner), projection("up_proj", width, inner)]
         gate, up = project(x, inwards, layer, self.dtype, kernels)
-        return project(ACTIVATION[self.hidden_act](gate) * up, [projection("down_proj", inner, width)], layer, self.dtype, kernels)[0]
+        return project(
+            ACTIVATION[self.hidden_act](gate) * up,
+            [projection("down_proj", inner, width)],
+            layer,
+            self.dtype,
+            kernels,
+        )[0]

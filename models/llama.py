@@ -1,4 +1,6 @@
-"""Llama 2 and 3, and models that keep its layout, such as SmolLM2 (arXiv:2307.09288, arXiv:2407.21783)."""
+"""Llama 2 and 3, and models that keep its layout, such as SmolLM2 (arXiv:2307.09288,
+arXiv:2407.21783).
+"""
 
 from .config import ModelConfig
 from .family import Family, all_full, sizes
@@ -6,7 +8,9 @@ from .switches import Switches
 
 
 def _switches(config: ModelConfig) -> Switches:
-    return Switches(qkv_bias=config.attention_bias, o_bias=config.attention_bias, mlp_bias=config.mlp_bias)
+    return Switches(
+        qkv_bias=config.attention_bias, o_bias=config.attention_bias, mlp_bias=config.mlp_bias
+    )
 
 
 LLAMA = Family(

@@ -1,4 +1,6 @@
-"""`load_pretrained`: a model, its parameters and its tokenizer from files on disk; `convert_pretrained` saves them again."""
+"""`load_pretrained`: a model, its parameters and its tokenizer from files on disk;
+`convert_pretrained` saves them again.
+"""
 
 import logging
 from pathlib import Path
@@ -25,20 +27,29 @@ class Pretrained(NamedTuple):
     tokenizer: Any | None
 
 
-def load_pretrained(path: str | Path, dtype: str = "float32", *, tokenizer: str | Path | None = None, progress: bool = False) -> Pretrained:
+def load_pretrained(
+    path: str | Path,
+    dtype: str = "float32",
+    *,
+    tokenizer: str | Path | None = None,
+    progress: bool = False,
+) -> Pretrained:
     """Load a model from files on disk.
 
     Args:
-        path: a folder written by `save_checkpoint`, a Hugging Face folder with safetensors weights, or a .gguf file.
+        path: a folder written by `save_checkpoint`, a Hugging Face folder with safetensors weights,
+            or a .gguf file.
         dtype: dtype of parameters and activations: "float32", "bfloat16" or "float16".
         tokenizer: a folder with tokenizer files to use instead of those at `path`.
         progress: show a progress bar.
     Returns:
-        (model, params, tokenizer). tokenizer is a Hugging Face tokenizer, or None (with a warning) where `path` holds none.
-        model.stop_token_ids are the end tokens: those of generation_config.json, else of config.json; of a GGUF file
-        those its keys name (eos, eot, eom) and those that llama.cpp knows by their text, such as <end_of_turn>.
+        (model, params, tokenizer). tokenizer is a Hugging Face tokenizer, or None (with a warning)
+        where `path` holds none. model.stop_token_ids are the end tokens: those of
+        generation_config.json, else of config.json; of a GGUF file those its keys name (eos, eot,
+        eom) and those that llama.cpp knows by their text, such as <end_of_turn>.
     Raises:
-        ValueError: nothing loadable at `path`, damaged files, an unsupported model, or weights that do not fit the model exactly.
+        ValueError: nothing loadable at `path`, damaged files, an unsupported model, or weights that
+            do not fit the model exactly.
         ModuleNotFoundError: a package of the "hf" extra is needed and absent.
     """
     path = _existing(path)
@@ -47,22 +58,42 @@ def load_pretrained(path: str | Path, dtype: str = "float32", *, tokenizer: str 
 
 
 def convert_pretrained(
-    source: str | Path, destination: str | Path, dtype: str = "float32", *, overwrite: bool = False, progress: bool = False
+    source: str | Path,
+    destination: str | Path,
+    dtype: str = "float32",
+    *,
+    overwrite: bool = False,
+    progress: bool = False,
 ) -> None:
-    """Read what `load_pretrained` reads and write it as a checkpoint folder, with config, generation config, tokenizer and chat template.
+    """Read what `load_pretrained` reads and write it as a checkpoint folder, with config,
+    generation config, tokenizer and chat template.
 
-    Args: source, dtype, progress as in `load_pretrained`; destination, overwrite as in `save_checkpoint`.
-    Raises: as those two do; what can be checked is checked before the weights are read.
+    Args: source, dtype, progress as in `load_pretrained`; destination, overwrite as in
+    `save_checkpoint`. Raises: as those two do; what can be checked is checked before the weights
+    are read.
     """
     source, destination = _existing(source), Path(destination).expanduser().absolute()
     _check_dtype(dtype)
     check_destination(destination, overwrite)
     opened = _open(source)
     loaded = _load(source, opened, dtype, None, progress)
-    save_checkpoint(destination, loaded.params, opened.config, loaded.tokenizer, opened.generation_config, overwrite=overwrite)
+    save_checkpoint(
+        destination,
+        loaded.params,
+        opened.config,
+        loaded.tokenizer,
+        opened.generation_config,
+        overwrite=overwrite,
+    )
 
 
-def _load(path: Path, opened: Checkpoint | WeightSource, dtype: str, tokenizer: str | Path | None, progress: bool) -> Pretrained:
+def _load(
+    path: Path,
+    opened: Checkpoint | WeightSource,
+    dtype: str,
+    tokenizer: str | Path | None,
+    progress: bool,
+) -> Pretrained:
     """The tokenizer before the weights: it fails sooner."""
     config = ModelConfig.from_hf(with_generation_config(opened.config, opened.generation_config))
     model = build_model(config, dtype)
@@ -79,13 +110,18 @@ def _load(path: Path, opened: Checkpoint | WeightSource, dtype: str, tokenizer: 
 def _existing(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.exists():
-        raise ValueError(f"{path} must be an existing file or folder: download the model first, for instance with `hf download`")
+        raise ValueError(
+            f"{path} must be an existing file or folder: download the model first, "
+            f"for instance with `hf download`"
+        )
     return path
 
 
 def _check_dtype(dtype: str) -> None:
     if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {_DTYPES}, given {dtype!r}: pass one of these strings")
+        raise ValueError(
+            f"dtype must be one of {_DTYPES}, given {dtype!r}: pass one of these strings"
+        )
 
 
 def _open(path: Path) -> Checkpoint | WeightSource:
@@ -93,20 +129,29 @@ def _open(path: Path) -> Checkpoint | WeightSource:
         return _open_file(path)
     if is_checkpoint(path):
         if weights := sorted(file.name for file in path.glob("model*.safetensors")):
-            raise ValueError(f"{path} must hold either params/ or {weights}, but holds both: move one of them elsewhere")
+            raise ValueError(
+                f"{path} must hold either params/ or {weights}, but holds both: move "
+                f"one of them elsewhere"
+            )
         return Checkpoint(path)
     with hugging_face_packages(path):
         from .safetensors_source import SafetensorsSource, is_safetensors_folder
     if is_safetensors_folder(path):
         return SafetensorsSource(path)
-    raise ValueError(f"{path} must hold model.safetensors, model.safetensors.index.json or params/: {_what_is_there(path)}")
+    raise ValueError(
+        f"{path} must hold model.safetensors, model.safetensors.index.json or "
+        f"params/: {_what_is_there(path)}"
+    )
 
 
 def _open_file(path: Path) -> WeightSource:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise ValueError(f"{path} must start with the bytes b'GGUF', given {magic!r}: pass a GGUF file, or the folder for other formats")
+        raise ValueError(
+            f"{path} must start with the bytes b'GGUF', given {magic!r}: pass a GGUF "
+            f"file, or the folder for other formats"
+        )
     with hugging_face_packages(path):
         from .gguf_source import GGUFSource
     return GGUFSource(path)
@@ -117,15 +162,23 @@ def _what_is_there(folder: Path) -> str:
     if ggufs := sorted(folder.glob("*.gguf")):
         return f"pass the GGUF file itself, one of {[file.name for file in ggufs]}"
     if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")]):
-        return f"save {[file.name for file in pickles]} again as safetensors with `model.save_pretrained(folder)`"
+        return (
+            f"save {[file.name for file in pickles]} again as safetensors with "
+            f"`model.save_pretrained(folder)`"
+        )
     return "pass the folder that holds the weights"
 
 
-def _tokenizer(path: Path, opened: Checkpoint | WeightSource, folder: str | Path | None) -> Any | None:
+def _tokenizer(
+    path: Path, opened: Checkpoint | WeightSource, folder: str | Path | None
+) -> Any | None:
     if folder is not None:
         tokenizer = read_tokenizer(_existing(folder))
         if tokenizer is None:
-            raise ValueError(f"tokenizer={str(folder)!r} must be a folder with a tokenizer.json: copy the model's tokenizer files there")
+            raise ValueError(
+                f"tokenizer={str(folder)!r} must be a folder with a tokenizer.json: "
+                f"copy the model's tokenizer files there"
+            )
         return tokenizer
     with hugging_face_packages(path):
         tokenizer = opened.tokenizer()
@@ -144,5 +197,9 @@ def _log_windows(model: Decoder) -> None:
     kept = sum(window is not None for window in windows)
     tokens = " or ".join(str(size) for size in sizes)
     _logger.warning(
-        "%d layers: %d compressed, %d keep a full-precision window of %s tokens", len(windows), len(windows) - kept, kept, tokens
+        "%d layers: %d compressed, %d keep a full-precision window of %s tokens",
+        len(windows),
+        len(windows) - kept,
+        kept,
+        tokens,
     )

@@ -1,4 +1,6 @@
-"""Mistral 7B and its kin: Llama's layer with one sliding window for all layers (arXiv:2310.06825)."""
+"""Mistral 7B and its kin: Llama's layer with one sliding window for all layers
+(arXiv:2310.06825).
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +11,8 @@ from .switches import Switches
 
 
 def _layers(raw: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[str, ...] | None]:
-    window = raw.get("sliding_window", 4096)  # an explicit null means none; an absent key means the default
+    # an explicit null means none; an absent key means the default
+    window = raw.get("sliding_window", 4096)
     return window, ("full_attention" if window is None else "sliding_attention",) * num_layers
 
 

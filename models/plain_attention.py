@@ -1,4 +1,6 @@
-"""Dense causal attention over the given tokens only: the model without a cache, and the yardstick for one with it."""
+"""Dense causal attention over the given tokens only: the model without a cache, and the yardstick
+for one with it.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,8 @@ def plain_attention(
 
     Args:
         q: [B, T, num_q_heads, head_dim].
-        k, v: [B, T, num_kv_heads, head_dim or value_dim]; query head n reads KV head n // (num_q_heads // num_kv_heads).
+        k, v: [B, T, num_kv_heads, head_dim or value_dim]; query head n reads KV head n //
+            (num_q_heads // num_kv_heads).
         positions: int32 [B, T]; rows at -1 are padding, never seen as keys, and give zeros.
         window: int32 scalar, tokens seen including the query's own; NO_WINDOW = all.
         sm_scale: factor on the scores.
@@ -34,7 +37,9 @@ def plain_attention(
     """
     batch, length, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
-    grouped = q.astype(jnp.float32).reshape(batch, length, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
+    grouped = q.astype(jnp.float32).reshape(
+        batch, length, num_kv_heads, num_q_heads // num_kv_heads, head_dim
+    )
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32)) * sm_scale
     if logits_soft_cap is not None:
         scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
@@ -55,4 +60,6 @@ def _masked_softmax(scores: jax.Array, seen: jax.Array) -> jax.Array:
     scores = jnp.where(seen, scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
-    return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    return weights / jnp.maximum(
+        jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny
+    )

@@ -10,7 +10,9 @@ def _switches(config: ModelConfig) -> Switches:
 
 
 QWEN3 = Family(
-    hf_fields=sizes(num_key_value_heads=32, head_dim=128, max_position_embeddings=32768, attention_bias=False),
+    hf_fields=sizes(
+        num_key_value_heads=32, head_dim=128, max_position_embeddings=32768, attention_bias=False
+    ),
     rope_theta=10000.0,
     layers=windowed_from_layer,
     switches=_switches,

@@ -37,7 +37,10 @@ def family_of(model_type: str) -> Family:
     model_type = TEXT_PART.get(model_type, model_type)
     if model_type not in FAMILIES:
         supported = ", ".join([*FAMILIES, *TEXT_PART])
-        raise ValueError(f"model_type={model_type!r} is not supported; supported are {supported}. Use a checkpoint of one of these.")
+        raise ValueError(
+            f"model_type={model_type!r} is not supported; supported are {supported}. "
+            f"Use a checkpoint of one of these."
+        )
     return FAMILIES[model_type]
 
 
@@ -47,8 +50,8 @@ def build_model(config: ModelConfig, dtype: Any = "float32", param_dtype: Any = 
     Args:
         config: sizes and family.
         dtype: the dtype of activations and matrix products: float32, bfloat16 or float16.
-        param_dtype: the dtype that `init` and `param_shapes` give parameters; None = `dtype`. Parameters of any
-            float dtype can be applied, they are cast to `dtype` where used.
+        param_dtype: the dtype that `init` and `param_shapes` give parameters; None = `dtype`.
+            Parameters of any float dtype can be applied, they are cast to `dtype` where used.
     Raises:
         ValueError: a family or dtype that is not supported.
     """

@@ -1,8 +1,10 @@
-"""Rotary position embedding: unscaled, linear, llama3 and YaRN frequencies, in Hugging Face's half-rotation layout.
+"""Rotary position embedding: unscaled, linear, llama3 and YaRN frequencies, in Hugging Face's
+half-rotation layout.
 
-Source: Su et al., arXiv:2104.09864; channel c is paired with channel c + head_dim/2, as checkpoints on the
-Hugging Face hub expect. Linear scaling divides every frequency; llama3 scaling is the piecewise rule of Llama 3.1; YaRN (arXiv:2309.00071)
-divides the slow ones, leaves the fast ones, and scales the logits.
+Source: Su et al., arXiv:2104.09864; channel c is paired with channel c + head_dim/2, as checkpoints
+on the Hugging Face hub expect. Linear scaling divides every frequency; llama3 scaling is the
+piecewise rule of Llama 3.1; YaRN (arXiv:2309.00071) divides the slow ones, leaves the fast ones,
+and scales the logits.
 """
 
 import math
@@ -21,11 +23,13 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 class RopeScaling:
     """How the frequencies are stretched for long contexts; field names are those of config.json.
 
-    All use `factor`. "llama3": wavelengths shorter than original_max_position_embeddings / high_freq_factor stay, those longer than
-    original_max_position_embeddings / low_freq_factor are multiplied by `factor`, in between they are blended. "yarn": pairs that turn
-    more than `beta_fast` times in the original context stay, those that turn less than `beta_slow` times are slowed by `factor`, in between
-    they are blended; cosines and sines are multiplied by `attention_factor`, and the logits of latent attention, which has channels
-    without the embedding, by the square of 1 + 0.1 mscale_all_dim ln(factor).
+    All use `factor`. "llama3": wavelengths shorter than original_max_position_embeddings /
+    high_freq_factor stay, those longer than original_max_position_embeddings / low_freq_factor are
+    multiplied by `factor`, in between they are blended. "yarn": pairs that turn more than
+    `beta_fast` times in the original context stay, those that turn less than `beta_slow` times are
+    slowed by `factor`, in between they are blended; cosines and sines are multiplied by
+    `attention_factor`, and the logits of latent attention, which has channels without the
+    embedding, by the square of 1 + 0.1 mscale_all_dim ln(factor).
     """
 
     rope_type: str
@@ -41,11 +45,15 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES[1:]:
             raise ValueError(
-                f"rope_type={self.rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}. "
+                f"rope_type={self.rope_type!r} is not supported; supported are "
+                f"{', '.join(ROPE_TYPES)}. "
                 "Use a checkpoint with one of these (leave the scaling out for 'default')."
             )
         if self.factor < 1.0:
-            raise ValueError(f"rope factor={self.factor} must be at least 1.0; it is the context length's multiple.")
+            raise ValueError(
+                f"rope factor={self.factor} must be at least 1.0; it is the context "
+                f"length's multiple."
+            )
         if not 0.0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor={self.low_freq_factor} must be positive and below "
@@ -53,12 +61,15 @@ class RopeScaling:
             )
         if not (0.0 < self.beta_slow < self.beta_fast and self.attention_factor > 0.0):
             raise ValueError(
-                f"beta_slow={self.beta_slow} must be positive and below beta_fast={self.beta_fast}, and "
-                f"attention_factor={self.attention_factor} positive; check rope_scaling in config.json."
+                f"beta_slow={self.beta_slow} must be positive and below "
+                f"beta_fast={self.beta_fast}, and "
+                f"attention_factor={self.attention_factor} positive; check rope_scaling in "
+                f"config.json."
             )
         if self.original_max_position_embeddings < 1:
             raise ValueError(
-                f"original_max_position_embeddings={self.original_max_position_embeddings} must be at least 1; "
+                f"original_max_position_embeddings={self.original_max_position_embeddings} must "
+                f"be at least 1; "
                 "it is the context length before scaling."
             )
 
@@ -69,11 +80,15 @@ class RopeScaling:
 
 
 def yarn_mscale(factor: float, weight: float = 1.0) -> float:
-    """1 + 0.1 weight ln(factor): how much larger logits must be in a context that is `factor` times as long (YaRN, section 3.4)."""
+    """1 + 0.1 weight ln(factor): how much larger logits must be in a context that is `factor` times
+    as long (YaRN, section 3.4).
+    """
     return 1.0 + 0.1 * weight * math.log(factor)
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[np.ndarray, "pairs"]:
+def inverse_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None
+) -> Float[np.ndarray, "pairs"]:
     """Radians a token for each channel pair, float32 [head_dim / 2]."""
     frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is None:
@@ -82,21 +97,32 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
         return (frequency / scaling.factor).astype(np.float32)
     if scaling.rope_type == "yarn":
         return _yarn(frequency, theta, scaling).astype(np.float32)
-    turns = scaling.original_max_position_embeddings * frequency / (2.0 * np.pi)  # within the original context
+    # within the original context
+    turns = scaling.original_max_position_embeddings * frequency / (2.0 * np.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = np.clip(keep, 0.0, 1.0)  # 1: a short wavelength, left alone; 0: a long one, fully stretched
+    # 1: a short wavelength, left alone; 0: a long one, fully stretched
+    keep = np.clip(keep, 0.0, 1.0)
     return (frequency * (keep + (1.0 - keep) / scaling.factor)).astype(np.float32)
 
 
 def _yarn(frequency: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """YaRN's blend goes linearly over the pairs between those that turn `beta_fast` and `beta_slow` times, whole ones."""
+    """YaRN's blend goes linearly over the pairs between those that turn `beta_fast` and `beta_slow`
+    times, whole ones.
+    """
     pairs = len(frequency)
 
     def pair(turns: float) -> float:
         """Which one turns so many times in the original context."""
-        return pairs * math.log(scaling.original_max_position_embeddings / (turns * 2.0 * math.pi)) / math.log(theta)
+        return (
+            pairs
+            * math.log(scaling.original_max_position_embeddings / (turns * 2.0 * math.pi))
+            / math.log(theta)
+        )
 
-    first, last = max(math.floor(pair(scaling.beta_fast)), 0), min(math.ceil(pair(scaling.beta_slow)), 2 * pairs - 1)
+    first, last = (
+        max(math.floor(pair(scaling.beta_fast)), 0),
+        min(math.ceil(pair(scaling.beta_slow)), 2 * pairs - 1),
+    )
     slowed = np.clip((np.arange(pairs) - first) / max(last - first, 0.001), 0.0, 1.0)
     return frequency * (1.0 - slowed + slowed / scaling.factor)
 
@@ -116,7 +142,11 @@ def rope_tables(
 
 
 def apply_rope(
-    x: Float[Array, "B T heads head_dim"], cos: Float[Array, "B T pairs"], sin: Float[Array, "B T pairs"]
+    x: Float[Array, "B T heads head_dim"],
+    cos: Float[Array, "B T pairs"],
+    sin: Float[Array, "B T pairs"],
 ) -> Float[Array, "B T heads head_dim"]:
-    """Rotate x [B, T, heads, head_dim] by angles [B, T, head_dim / 2]; computed in float32, returned in x's dtype."""
+    """Rotate x [B, T, heads, head_dim] by angles [B, T, head_dim / 2]; computed in float32,
+    returned in x's dtype.
+    """
     return turn_pairs(x, cos[:, :, None, :], sin[:, :, None, :])

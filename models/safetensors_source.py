@@ -22,11 +22,13 @@ _PART = re.compile(r"^model-\d{5}-of-\d{5}\.safetensors$")
 class SafetensorsSource:
     """A folder with config.json and its weights.
 
-    model.safetensors.index.json, where there is one, says which files these are and which of them a tensor comes from; else they
-    are model.safetensors and all parts model-00001-of-00002.safetensors, and so on.
+    model.safetensors.index.json, where there is one, says which files these are and which of them a
+    tensor comes from; else they are model.safetensors and all parts
+    model-00001-of-00002.safetensors, and so on.
 
-    Opening reads the headers only. Raises ValueError for a missing config or shard, a damaged file, weights that are not plain floats,
-    and a tensor that is in several files without the index choosing one, or missing where the index says it is.
+    Opening reads the headers only. Raises ValueError for a missing config or shard, a damaged file,
+    weights that are not plain floats, and a tensor that is in several files without the index
+    choosing one, or missing where the index says it is.
     """
 
     def __init__(self, folder: Path):
@@ -37,7 +39,9 @@ class SafetensorsSource:
         weight_map = _weight_map(folder) if (folder / _INDEX).is_file() else {}
         headers = {path: _read_header(path) for path in _shard_paths(folder, weight_map)}
         self._files = _files(folder, headers, weight_map)
-        self.ignored = {name: reason for name in self._files if (reason := ignored_reason(name)) is not None}
+        self.ignored = {
+            name: reason for name in self._files if (reason := ignored_reason(name)) is not None
+        }
         kept = {name: canonical(name) for name in self._files if name not in self.ignored}
         check_unique(folder, kept)
         self.tensors = {kept[name]: headers[self._files[name]][name] for name in kept}
@@ -64,23 +68,37 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} must be a complete safetensors file ({error}): copy or download it again") from error
+        raise ValueError(
+            f"{path} must be a complete safetensors file ({error}): copy or download it again"
+        ) from error
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
     with _open(path) as shard:
         views = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118  (safe_open is not a mapping)
-        return {name: TensorInfo(tuple(view.get_shape()), str(view.get_dtype())) for name, view in views.items()}
+        return {
+            name: TensorInfo(tuple(view.get_shape()), str(view.get_dtype()))
+            for name, view in views.items()
+        }
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """The index: {tensor name: file name}."""
     weight_map = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / _INDEX} must hold a non-empty 'weight_map': copy or download it again")
-    wrong = {name: file for name, file in weight_map.items() if not isinstance(file, str) or Path(file).name != file}
+        raise ValueError(
+            f"{folder / _INDEX} must hold a non-empty 'weight_map': copy or download it again"
+        )
+    wrong = {
+        name: file
+        for name, file in weight_map.items()
+        if not isinstance(file, str) or Path(file).name != file
+    }
     if wrong:
-        raise ValueError(f"{folder / _INDEX} must give the name of a file beside it for every tensor, given {wrong}: correct it")
+        raise ValueError(
+            f"{folder / _INDEX} must give the name of a file beside it for every "
+            f"tensor, given {wrong}: correct it"
+        )
     return weight_map
 
 
@@ -95,16 +113,25 @@ def _shard_paths(folder: Path, weight_map: dict[str, str]) -> list[Path]:
     else:
         numbered, source = _numbered(folder), "their own names"
         counts = {int(path.stem.rsplit("-of-", 1)[1]) for path in numbered}
-        parts = [folder / f"model-{i:05d}-of-{count:05d}.safetensors" for count in sorted(counts) for i in range(1, count + 1)]
+        parts = [
+            folder / f"model-{i:05d}-of-{count:05d}.safetensors"
+            for count in sorted(counts)
+            for i in range(1, count + 1)
+        ]
         single = [folder / _SINGLE] if (folder / _SINGLE).is_file() or not parts else []
         paths = [*single, *parts]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
-        raise ValueError(f"{folder} must hold every shard named in {source}, missing {missing}: copy or download them again")
+        raise ValueError(
+            f"{folder} must hold every shard named in {source}, missing {missing}: "
+            f"copy or download them again"
+        )
     return paths
 
 
-def _files(folder: Path, headers: dict[Path, dict[str, TensorInfo]], weight_map: dict[str, str]) -> dict[str, Path]:
+def _files(
+    folder: Path, headers: dict[Path, dict[str, TensorInfo]], weight_map: dict[str, str]
+) -> dict[str, Path]:
     """{tensor name: the file to read it from}, file by file."""
     holders: dict[str, list[Path]] = {}
     for path, header in headers.items():
@@ -112,17 +139,33 @@ def _files(folder: Path, headers: dict[Path, dict[str, TensorInfo]], weight_map:
             holders.setdefault(name, []).append(path)
     absent = sorted(set(weight_map) - set(holders))
     if absent:
-        raise ValueError(f"{folder}: the shards must hold every tensor named in {_INDEX}, missing {absent}: download the folder again")
-    chosen = {name: folder / weight_map[name] if name in weight_map else paths[0] for name, paths in holders.items()}
+        raise ValueError(
+            f"{folder}: the shards must hold every tensor named in {_INDEX}, missing "
+            f"{absent}: download the folder again"
+        )
+    chosen = {
+        name: folder / weight_map[name] if name in weight_map else paths[0]
+        for name, paths in holders.items()
+    }
     elsewhere = [
-        f"{name} in {chosen[name].name} (it is in {_names(paths)})" for name, paths in holders.items() if chosen[name] not in paths
+        f"{name} in {chosen[name].name} (it is in {_names(paths)})"
+        for name, paths in holders.items()
+        if chosen[name] not in paths
     ]
     if elsewhere:
-        raise ValueError(f"{folder}: {_INDEX} names tensors that their file lacks: {'; '.join(elsewhere)}: correct the index")
-    twice = [f"{name} in {_names(paths)}" for name, paths in holders.items() if len(paths) > 1 and name not in weight_map]
+        raise ValueError(
+            f"{folder}: {_INDEX} names tensors that their file lacks: "
+            f"{'; '.join(elsewhere)}: correct the index"
+        )
+    twice = [
+        f"{name} in {_names(paths)}"
+        for name, paths in holders.items()
+        if len(paths) > 1 and name not in weight_map
+    ]
     if twice:
         raise ValueError(
-            f"{folder}: every tensor must be in one file, or {_INDEX} must say which counts, given {'; '.join(twice)}: "
+            f"{folder}: every tensor must be in one file, or {_INDEX} must say which counts, "
+            f"given {'; '.join(twice)}: "
             "remove the file that is not the model's, or write the index"
         )
     return {name: path for path in headers for name in headers[path] if chosen[name] == path}
@@ -134,9 +177,14 @@ def _names(paths: list[Path]) -> str:
 
 def _check_not_quantized(folder: Path, config: dict[str, Any]) -> None:
     if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        method = (
+            quantization.get("quant_method", "unknown")
+            if isinstance(quantization, dict)
+            else quantization
+        )
         raise ValueError(
-            f"{folder} holds weights quantized with {method!r}, but safetensors weights must be float32, float16 or bfloat16: "
+            f"{folder} holds weights quantized with {method!r}, but safetensors weights must be "
+            f"float32, float16 or bfloat16: "
             "use the unquantized checkpoint or a GGUF file"
         )
 

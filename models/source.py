@@ -1,4 +1,6 @@
-"""What every kind of weight file offers the loader: a config, a list of tensors, and the tensors one at a time."""
+"""What every kind of weight file offers the loader: a config, a list of tensors, and the tensors
+one at a time.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,25 +11,37 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file, known from the header alone. shape: as Hugging Face stores it, [out, in] for a matrix."""
+    """One tensor of a file, known from the header alone. shape: as Hugging Face stores it, [out,
+    in] for a matrix.
+    """
 
     shape: tuple[int, ...]
     dtype: str
 
 
 def check_unique(origin: object, meaning: Mapping[str, str]) -> None:
-    """Raise ValueError where two stored tensors mean one; `meaning` is {name in the file: canonical name}."""
+    """Raise ValueError where two stored tensors mean one; `meaning` is {name in the file: canonical
+    name}.
+    """
     stored: dict[str, list[str]] = {}
     for name, canonical in meaning.items():
         stored.setdefault(canonical, []).append(name)
     twice = {canonical: names for canonical, names in stored.items() if len(names) > 1}
     if twice:
-        listed = "; ".join(f"{canonical} as {' and '.join(sorted(names))}" for canonical, names in sorted(twice.items()))
-        raise ValueError(f"{origin} must hold every tensor once, but holds {listed}: remove the one that is not the model's")
+        listed = "; ".join(
+            f"{canonical} as {' and '.join(sorted(names))}"
+            for canonical, names in sorted(twice.items())
+        )
+        raise ValueError(
+            f"{origin} must hold every tensor once, but holds {listed}: remove the "
+            f"one that is not the model's"
+        )
 
 
 class WeightSource(Protocol):
-    """An opened weight file or folder. Names are Hugging Face tensor names; a name with no such form is given as the file spells it."""
+    """An opened weight file or folder. Names are Hugging Face tensor names; a name with no such
+    form is given as the file spells it.
+    """
 
     @property
     def config(self) -> dict[str, Any]:
@@ -46,7 +60,9 @@ class WeightSource(Protocol):
 
     @property
     def ignored(self) -> dict[str, str]:
-        """{tensor name as the file spells it: why it is left out}, for tensors that `tensors` does not list."""
+        """{tensor name as the file spells it: why it is left out}, for tensors that `tensors` does
+        not list.
+        """
         ...
 
     def stream(self) -> Iterator[tuple[str, np.ndarray]]:

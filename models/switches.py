@@ -10,7 +10,8 @@ class Switches:
     Attributes:
         qkv_bias, o_bias, mlp_bias: biases on these projections.
         qk_norm: RMSNorm over head_dim on q and k, before the rotary embedding.
-        sandwich_norms: norms after attention and after the MLP as well, each before its residual sum.
+        sandwich_norms: norms after attention and after the MLP as well, each before its residual
+            sum.
         norm_adds_one: RMSNorm multiplies by (1 + weight) rather than by weight.
         scale_embeddings: token embeddings are multiplied by sqrt(hidden_size).
     """

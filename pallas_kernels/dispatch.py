@@ -1,4 +1,6 @@
-"""Which implementation of the cache's operations runs: chosen once, carried in the cache's static spec."""
+"""Which implementation of the cache's operations runs: chosen once, carried in the cache's static
+spec.
+"""
 
 import logging
 from collections.abc import Callable
@@ -11,7 +13,8 @@ import jax
 
 from .once import once
 
-IMPLEMENTATIONS = {"xla": None, "triton": "gpu", "mosaic_tpu": "tpu", "cpu": "cpu"}  # with the platform that it is made for, None = any
+# with the platform that it is made for, None = any
+IMPLEMENTATIONS = {"xla": None, "triton": "gpu", "mosaic_tpu": "tpu", "cpu": "cpu"}
 PALLAS = ("triton", "mosaic_tpu")
 
 
@@ -20,42 +23,54 @@ class Kernels:
     """A resolved choice. Make it with `Kernels.resolve`.
 
     Attributes:
-        implementation: "xla" (plain jax.numpy), "triton" (Pallas, NVIDIA and AMD GPUs) or "mosaic_tpu" (Pallas, TPU) or
-            "cpu" (C++).
-        interpret: run Pallas kernels in the interpreter, on any platform: slow, for tests. "checked" makes the interpreter of TPU
-            kernels also look for races and reads outside of arrays.
+        implementation: "xla" (plain jax.numpy), "triton" (Pallas, NVIDIA and AMD GPUs) or
+            "mosaic_tpu" (Pallas, TPU) or "cpu" (C++).
+        interpret: run Pallas kernels in the interpreter, on any platform: slow, for tests.
+            "checked" makes the interpreter of TPU kernels also look for races and reads outside of
+            arrays.
     """
 
     implementation: str = "xla"
     interpret: bool | Literal["checked"] = False
 
     @staticmethod
-    def resolve(implementation: str | None = None, *, interpret: bool | Literal["checked"] = False) -> "Kernels":
-        """None takes the kernels of the platform that the program will run on, plain XLA where there are none.
+    def resolve(
+        implementation: str | None = None, *, interpret: bool | Literal["checked"] = False
+    ) -> "Kernels":
+        """None takes the kernels of the platform that the program will run on, plain XLA where
+        there are none.
 
         Raises:
-            ValueError: the name is unknown, its platform is not the one at hand and `interpret` is not set, or it needs a C++ compiler
-                and there is none.
+            ValueError: the name is unknown, its platform is not the one at hand and `interpret` is
+                not set, or it needs a C++ compiler and there is none.
         """
         platform = target_platform()
         if implementation is None:
             return Kernels(_default(platform), interpret)
         if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
             raise ValueError(
-                f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}, or None to choose by platform"
+                f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}, "
+                f"or None to choose by platform"
             )
         needs = IMPLEMENTATIONS[implementation]
         if needs not in (None, platform) and not interpret:
             raise ValueError(
-                f"implementation={implementation!r} needs a {needs.upper()}, and this program runs on {platform.upper()}; "
-                "leave it out, take 'xla', or set interpret=True to run the kernels slowly in the interpreter"
+                f"implementation={implementation!r} needs a {needs.upper()}, and this program "
+                f"runs on {platform.upper()}; "
+                "leave it out, take 'xla', or set interpret=True to run the kernels slowly in the "
+                "interpreter"
             )
         if implementation == "cpu" and (reason := _no_native_kernels()):
-            raise ValueError(f"implementation='cpu' builds its kernels on first use: {reason}; or take 'xla'")
+            raise ValueError(
+                f"implementation='cpu' builds its kernels on first use: {reason}; or take 'xla'"
+            )
         return Kernels(implementation, interpret)
 
-    def function(self, api: str, name: str, fallback: Callable[..., Any], *, module: str = "{}") -> Callable[..., Any]:
-        """The function `name` of this implementation of the operation whose public functions are in `api`; `fallback` is that of plain XLA.
+    def function(
+        self, api: str, name: str, fallback: Callable[..., Any], *, module: str = "{}"
+    ) -> Callable[..., Any]:
+        """The function `name` of this implementation of the operation whose public functions are in
+        `api`; `fallback` is that of plain XLA.
 
         Args:
             api: `__name__` of the caller, a module of the operation's package.
@@ -63,17 +78,23 @@ class Kernels:
         """
         if self.implementation == "xla":
             return fallback
-        found = getattr(import_module(f"{api.rpartition('.')[0]}.{module.format(self.implementation)}"), name)
+        found = getattr(
+            import_module(f"{api.rpartition('.')[0]}.{module.format(self.implementation)}"), name
+        )
         return partial(found, interpret=self.interpret) if self.implementation in PALLAS else found
 
     @property
     def meta_dtype(self) -> str:
-        """How the kernels want float16 metadata kept: TPU kernels as int16 bits, and a bitcast of the pool would be a copy there."""
+        """How the kernels want float16 metadata kept: TPU kernels as int16 bits, and a bitcast of
+        the pool would be a copy there.
+        """
         return "int16" if self.implementation == "mosaic_tpu" else "float16"
 
     @property
     def tokens_per_block(self) -> int:
-        """Lanes of a page that the kernels want: 128 on TPU, where the last axis is padded to 128; else 32 (docs/design.md 2)."""
+        """Lanes of a page that the kernels want: 128 on TPU, where the last axis is padded to 128;
+        else 32 (docs/design.md 2).
+        """
         return 128 if self.implementation == "mosaic_tpu" else 32
 
 
@@ -81,7 +102,9 @@ XLA = Kernels()
 
 
 def _default(platform: str) -> str:
-    """The implementation made for a platform; plain XLA where there is none, or no compiler for native kernels."""
+    """The implementation made for a platform; plain XLA where there is none, or no compiler for
+    native kernels.
+    """
     if platform == "cpu" and _no_native_kernels():
         return "xla"
     return next((name for name, made_for in IMPLEMENTATIONS.items() if made_for == platform), "xla")
@@ -94,7 +117,9 @@ def _no_native_kernels() -> str | None:
 
     reason = why_unavailable()
     if reason:
-        logging.getLogger(__name__).warning("plain XLA instead of native CPU kernels, which are several times faster: %s", reason)
+        logging.getLogger(__name__).warning(
+            "plain XLA instead of native CPU kernels, which are several times faster: %s", reason
+        )
     return reason
 
 
@@ -104,11 +129,15 @@ def tpu_interpreter(interpret: bool | Literal["checked"]):
         return interpret
     from jax.experimental.pallas import tpu as pltpu
 
-    return pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", dma_execution_mode="on_wait")
+    return pltpu.InterpretParams(
+        detect_races=True, out_of_bounds_reads="raise", dma_execution_mode="on_wait"
+    )
 
 
 def target_platform() -> str:
-    """ "cpu", "gpu" or "tpu": of the abstract mesh in force when code is compiled ahead of time for absent devices, else the default."""
+    """ "cpu", "gpu" or "tpu": of the abstract mesh in force when code is compiled ahead of time for
+    absent devices, else the default.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         return jax.default_backend()

@@ -9,7 +9,8 @@ R = TypeVar("R")
 
 
 class once(Generic[R]):
-    """`functools.cache` for which threads wait: it alone lets all that ask before the first answer run the function.
+    """`functools.cache` for which threads wait: it alone lets all that ask before the first answer
+    run the function.
 
     What raises is tried again.
     """

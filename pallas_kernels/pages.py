@@ -1,4 +1,6 @@
-"""The page: a self-contained compressed block of tokens of one head, one fixed shape for every tier (docs/design.md 2)."""
+"""The page: a self-contained compressed block of tokens of one head, one fixed shape for every tier
+(docs/design.md 2).
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,20 +15,25 @@ from .codecs import Block, KVFormat
 
 
 def least_waste(sizes: Iterable[int], waste: Callable[[int], Sequence[float]]) -> int:
-    """The size whose worst waste over the tiers is least, the smallest of equals; `waste(size)` gives a fraction a tier, 1 = no fit."""
+    """The size whose worst waste over the tiers is least, the smallest of equals; `waste(size)`
+    gives a fraction a tier, 1 = no fit.
+    """
     return min(sizes, key=lambda size: (round(max(waste(size)), 9), size))
 
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Static geometry of a pool whose pages serve every tier of `formats` (tier 0 first, the highest precision).
+    """Static geometry of a pool whose pages serve every tier of `formats` (tier 0 first, the
+    highest precision).
 
-    `scored`: whether tokens have a significance; `group`: how the scores that the query heads of a KV head's group give become one.
-    `rope`: keys are stored without their rotary embedding of these frequencies (`rope.at_positions`), and get it back where they are read.
-    `meta_dtype` is "float16", or "int16" where the same 16 bits are kept as integers: TPU kernels know no float16.
+    `scored`: whether tokens have a significance; `group`: how the scores that the query heads of a
+    KV head's group give become one. `rope`: keys are stored without their rotary embedding of these
+    frequencies (`rope.at_positions`), and get it back where they are read. `meta_dtype` is
+    "float16", or "int16" where the same 16 bits are kept as integers: TPU kernels know no float16.
 
-    `rows` uint8 payload rows and `meta_rows` float16 rows of `tokens` lanes; `blocks[tier]` blocks of `tokens` tokens fit one page.
-    Within a page all K rows of all blocks come first, then all V rows; metadata likewise.
+    `rows` uint8 payload rows and `meta_rows` float16 rows of `tokens` lanes; `blocks[tier]` blocks
+    of `tokens` tokens fit one page. Within a page all K rows of all blocks come first, then all V
+    rows; metadata likewise.
     """
 
     formats: tuple[KVFormat, ...]
@@ -53,7 +60,8 @@ class PageLayout:
         group: Literal["max", "mean"] = "max",
         rope: tuple[float, ...] | None = None,
     ) -> "PageLayout":
-        """Choose `rows` between one and four of the largest blocks so that the worst waste of any tier is least.
+        """Choose `rows` between one and four of the largest blocks so that the worst waste of any
+        tier is least.
 
         Raises:
             ValueError: a format cannot pack `head_dim`, or needs more payload than the first.
@@ -63,20 +71,46 @@ class PageLayout:
 
         def layout(rows: int) -> PageLayout:
             blocks = tuple(rows // need for need in block_rows)
-            meta_rows = _tile_rows(max(n * (f.key.meta_rows + f.value.meta_rows) for n, f in zip(blocks, formats, strict=True)), tokens)
-            narrow = max_len <= 65536 and (tokens, max(blocks)) != (128, 1)  # a TPU kernel would copy uint16 [pages, 1, 128]
+            meta_rows = _tile_rows(
+                max(
+                    n * (f.key.meta_rows + f.value.meta_rows)
+                    for n, f in zip(blocks, formats, strict=True)
+                ),
+                tokens,
+            )
+            # a TPU kernel would copy uint16 [pages, 1, 128]
+            narrow = max_len <= 65536 and (tokens, max(blocks)) != (128, 1)
             position_dtype = "uint16" if narrow else "int32"
-            return PageLayout(tuple(formats), head_dim, tokens, rows, blocks, meta_rows, position_dtype, scored, meta_dtype, group, rope)
+            return PageLayout(
+                tuple(formats),
+                head_dim,
+                tokens,
+                rows,
+                blocks,
+                meta_rows,
+                position_dtype,
+                scored,
+                meta_dtype,
+                group,
+                rope,
+            )
 
         if max(block_rows) > block_rows[0]:
             names = [f.name for f in formats]
-            raise ValueError(f"tiers {names} take {block_rows} payload bytes a token at {head_dim=}; a lower tier must not take more")
-        rows = least_waste(range(max(block_rows), 4 * max(block_rows) + 1), lambda rows: layout(rows).waste())
+            raise ValueError(
+                f"tiers {names} take {block_rows} payload bytes a token at "
+                f"{head_dim=}; a lower tier must not take more"
+            )
+        rows = least_waste(
+            range(max(block_rows), 4 * max(block_rows) + 1), lambda rows: layout(rows).waste()
+        )
         return layout(rows)
 
     @property
     def in_kernels(self) -> bool:
-        """Whether all operations of the native, Triton and TPU kernels know such pages, and not decode attention at most."""
+        """Whether all operations of the native, Triton and TPU kernels know such pages, and not
+        decode attention at most.
+        """
         return self.rope is None and all(fmt.in_kernels for fmt in self.formats)
 
     @property
@@ -86,7 +120,9 @@ class PageLayout:
 
     @property
     def together(self) -> int:
-        """Tokens that enter a tier together, encoded once as a block: T where a codec shares numbers over a block, else 1."""
+        """Tokens that enter a tier together, encoded once as a block: T where a codec shares
+        numbers over a block, else 1.
+        """
         return 1 if all(fmt.separable for fmt in self.formats) else self.tokens
 
     @property
@@ -118,15 +154,22 @@ class PageLayout:
 
     def waste(self) -> tuple[float, ...]:
         """Fraction of a full page that each tier leaves unused, all arrays counted."""
-        return tuple(1 - self.tokens_per_page(t) * self.token_bytes(t) / self.page_bytes for t in range(self.tiers))
+        return tuple(
+            1 - self.tokens_per_page(t) * self.token_bytes(t) / self.page_bytes
+            for t in range(self.tiers)
+        )
 
     def value_start(self, tier: int) -> tuple[int, int]:
-        """First payload row and first metadata row of V in a page of a tier: behind K of all blocks."""
+        """First payload row and first metadata row of V in a page of a tier: behind K of all
+        blocks.
+        """
         (k_rows, _), count = self.formats[tier].rows(self.head_dim), self.blocks[tier]
         return count * k_rows, count * self.formats[tier].key.meta_rows
 
     def split(self, tier: int, payload: Array, meta: Array) -> Block:
-        """Pages `[..., rows, T]`, `[..., meta_rows, T]` as the tier's blocks `[..., blocks, rows of one tensor, T]`, float16 metadata."""
+        """Pages `[..., rows, T]`, `[..., meta_rows, T]` as the tier's blocks `[..., blocks, rows of
+        one tensor, T]`, float16 metadata.
+        """
         fmt, n = self.formats[tier], self.blocks[tier]
         (k_rows, v_rows), (v_start, v_meta_start) = fmt.rows(self.head_dim), self.value_start(tier)
         part, meta = partial(_blocks, n=n), jax.lax.bitcast_convert_type(meta, jnp.float16)
@@ -138,9 +181,13 @@ class PageLayout:
         )
 
     def join(self, tier: int, block: Block, payload: Array, meta: Array) -> tuple[Array, Array]:
-        """Inverse of `split`: the blocks laid over the pages `payload`, `meta`, whose remaining rows stay."""
+        """Inverse of `split`: the blocks laid over the pages `payload`, `meta`, whose remaining
+        rows stay.
+        """
         new_payload = jnp.concatenate([_rows(block.k_payload), _rows(block.v_payload)], axis=-2)
-        new_meta = jax.lax.bitcast_convert_type(jnp.concatenate([_rows(block.k_meta), _rows(block.v_meta)], axis=-2), meta.dtype)
+        new_meta = jax.lax.bitcast_convert_type(
+            jnp.concatenate([_rows(block.k_meta), _rows(block.v_meta)], axis=-2), meta.dtype
+        )
         return (
             jnp.concatenate([new_payload, payload[..., new_payload.shape[-2] :, :]], axis=-2),
             jnp.concatenate([new_meta, meta[..., new_meta.shape[-2] :, :]], axis=-2),
@@ -148,7 +195,9 @@ class PageLayout:
 
 
 def _tile_rows(rows: int, tokens: int) -> int:
-    """`rows`, at 128 lanes (TPU) rounded up to fill tiles: kernels would copy arrays of other row counts, whose layout differs."""
+    """`rows`, at 128 lanes (TPU) rounded up to fill tiles: kernels would copy arrays of other row
+    counts, whose layout differs.
+    """
     if tokens != 128 or rows <= 2:
         return rows
     return 4 if rows <= 4 else -(-rows // 8) * 8
@@ -164,14 +213,21 @@ def _rows(x: Array) -> Array:
     return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["payload", "meta", "significance", "position"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["payload", "meta", "significance", "position"],
+    meta_fields=[],
+)
 @dataclass(frozen=True)
 class Pages:
-    """The pool, shared by all layers, heads, requests and tiers. Page `num_pages` is nowhere: reads of it are clipped, writes dropped."""
+    """The pool, shared by all layers, heads, requests and tiers. Page `num_pages` is nowhere: reads
+    of it are clipped, writes dropped.
+    """
 
     payload: Array  # uint8 [num_pages, rows, T]
     meta: Array  # float16 [num_pages, meta_rows, T], or its bits as int16: `PageLayout.meta_dtype`
-    significance: Array  # float32 [num_pages, blocks, T]; [num_pages, 0, T] when the policy does not score
+    # float32 [num_pages, blocks, T]; [num_pages, 0, T] when the policy does not score
+    significance: Array
     position: Array  # uint16 or int32 [num_pages, blocks, T]
 
     @staticmethod
@@ -192,22 +248,30 @@ class Pages:
 
 
 def page_column(tier: int, index, max_pages: int):
-    """Column of a head's page table that holds page `index` of a tier: tier 0 from the left, any other from the right."""
+    """Column of a head's page table that holds page `index` of a tier: tier 0 from the left, any
+    other from the right.
+    """
     return index if tier == 0 else max_pages - 1 - index
 
 
 def tier_page_ids(page_table: Array, tier: int, first, count: int) -> Array:
-    """Ids `[..., count]` of pages `first, first + 1, ...` of a tier. `page_table [..., max_pages]`, `first [...]` or scalar."""
+    """Ids `[..., count]` of pages `first, first + 1, ...` of a tier. `page_table [..., max_pages]`,
+    `first [...]` or scalar.
+    """
     max_pages = page_table.shape[-1]
     index = jnp.asarray(first)[..., None] + jnp.arange(count)
     column = jnp.broadcast_to(page_column(tier, index, max_pages), (*page_table.shape[:-1], count))
     return jnp.take_along_axis(page_table, jnp.clip(column, 0, max_pages - 1), axis=-1)
 
 
-def read_side(array: Array, layout: PageLayout, page_table: Array, tier: int, capacity: int) -> Array:
-    """Significance or position of a tier of each head in slot order, `[B, capacity]`; what lies beyond the tier's length is meaningless.
+def read_side(
+    array: Array, layout: PageLayout, page_table: Array, tier: int, capacity: int
+) -> Array:
+    """Significance or position of a tier of each head in slot order, `[B, capacity]`; what lies
+    beyond the tier's length is meaningless.
 
-    `array [num_pages, blocks, T]`, `page_table [B, max_pages]`; `capacity` is a whole number of pages.
+    `array [num_pages, blocks, T]`, `page_table [B, max_pages]`; `capacity` is a whole number of
+    pages.
     """
     if array.shape[1] == 0:  # the policy does not score
         return jnp.zeros((page_table.shape[0], capacity), array.dtype)
@@ -219,23 +283,36 @@ def read_side(array: Array, layout: PageLayout, page_table: Array, tier: int, ca
 def read_sides(
     pages: "Pages", layout: PageLayout, page_table: Array, tier_len: Array, tier: int, max_len: int
 ) -> tuple[Array, Array, Array]:
-    """Significance and position of a tier of each head, and where there is a token: `[B, capacity]` each, in slot order."""
+    """Significance and position of a tier of each head, and where there is a token: `[B, capacity]`
+    each, in slot order.
+    """
     capacity = layout.pages_for(tier, max_len) * layout.tokens_per_page(tier)
-    significance, position = (read_side(x, layout, page_table, tier, capacity) for x in (pages.significance, pages.position))
+    significance, position = (
+        read_side(x, layout, page_table, tier, capacity)
+        for x in (pages.significance, pages.position)
+    )
     return significance, position, jnp.arange(capacity) < tier_len[:, tier, None]
 
 
-def write_side(array: Array, layout: PageLayout, page_table: Array, tier: int, length: Array, values: Array) -> Array:
-    """Inverse of `read_side`: `array` with a tier's tokens of each head set to `values [B, capacity]`; pages beyond `length [B]` stay."""
+def write_side(
+    array: Array, layout: PageLayout, page_table: Array, tier: int, length: Array, values: Array
+) -> Array:
+    """Inverse of `read_side`: `array` with a tier's tokens of each head set to `values [B,
+    capacity]`; pages beyond `length [B]` stay.
+    """
     pages = values.shape[1] // layout.tokens_per_page(tier)
     ids = tier_page_ids(page_table, tier, 0, pages)
-    ids = jnp.where(jnp.arange(pages) < layout.pages_for(tier, length)[:, None], ids, array.shape[0])
+    ids = jnp.where(
+        jnp.arange(pages) < layout.pages_for(tier, length)[:, None], ids, array.shape[0]
+    )
     rows = values.reshape(*ids.shape, layout.blocks[tier], layout.tokens).astype(array.dtype)
     return array.at[ids, : layout.blocks[tier]].set(rows, mode="drop")
 
 
 def meta_as_bits(meta: Array) -> Array:
-    """The metadata as int16 bits for a TPU kernel: no copy when the pool keeps it so (`PageLayout.meta_dtype`)."""
+    """The metadata as int16 bits for a TPU kernel: no copy when the pool keeps it so
+    (`PageLayout.meta_dtype`).
+    """
     return meta if meta.dtype == jnp.int16 else jax.lax.bitcast_convert_type(meta, jnp.int16)
 
 

@@ -12,11 +12,12 @@ R = TypeVar("R")
 
 
 def in_32_bits(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, which computes in 32 bits also where `jax_enable_x64` is set: the same programs, the same results.
+    """`function`, which computes in 32 bits also where `jax_enable_x64` is set: the same programs,
+    the same results.
 
-    Pages, tables and kernels hold 32-bit numbers, and JAX would widen what is counted from them. 64-bit JAX arrays among the
-    arguments are narrowed as they are without `jax_enable_x64`; whole numbers beyond the range become its ends, so that no
-    large token id turns into a valid one.
+    Pages, tables and kernels hold 32-bit numbers, and JAX would widen what is counted from them.
+    64-bit JAX arrays among the arguments are narrowed as they are without `jax_enable_x64`; whole
+    numbers beyond the range become its ends, so that no large token id turns into a valid one.
     """
 
     @wraps(function)
@@ -31,7 +32,11 @@ def in_32_bits(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _narrowed(leaf: Any) -> Any:
-    if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended) or leaf.dtype.itemsize < 8:
+    if (
+        not isinstance(leaf, jax.Array)
+        or jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        or leaf.dtype.itemsize < 8
+    ):
         return leaf
     if jnp.issubdtype(leaf.dtype, jnp.integer):
         signed = jnp.issubdtype(leaf.dtype, jnp.signedinteger)

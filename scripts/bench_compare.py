@@ -19,7 +19,9 @@ LIMIT = 2e-2  # of `error`: here XLA multiplies in tf32 and the kernels in bfloa
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What the operations are timed on: requests, stored tokens a head, layers of an event, chunk and its observing rows, blocks."""
+    """What the operations are timed on: requests, stored tokens a head, layers of an event, chunk
+    and its observing rows, blocks.
+    """
 
     batch: int = 16
     context: int = 8192
@@ -39,11 +41,17 @@ def compare(
     unit: str,
     result: Callable[[Any], Array] | None = None,
 ) -> Row:
-    """Both implementations in turns; `amount` a step in units of 1e-9 `unit`. `result` of a state is the same after any number of steps."""
+    """Both implementations in turns; `amount` a step in units of 1e-9 `unit`. `result` of a state
+    is the same after any number of steps.
+    """
     runners = {name: runner(kernels) for name, kernels in setting.pairs().items()}
     times = interleaved(runners, effort)
     ours, xla = times[setting.kernels.implementation], times["xla"]
-    checked = verdict(relative(*(result(each.state) for each in runners.values())), LIMIT) if result else {}
+    checked = (
+        verdict(relative(*(result(each.state) for each in runners.values())), LIMIT)
+        if result
+        else {}
+    )
     return {
         **{name: checked[name] for name in ("error", "status") if checked},
         "triton us": ours.median * 1e6,

@@ -1,6 +1,8 @@
-"""Every kernel against the XLA reference on the device at hand: attention, prompt chunks and the recent window.
+"""Every kernel against the XLA reference on the device at hand: attention, prompt chunks and the
+recent window.
 
-The states are those of the tests (`tests/readback.py`): random codes, and rubbish (NaN, 255, wild page ids) in all that is not live.
+The states are those of the tests (`tests/readback.py`): random codes, and rubbish (NaN, 255, wild
+page ids) in all that is not live.
 """
 
 import dataclasses
@@ -24,7 +26,8 @@ from diffkv_jax.pallas_kernels.recent_window import append_recent, shift_recent
 from readback import on_device, random_pool
 
 COLUMNS = {"kernel": "", "case": "", "error": ".1e", "limit": ".0e", "status": ""}
-TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}  # of the dtype that the kernel multiplies in; zeros have an error of 1
+# of the dtype that the kernel multiplies in; zeros have an error of 1
+TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
 SLOTS = 9
 Job = tuple[Row, Callable[[], Row | list[Row]]]  # labels of a row, and what measures it
 
@@ -32,7 +35,8 @@ Job = tuple[Row, Callable[[], Row | list[Row]]]  # labels of a row, and what mea
 def section(seconds: float) -> Section:
     """The table of comparisons."""
     notes = [
-        "error: largest ||kernel - XLA|| / ||XLA|| of the outputs, XLA at full float32 precision on the same device; "
+        "error: largest ||kernel - XLA|| / ||XLA|| of the outputs, XLA at full float32 precision "
+        "on the same device; "
         "0: every bit is the same.",
         "What must not change (dead pages, lanes and slots) is compared bit by bit.",
     ]
@@ -45,7 +49,9 @@ def verdict(error: float, limit: float) -> Row:
 
 
 def distance(got: Any, wanted: Any, changed: Any = None) -> float:
-    """`||got - wanted|| / ||wanted||`, infinite when that is no number; also where the values that are not `changed` (a mask) differ."""
+    """`||got - wanted|| / ||wanted||`, infinite when that is no number; also where the values that
+    are not `changed` (a mask) differ.
+    """
     got, wanted = (np.asarray(x, np.float64) for x in (got, wanted))
     if got.shape != wanted.shape:
         return float("inf")
@@ -55,10 +61,16 @@ def distance(got: Any, wanted: Any, changed: Any = None) -> float:
     got, wanted = got[changed], wanted[changed]
     if not (np.isfinite(got).all() and np.isfinite(wanted).all()):
         return float("inf")
-    return float(np.linalg.norm(got - wanted) / max(float(np.linalg.norm(wanted)), 1e-30)) if wanted.size else 0.0
+    return (
+        float(np.linalg.norm(got - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
+        if wanted.size
+        else 0.0
+    )
 
 
-def both(setting: Setting, function: Callable[[Kernels], Callable], *operands: Any) -> tuple[Any, Any]:
+def both(
+    setting: Setting, function: Callable[[Kernels], Callable], *operands: Any
+) -> tuple[Any, Any]:
     """What the kernel and the reference give for the same operands, in NumPy."""
     got = jax.device_get(jax.jit(function(setting.kernels))(*operands))
     with jax.default_matmul_precision("highest"):
@@ -81,14 +93,21 @@ class Case:
 
     def __str__(self) -> str:
         name = f"{'+'.join(self.tiers)}, G={self.group}, d={self.head_dim}, {self.dtype}"
-        extra = {"cap": self.cap, "sliding": self.sliding, "chunk": self.chunk or None, "observe": self.observe or None}
+        extra = {
+            "cap": self.cap,
+            "sliding": self.sliding,
+            "chunk": self.chunk or None,
+            "observe": self.observe or None,
+        }
         name += "".join(f", {key} {value}" for key, value in extra.items() if value is not None)
         return name if self.scored else f"{name}, not scored"
 
     def layout(self, max_len: int, tokens: int) -> PageLayout:
         """Pages of the case's tiers."""
         formats = tuple(KVFormat.parse(name, self.dtype) for name in self.tiers)
-        return PageLayout.solve(formats, self.head_dim, tokens=tokens, max_len=max_len, scored=self.scored)
+        return PageLayout.solve(
+            formats, self.head_dim, tokens=tokens, max_len=max_len, scored=self.scored
+        )
 
 
 PAIR, GROUPED = ("K8V4", "K4V2"), ("K8V4:1,2", "K4V2:2,4")
@@ -112,29 +131,50 @@ PREFILL = (
     Case(GROUPED, 256, 2, chunk=64, observe=16),
     Case(("full",), 64, 1, "bfloat16", chunk=64, observe=64),
 )
-TINY_DECODE = (Case(PAIR, 64, 3, cap=5.0), Case(("full",), 64, 1, "bfloat16", scored=False, sliding=40))
+TINY_DECODE = (
+    Case(PAIR, 64, 3, cap=5.0),
+    Case(("full",), 64, 1, "bfloat16", scored=False, sliding=40),
+)
 TINY_PREFILL = (Case(PAIR, 64, 3, chunk=32, observe=16),)
 
 
 def jobs(setting: Setting) -> list[list[Job]]:
-    """Comparisons of attention, prompt chunks and the recent window, a list a kernel, the most telling first."""
+    """Comparisons of attention, prompt chunks and the recent window, a list a kernel, the most
+    telling first.
+    """
     decode, prefill = (TINY_DECODE, TINY_PREFILL) if setting.tiny else (DECODE, PREFILL)
     return [
-        [({"kernel": "decode attention", "case": str(case)}, partial(decode_row, setting, case)) for case in decode],
-        [({"kernel": "prefill attention, column sums", "case": str(case)}, partial(prefill_rows, setting, case)) for case in prefill],
-        [({"kernel": "append, shift", "case": dtype}, partial(window_rows, setting, dtype)) for dtype in ("bfloat16", "float32")],
+        [
+            ({"kernel": "decode attention", "case": str(case)}, partial(decode_row, setting, case))
+            for case in decode
+        ],
+        [
+            (
+                {"kernel": "prefill attention, column sums", "case": str(case)},
+                partial(prefill_rows, setting, case),
+            )
+            for case in prefill
+        ],
+        [
+            ({"kernel": "append, shift", "case": dtype}, partial(window_rows, setting, dtype))
+            for dtype in ("bfloat16", "float32")
+        ],
     ]
 
 
 def measure(table: Section, jobs: list[list[Job]]) -> None:
-    """Take the first comparison of every kernel, then the second ones ..., as far as the time goes; the table is in kernels' order."""
+    """Take the first comparison of every kernel, then the second ones ..., as far as the time goes;
+    the table is in kernels' order.
+    """
     for turn in itertools.zip_longest(*jobs):
         for job in filter(None, turn):
             table.measure(*job)
     table.rows.sort(key=lambda row: row["kernel"])
 
 
-def _stored(setting: Setting, case: Case, max_len: int) -> tuple[PageLayout, Pages, Heads, np.ndarray]:
+def _stored(
+    setting: Setting, case: Case, max_len: int
+) -> tuple[PageLayout, Pages, Heads, np.ndarray]:
     """Layout, pool and heads of a case, and the mask of significances that live tokens have."""
     layout = case.layout(max_len, setting.kernels.tokens_per_block)
     most = max_len - 200
@@ -144,7 +184,8 @@ def _stored(setting: Setting, case: Case, max_len: int) -> tuple[PageLayout, Pag
     pool = random_pool(layout, lengths, recent, max_len=max_len, slots=SLOTS, seed=case.group)
     live = ~np.isnan(pool.pages["significance"])
     pages, heads = on_device(pool, Pages, Heads)
-    pages = dataclasses.replace(pages, significance=pages.significance * 1e-3)  # of the size of what a step adds
+    # of the size of what a step adds
+    pages = dataclasses.replace(pages, significance=pages.significance * 1e-3)
     windows = {name: getattr(heads, name).astype(case.dtype) for name in ("recent_k", "recent_v")}
     return layout, pages, heads._replace(**windows), live
 
@@ -153,20 +194,37 @@ def decode_row(setting: Setting, case: Case) -> Row:
     """Output, significance and scores of the recent tokens."""
     max_len = 300 if setting.tiny else 2300
     layout, pages, heads, live = _stored(setting, case, max_len)
-    q = jax.random.normal(jax.random.key(9), (len(heads.tier_len), case.group, case.head_dim)).astype(case.dtype)
-    sliding = None if case.sliding is None else Sliding(case.sliding, heads.tier_len.max(axis=1) + heads.recent_len)
+    q = jax.random.normal(
+        jax.random.key(9), (len(heads.tier_len), case.group, case.head_dim)
+    ).astype(case.dtype)
+    sliding = (
+        None
+        if case.sliding is None
+        else Sliding(case.sliding, heads.tier_len.max(axis=1) + heads.recent_len)
+    )
 
     def attend(kernels: Kernels):
-        scale = {"sm_scale": 1.5 * case.head_dim**-0.5, "logits_soft_cap": case.cap, "kernels": kernels, "max_len": max_len}
-        return lambda q, pages, heads: decode_attention(q, pages, layout, heads, sliding=sliding, **scale)
+        scale = {
+            "sm_scale": 1.5 * case.head_dim**-0.5,
+            "logits_soft_cap": case.cap,
+            "kernels": kernels,
+            "max_len": max_len,
+        }
+        return lambda q, pages, heads: decode_attention(
+            q, pages, layout, heads, sliding=sliding, **scale
+        )
 
     got, wanted = both(setting, attend, q, pages, heads)
-    error = max(distance(got[0], wanted[0]), distance(got[2], wanted[2]), distance(got[1], wanted[1], live))
+    error = max(
+        distance(got[0], wanted[0]), distance(got[2], wanted[2]), distance(got[1], wanted[1], live)
+    )
     return verdict(error, TOLERANCE[case.dtype])
 
 
 def prefill_rows(setting: Setting, case: Case) -> list[Row]:
-    """Output and log-sum-exp of real rows; sums of stored, recent and chunk tokens, from the reference's log-sum-exp."""
+    """Output and log-sum-exp of real rows; sums of stored, recent and chunk tokens, from the
+    reference's log-sum-exp.
+    """
     max_len, c = 300 if setting.tiny else 900, case.chunk
     layout, pages, heads, live = _stored(setting, case, max_len)
     count = len(heads.tier_len)
@@ -177,20 +235,34 @@ def prefill_rows(setting: Setting, case: Case) -> list[Row]:
     chunk = Chunk(q, k, v, jnp.asarray(length))
     scale = Scale(1.3 * case.head_dim**-0.5, case.cap)
     real = np.arange(c) >= c - length[:, None]
-    attend = lambda kernels: lambda *a: prefill_attention(a[0], a[1], layout, a[2], scale, kernels=kernels)  # noqa: E731
+
+    def attend(kernels):
+        return lambda *a: prefill_attention(a[0], a[1], layout, a[2], scale, kernels=kernels)
+
     got, wanted = both(setting, attend, chunk, pages, heads)
-    rows = [(np.moveaxis(out, 1, 2)[real], np.moveaxis(lse, 1, 2)[real]) for out, lse in (got, wanted)]
+    rows = [
+        (np.moveaxis(out, 1, 2)[real], np.moveaxis(lse, 1, 2)[real]) for out, lse in (got, wanted)
+    ]
     attention = max(distance(a, b) for a, b in zip(*rows, strict=True))
 
     def score(kernels: Kernels):
-        return lambda *a: column_sums(a[0], a[3], case.observe, a[1], layout, a[2], scale, kernels=kernels)
+        return lambda *a: column_sums(
+            a[0], a[3], case.observe, a[1], layout, a[2], scale, kernels=kernels
+        )
 
     lse = jnp.where(jnp.asarray(real)[:, None], jnp.asarray(wanted[1]), 0.0)
     got, wanted = both(setting, score, chunk, pages, heads, lse)
-    sums = max(distance(got.recent, wanted.recent), distance(got.chunk, wanted.chunk), distance(got.pages, wanted.pages, live))
+    sums = max(
+        distance(got.recent, wanted.recent),
+        distance(got.chunk, wanted.chunk),
+        distance(got.pages, wanted.pages, live),
+    )
     limit = TOLERANCE[case.dtype]
     named = {"prefill attention": attention, "column sums": sums}
-    return [{"kernel": name, "case": str(case), **verdict(error, limit)} for name, error in named.items()]
+    return [
+        {"kernel": name, "case": str(case), **verdict(error, limit)}
+        for name, error in named.items()
+    ]
 
 
 def window_rows(setting: Setting, dtype: str) -> list[Row]:
@@ -201,12 +273,27 @@ def window_rows(setting: Setting, dtype: str) -> list[Row]:
     scores = jnp.asarray(rng.uniform(size=shape[:3]), jnp.float32)
     new = [jnp.asarray(rng.normal(size=(heads, shape[3])), jnp.float32) for _ in range(2)]
     slot = jnp.asarray(rng.integers(-1, slots + 1, heads), jnp.int32)
-    shift = jnp.asarray(rng.integers(0, slots + 1, heads), jnp.int32).at[:2].set(jnp.array([0, slots]))
+    shift = (
+        jnp.asarray(rng.integers(0, slots + 1, heads), jnp.int32).at[:2].set(jnp.array([0, slots]))
+    )
     layer = jnp.int32(1)
-    appended = both(setting, lambda kernels: partial(append_recent, kernels=kernels), k, v, layer, *new, slot)
-    shifted = both(setting, lambda kernels: partial(shift_recent, kernels=kernels), k, v, scores, layer, shift)
+    appended = both(
+        setting, lambda kernels: partial(append_recent, kernels=kernels), k, v, layer, *new, slot
+    )
+    shifted = both(
+        setting, lambda kernels: partial(shift_recent, kernels=kernels), k, v, scores, layer, shift
+    )
     rows = []
     for name, (got, wanted) in {"append_recent": appended, "shift_recent": shifted}.items():
-        same = all(np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True) for a, b in zip(got, wanted, strict=True))
-        rows.append({"kernel": name, "case": f"{dtype} {list(shape)}", **verdict(0.0 if same else float("inf"), 0.0)})
+        same = all(
+            np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
+            for a, b in zip(got, wanted, strict=True)
+        )
+        rows.append(
+            {
+                "kernel": name,
+                "case": f"{dtype} {list(shape)}",
+                **verdict(0.0 if same else float("inf"), 0.0),
+            }
+        )
     return rows

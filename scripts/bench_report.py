@@ -1,4 +1,6 @@
-"""Tables of `bench_gpu.py`: rows that are measured one by one under a time budget, printed by rich and written as JSON."""
+"""Tables of `bench_gpu.py`: rows that are measured one by one under a time budget, printed by rich
+and written as JSON.
+"""
 
 import datetime
 import importlib.metadata
@@ -39,7 +41,8 @@ class Section:
     began: float | None = None
 
     def measure(self, labels: Row, function: Callable[[], Row | list[Row]]) -> bool:
-        """Add the row (or rows) that `function` gives, led by `labels`; one that is late or raises is a row that says so.
+        """Add the row (or rows) that `function` gives, led by `labels`; one that is late or raises
+        is a row that says so.
 
         Returns whether there is a result that is not a failed comparison.
         """
@@ -48,10 +51,19 @@ class Section:
             return self._add(labels | {"status": LATE})
         try:
             found = function()
-        except Exception as error:  # a kernel that does not compile must not cost the rest of the table
+        except (
+            Exception
+        ) as error:  # a kernel that does not compile must not cost the rest of the table
             _logger.debug("%s", labels, exc_info=True)
-            return self._add(labels | {"status": f"{FAILED}: {type(error).__name__}: {first_line(error)}"})
-        return all([self._add(labels | {"status": OK} | row) for row in ([found] if isinstance(found, dict) else found)])
+            return self._add(
+                labels | {"status": f"{FAILED}: {type(error).__name__}: {first_line(error)}"}
+            )
+        return all(
+            [
+                self._add(labels | {"status": OK} | row)
+                for row in ([found] if isinstance(found, dict) else found)
+            ]
+        )
 
     def _add(self, row: Row) -> bool:
         self.rows.append(row)
@@ -64,11 +76,26 @@ class Section:
 
     def table(self) -> Table:
         """The rows; status as last column only where some row is not fine."""
-        headers = [*self.columns, *(["status"] if any(row["status"] != OK for row in self.rows) or "status" in self.columns else [])]
+        headers = [
+            *self.columns,
+            *(
+                ["status"]
+                if any(row["status"] != OK for row in self.rows) or "status" in self.columns
+                else []
+            ),
+        ]
         headers = list(dict.fromkeys(headers))
-        table = Table(*headers, title=self.title, title_justify="left", caption="\n".join(self.notes) or None, caption_justify="left")
+        table = Table(
+            *headers,
+            title=self.title,
+            title_justify="left",
+            caption="\n".join(self.notes) or None,
+            caption_justify="left",
+        )
         for row in self.rows:
-            table.add_row(*(_shown(row.get(header), self.columns.get(header, "")) for header in headers))
+            table.add_row(
+                *(_shown(row.get(header), self.columns.get(header, "")) for header in headers)
+            )
         return table
 
 
@@ -85,13 +112,20 @@ def first_line(error: BaseException, width: int = 160) -> str:
 
 
 def circumstances(command: list[str] | None = None) -> dict[str, str]:
-    """What a reader needs to know about the run: device, driver, versions, date, commit, command."""
+    """What a reader needs to know about the run: device, driver, versions, date, commit,
+    command.
+    """
     device = jax.devices()[0]
     return {
         "device": f"{device.device_kind} x {jax.device_count()}",
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if device.platform == "gpu" else "none",
-        "platform version": getattr(device.client, "platform_version", "unknown").replace("\n", " ").strip(),
-        "jax": f"{jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}, Python {sys.version.split()[0]}",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if device.platform == "gpu"
+        else "none",
+        "platform version": getattr(device.client, "platform_version", "unknown")
+        .replace("\n", " ")
+        .strip(),
+        "jax": f"{jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}, Python "
+        f"{sys.version.split()[0]}",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _output("git", "describe", "--always", "--dirty"),
         "command": " ".join(["python", *(sys.argv if command is None else command)]),
@@ -100,7 +134,9 @@ def circumstances(command: list[str] | None = None) -> dict[str, str]:
 
 def _output(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=Path(__file__).parent)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=30, cwd=Path(__file__).parent
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return done.stdout.strip().replace("\n", ", ") or "unknown"
@@ -114,5 +150,9 @@ def print_section(console: Console, section: Section) -> None:
 
 def write_json(path: Path, facts: Mapping[str, Any], sections: Mapping[str, Section]) -> None:
     """Everything that was measured, unrounded."""
-    tables = {name: {"title": s.title, "rows": s.rows, "notes": s.notes} for name, s in sections.items()}
-    path.write_text(json.dumps({**facts, "sections": tables}, indent=1, default=float) + "\n", encoding="utf-8")
+    tables = {
+        name: {"title": s.title, "rows": s.rows, "notes": s.notes} for name, s in sections.items()
+    }
+    path.write_text(
+        json.dumps({**facts, "sections": tables}, indent=1, default=float) + "\n", encoding="utf-8"
+    )

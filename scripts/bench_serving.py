@@ -1,4 +1,6 @@
-"""Tokens a second end to end at a fixed KV memory: how many requests fit and how fast they decode, full cache and DiffKV."""
+"""Tokens a second end to end at a fixed KV memory: how many requests fit and how fast they decode,
+full cache and DiffKV.
+"""
 
 import dataclasses
 import time
@@ -35,13 +37,19 @@ COLUMNS = {
     "speed-up": ".2f",
 }
 # hidden, intermediate, layers, query heads, KV heads, head_dim: Llama 3 8B, Llama 3.2 3B and 1B
-SCALES = {"8b": (4096, 14336, 32, 32, 8, 128), "3b": (3072, 8192, 28, 24, 8, 128), "1b": (2048, 8192, 16, 32, 8, 64)}
+SCALES = {
+    "8b": (4096, 14336, 32, 32, 8, 128),
+    "3b": (3072, 8192, 28, 24, 8, 128),
+    "1b": (2048, 8192, 16, 32, 8, 64),
+}
 TINY = (48, 64, 2, 3, 1, 64)
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What is served: prompts of `prompt` tokens, `new` tokens each, in a KV memory of `budget`; `scale` names the random model."""
+    """What is served: prompts of `prompt` tokens, `new` tokens each, in a KV memory of `budget`;
+    `scale` names the random model.
+    """
 
     budget: str = "8GiB"
     prompt: int = 4096
@@ -67,7 +75,9 @@ def section(seconds: float) -> Section:
 
 
 def measure(table: Section, setting: Setting, load: Load) -> None:
-    """The full cache with as many requests as fit; DiffKV with the same ones, then with as many as fit."""
+    """The full cache with as many requests as fit; DiffKV with the same ones, then with as many as
+    fit.
+    """
     policy = dkv.diffkv(1.0, 0.02)
     full = dkv.CompressionPolicy.none()
     loaded: list[Served] = []
@@ -76,13 +86,17 @@ def measure(table: Section, setting: Setting, load: Load) -> None:
         loaded.append(served := served_model(setting, load))
         requests = full_requests(served, setting, load)
         table.notes += [
-            f"{served.name}; {load.prompt} prompt tokens and {load.new} new ones a request, KV memory {load.budget}, "
-            f"{setting.kernels.implementation} kernels, {policy.name} {policy.tiers} with alpha (1, 0.02), greedy.",
-            "finished: requests that the pool had pages for to the end. decode tokens/s: of all requests together; events included.",
+            f"{served.name}; {load.prompt} prompt tokens and {load.new} new ones a request, KV "
+            f"memory {load.budget}, "
+            f"{setting.kernels.implementation} kernels, {policy.name} {policy.tiers} with alpha "
+            f"(1, 0.02), greedy.",
+            "finished: requests that the pool had pages for to the end. decode tokens/s: of all "
+            "requests together; events included.",
         ]
         if load.gguf is None:
             table.notes.append(
-                "Random weights attend flatly: the shares of the tiers are not those of a real model, and with them neither are the "
+                "Random weights attend flatly: the shares of the tiers are not those of a real "
+                "model, and with them neither are the "
                 "requests that fit (docs/results.md has the shares of a real one)."
             )
         return serve(served, setting, load, full, requests, None)
@@ -93,8 +107,15 @@ def measure(table: Section, setting: Setting, load: Load) -> None:
     baseline["speed-up"] = 1.0
     for name, fit in (("DiffKV, as many requests", None), ("DiffKV, as many as fit", 0.97)):
         last = table.rows[-1]
-        requests = baseline["requests"] if fit is None else max(1, int(fit * parse_bytes(load.budget) / (2**20 * last["MiB a request"])))
-        if not table.measure({"cache": name}, partial(serve, loaded[0], setting, load, policy, requests, load.budget, baseline)):
+        requests = (
+            baseline["requests"]
+            if fit is None
+            else max(1, int(fit * parse_bytes(load.budget) / (2**20 * last["MiB a request"])))
+        )
+        if not table.measure(
+            {"cache": name},
+            partial(serve, loaded[0], setting, load, policy, requests, load.budget, baseline),
+        ):
             return
 
 
@@ -110,10 +131,20 @@ def serve(
     """One batch: once with a chunk of each prompt, so that all is compiled, then in earnest."""
     max_len = rounded(load.prompt + load.new)
     prompts = served.prompts(requests, load.prompt)
-    run = {"policy": policy, "memory_budget": budget, "max_len": max_len, "cache_dtype": "bfloat16", "prefill_chunk": load.chunk}
-    run |= {"implementation": setting.kernels.implementation, "interpret": setting.kernels.interpret}
+    run = {
+        "policy": policy,
+        "memory_budget": budget,
+        "max_len": max_len,
+        "cache_dtype": "bfloat16",
+        "prefill_chunk": load.chunk,
+    }
+    run |= {
+        "implementation": setting.kernels.implementation,
+        "interpret": setting.kernels.interpret,
+    }
     generate = partial(dkv.generate, served.model, served.params, **run)
-    del_cache(generate(prompts[:, : load.chunk], max_new_tokens=load.new // 2 + 1))  # the same power of two of new tokens
+    # the same power of two of new tokens
+    del_cache(generate(prompts[:, : load.chunk], max_new_tokens=load.new // 2 + 1))
     began = time.perf_counter()
     out = generate(prompts, max_new_tokens=load.new)
     seconds = time.perf_counter() - began - out.prefill_seconds
@@ -130,7 +161,9 @@ def serve(
         "ms a step": 1e3 * seconds / max(1, int(out.lengths.max()) - 1),
     }
     del_cache(out)
-    return row | ({"speed-up": row["decode tokens/s"] / baseline["decode tokens/s"]} if baseline else {})
+    return row | (
+        {"speed-up": row["decode tokens/s"] / baseline["decode tokens/s"]} if baseline else {}
+    )
 
 
 def del_cache(out: dkv.GenerateOutput) -> None:
@@ -142,7 +175,11 @@ def del_cache(out: dkv.GenerateOutput) -> None:
 def shares(report: dkv.MemoryReport) -> Row:
     """Shares of the seen tokens in the tiers and of the dropped ones."""
     kept = report.kept_fraction
-    return {"high": float(kept[0]), "low": float(kept[1]) if len(kept) == 3 else None, "dropped": float(1 - kept.sum())}
+    return {
+        "high": float(kept[0]),
+        "low": float(kept[1]) if len(kept) == 3 else None,
+        "dropped": float(1 - kept.sum()),
+    }
 
 
 def rounded(tokens: int) -> int:
@@ -160,7 +197,10 @@ def full_requests(served: Served, setting: Setting, load: Load) -> int:
     while full_bytes(served, setting, load, requests + 1) <= amount:
         requests += 1
     if not requests:
-        raise MemoryError(f"a KV memory of {load.budget} holds no request of {load.prompt + load.new} tokens; give a larger --kv-budget")
+        raise MemoryError(
+            f"a KV memory of {load.budget} holds no request of "
+            f"{load.prompt + load.new} tokens; give a larger --kv-budget"
+        )
     return requests
 
 
@@ -168,10 +208,17 @@ def full_bytes(served: Served, setting: Setting, load: Load, requests: int) -> i
     """Bytes of the full cache of so many requests, every page that they can ever need."""
     max_len, attention = rounded(load.prompt + load.new), served.model.attention
     policy = dkv.CompressionPolicy.none()
-    sizes: dict[str, Any] = {"num_requests": requests, "max_len": max_len, "dtype": "bfloat16", "kernels": setting.kernels}
+    sizes: dict[str, Any] = {
+        "num_requests": requests,
+        "max_len": max_len,
+        "dtype": "bfloat16",
+        "kernels": setting.kernels,
+    }
     spec = dkv.CacheSpec.build(attention, policy, num_pages=0, **sizes)
     pages = spec.layout.pages_for(0, max_len - policy.window)
-    return cache_bytes(dataclasses.replace(spec, num_pages=pages * spec.num_heads * len(spec.paged_layers)))
+    return cache_bytes(
+        dataclasses.replace(spec, num_pages=pages * spec.num_heads * len(spec.paged_layers))
+    )
 
 
 def served_model(setting: Setting, load: Load) -> Served:
@@ -184,7 +231,9 @@ def served_model(setting: Setting, load: Load) -> Served:
     params = random_params(model)
     ids = partial(random_prompts, model.attention.vocab_size)
     weights = humanised(tree_bytes(params))
-    return Served(f"Llama-shaped model {name!r} with random bfloat16 weights ({weights})", model, params, ids)
+    return Served(
+        f"Llama-shaped model {name!r} with random bfloat16 weights ({weights})", model, params, ids
+    )
 
 
 def humanised(nbytes: int) -> str:
@@ -193,11 +242,16 @@ def humanised(nbytes: int) -> str:
 
 
 def choose_scale(load: Load) -> tuple[str, Sequence[int]]:
-    """The named scale, or the largest whose weights, two KV memories and working memory fit the device."""
+    """The named scale, or the largest whose weights, two KV memories and working memory fit the
+    device.
+    """
     if load.scale != "auto":
         return load.scale, SCALES[load.scale]
     for name, sizes in SCALES.items():
-        weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(param_shapes(random_model(sizes, load))))
+        weights = sum(
+            x.size * x.dtype.itemsize
+            for x in jax.tree.leaves(param_shapes(random_model(sizes, load)))
+        )
         try:
             check_memory(weights + 2 * parse_bytes(load.budget) + (8 << 30))
         except MemoryError:
@@ -225,7 +279,9 @@ def random_model(sizes: Sequence[int], load: Load):
 
 
 def random_params(model) -> Any:
-    """Parameters made on the device: norms of ones, the rest uniform with a variance of one over the inputs."""
+    """Parameters made on the device: norms of ones, the rest uniform with a variance of one over
+    the inputs.
+    """
 
     @partial(jax.jit, static_argnames=("shape", "dtype"))
     def make(shape: tuple[int, ...], dtype: str, seed: jax.Array) -> jax.Array:
@@ -247,5 +303,7 @@ def random_prompts(vocab_size: int, requests: int, tokens: int) -> np.ndarray:
 
 def text_prompts(tokenizer, requests: int, tokens: int, text: str = "king_james") -> np.ndarray:
     """Pieces of a text int32 [requests, tokens], from its beginning again where it ends."""
-    ids = np.asarray(tokenizer(corpora.load(text)[: 8 * requests * tokens], verbose=False).input_ids, np.int32)
+    ids = np.asarray(
+        tokenizer(corpora.load(text)[: 8 * requests * tokens], verbose=False).input_ids, np.int32
+    )
     return np.resize(ids, (requests, tokens))

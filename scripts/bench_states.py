@@ -1,4 +1,6 @@
-"""Caches of one layer, made on the device and full of random bits, in the shapes of a real model: what the timings run on."""
+"""Caches of one layer, made on the device and full of random bits, in the shapes of a real model:
+what the timings run on.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +25,8 @@ class Setting:
 
     Attributes:
         slots, recent: size of a head's recent window, and how many of its slots are live.
-        cold_bytes: the layers that a timing loop goes round hold at least this much, more than a card's cache.
+        cold_bytes: the layers that a timing loop goes round hold at least this much, more than a
+            card's cache.
         most_layers: and there are at most so many of them.
     """
 
@@ -45,7 +48,13 @@ class Setting:
     def layout(self, tiers: Sequence[str], max_len: int) -> PageLayout:
         """Pages of these tiers; they score when there are two."""
         formats = tuple(KVFormat.parse(name, self.dtype) for name in tiers)
-        return PageLayout.solve(formats, self.head_dim, tokens=self.kernels.tokens_per_block, max_len=max_len, scored=len(tiers) == 2)
+        return PageLayout.solve(
+            formats,
+            self.head_dim,
+            tokens=self.kernels.tokens_per_block,
+            max_len=max_len,
+            scored=len(tiers) == 2,
+        )
 
     def layers(self, layer_bytes: int) -> int:
         """How many layers a timing loop goes round."""
@@ -72,19 +81,27 @@ def uniform(shape: Sequence[int], seed: int | Array) -> Array:
 
 @partial(jax.jit, static_argnames=("layout", "num_pages", "max_len", "seed"))
 def random_pages(layout: PageLayout, num_pages: int, max_len: int, seed: int = 0) -> Pages:
-    """A pool of random codes, small positive scales and zero points, and significance in [0, 1); exact tiers hold +-[0.5, 2)."""
+    """A pool of random codes, small positive scales and zero points, and significance in [0, 1);
+    exact tiers hold +-[0.5, 2).
+    """
     shapes = jax.eval_shape(lambda: Pages.zeros(layout, num_pages))
     payload = (hashed(shapes.payload.shape, seed) >> 24).astype(jnp.uint8)
     if isinstance(layout.formats[0].key, Full):
         if layout.formats[0].key.dtype != "bfloat16" or layout.tiers != 1:
             raise ValueError("random bits of exact tiers are made for a single bfloat16 tier only")
-        high = lax.broadcasted_iota(jnp.int32, payload.shape, 1) % (2 * layout.head_dim) >= layout.head_dim  # the byte of the exponent
+        # the byte of the exponent
+        high = (
+            lax.broadcasted_iota(jnp.int32, payload.shape, 1) % (2 * layout.head_dim)
+            >= layout.head_dim
+        )
         payload = jnp.where(high, (payload & 128) | 0x3F, payload)
     return Pages(
         payload=payload,
         meta=(0.01 + 0.01 * uniform(shapes.meta.shape, seed + 1)).astype(jnp.float16),
         significance=uniform(shapes.significance.shape, seed + 2),
-        position=(hashed(shapes.position.shape, seed + 3) % np.uint32(max_len)).astype(shapes.position.dtype),
+        position=(hashed(shapes.position.shape, seed + 3) % np.uint32(max_len)).astype(
+            shapes.position.dtype
+        ),
     )
 
 
@@ -93,8 +110,12 @@ def max_pages(layout: PageLayout, max_len: int) -> int:
     return layout.pages_for(0, max_len) + layout.tiers
 
 
-def page_table(layout: PageLayout, lengths: Sequence[int], ids: np.ndarray, max_len: int, none: int) -> np.ndarray:
-    """int32 `[B, max_pages]` of heads that all hold `lengths` tokens in the tiers; `ids [B, pages]` are their pages, `none` is no page."""
+def page_table(
+    layout: PageLayout, lengths: Sequence[int], ids: np.ndarray, max_len: int, none: int
+) -> np.ndarray:
+    """int32 `[B, max_pages]` of heads that all hold `lengths` tokens in the tiers; `ids [B, pages]`
+    are their pages, `none` is no page.
+    """
     width = max_pages(layout, max_len)
     table = np.full((len(ids), width), none, np.int32)
     high = layout.pages_for(0, lengths[0])
@@ -111,25 +132,48 @@ def pages_of(layout: PageLayout, lengths: Sequence[int]) -> int:
 
 
 def layer_tables(
-    layout: PageLayout, lengths: Sequence[int], heads: int, layers: int, num_pages: int, max_len: int
+    layout: PageLayout,
+    lengths: Sequence[int],
+    heads: int,
+    layers: int,
+    num_pages: int,
+    max_len: int,
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Page tables of `layers` layers, each `[heads, max_pages]`, with pages in random order, and the ids of the free pages."""
+    """Page tables of `layers` layers, each `[heads, max_pages]`, with pages in random order, and
+    the ids of the free pages.
+    """
     need = pages_of(layout, lengths)
     order = np.random.default_rng(0).permutation(num_pages).astype(np.int32)
     owned = order[: layers * heads * need].reshape(layers, heads, need)
-    return [page_table(layout, lengths, ids, max_len, num_pages) for ids in owned], order[layers * heads * need :]
+    return [page_table(layout, lengths, ids, max_len, num_pages) for ids in owned], order[
+        layers * heads * need :
+    ]
 
 
-def layer_heads(setting: Setting, layout: PageLayout, tables: Sequence[np.ndarray], lengths: Sequence[int]) -> list[Heads]:
-    """`Heads` of each layer; the recent windows are shared arrays `[layers, B, slots, head_dim]`."""
+def layer_heads(
+    setting: Setting, layout: PageLayout, tables: Sequence[np.ndarray], lengths: Sequence[int]
+) -> list[Heads]:
+    """`Heads` of each layer; the recent windows are shared arrays `[layers, B, slots,
+    head_dim]`.
+    """
     heads = len(tables[0])
     windows = [setting.queries(len(tables), heads, setting.slots, seed=seed) for seed in (1, 2)]
     tier_len = jnp.tile(jnp.asarray(lengths, jnp.int32), (heads, 1))
     recent_len = jnp.full(heads, setting.recent, jnp.int32)
-    return [Heads(jnp.asarray(table), tier_len, windows[0], windows[1], recent_len, jnp.int32(layer)) for layer, table in enumerate(tables)]
+    return [
+        Heads(jnp.asarray(table), tier_len, windows[0], windows[1], recent_len, jnp.int32(layer))
+        for layer, table in enumerate(tables)
+    ]
 
 
 def attended_bytes(setting: Setting, layout: PageLayout, lengths: Sequence[int], heads: int) -> int:
-    """Bytes that decode attention of one layer must move: payload, metadata, significance both ways, the live recent slots."""
-    stored = sum(n * (fmt.token_bytes(layout.head_dim) + 8 * layout.scored) for n, fmt in zip(lengths, layout.formats, strict=True))
-    return heads * (stored + 2 * setting.recent * setting.head_dim * jnp.dtype(setting.dtype).itemsize)
+    """Bytes that decode attention of one layer must move: payload, metadata, significance both
+    ways, the live recent slots.
+    """
+    stored = sum(
+        n * (fmt.token_bytes(layout.head_dim) + 8 * layout.scored)
+        for n, fmt in zip(lengths, layout.formats, strict=True)
+    )
+    return heads * (
+        stored + 2 * setting.recent * setting.head_dim * jnp.dtype(setting.dtype).itemsize
+    )

@@ -1,4 +1,6 @@
-"""Timing of jitted steps on a device: many steps a measurement, competitors interleaved in one run, median and spread."""
+"""Timing of jitted steps on a device: many steps a measurement, competitors interleaved in one run,
+median and spread.
+"""
 
 import time
 from collections.abc import Callable, Mapping
@@ -43,7 +45,9 @@ class Timing:
 
 
 class Looped:
-    """A step whose state goes round: `step(state, *operands) -> state`, `repeats` times a call, the state donated."""
+    """A step whose state goes round: `step(state, *operands) -> state`, `repeats` times a call, the
+    state donated.
+    """
 
     def __init__(self, step: Callable, repeats: int = 1, steps: int = 1):
         self.steps, self._call = repeats * steps, jax.jit(repeated(step, repeats), donate_argnums=0)
@@ -57,7 +61,9 @@ def repeated(step: Callable, repeats: int) -> Callable:
     """`step` applied `repeats` times, a static number: the loop needs no read of the device."""
     if repeats == 1:
         return step
-    return lambda state, *operands: lax.fori_loop(0, repeats, lambda _, state: step(state, *operands), state)
+    return lambda state, *operands: lax.fori_loop(
+        0, repeats, lambda _, state: step(state, *operands), state
+    )
 
 
 class Runner:
@@ -75,20 +81,30 @@ class Runner:
         return (time.perf_counter() - began) / (calls * self.looped.steps)
 
     def calls(self, effort: Effort) -> int:
-        """Compile, warm up, and find how many calls a measurement needs; 0 for a step that is out of patience."""
+        """Compile, warm up, and find how many calls a measurement needs; 0 for a step that is out
+        of patience.
+        """
         self.run(1)
         seconds = self.run(1) * self.looped.steps
-        return 0 if seconds > effort.patience else max(1, min(1000, round(effort.sample_seconds / max(seconds, 1e-7))))
+        return (
+            0
+            if seconds > effort.patience
+            else max(1, min(1000, round(effort.sample_seconds / max(seconds, 1e-7))))
+        )
 
 
 class FreshRunner(Runner):
-    """A competitor whose step uses its state up: every call starts from a copy of the first one, made before the clock starts."""
+    """A competitor whose step uses its state up: every call starts from a copy of the first one,
+    made before the clock starts.
+    """
 
     def run(self, calls: int) -> float:
         """Seconds of one step, from `calls` calls in a row."""
         states = jax.block_until_ready([jax.tree.map(jnp.copy, self.state) for _ in range(calls)])
         began = time.perf_counter()
-        jax.block_until_ready([self.looped._call(states.pop(), *self.operands) for _ in range(calls)])
+        jax.block_until_ready(
+            [self.looped._call(states.pop(), *self.operands) for _ in range(calls)]
+        )
         return (time.perf_counter() - began) / (calls * self.looped.steps)
 
     def calls(self, effort: Effort) -> int:
@@ -97,7 +113,9 @@ class FreshRunner(Runner):
 
 
 def interleaved(runners: Mapping[str, Runner], effort: Effort) -> dict[str, Timing]:
-    """Time all competitors in turns, so that the card's clock and temperature are the same for all."""
+    """Time all competitors in turns, so that the card's clock and temperature are the same for
+    all.
+    """
     calls = {name: runner.calls(effort) for name, runner in runners.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for sample in range(effort.samples):
@@ -108,7 +126,9 @@ def interleaved(runners: Mapping[str, Runner], effort: Effort) -> dict[str, Timi
 
 
 def copy_bandwidth(nbytes: int, effort: Effort) -> Timing:
-    """Seconds of copying `nbytes` from device memory to device memory: `2 * nbytes / seconds` is the bandwidth."""
+    """Seconds of copying `nbytes` from device memory to device memory: `2 * nbytes / seconds` is
+    the bandwidth.
+    """
     source = jnp.arange(nbytes // 4, dtype=jnp.uint32)
     copied = jax.jit(jnp.copy)
 

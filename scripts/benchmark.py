@@ -1,12 +1,15 @@
-"""The benchmark against what people use today, on a CPU: transformers, kvpress and llama.cpp beside diffkv_jax, in turns, in one run.
+"""The benchmark against what people use today, on a CPU: transformers, kvpress and llama.cpp beside
+diffkv_jax, in turns, in one run.
 
 `make benchmark` runs all of it, which takes hours. Parts add up in one file:
 
-    python scripts/benchmark.py --only decode --contexts 2048 --batches 1,8 --systems 'ours-*,transformers-bf16' --out results.json
-    python scripts/benchmark.py --only report --out results.json --plots plots
+    python scripts/benchmark.py --only decode --contexts 2048 --batches 1,8 --systems
+    'ours-*,transformers-bf16' --out results.json python scripts/benchmark.py --only report --out
+    results.json --plots plots
 
-Every system has a process of its own with the same threads, model and prompts. A round gives one sample a system; ratios are of one round.
-Decoding starts from copies of one prefilled request. A system that is not installed or fails has a row with the reason.
+Every system has a process of its own with the same threads, model and prompts. A round gives one
+sample a system; ratios are of one round. Decoding starts from copies of one prefilled request. A
+system that is not installed or fails has a row with the reason.
 """
 
 import datetime
@@ -38,33 +41,55 @@ from smollm2 import smollm2_gguf  # noqa: E402
 
 PACKAGES = ("jax", "torch", "transformers", "kvpress", "optimum-quanto", "hqq", "llama-cpp-python")
 BASELINES = ("transformers-bf16", "ours-full", *benchmark_attention.BASELINES)
+WORK = Path(tempfile.gettempdir()) / "diffkv-benchmark"
 QUICK: dict[str, Any] = {"contexts": [96], "batches": [1, 2], "rounds": 1, "steps": 4}
 FEWEST, LONGEST = 65, 8192  # the shortest prompt that every press takes; the model's context
 
 
 def main(
-    only: str = typer.Option(",".join(SECTIONS), help="sections with commas; 'report' measures nothing"),
+    only: str = typer.Option(
+        ",".join(SECTIONS), help="sections with commas; 'report' measures nothing"
+    ),
     systems: str = typer.Option("*", help=f"patterns with commas, of {', '.join(SYSTEMS)}"),
-    contexts: str = typer.Option("512,2048,8064", help="prompt tokens; the model takes 8192 with those that follow"),
+    contexts: str = typer.Option(
+        "512,2048,8064", help="prompt tokens; the model takes 8192 with those that follow"
+    ),
     batches: str = typer.Option("1,8", help="requests"),
     rounds: int = typer.Option(5, help="samples of each system, after one that warms up"),
     steps: int = typer.Option(32, help="tokens decoded, or fed by the section quality"),
-    texts: str = typer.Option("king_james", help=f"texts of the section quality, of {', '.join(corpora.NAMES)}"),
+    texts: str = typer.Option(
+        "king_james", help=f"texts of the section quality, of {', '.join(corpora.NAMES)}"
+    ),
     budgets: str = typer.Option("256,512,1024", help="KV memories of the section budget, MiB"),
     minutes: float = typer.Option(1e9, help="begin no cell later than this"),
     threads: int = typer.Option(0, help="of each system; 0 takes every processor"),
-    quick: bool = typer.Option(False, help="a tiny grid: a test of this script, its times mean nothing"),
+    quick: bool = typer.Option(
+        False, help="a tiny grid: a test of this script, its times mean nothing"
+    ),
     baselines: str = typer.Option(",".join(BASELINES), help="systems that ratios are taken to"),
     out: Path | None = typer.Option(None, help="JSON file that results are added to"),  # noqa: B008
     plots: Path | None = typer.Option(None, help="folder for plots of everything in the file"),  # noqa: B008
-    work: Path = typer.Option(Path(tempfile.gettempdir()) / "diffkv-benchmark", help="folder for converted weights and logs"),  # noqa: B008
+    work: Path = typer.Option(WORK, help="folder for converted weights and logs"),  # noqa: B008
 ) -> None:
     """Measure, add to the file, print every table of the file."""
     sections, names = check_sections(only), check_systems(systems)
     results, name = Results(out), datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    processors = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    processors = (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
     threads = threads or len(processors)
-    grid = QUICK if quick else {"contexts": numbers(contexts), "batches": numbers(batches), "rounds": rounds, "steps": steps}
+    grid = (
+        QUICK
+        if quick
+        else {
+            "contexts": numbers(contexts),
+            "batches": numbers(batches),
+            "rounds": rounds,
+            "steps": steps,
+        }
+    )
     check_lengths(grid["contexts"], grid["steps"])
     if sections:
         results.runs[name] = facts(threads)
@@ -95,7 +120,9 @@ def check_sections(only: str) -> list[str]:
     """
     names = [name.strip() for name in only.split(",")]
     if unknown := sorted(set(names) - {*SECTIONS, "report"}):
-        raise typer.BadParameter(f"--only {','.join(unknown)}: the sections are {', '.join(SECTIONS)} and report")
+        raise typer.BadParameter(
+            f"--only {','.join(unknown)}: the sections are {', '.join(SECTIONS)} and report"
+        )
     return [section for section in SECTIONS if section in names]
 
 
@@ -119,7 +146,10 @@ def check_lengths(contexts: list[int], steps: int) -> None:
     """
     for context in contexts:
         if not FEWEST <= context <= LONGEST - steps:
-            raise typer.BadParameter(f"--contexts {context} must be at least {FEWEST} and leave room for --steps {steps} of {LONGEST}")
+            raise typer.BadParameter(
+                f"--contexts {context} must be at least {FEWEST} and leave "
+                f"room for --steps {steps} of {LONGEST}"
+            )
 
 
 def numbers(text: str) -> list[int]:
@@ -127,16 +157,35 @@ def numbers(text: str) -> list[int]:
     return sorted(int(part) for part in text.split(","))
 
 
-def make_run(name: str, results: Results, systems: list[str], texts: list[str], grid: dict, work: Path, threads: int, deadline: float):
+def make_run(
+    name: str,
+    results: Results,
+    systems: list[str],
+    texts: list[str],
+    grid: dict,
+    work: Path,
+    threads: int,
+    deadline: float,
+):
     """Convert the weights, read the texts; no process is started yet."""
     work.mkdir(parents=True, exist_ok=True)
     gguf = smollm2_gguf()
     benchmark_weights.write_all(gguf, work)
     names = list(dict.fromkeys([benchmark_grid.PROMPT_TEXT, *texts]))
-    tokens = text_tokens(GGUFSource(gguf).tokenizer(), names, max(grid["contexts"]) + grid["steps"] + 1)
+    tokens = text_tokens(
+        GGUFSource(gguf).tokenizer(), names, max(grid["contexts"]) + grid["steps"] + 1
+    )
     by_name: dict[str, np.ndarray] = dict(zip(names, tokens, strict=True))
     return benchmark_grid.Run(
-        name, results, lambda system: Worker(system, gguf, work, threads), systems, by_name, texts, **grid, work=work, deadline=deadline
+        name,
+        results,
+        lambda system: Worker(system, gguf, work, threads),
+        systems,
+        by_name,
+        texts,
+        **grid,
+        work=work,
+        deadline=deadline,
     )
 
 
@@ -158,14 +207,28 @@ def measure(run: benchmark_grid.Run, sections: list[str], budgets: list[int]) ->
 
 def facts(threads: int) -> dict[str, str]:
     """What a reader needs to know about a run."""
-    model = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown")
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in _lines("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        "unknown",
+    )
     versions = ", ".join(f"{package} {_version(package)}" for package in PACKAGES)
-    return circumstances() | {"processor": model, "threads": str(threads), "packages": versions, "load at the start": load()}
+    return circumstances() | {
+        "processor": model,
+        "threads": str(threads),
+        "packages": versions,
+        "load at the start": load(),
+    }
 
 
 def load() -> str:
     """The machine's load averages: of 1, 5 and 15 minutes."""
-    return ", ".join(f"{x:.2f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
+    return (
+        ", ".join(f"{x:.2f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
+    )
 
 
 def _lines(path: str) -> list[str]:

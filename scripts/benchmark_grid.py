@@ -1,4 +1,6 @@
-"""The sections of `benchmark.py` that drive worker processes: decode, prefill, quality and throughput in a fixed memory."""
+"""The sections of `benchmark.py` that drive worker processes: decode, prefill, quality and
+throughput in a fixed memory.
+"""
 
 import hashlib
 import time
@@ -24,7 +26,8 @@ class Run:
     """One invocation: its workers, what to measure, and where the results go.
 
     Attributes:
-        texts: token ids by name, as many as the longest context and its steps need; the prompt's and the `quality_texts`.
+        texts: token ids by name, as many as the longest context and its steps need; the prompt's
+            and the `quality_texts`.
         deadline: `time.monotonic()` after which no cell is begun.
         failed: why a system is not at hand.
     """
@@ -63,7 +66,13 @@ class Run:
             worker.close()
 
     def add(
-        self, section: str, labels: dict[str, Any], system: str, samples: Sequence[float], facts: dict[str, Any], status: str = OK
+        self,
+        section: str,
+        labels: dict[str, Any],
+        system: str,
+        samples: Sequence[float],
+        facts: dict[str, Any],
+        status: str = OK,
     ) -> None:
         """Keep one entry."""
         self.results.add(Entry(section, labels, system, self.name, list(samples), facts, status))
@@ -77,7 +86,9 @@ class Run:
         return True
 
     def in_turns(self, call: Call, systems: Sequence[str]) -> dict[str, list[Reply] | str]:
-        """Every system's reply of each round, or why it has none. The first round warms up; every other one goes backwards."""
+        """Every system's reply of each round, or why it has none. The first round warms up; every
+        other one goes backwards.
+        """
         found: dict[str, list[Reply] | str] = {name: self.failed.get(name, []) for name in systems}
         for turn in range(self.rounds + 1):
             for name in systems if turn % 2 else reversed(systems):
@@ -115,7 +126,9 @@ def decode(run: Run) -> None:
                 continue
             reasons = _prefilled(run, prompt, run.systems) if reasons is None else reasons
             able = [name for name in run.systems if name not in reasons]
-            found = reasons | run.in_turns(lambda _, batch=batch: ("decode", (batch, run.steps)), able)
+            found = reasons | run.in_turns(
+                lambda _, batch=batch: ("decode", (batch, run.steps)), able
+            )
             for name, replies in found.items():
                 if isinstance(replies, str):
                     run.add("decode", labels, name, [], {}, replies)
@@ -133,7 +146,10 @@ def _prefilled(run: Run, prompt: np.ndarray, systems: Sequence[str]) -> dict[str
         try:
             began = time.monotonic()
             run.once(name, "keep", prompt)
-            print(f"{name}: has a cache of {prompt.size} tokens, {time.monotonic() - began:.1f} s", flush=True)
+            print(
+                f"{name}: has a cache of {prompt.size} tokens, {time.monotonic() - began:.1f} s",
+                flush=True,
+            )
         except WorkerError as error:
             reasons[name] = str(error)
             print(f"{name}: {error}", flush=True)
@@ -143,7 +159,10 @@ def _prefilled(run: Run, prompt: np.ndarray, systems: Sequence[str]) -> dict[str
 def _decoded(replies: Sequence[Reply], steps: int) -> tuple[list[float], dict[str, Any]]:
     values: list[Decoded] = [reply.value for reply in replies]
     seconds = [value.seconds for value in values]
-    facts = {"ms a step": 1e3 * float(np.median(seconds)) / steps, "KV MiB": max(v.kv_bytes for v in values) / MIB}
+    facts = {
+        "ms a step": 1e3 * float(np.median(seconds)) / steps,
+        "KV MiB": max(v.kv_bytes for v in values) / MIB,
+    }
     return seconds, facts | {"peak MiB": max(reply.peak_bytes for reply in replies) / MIB}
 
 
@@ -155,7 +174,9 @@ def prefill(run: Run) -> None:
             if run.late("prefill", labels, run.systems):
                 continue
             prompts = np.resize(run.texts[PROMPT_TEXT][:context], (batch, context))
-            for name, replies in run.in_turns(lambda _, prompts=prompts: ("prefill", (prompts,)), run.systems).items():
+            for name, replies in run.in_turns(
+                lambda _, prompts=prompts: ("prefill", (prompts,)), run.systems
+            ).items():
                 if isinstance(replies, str):
                     run.add("prefill", labels, name, [], {}, replies)
                     continue
@@ -172,37 +193,59 @@ def prefill(run: Run) -> None:
 
 
 def quality_section(run: Run) -> None:
-    """Perplexity and KL of `steps` tokens fed after each context, against transformers in float32 and each system's own full cache."""
+    """Perplexity and KL of `steps` tokens fed after each context, against transformers in float32
+    and each system's own full cache.
+    """
     needed = [REFERENCE, *(c for name in run.systems if (c := SYSTEMS[name].counterpart))]
     systems = list(dict.fromkeys([*(name for name in SYSTEMS if name in needed), *run.systems]))
     for context in run.contexts:
         for text in run.quality_texts:
             labels = {"text": text, "context": context, "fed": run.steps}
             if not run.late("quality", labels, run.systems):
-                _quality_of(run, labels, run.texts[text][: context + run.steps + 1], context, systems)
+                _quality_of(
+                    run, labels, run.texts[text][: context + run.steps + 1], context, systems
+                )
                 print(f"quality {labels}: done", flush=True)
 
 
-def _quality_of(run: Run, labels: dict[str, Any], tokens: np.ndarray, context: int, systems: Sequence[str]) -> None:
-    """One text. The share of steps with the same top token is that of the last comparison: the own full cache where there is one."""
+def _quality_of(
+    run: Run, labels: dict[str, Any], tokens: np.ndarray, context: int, systems: Sequence[str]
+) -> None:
+    """One text. The share of steps with the same top token is that of the last comparison: the own
+    full cache where there is one.
+    """
     full: dict[str, np.ndarray] = {}
     for name in systems:
         try:
             log_probs, facts = _log_probs(run, name, tokens, context, full), {}
-            facts["perplexity"] = float(np.exp(-np.take_along_axis(log_probs, tokens[context + 1 :, None], axis=-1).mean()))
-            for title, other in (("KL to float32", REFERENCE), ("KL to own full cache", SYSTEMS[name].counterpart)):
+            facts["perplexity"] = float(
+                np.exp(-np.take_along_axis(log_probs, tokens[context + 1 :, None], axis=-1).mean())
+            )
+            for title, other in (
+                ("KL to float32", REFERENCE),
+                ("KL to own full cache", SYSTEMS[name].counterpart),
+            ):
                 if other is not None and other != name:
                     reference = _log_probs(run, other, tokens, context, full)
-                    compared = quality(reference[None], log_probs[None], tokens[None, context + 1 :])
-                    facts |= {title: float(compared.kl.mean()), "same top token": float(compared.top1.mean())}
+                    compared = quality(
+                        reference[None], log_probs[None], tokens[None, context + 1 :]
+                    )
+                    facts |= {
+                        title: float(compared.kl.mean()),
+                        "same top token": float(compared.top1.mean()),
+                    }
         except WorkerError as error:
             run.add("quality", labels, name, [], {}, str(error))
         else:
             run.add("quality", labels, name, [], facts)
 
 
-def _log_probs(run: Run, name: str, tokens: np.ndarray, context: int, full: dict[str, np.ndarray]) -> np.ndarray:
-    """float32 [fed, vocab] of a system. Those of full caches are kept in `full`, and of peers in the work folder for later runs."""
+def _log_probs(
+    run: Run, name: str, tokens: np.ndarray, context: int, full: dict[str, np.ndarray]
+) -> np.ndarray:
+    """float32 [fed, vocab] of a system. Those of full caches are kept in `full`, and of peers in
+    the work folder for later runs.
+    """
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
     path = run.work / f"{name}-{context}-{digest}.npy"
     if name not in full and path.exists():
@@ -220,7 +263,9 @@ def _log_probs(run: Run, name: str, tokens: np.ndarray, context: int, full: dict
 
 
 def budget(run: Run, budgets: Sequence[int]) -> None:
-    """The paper's experiment: how many requests a KV memory holds, and tokens a second of all of them; our caches only."""
+    """The paper's experiment: how many requests a KV memory holds, and tokens a second of all of
+    them; our caches only.
+    """
     systems = [name for name in run.systems if name in OURS_BUDGET]
     for context in run.contexts:
         prompt, reasons = run.texts[PROMPT_TEXT][:context], None
@@ -230,7 +275,9 @@ def budget(run: Run, budgets: Sequence[int]) -> None:
                 continue
             reasons = _prefilled(run, prompt, systems) if reasons is None else reasons
             able = [name for name in systems if name not in reasons]
-            fits = {name: int(run.once(name, "fits", f"{mib}MiB", run.steps).value) for name in able}
+            fits = {
+                name: int(run.once(name, "fits", f"{mib}MiB", run.steps).value) for name in able
+            }
             none = {name: "no request fits" for name in able if not fits[name]}
             able = [name for name in able if fits[name]]
             calls = {name: ("decode", (fits[name], run.steps, f"{mib}MiB")) for name in able}
@@ -241,5 +288,7 @@ def budget(run: Run, budgets: Sequence[int]) -> None:
                     continue
                 seconds, facts = _decoded(replies, run.steps)
                 facts |= {"requests": fits[name], "shares": run.once(name, "shares").value}
-                run.add("budget", labels, name, [fits[name] * run.steps / s for s in seconds], facts)
+                run.add(
+                    "budget", labels, name, [fits[name] * run.steps / s for s in seconds], facts
+                )
             print(f"budget {labels}: {fits}", flush=True)

@@ -1,6 +1,7 @@
 """Who takes part in `benchmark.py`: one line a system, and the interface that each adapter has.
 
-Imports nothing heavy: a worker process loads only the library that it measures, so its peak memory is that library's own.
+Imports nothing heavy: a worker process loads only the library that it measures, so its peak memory
+is that library's own.
 """
 
 import importlib
@@ -15,7 +16,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Decoded:
-    """What one `decode` took: seconds of all its steps, and bytes of the arrays that hold keys and values, unused room included."""
+    """What one `decode` took: seconds of all its steps, and bytes of the arrays that hold keys and
+    values, unused room included.
+    """
 
     seconds: float
     kv_bytes: int
@@ -23,7 +26,9 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the model is: the GGUF file, a work folder with its converted copies (`benchmark_weights`), and how many threads to use."""
+    """Where the model is: the GGUF file, a work folder with its converted copies
+    (`benchmark_weights`), and how many threads to use.
+    """
 
     gguf: Path
     work: Path
@@ -31,7 +36,9 @@ class Place:
 
 
 class System(Protocol):
-    """One library with one kind of KV cache. Methods are called in a process of its own, one at a time."""
+    """One library with one kind of KV cache. Methods are called in a process of its own, one at a
+    time.
+    """
 
     def prefill(self, tokens: np.ndarray) -> float:
         """Seconds from prompts int32 [R, N] to the first token of each on the host."""
@@ -42,17 +49,23 @@ class System(Protocol):
         ...
 
     def decode(self, batch: int, steps: int) -> Decoded:
-        """`steps` greedy tokens for each of `batch` requests that all start from copies of the kept cache; the copies are not timed."""
+        """`steps` greedy tokens for each of `batch` requests that all start from copies of the kept
+        cache; the copies are not timed.
+        """
         ...
 
     def teacher_forced(self, tokens: np.ndarray, context: int) -> np.ndarray:
-        """Prefill `tokens[:context]` of int32 [N], feed the others one by one; log-probabilities float32 [N - context, vocab]."""
+        """Prefill `tokens[:context]` of int32 [N], feed the others one by one; log-probabilities
+        float32 [N - context, vocab].
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Participant:
-    """One system: what the tables call it, its adapter class, the keyword arguments, and the full cache that it is compared with."""
+    """One system: what the tables call it, its adapter class, the keyword arguments, and the full
+    cache that it is compared with.
+    """
 
     title: str
     adapter: str
@@ -64,12 +77,21 @@ def _ours(title: str, counterpart: str | None = "ours-full", **options: Any) -> 
     return Participant(f"diffkv_jax {title}", "benchmark_ours:Ours", options, counterpart)
 
 
-def _torch(title: str, counterpart: str | None = "transformers-bf16", **options: Any) -> Participant:
-    return Participant(f"transformers {title}", "benchmark_transformers:Transformers", options, counterpart)
+def _torch(
+    title: str, counterpart: str | None = "transformers-bf16", **options: Any
+) -> Participant:
+    return Participant(
+        f"transformers {title}", "benchmark_transformers:Transformers", options, counterpart
+    )
 
 
 def _press(title: str, name: str) -> Participant:
-    return Participant(f"kvpress {title} 50 %", "benchmark_transformers:Pressed", {"press": name}, "transformers-bf16")
+    return Participant(
+        f"kvpress {title} 50 %",
+        "benchmark_transformers:Pressed",
+        {"press": name},
+        "transformers-bf16",
+    )
 
 
 def _llama(title: str, counterpart: str | None = "llama-f16", **options: Any) -> Participant:
@@ -83,9 +105,17 @@ SYSTEMS: dict[str, Participant] = {
     "ours-diffkv": _ours("diffkv (1, 0)", policy="diffkv", alphas=(1.0, 0.0)),
     "ours-diffkv-drop": _ours("diffkv (1, 0.02)", policy="diffkv", alphas=(1.0, 0.02)),
     "ours-full-xla": _ours("full cache, plain XLA", policy="none", implementation="xla"),
-    "ours-diffkv-xla": _ours("diffkv (1, 0), plain XLA", policy="diffkv", alphas=(1.0, 0.0), implementation="xla"),
+    "ours-diffkv-xla": _ours(
+        "diffkv (1, 0), plain XLA", policy="diffkv", alphas=(1.0, 0.0), implementation="xla"
+    ),
     "ours-full-f32": _ours("full cache, float32", None, policy="none", dtype="float32"),
-    "ours-diffkv-f32": _ours("diffkv (1, 0), float32", "ours-full-f32", policy="diffkv", alphas=(1.0, 0.0), dtype="float32"),
+    "ours-diffkv-f32": _ours(
+        "diffkv (1, 0), float32",
+        "ours-full-f32",
+        policy="diffkv",
+        alphas=(1.0, 0.0),
+        dtype="float32",
+    ),
     "transformers-f32": _torch("float32 DynamicCache", None, dtype="float32"),
     "transformers-bf16": _torch("bf16 DynamicCache", None),
     "transformers-static": _torch("bf16 StaticCache", cache="static"),
@@ -113,7 +143,9 @@ def chosen(patterns: str) -> list[str]:
         ValueError: a pattern that matches nothing.
     """
     wanted = [pattern.strip() for pattern in patterns.split(",")]
-    if missing := [pattern for pattern in wanted if not any(fnmatch(name, pattern) for name in SYSTEMS)]:
+    if missing := [
+        pattern for pattern in wanted if not any(fnmatch(name, pattern) for name in SYSTEMS)
+    ]:
         raise ValueError(f"--systems {','.join(missing)} matches none of {', '.join(SYSTEMS)}")
     return [name for name in SYSTEMS if any(fnmatch(name, pattern) for pattern in wanted)]
 

@@ -1,8 +1,10 @@
-"""Hugging Face transformers on torch's CPU backend, with its own caches and with kvpress, as systems of `benchmark.py`.
+"""Hugging Face transformers on torch's CPU backend, with its own caches and with kvpress, as
+systems of `benchmark.py`.
 
-A cache for a batch is made from the one of a single request: its keys and values, repeated, go through the new cache's own `update`
-(a quantized cache dequantizes and quantizes again, which changes no shape). A worker's decode step is a model call and an argmax:
-`model.generate` would add its own host work to each token.
+A cache for a batch is made from the one of a single request: its keys and values, repeated, go
+through the new cache's own `update` (a quantized cache dequantizes and quantizes again, which
+changes no shape). A worker's decode step is a model call and an argmax: `model.generate` would add
+its own host work to each token.
 """
 
 import copy
@@ -23,11 +25,15 @@ HQQ_AXIS = {"quanto": 0, "hqq": 1}  # what each backend's documentation recommen
 class Transformers:
     """A Llama model with "dynamic", "static", "quanto" or "hqq" cache."""
 
-    def __init__(self, place: Place, dtype: str = "bfloat16", cache: str = "dynamic", bits: int = 4):
+    def __init__(
+        self, place: Place, dtype: str = "bfloat16", cache: str = "dynamic", bits: int = 4
+    ):
         torch.set_num_threads(place.threads)
         torch.set_grad_enabled(False)
         self.kind, self.bits = cache, bits
-        self.model = AutoModelForCausalLM.from_pretrained(place.work / HF_FOLDER, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            place.work / HF_FOLDER, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        )
         self.model.eval()
         self.kept: Any = None
         self.seen, self.first = 0, torch.zeros(1, 1, dtype=torch.long)
@@ -39,7 +45,9 @@ class Transformers:
         if self.kind == "dynamic":
             return DynamicCache(config=self.model.config)
         axis = HQQ_AXIS[self.kind]
-        return QuantizedCache(self.kind, self.model.config, nbits=self.bits, axis_key=axis, axis_value=axis)
+        return QuantizedCache(
+            self.kind, self.model.config, nbits=self.bits, axis_key=axis, axis_value=axis
+        )
 
     def prefill(self, tokens: np.ndarray) -> float:
         """One pass over the prompts."""
@@ -52,17 +60,27 @@ class Transformers:
         """One pass over the prompt."""
         self.kept = None  # its memory first
         cache, self.seen = self.empty(len(tokens)), len(tokens)
-        self.first = self.prompt(torch.from_numpy(tokens)[None].long(), cache).argmax(-1, keepdim=True)
+        self.first = self.prompt(torch.from_numpy(tokens)[None].long(), cache).argmax(
+            -1, keepdim=True
+        )
         self.kept = cache
 
     def prompt(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         """Feed a prompt [R, N]; logits [R, vocab] of the last token."""
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return self.model(
+            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]
 
     def step(self, ids: torch.Tensor, cache: Any, position: int) -> torch.Tensor:
         """Feed a token [R, 1]; logits [R, vocab]."""
         positions = torch.full_like(ids, position)
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, position_ids=positions, logits_to_keep=1).logits[:, -1]
+        return self.model(
+            input_ids=ids,
+            past_key_values=cache,
+            use_cache=True,
+            position_ids=positions,
+            logits_to_keep=1,
+        ).logits[:, -1]
 
     def decode(self, batch: int, steps: int) -> Decoded:
         """Greedy steps from copies of the kept cache."""
@@ -92,10 +110,11 @@ class Transformers:
 
 
 class Pressed(Transformers):
-    """A press of kvpress, which removes half of the prompt's tokens after the prompt; AdaKV only masks them, and frees nothing.
+    """A press of kvpress, which removes half of the prompt's tokens after the prompt; AdaKV only
+    masks them, and frees nothing.
 
-    kvpress 0.5.5 asks for transformers < 5.3, which passed `cache_position` to every layer. Passing it by hand is all that it misses in
-    the newer version that the other systems run on.
+    kvpress 0.5.5 asks for transformers < 5.3, which passed `cache_position` to every layer. Passing
+    it by hand is all that it misses in the newer version that the other systems run on.
     """
 
     def __init__(self, place: Place, press: str, ratio: float = 0.5):
@@ -113,17 +132,31 @@ class Pressed(Transformers):
         """Feed a prompt and compress it."""
         with self.press(self.model):
             where = torch.arange(ids.shape[1])
-            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, cache_position=where, logits_to_keep=1)
-        self.masks = [layer.self_attn.__dict__.get("masked_key_indices") for layer in self.model.model.layers]
+            out = self.model(
+                input_ids=ids,
+                past_key_values=cache,
+                use_cache=True,
+                cache_position=where,
+                logits_to_keep=1,
+            )
+        self.masks = [
+            layer.self_attn.__dict__.get("masked_key_indices") for layer in self.model.model.layers
+        ]
         return out.logits[:, -1]
 
     def copies(self, batch: int, steps: int):
-        """The kept cache's tokens, of which there are fewer than were seen, and AdaKV's masks for each request."""
+        """The kept cache's tokens, of which there are fewer than were seen, and AdaKV's masks for
+        each request.
+        """
         for layer, mask in zip(self.model.model.layers, self.masks, strict=True):
             if mask is not None:
                 _, heads, places = mask
                 rows = torch.arange(batch).repeat_interleave(len(heads))
-                layer.self_attn.masked_key_indices = (rows, heads.repeat(batch), places.repeat(batch))
+                layer.self_attn.masked_key_indices = (
+                    rows,
+                    heads.repeat(batch),
+                    places.repeat(batch),
+                )
         return super().copies(batch, steps)
 
 
@@ -134,18 +167,26 @@ def stored(layer: Any, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
     layer = copy.copy(layer)
     pairs = ((layer._quantized_keys, layer.keys), (layer._quantized_values, layer.values))
     k, v = (
-        torch.cat([layer._dequantize(packed), recent], dim=-2) if recent.dim() == 4 else layer._dequantize(packed)
+        torch.cat([layer._dequantize(packed), recent], dim=-2)
+        if recent.dim() == 4
+        else layer._dequantize(packed)
         for packed, recent in pairs
     )
     return k, v
 
 
 def kv_bytes(cache: Any) -> int:
-    """Bytes of the storage behind every tensor that a cache's layers refer to, each storage once."""
+    """Bytes of the storage behind every tensor that a cache's layers refer to, each storage
+    once.
+    """
     storages: dict[int, int] = {}
 
     def visit(value: Any) -> None:
-        if isinstance(value, torch.Tensor) and type(value) is not torch.Tensor and hasattr(value, "__tensor_flatten__"):
+        if (
+            isinstance(value, torch.Tensor)
+            and type(value) is not torch.Tensor
+            and hasattr(value, "__tensor_flatten__")
+        ):
             parts: Any = value  # a quantized tensor of quanto: packed codes, scales, zero points
             for name in parts.__tensor_flatten__()[0]:
                 visit(getattr(value, name))

@@ -1,4 +1,5 @@
-"""The model of the benchmark in the forms that the peers read: a Hugging Face folder and a GGUF file with float16 weights.
+"""The model of the benchmark in the forms that the peers read: a Hugging Face folder and a GGUF
+file with float16 weights.
 
 Both are written once into the work folder, from the same GGUF file that our own code reads.
 """
@@ -20,19 +21,29 @@ def write_all(gguf: Path, work: Path) -> None:
 
 
 def write_hf_folder(gguf: Path, folder: Path) -> None:
-    """Dequantized float32 weights as safetensors; config.json last, which marks the folder as complete."""
+    """Dequantized float32 weights as safetensors; config.json last, which marks the folder as
+    complete.
+    """
     from safetensors.numpy import save_file
 
     from diffkv_jax.models.gguf_source import GGUFSource
 
     source = GGUFSource(gguf)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(x) for name, x in source.stream()}, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **source.config}, default=str))
+    save_file(
+        {name: np.ascontiguousarray(x) for name, x in source.stream()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    (folder / "config.json").write_text(
+        json.dumps({"architectures": ["LlamaForCausalLM"], **source.config}, default=str)
+    )
 
 
 def write_f16(gguf: Path, path: Path) -> None:
-    """A copy of a GGUF file whose matrices are float16; vectors stay float32, as llama.cpp's own converter has them."""
+    """A copy of a GGUF file whose matrices are float16; vectors stay float32, as llama.cpp's own
+    converter has them.
+    """
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
     from gguf.quants import dequantize
 
@@ -42,10 +53,14 @@ def write_f16(gguf: Path, path: Path) -> None:
         if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
             continue
         is_array = part.types[0] == GGUFValueType.ARRAY
-        writer.add_key_value(name, part.contents(), part.types[0], part.types[-1] if is_array else None)
+        writer.add_key_value(
+            name, part.contents(), part.types[0], part.types[-1] if is_array else None
+        )
     writer.add_file_type(1)  # mostly float16
     for tensor in reader.tensors:
-        values = np.asarray(dequantize(tensor.data, GGMLQuantizationType(tensor.tensor_type)), np.float32)
+        values = np.asarray(
+            dequantize(tensor.data, GGMLQuantizationType(tensor.tensor_type)), np.float32
+        )
         values = values.reshape([int(n) for n in reversed(tensor.shape)])
         writer.add_tensor(tensor.name, values.astype(np.float16) if values.ndim > 1 else values)
     writer.write_header_to_file()

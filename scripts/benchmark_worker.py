@@ -1,7 +1,9 @@
-"""A process for each system of `benchmark.py`, kept alive and driven over a pipe, so that competitors take turns in one run.
+"""A process for each system of `benchmark.py`, kept alive and driven over a pipe, so that
+competitors take turns in one run.
 
-The parent starts `benchmark_worker.py NAME ...` and sends pickled (method, arguments); the worker answers with a `Reply`.
-A process has its own thread pools and its own peak of resident memory. Everything that a library prints goes to a log file.
+The parent starts `benchmark_worker.py NAME ...` and sends pickled (method, arguments); the worker
+answers with a `Reply`. A process has its own thread pools and its own peak of resident memory.
+Everything that a library prints goes to a log file.
 """
 
 import contextlib
@@ -18,7 +20,9 @@ from typing import Any, BinaryIO
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer: the value, the largest resident memory of the process during the call, and None or one line why there is no value."""
+    """An answer: the value, the largest resident memory of the process during the call, and None or
+    one line why there is no value.
+    """
 
     value: Any
     peak_bytes: int
@@ -35,11 +39,24 @@ class Worker:
     def __init__(self, name: str, gguf: Path, work: Path, threads: int):
         self.name = name
         self._log_path = work / f"{name}.log"
-        command = [sys.executable, str(Path(__file__).resolve()), name, str(gguf), str(work), str(threads)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        command = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            name,
+            str(gguf),
+            str(work),
+            str(threads),
+        ]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+        }
         environment["JAX_COMPILATION_CACHE_DIR"] = str(work / "jax")
         with self._log_path.open("wb") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment
+            )
         try:
             self.loaded = self._answer()
         except WorkerError:
@@ -61,7 +78,8 @@ class Worker:
 
     def close(self) -> None:
         """End the process: it stops when its input ends."""
-        with contextlib.suppress(BrokenPipeError):  # what could not be sent to a process that has ended
+        # what could not be sent to a process that has ended
+        with contextlib.suppress(BrokenPipeError):
             self._stream("stdin").close()
         try:
             self._process.wait(timeout=10)
@@ -86,7 +104,9 @@ class Worker:
         return f"its process ended with status {self._process.wait()}; see {self._log_path}"
 
 
-def serve(name: str, gguf: str, work: str, threads: int, requests: BinaryIO, replies: BinaryIO) -> None:
+def serve(
+    name: str, gguf: str, work: str, threads: int, requests: BinaryIO, replies: BinaryIO
+) -> None:
     """The worker's end: build the system, then answer until the parent closes the pipe."""
     from benchmark_systems import SYSTEMS, Place, build
 
@@ -144,7 +164,9 @@ def peak_bytes() -> int:
                 return int(line.split()[1]) * 1024
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def main() -> None:

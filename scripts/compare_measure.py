@@ -1,4 +1,6 @@
-"""What `compare_methods.py` measures of one policy on SmolLM2: quality against the full cache, passkey recall, decode speed."""
+"""What `compare_methods.py` measures of one policy on SmolLM2: quality against the full cache,
+passkey recall, decode speed.
+"""
 
 import csv
 import time
@@ -18,7 +20,9 @@ from smollm2 import smollm2_gguf
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one size; None = not measured. `of_bf16` is allocated bytes as a share of a plain bfloat16 cache."""
+    """One method at one size; None = not measured. `of_bf16` is allocated bytes as a share of a
+    plain bfloat16 cache.
+    """
 
     method: str
     target: float | None
@@ -44,15 +48,23 @@ class Yardstick:
 
     def _run(self, policy: dkv.CompressionPolicy) -> dict[str, Any]:
         """How a policy is run: prompts in chunks of 1,024 where it takes chunks."""
-        return {"cache_dtype": "bfloat16", "prefill_chunk": _chunk(policy, self.context), **self._learning(policy)}
+        return {
+            "cache_dtype": "bfloat16",
+            "prefill_chunk": _chunk(policy, self.context),
+            **self._learning(policy),
+        }
 
     def _learning(self, policy: dkv.CompressionPolicy) -> dict[str, Any]:
-        """The calibration of a policy whose codecs learn, from another text than it is measured on."""
+        """The calibration of a policy whose codecs learn, from another text than it is measured
+        on.
+        """
         if not any(fmt.learned for fmt in policy.formats("bfloat16")):
             return {}
         if policy.tiers not in self._learned:
             tokens = quality.text_tokens(self.tokenizer, ["hamlet"], 4 * 512).reshape(4, 512)
-            self._learned[policy.tiers] = dkv.calibrate(self.model, self.params, tokens, policy, samples=1024, iterations=12)
+            self._learned[policy.tiers] = dkv.calibrate(
+                self.model, self.params, tokens, policy, samples=1024, iterations=12
+            )
         return {"calibration": self._learned[policy.tiers]}
 
     def quality(self, row: Row, policy: dkv.CompressionPolicy) -> Row:
@@ -61,20 +73,34 @@ class Yardstick:
         if self._full is None:
             full = dkv.CompressionPolicy.none()
             self._full, _ = teacher_forced(self.model, self.params, *fed, full, **self._run(full))
-        log_probs, cache = teacher_forced(self.model, self.params, *fed, policy, **self._run(policy))
+        log_probs, cache = teacher_forced(
+            self.model, self.params, *fed, policy, **self._run(policy)
+        )
         measured = quality.quality(self._full, log_probs, self.tokens[:, self.context + 1 :])
         (line,) = quality.lines_of(row.method, [self.text], dkv.memory_report(cache), measured)
-        both = {field.name for field in fields(quality.Line)} & {field.name for field in fields(Row)}
+        both = {field.name for field in fields(quality.Line)} & {
+            field.name for field in fields(Row)
+        }
         return replace(row, **{name: getattr(line, name) for name in both})
 
     def recall(self, row: Row, policy: dkv.CompressionPolicy, context: int, depths: int) -> Row:
         """`row` with how many of `depths` passkeys are found in `context` tokens."""
         prompts, chunk = needle.prompts(self.tokenizer, context, depths), _chunk(policy, context)
-        found = needle.found(self.model, self.params, self.tokenizer, prompts, policy, chunk, **self._learning(policy))
+        found = needle.found(
+            self.model,
+            self.params,
+            self.tokenizer,
+            prompts,
+            policy,
+            chunk,
+            **self._learning(policy),
+        )
         return replace(row, passkeys=sum(found))
 
     def speed(self, row: Row, policy: dkv.CompressionPolicy, count: int = 64) -> Row:
-        """`row` with tokens a second of one request behind the context: the better of two runs of `count`, compiled before."""
+        """`row` with tokens a second of one request behind the context: the better of two runs of
+        `count`, compiled before.
+        """
         prompt, seconds = self.tokens[:, : self.context], []
         fresh = {"policy": policy, "max_len": self.context + 4 * count, **self._run(policy)}
         out = dkv.generate(self.model, self.params, prompt, max_new_tokens=1, **fresh)
@@ -83,7 +109,9 @@ class Yardstick:
             if _in_one_chunk(policy):  # takes no second prompt
                 out = dkv.generate(self.model, self.params, prompt, max_new_tokens=count, **fresh)
             else:
-                out = dkv.generate(self.model, self.params, prompt[:, :1], cache=out.cache, max_new_tokens=count)
+                out = dkv.generate(
+                    self.model, self.params, prompt[:, :1], cache=out.cache, max_new_tokens=count
+                )
             seconds.append(time.perf_counter() - began - out.prefill_seconds)
         return replace(row, tokens_per_second=count / min(seconds[1:]))
 
@@ -103,7 +131,10 @@ def read(path: Path) -> dict[tuple[str, float | None], Row]:
     if not path.exists():
         return {}
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [Row(line.pop("method"), **{k: float(v) if v else None for k, v in line.items()}) for line in csv.DictReader(file)]
+        rows = [
+            Row(line.pop("method"), **{k: float(v) if v else None for k, v in line.items()})
+            for line in csv.DictReader(file)
+        ]
     return {(row.method, row.target): row for row in rows}
 
 
@@ -119,7 +150,8 @@ def write(path: Path, rows: list[Row]) -> None:
 def markdown(rows: list[Row], depths: int) -> str:
     """The rows as a Markdown table; passkeys of those asked at `depths`."""
     lines = [
-        "| method | target | bytes of bf16 | dropped | perplexity (full) | mean KL | top-1 | passkey | tokens/s |",
+        "| method | target | bytes of bf16 | dropped | perplexity (full) | mean KL | top-1 | "
+        "passkey | tokens/s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
 
@@ -144,4 +176,7 @@ def markdown(rows: list[Row], depths: int) -> str:
 
 def in_order(rows: dict[tuple[str, float | None], Row]) -> list[Row]:
     """By target (rows without one by their own bytes), the largest first, then by KL."""
-    return sorted(rows.values(), key=lambda row: (-(row.target or np.nan_to_num(row.of_bf16 or 0)), row.mean_kl or 0))
+    return sorted(
+        rows.values(),
+        key=lambda row: (-(row.target or np.nan_to_num(row.of_bf16 or 0)), row.mean_kl or 0),
+    )

@@ -1,9 +1,11 @@
-"""Every method at about 50, 25 and 12 % of a bf16 cache's bytes: quality against the full cache, passkey recall and decode speed.
+"""Every method at about 50, 25 and 12 % of a bf16 cache's bytes: quality against the full cache,
+passkey recall and decode speed.
 
-`python scripts/compare_methods.py --out folder` runs SmolLM2 and writes methods.csv, methods.md and, with matplotlib, methods.svg;
-a run that is cut off goes on where it stopped.
-Exact evictors keep a share of the tokens (L2 norm also layers 0 and 1 whole); those with quantised tiers keep as many more as their
-tokens are smaller. Codecs alone, DiffKV's thresholds and FastGen have no target: their rows stand where they come out.
+`python scripts/compare_methods.py --out folder` runs SmolLM2 and writes methods.csv, methods.md
+and, with matplotlib, methods.svg; a run that is cut off goes on where it stopped.
+Exact evictors keep a share of the tokens (L2 norm also layers 0 and 1 whole); those with quantised
+tiers keep as many more as their tokens are smaller. Codecs alone, DiffKV's thresholds and FastGen
+have no target: their rows stand where they come out.
 """
 
 import dataclasses
@@ -24,6 +26,7 @@ from diffkv_jax.models.gguf_source import GGUFSource
 from diffkv_jax.pallas_kernels.codecs import KVFormat
 from smollm2 import smollm2_gguf
 
+OUT = Path("comparison")
 SHARES = (0.5, 0.25, 0.12)
 RECOVERED = (0.95, 0.8, 0.6)  # of each head's attention, by FastGen
 HEAD_DIM, SIDE_BYTES = 64, 6
@@ -52,7 +55,9 @@ EXACT = {
     "PyramidInfer": dkv.pyramidinfer,
     "Ada-KV(SnapKV)": lambda keep, **options: dkv.ada_kv(dkv.snapkv(keep, **options)),
     "ExpectedAttention": dkv.expected_attention,
-    "Ada-KV(ExpectedAttention)": lambda keep, **options: dkv.ada_kv(dkv.expected_attention(keep, **options)),
+    "Ada-KV(ExpectedAttention)": lambda keep, **options: dkv.ada_kv(
+        dkv.expected_attention(keep, **options)
+    ),
     "KVzip": kvzip,
 }
 QUANTISED = (
@@ -65,13 +70,21 @@ QUANTISED = (
 )
 AS_THEY_COME = {
     "full cache": dkv.CompressionPolicy.none(),
-    **{f"{codec}{' rotated' * turn}": dkv.quantized(codec, rotate=turn) for codec in ("K8V4", "K4V4", "K4V2") for turn in (False, True)},
+    **{
+        f"{codec}{' rotated' * turn}": dkv.quantized(codec, rotate=turn)
+        for codec in ("K8V4", "K4V4", "K4V2")
+        for turn in (False, True)
+    },
     **{f"TurboQuant {bits} bit": dkv.turboquant(bits) for bits in (4, 2)},
     "DiffKV (0.5, 0)": dkv.diffkv(0.5, 0.0),
     "DiffKV (1, 0)": dkv.diffkv(1.0, 0.0),
     "DiffKV (1, 0) rotated": dkv.diffkv(1.0, 0.0, rotate=True),
-    "DiffKV (1, 0) K8V4 + K4nV2n rotated": dkv.diffkv(1.0, 0.0, tiers=("K8V4", "K4nV2n"), rotate=True),
-    "DiffKV (1, 0) K4nV4n + K2nV2n rotated": dkv.diffkv(1.0, 0.0, tiers=("K4nV4n", "K2nV2n"), rotate=True),
+    "DiffKV (1, 0) K8V4 + K4nV2n rotated": dkv.diffkv(
+        1.0, 0.0, tiers=("K8V4", "K4nV2n"), rotate=True
+    ),
+    "DiffKV (1, 0) K4nV4n + K2nV2n rotated": dkv.diffkv(
+        1.0, 0.0, tiers=("K4nV4n", "K2nV2n"), rotate=True
+    ),
     "DiffKV (1, 0.02)": dkv.diffkv(1.0, 0.02),
     "DiffKV (1, 0.02) K8V4 + K4nV2n rotated": dkv.load_policy("diffkv_rotated"),
     "DiffKV (1, 0.1)": dkv.diffkv(1.0, 0.1),
@@ -88,7 +101,9 @@ AS_THEY_COME = {
 
 def size_of(codec: str) -> float:
     """Bytes of a token, its position and score included, as a share of bf16."""
-    return (KVFormat.parse(codec, "bfloat16").for_block(HEAD_DIM, 32).token_bytes(HEAD_DIM) + SIDE_BYTES) / (4 * HEAD_DIM)
+    return (
+        KVFormat.parse(codec, "bfloat16").for_block(HEAD_DIM, 32).token_bytes(HEAD_DIM) + SIDE_BYTES
+    ) / (4 * HEAD_DIM)
 
 
 @lru_cache
@@ -99,10 +114,14 @@ def smollm2_classes() -> dkv.TokenClasses:
 
 def policies() -> dict[tuple[str, float | None], dkv.CompressionPolicy]:
     """What is compared, by method and target."""
-    compared: dict[tuple[str, float | None], dkv.CompressionPolicy] = {(name, None): policy for name, policy in AS_THEY_COME.items()}
+    compared: dict[tuple[str, float | None], dkv.CompressionPolicy] = {
+        (name, None): policy for name, policy in AS_THEY_COME.items()
+    }
     special, punctuation = smollm2_classes()
     for recover in RECOVERED:
-        compared[f"FastGen ({recover})", None] = dkv.fastgen(recover, protect=special, punctuation=punctuation)
+        compared[f"FastGen ({recover})", None] = dkv.fastgen(
+            recover, protect=special, punctuation=punctuation
+        )
     for share in SHARES:
         for name, method in EXACT.items():
             compared[name, share] = method(share)
@@ -132,10 +151,20 @@ def plot(rows: list[Row], path: Path) -> None:
         if row.of_bf16 and row.mean_kl:
             families[re.split(r" \(| \d", row.method)[0]].append((row.of_bf16, row.mean_kl))
     for i, (name, points) in enumerate(families.items()):
-        panel.plot(*zip(*sorted(points), strict=True), "osd^v"[i // 10 % 5] + "-", label=name, markersize=4, linewidth=0.8)
+        panel.plot(
+            *zip(*sorted(points), strict=True),
+            "osd^v"[i // 10 % 5] + "-",
+            label=name,
+            markersize=4,
+            linewidth=0.8,
+        )
     front = pareto([point for points in families.values() for point in points])
     panel.plot(*zip(*front, strict=True), color="0.85", linewidth=6, zorder=0)
-    panel.set(xlabel="allocated bytes, share of a bf16 cache", ylabel="mean KL to the full cache", yscale="log")
+    panel.set(
+        xlabel="allocated bytes, share of a bf16 cache",
+        ylabel="mean KL to the full cache",
+        yscale="log",
+    )
     panel.legend(fontsize=6, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, bbox_inches="tight")
 
@@ -149,7 +178,7 @@ def main(
     speed: bool = typer.Option(True, help="time decoding too: stop other work"),
     quality: bool = typer.Option(True, help="KL, top-1 and perplexity"),
     methods: str = typer.Option("", help="a regular expression that the names match"),
-    out: Path = typer.Option(Path("comparison"), help="folder for methods.csv, methods.md and methods.svg"),  # noqa: B008
+    out: Path = typer.Option(OUT, help="folder for methods.csv, .md and .svg"),  # noqa: B008
 ) -> None:
     """Measure, and print the table. What methods.csv holds already is not measured again."""
     compared = {key: policy for key, policy in policies().items() if re.search(methods, key[0])}
@@ -158,7 +187,8 @@ def main(
         raise typer.BadParameter(f"--methods {methods} matches none of {names}")
     rows, yardstick = read(out / "methods.csv"), Yardstick(context, steps, text)
     for key, policy in tqdm(compared.items(), unit=" policies"):
-        jax.clear_caches()  # programs of many policies exceed Linux' limit of memory maps, and the process aborts
+        # programs of many policies exceed Linux' limit of memory maps, and the process aborts
+        jax.clear_caches()
         row, policy = rows.get(key) or Row(*key), dataclasses.replace(policy, name=key[0])
         if quality and row.mean_kl is None:
             row = yardstick.quality(row, policy)

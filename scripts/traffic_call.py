@@ -1,4 +1,6 @@
-"""One `pallas_call` of an abstract execution (traffic.py): its Refs, its grid, and the blocks that TPU pipelines fetch and send."""
+"""One `pallas_call` of an abstract execution (traffic.py): its Refs, its grid, and the blocks that
+TPU pipelines fetch and send.
+"""
 
 from dataclasses import dataclass, field
 from itertools import product
@@ -12,7 +14,9 @@ from traffic_values import LARGEST_MEMORY, Memory
 
 @dataclass
 class KernelTraffic:
-    """What one `pallas_call` does: bytes read and written by operand, and the FLOPs of its dot products."""
+    """What one `pallas_call` does: bytes read and written by operand, and the FLOPs of its dot
+    products.
+    """
 
     name: str
     grid: tuple[int, ...]
@@ -32,8 +36,8 @@ class KernelTraffic:
 class Traffic:
     """The kernels that a function launches, in order.
 
-    `assumed` says where a branch or mask depends on data that was not given; the larger count was taken there. `results` are the names
-    of operands that the function returns.
+    `assumed` says where a branch or mask depends on data that was not given; the larger count was
+    taken there. `results` are the names of operands that the function returns.
     """
 
     kernels: list[KernelTraffic] = field(default_factory=list)
@@ -41,9 +45,17 @@ class Traffic:
     results: set[str] = field(default_factory=set)
 
     def operands(self) -> dict[str, tuple[float, float]]:
-        """Bytes (read, written) of each operand: an argument of the function, or `kernel.i` for output i of a kernel."""
+        """Bytes (read, written) of each operand: an argument of the function, or `kernel.i` for
+        output i of a kernel.
+        """
         names = dict.fromkeys(name for k in self.kernels for name in (*k.read, *k.written))
-        return {name: (sum(k.read.get(name, 0) for k in self.kernels), sum(k.written.get(name, 0) for k in self.kernels)) for name in names}
+        return {
+            name: (
+                sum(k.read.get(name, 0) for k in self.kernels),
+                sum(k.written.get(name, 0) for k in self.kernels),
+            )
+            for name in names
+        }
 
     @property
     def bytes(self) -> float:
@@ -51,9 +63,15 @@ class Traffic:
         return sum(sum(pair) for pair in self.operands().values())
 
     def scratch(self) -> dict[str, tuple[float, float]]:
-        """Bytes (read, written) of what a kernel leaves for another or for XLA, whose reading is taken to be once."""
+        """Bytes (read, written) of what a kernel leaves for another or for XLA, whose reading is
+        taken to be once.
+        """
         kernels = {kernel.name for kernel in self.kernels}
-        made = {n: pair for n, pair in self.operands().items() if n.rpartition(".")[0] in kernels and n not in self.results}
+        made = {
+            n: pair
+            for n, pair in self.operands().items()
+            if n.rpartition(".")[0] in kernels and n not in self.results
+        }
         return {name: (read or written, written) for name, (read, written) in made.items()}
 
     @property
@@ -75,7 +93,10 @@ class _Block:
         """(first, size, size of the array) along each axis."""
         assert self.index is not None
         sizes = _block_shape(self.mapping, False)
-        return [(i * n, n, total) for i, n, total in zip(self.index, sizes, self.mapping.array_aval.shape, strict=True)]
+        return [
+            (i * n, n, total)
+            for i, n, total in zip(self.index, sizes, self.mapping.array_aval.shape, strict=True)
+        ]
 
     def elements(self) -> int:
         """Of the block at `index`, what lies beyond the array's end left out."""
@@ -85,7 +106,9 @@ class _Block:
         """What the kernel sees of the block: axes without a block size are left out."""
         kept = [hasattr(n, "block_size") for n in self.mapping.block_shape]
         extent = zip(self._extent(), kept, strict=True)
-        return self.memory.part(tuple(slice(first, first + n) if keep else first for (first, n, _), keep in extent))
+        return self.memory.part(
+            tuple(slice(first, first + n) if keep else first for (first, n, _), keep in extent)
+        )
 
 
 def walk_call(walk, eqn, inputs: list[Any]) -> list[Any]:
@@ -93,16 +116,27 @@ def walk_call(walk, eqn, inputs: list[Any]) -> list[Any]:
     p, mapping = eqn.params, eqn.params["grid_mapping"]
     sizes = iter(inputs)
     grid = tuple(n if isinstance(n, int) else int(next(sizes)) for n in mapping.grid)
-    operands, name, triton = list(sizes), p.get("name") or eqn.primitive.name, "triton" in type(p["compiler_params"]).__module__
+    operands, name, triton = (
+        list(sizes),
+        p.get("name") or eqn.primitive.name,
+        "triton" in type(p["compiler_params"]).__module__,
+    )
     avals = [v.aval for v in eqn.invars[len(inputs) - len(operands) :]]
     prefetched = mapping.num_index_operands
-    padding = [(1,) * aval.ndim for aval in avals[:prefetched]] + [_block_shape(b, triton) for b in mapping.block_mappings]
+    padding = [(1,) * aval.ndim for aval in avals[:prefetched]] + [
+        _block_shape(b, triton) for b in mapping.block_mappings
+    ]
     memories = []
     for i, (operand, aval) in enumerate(zip(operands, avals, strict=True)):
         memories.append(_memory(walk, operand, aval, f"{name} operand {i}", padding[i]))
     aliases = {output: operand for operand, output in p["input_output_aliases"]}
     for i, v in enumerate(eqn.outvars):
-        fresh = Memory(_padded(v.aval.shape, padding[len(avals) + i]), v.aval.dtype, f"{name}.{i}", kept=v.aval.size <= LARGEST_MEMORY)
+        fresh = Memory(
+            _padded(v.aval.shape, padding[len(avals) + i]),
+            v.aval.dtype,
+            f"{name}.{i}",
+            kept=v.aval.size <= LARGEST_MEMORY,
+        )
         memories.append(memories[aliases[i]] if i in aliases else fresh)
     outputs = memories[len(avals) :]
     kernel = KernelTraffic(name, grid)
@@ -112,21 +146,31 @@ def walk_call(walk, eqn, inputs: list[Any]) -> list[Any]:
             _walk_programs(walk, p["jaxpr"], grid, memories)
         else:
             _walk_steps(walk, p["jaxpr"], grid, mapping, memories)
-    return [walk.named(_value(m, v.aval.shape), m.name) for m, v in zip(outputs, eqn.outvars, strict=True)]
+    return [
+        walk.named(_value(m, v.aval.shape), m.name)
+        for m, v in zip(outputs, eqn.outvars, strict=True)
+    ]
 
 
 def _walk_programs(walk, jaxpr, grid: tuple[int, ...], memories: list[Memory]) -> None:
     """Triton: programs know nothing of each other, so some may stand for others."""
     points = product(*map(range, grid))
-    chosen = walk.sample(walk.kernel.name, grid) if walk.sample else ((point, 1.0) for point in points)
+    chosen = (
+        walk.sample(walk.kernel.name, grid) if walk.sample else ((point, 1.0) for point in points)
+    )
     for walk.program, walk.weight in chosen:
         walk.merged.clear()
         walk.run(jaxpr, (), memories)
 
 
 def _walk_steps(walk, jaxpr, grid: tuple[int, ...], mapping, memories: list[Memory]) -> None:
-    """TPU: grid steps one after another; scratch lives on, and a block is fetched or sent when its index changes."""
-    prefetched, arrays = memories[: mapping.num_index_operands], memories[mapping.num_index_operands :]
+    """TPU: grid steps one after another; scratch lives on, and a block is fetched or sent when its
+    index changes.
+    """
+    prefetched, arrays = (
+        memories[: mapping.num_index_operands],
+        memories[mapping.num_index_operands :],
+    )
     for memory in prefetched:
         walk.count(memory, prod(memory.shape), write=False)
         memory.name = ""
@@ -139,7 +183,9 @@ def _walk_steps(walk, jaxpr, grid: tuple[int, ...], mapping, memories: list[Memo
         program = [np.int32(i) for i in walk.program]
         for block in blocks:
             map_jaxpr = block.mapping.index_map_jaxpr
-            index = tuple(map(int, walk.run(map_jaxpr.jaxpr, map_jaxpr.consts, [*program, *prefetched])))
+            index = tuple(
+                map(int, walk.run(map_jaxpr.jaxpr, map_jaxpr.consts, [*program, *prefetched]))
+            )
             if index != block.index:
                 if block.is_output and block.index is not None:
                     walk.count(block.memory, block.elements(), write=True)

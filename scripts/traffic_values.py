@@ -1,4 +1,6 @@
-"""Values of an abstract execution (traffic.py): memory behind Refs of which parts are known, and primitives computed by NumPy."""
+"""Values of an abstract execution (traffic.py): memory behind Refs of which parts are known, and
+primitives computed by NumPy.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +14,12 @@ LARGEST_MEMORY = 1 << 20  # elements of scratch and of results whose values are 
 
 @dataclass(eq=False)
 class Memory:
-    """What a Ref names. `values` are the numbers where `known`; both None as long as nothing is known.
+    """What a Ref names. `values` are the numbers where `known`; both None as long as nothing is
+    known.
 
-    Accesses of memory with a `name` are counted. `kept`: whether known numbers that a kernel writes are remembered. `blank`: what nobody
-    has written counts as zeros, because no right kernel depends on it.
+    Accesses of memory with a `name` are counted. `kept`: whether known numbers that a kernel writes
+    are remembered. `blank`: what nobody has written counts as zeros, because no right kernel
+    depends on it.
     """
 
     shape: tuple[int, ...]
@@ -53,10 +57,15 @@ class Memory:
         values, known, index = region
         if mask is None:
             return values[index] if np.all(known[index]) else None
-        index = tuple(np.clip(i, 0, n - 1) for i, n in zip(_positions(index, values.shape), values.shape, strict=True))
+        index = tuple(
+            np.clip(i, 0, n - 1)
+            for i, n in zip(_positions(index, values.shape), values.shape, strict=True)
+        )
         if not np.all(known[index] | np.logical_not(mask)):
             return None
-        return np.where(mask, values[index], 0 if other is None or not np.ndim(other) == 0 else other).astype(values.dtype)
+        return np.where(
+            mask, values[index], 0 if other is None or not np.ndim(other) == 0 else other
+        ).astype(values.dtype)
 
     def store(self, transforms: Sequence[Any], value: Any, mask: Any) -> None:
         """Write known numbers (None: unknown ones, also where `mask` may let them) to a region."""
@@ -70,7 +79,9 @@ class Memory:
             return
         values, known, index = region
         if mask is not None:
-            index = tuple(np.broadcast_to(i, mask.shape)[mask] for i in _positions(index, values.shape))
+            index = tuple(
+                np.broadcast_to(i, mask.shape)[mask] for i in _positions(index, values.shape)
+            )
             value = None if value is None else np.broadcast_to(value, mask.shape)[mask]
         if value is not None:
             values[index] = value
@@ -96,11 +107,15 @@ def region_shape(shape: tuple[int, ...], transforms: Sequence[Any]) -> tuple[int
 
 
 def distinct_elements(transforms: Sequence[Any], mask: Any) -> int | None:
-    """Different elements that integer arrays address where `mask` is set; None where they are not known or slices take part."""
+    """Different elements that integer arrays address where `mask` is set; None where they are not
+    known or slices take part.
+    """
     if len(transforms) != 1 or not hasattr(transforms[0], "indices"):
         return None
     index, shape = transforms[0].indices, transforms[0].shape
-    if not all(isinstance(i, np.ndarray | np.generic | int) for i in index) or not any(np.ndim(i) for i in index):
+    if not all(isinstance(i, np.ndarray | np.generic | int) for i in index) or not any(
+        np.ndim(i) for i in index
+    ):
         return None
     place = np.zeros((), np.int64)
     for i, n in zip(index, shape, strict=True):
@@ -112,15 +127,27 @@ def access_key(memory: Memory, transforms: Sequence[Any], mask: Any) -> tuple | 
     """Equal for accesses of the same elements in the same order; None where that is not known."""
     if len(transforms) != 1 or not hasattr(transforms[0], "indices"):
         return None
-    parts = [(i.start, i.size, i.stride) if hasattr(i, "stride") and hasattr(i, "start") else (i,) for i in transforms[0].indices]
+    parts = [
+        (i.start, i.size, i.stride) if hasattr(i, "stride") and hasattr(i, "start") else (i,)
+        for i in transforms[0].indices
+    ]
     numbers = [i for part in parts for i in part] + ([] if mask is None else [mask])
     if not all(isinstance(i, int | np.ndarray | np.generic) for i in numbers):
         return None
-    return (id(memory), *map(len, parts), mask is None, *((np.shape(i), np.asarray(i).tobytes()) for i in numbers))
+    return (
+        id(memory),
+        *map(len, parts),
+        mask is None,
+        *((np.shape(i), np.asarray(i).tobytes()) for i in numbers),
+    )
 
 
-def _region(values: np.ndarray, known: np.ndarray, transforms: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, tuple] | None:
-    """Views of both arrays and an index of the last transform into them; None when the place is not known."""
+def _region(
+    values: np.ndarray, known: np.ndarray, transforms: Sequence[Any]
+) -> tuple[np.ndarray, np.ndarray, tuple] | None:
+    """Views of both arrays and an index of the last transform into them; None when the place is not
+    known.
+    """
     index: tuple = (slice(None),) * values.ndim
     for transform in transforms:
         values, known = values[index], known[index]
@@ -131,7 +158,10 @@ def _region(values: np.ndarray, known: np.ndarray, transforms: Sequence[Any]) ->
                 return None
             index = tuple(parts)
         elif hasattr(transform, "permutation"):
-            values, known = values.transpose(transform.permutation), known.transpose(transform.permutation)
+            values, known = (
+                values.transpose(transform.permutation),
+                known.transpose(transform.permutation),
+            )
         else:
             return None
     return values, known, index
@@ -147,12 +177,17 @@ def _dimension(index: Any) -> Any:
 
 
 def _positions(index: tuple, shape: tuple[int, ...]) -> tuple:
-    """An index of slices and scalars, or of arrays and scalars alone, as integer arrays (so that it can be masked)."""
+    """An index of slices and scalars, or of arrays and scalars alone, as integer arrays (so that it
+    can be masked).
+    """
     if not any(isinstance(i, slice) for i in index):
         return index
     if any(np.ndim(i) for i in index if not isinstance(i, slice)):
         raise NotImplementedError("masked access through slices and arrays at once")
-    ranges = [np.arange(*i.indices(n)) if isinstance(i, slice) else i for i, n in zip(index, shape, strict=True)]
+    ranges = [
+        np.arange(*i.indices(n)) if isinstance(i, slice) else i
+        for i, n in zip(index, shape, strict=True)
+    ]
     grids = iter(np.meshgrid(*(r for r in ranges if np.ndim(r)), indexing="ij"))
     return tuple(next(grids) if np.ndim(r) else r for r in ranges)
 
@@ -190,7 +225,8 @@ def _reduction(function):
     return lambda x, *, axes, aval, **_: function(x, axis=tuple(axes)).astype(aval.dtype)
 
 
-# primitive name -> function(*inputs, aval of the first output, **params); integers and booleans wrap and divide as in XLA
+# primitive name -> function(*inputs, aval of the first output, **params); integers and booleans
+# wrap and divide as in XLA
 EVALUATE = {
     "add": _binary(np.add),
     "sub": _binary(np.subtract),

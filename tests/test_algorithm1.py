@@ -1,7 +1,9 @@
-"""Who is in which tier after every step of the whole cache, against the slow model of Algorithm 1 (docs/design.md 1).
+"""Who is in which tier after every step of the whole cache, against the slow model of Algorithm 1
+(docs/design.md 1).
 
-The model's q, k and v are tables, so a dense evaluation of what the cache holds (read back from its pages by NumPy) gives the
-probabilities that the cache must have computed; the slow model decides from those.
+The model's q, k and v are tables, so a dense evaluation of what the cache holds (read back from its
+pages by NumPy) gives the probabilities that the cache must have computed; the slow model decides
+from those.
 """
 
 import dataclasses
@@ -25,13 +27,27 @@ from tiny import prompt, tiny_model
 
 LAYERS, REQUESTS, KV_HEADS, GROUP, HEAD_DIM = 2, 3, 2, 2, 16
 WINDOW, OBSERVE, CHUNK, MAX_LEN, STEPS = 8, 16, 32, 150, 70
-SPEC = AttentionSpec(LAYERS, KV_HEADS * GROUP, KV_HEADS, HEAD_DIM, (None,) * LAYERS, HEAD_DIM**-0.5, None, 2, MAX_LEN, "float32")
-NEAR = 1e-5  # relative distance below which float32 sums and float64 probabilities may decide differently
+SPEC = AttentionSpec(
+    LAYERS,
+    KV_HEADS * GROUP,
+    KV_HEADS,
+    HEAD_DIM,
+    (None,) * LAYERS,
+    HEAD_DIM**-0.5,
+    None,
+    2,
+    MAX_LEN,
+    "float32",
+)
+# relative distance below which float32 sums and float64 probabilities may decide differently
+NEAR = 1e-5
 LENGTHS = [(5, 32, 20), (1, 70, 33), (9, 8, 64)]
 
 
 class Tables(NamedTuple):
-    """What every position of every request asks, offers and holds: [layers, requests, MAX_LEN, heads, HEAD_DIM]."""
+    """What every position of every request asks, offers and holds: [layers, requests, MAX_LEN,
+    heads, HEAD_DIM].
+    """
 
     q: np.ndarray
     k: np.ndarray
@@ -59,10 +75,14 @@ MODEL = TableModel()
 
 
 def planted(seed: int) -> Tables:
-    """Random tables in which few positions draw most of the attention, and which those are drifts along the sequence."""
+    """Random tables in which few positions draw most of the attention, and which those are drifts
+    along the sequence.
+    """
     rng = np.random.default_rng(seed)
     shape = (LAYERS, REQUESTS, MAX_LEN)
-    q, k, v = (rng.normal(size=(*shape, n, HEAD_DIM)) for n in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS))
+    q, k, v = (
+        rng.normal(size=(*shape, n, HEAD_DIM)) for n in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)
+    )
     topic = rng.normal(size=(6, HEAD_DIM))
     about = rng.integers(0, 6, (*shape, KV_HEADS))
     k += topic[about] * rng.choice([0.0, 0.5, 1.5], (*shape, KV_HEADS, 1), p=[0.5, 0.3, 0.2])
@@ -73,14 +93,30 @@ def planted(seed: int) -> Tables:
 
 def recorded(seed: int) -> Tables:
     """The q, k, v of a small llama-like model on random text."""
-    model, params = tiny_model(q_heads=KV_HEADS * GROUP, kv_heads=KV_HEADS, head_dim=HEAD_DIM, layers=LAYERS, sharpness=6.0, seed=seed)
+    model, params = tiny_model(
+        q_heads=KV_HEADS * GROUP,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        layers=LAYERS,
+        sharpness=6.0,
+        seed=seed,
+    )
     tokens = np.stack([prompt(MAX_LEN, seed * REQUESTS + i) for i in range(REQUESTS)])
     positions = np.broadcast_to(np.arange(MAX_LEN, dtype=np.int32), tokens.shape)
-    store = Tables(*(jnp.zeros((LAYERS, REQUESTS, MAX_LEN, n, HEAD_DIM)) for n in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)))
+    store = Tables(
+        *(
+            jnp.zeros((LAYERS, REQUESTS, MAX_LEN, n, HEAD_DIM))
+            for n in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)
+        )
+    )
 
     def record(store, layer, q, k, v, positions, step):
-        out = self_attention.plain_attention(q, k, v, positions, jnp.int32(2**30), sm_scale=SPEC.sm_scale, logits_soft_cap=None)
-        return out, Tables(*(table.at[layer].set(x) for table, x in zip(store, (q, k, v), strict=True)))
+        out = self_attention.plain_attention(
+            q, k, v, positions, jnp.int32(2**30), sm_scale=SPEC.sm_scale, logits_soft_cap=None
+        )
+        return out, Tables(
+            *(table.at[layer].set(x) for table, x in zip(store, (q, k, v), strict=True))
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(self_attention, "attend", record)
@@ -97,7 +133,9 @@ def tables(kind: str, seed: int) -> Tables:
 
 
 class Watched(Head):
-    """A `Head` that refuses near ties, where rounding may decide, and counts which branches of Algorithm 1 it took."""
+    """A `Head` that refuses near ties, where rounding may decide, and counts which branches of
+    Algorithm 1 it took.
+    """
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -112,7 +150,11 @@ class Watched(Head):
     def least_significant(self, tokens):
         least, *others = sorted(map(self.mean, tokens))
         victim = super().least_significant(tokens)
-        self.near += int(bool(others) and others[0] - least < NEAR * others[0] and super().wanted(victim) != "high")
+        self.near += int(
+            bool(others)
+            and others[0] - least < NEAR * others[0]
+            and super().wanted(victim) != "high"
+        )
         return victim
 
     def step(self, probabilities):
@@ -122,7 +164,14 @@ class Watched(Head):
         return tiers
 
 
-BRANCHES = {"recent to high", "recent to low", "recent to dropped", "high to low", "high to dropped", "low to dropped"}
+BRANCHES = {
+    "recent to high",
+    "recent to low",
+    "recent to dropped",
+    "high to low",
+    "high to dropped",
+    "low to dropped",
+}
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -137,23 +186,35 @@ class Run:
         self.tables, self.flush = tables(kind, seed), flush
         rng = np.random.default_rng(seed)
         high = rng.choice([0.5, 1.0, 1.6], (LAYERS, REQUESTS, KV_HEADS))
-        self.alpha = np.stack([high, high * rng.choice([0.0, 0.15, 0.5, 1.0], high.shape, p=[0.1, 0.35, 0.35, 0.2])], axis=-1).astype(
-            np.float32
-        )
+        self.alpha = np.stack(
+            [high, high * rng.choice([0.0, 0.15, 0.5, 1.0], high.shape, p=[0.1, 0.35, 0.35, 0.2])],
+            axis=-1,
+        ).astype(np.float32)
         policy = diffkv(2.0, 0.1, observe=OBSERVE, window=WINDOW, flush=flush)
         cache = make_cache(MODEL, policy, [MAX_LEN] * REQUESTS, cache_dtype=cache_dtype)
         self.cache = dataclasses.replace(cache, limits=jnp.asarray(self.alpha))
         self.heads = {
-            at: Watched(*self.alpha[at], window=WINDOW, flush=flush, observe=OBSERVE) for at in np.ndindex(LAYERS, REQUESTS, KV_HEADS)
+            at: Watched(*self.alpha[at], window=WINDOW, flush=flush, observe=OBSERVE)
+            for at in np.ndindex(LAYERS, REQUESTS, KV_HEADS)
         }
         self.read()
 
-    def exact(self, at: tuple[int, int, int], first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Queries float64 [GROUP, count, d] and rounded keys [count, d] of new positions of a head."""
+    def exact(
+        self, at: tuple[int, int, int], first: int, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Queries float64 [GROUP, count, d] and rounded keys [count, d] of new positions of a
+        head.
+        """
         layer, request, head = at
         rows = slice(first, first + count)
-        q = self.tables.q[layer, request, rows, head * GROUP : (head + 1) * GROUP].swapaxes(0, 1).astype(np.float64)
-        return q, self.tables.k[layer, request, rows, head].astype(jnp.dtype(self.cache.spec.dtype)).astype(np.float64)
+        q = (
+            self.tables.q[layer, request, rows, head * GROUP : (head + 1) * GROUP]
+            .swapaxes(0, 1)
+            .astype(np.float64)
+        )
+        return q, self.tables.k[layer, request, rows, head].astype(
+            jnp.dtype(self.cache.spec.dtype)
+        ).astype(np.float64)
 
     def read(self) -> None:
         """Read back what the heads hold."""
@@ -162,12 +223,18 @@ class Run:
 
     def keys(self, at: tuple[int, int, int]) -> np.ndarray:
         """Keys float64 [n, d] of all that a head holds."""
-        return np.array([token[1] for token in self.held[at].values()], np.float64).reshape(-1, HEAD_DIM)
+        return np.array([token[1] for token in self.held[at].values()], np.float64).reshape(
+            -1, HEAD_DIM
+        )
 
     def prefill(self, lengths: tuple[int, ...]) -> None:
-        """Feed the prompts; the slow models get the column sums of the last chunk over what was held before it and the chunk itself."""
+        """Feed the prompts; the slow models get the column sums of the last chunk over what was
+        held before it and the chunk itself.
+        """
         sums = {}
-        for _, real, last in chunks(np.zeros((REQUESTS, max(lengths)), np.int32), np.array(lengths), CHUNK):
+        for _, real, last in chunks(
+            np.zeros((REQUESTS, max(lengths)), np.int32), np.array(lengths), CHUNK
+        ):
             self.read()
             for at in self.heads if last else ():
                 n, old = int(real[at[1]]), self.keys(at)
@@ -175,9 +242,17 @@ class Run:
                 logits = q @ np.concatenate([old, own]).T * SPEC.sm_scale
                 logits[:, np.arange(logits.shape[2]) > len(old) + np.arange(n)[:, None]] = -np.inf
                 column = softmax(logits)[:, max(n - OBSERVE, 0) :].sum(axis=1).max(axis=0)
-                sums[at] = dict(zip([*self.held[at], *range(lengths[at[1]] - n, lengths[at[1]])], column, strict=True))
+                sums[at] = dict(
+                    zip(
+                        [*self.held[at], *range(lengths[at[1]] - n, lengths[at[1]])],
+                        column,
+                        strict=True,
+                    )
+                )
             tokens = jnp.zeros((REQUESTS, CHUNK), jnp.int32)
-            _, self.cache = prefill_chunk(MODEL, self.tables, self.cache, tokens, jnp.asarray(real), jnp.asarray(last))
+            _, self.cache = prefill_chunk(
+                MODEL, self.tables, self.cache, tokens, jnp.asarray(real), jnp.asarray(last)
+            )
         for at, head in self.heads.items():
             head.prefill(sums[at], lengths[at[1]])
         self.check()
@@ -191,11 +266,15 @@ class Run:
             q, own = self.exact(at, head.seen, 1)
             p = softmax(q[:, 0] @ np.concatenate([old, own]).T * SPEC.sm_scale).max(axis=0)
             head.step(dict(zip([*self.held[at], head.seen], p, strict=True)))
-        _, self.cache = compiled_step(self.tables, self.cache, jnp.zeros(REQUESTS, jnp.int32), jnp.asarray(active))
+        _, self.cache = compiled_step(
+            self.tables, self.cache, jnp.zeros(REQUESTS, jnp.int32), jnp.asarray(active)
+        )
         self.check()
 
     def check(self) -> None:
-        """Tiers, positions and sums of significance are those of the slow models, and the pages add up."""
+        """Tiers, positions and sums of significance are those of the slow models, and the pages add
+        up.
+        """
         self.read()
         host = self.host
         assert not host.overflow.any()
@@ -203,9 +282,17 @@ class Run:
         for at, head in self.heads.items():
             held = self.held[at]
             wanted = {position: tier for position, tier in head.tiers.items() if tier != "dropped"}
-            assert {position: token[0] for position, token in held.items()} == wanted, f"{at}, {head.seen} tokens"
-            sums = {token.position: token.significance for token in head.recent + head.high + head.low}
-            np.testing.assert_allclose([token[3] for token in held.values()], [sums[position] for position in held], rtol=2 * NEAR)
+            assert {position: token[0] for position, token in held.items()} == wanted, (
+                f"{at}, {head.seen} tokens"
+            )
+            sums = {
+                token.position: token.significance for token in head.recent + head.high + head.low
+            }
+            np.testing.assert_allclose(
+                [token[3] for token in held.values()],
+                [sums[position] for position in held],
+                rtol=2 * NEAR,
+            )
 
     def near_ties(self) -> int:
         return sum(head.near for head in self.heads.values())
@@ -234,7 +321,11 @@ def test_the_table_model_is_a_causal_lm():
 @pytest.mark.slow
 def test_algorithm_1_on_three_prompts():
     """flush=1, decision for decision; the slow tests take every branch."""
-    assert set(play(1, "planted", 0, LENGTHS[0], 30).taken()) > {"recent to high", "recent to low", "recent to dropped"}
+    assert set(play(1, "planted", 0, LENGTHS[0], 30).taken()) > {
+        "recent to high",
+        "recent to low",
+        "recent to dropped",
+    }
 
 
 def stays_as_it_is(run: Run, request: int, steps: int) -> None:
@@ -245,7 +336,11 @@ def stays_as_it_is(run: Run, request: int, steps: int) -> None:
     for at, held in before.items():
         for position, (tier, k, v, score) in held.items():
             again = run.held[at][position]
-            assert (again[0], again[3]) == (tier, score) and np.array_equal(again[1], k) and np.array_equal(again[2], v)
+            assert (
+                (again[0], again[3]) == (tier, score)
+                and np.array_equal(again[1], k)
+                and np.array_equal(again[2], v)
+            )
 
 
 def test_requests_that_have_ended_stay_as_they_are():

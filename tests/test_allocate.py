@@ -27,7 +27,11 @@ LIVE = np.array([[True, True, True, False]] * 2)
 
 def threshold(budget, exact, **choices):
     chosen = Selection(score="key_norm", budgeted=True, **choices)
-    return np.asarray(budget_thresholds(chosen, np.array([budget] * 2, np.float32), np.array([exact] * 2), SCORES, LIVE, 2))
+    return np.asarray(
+        budget_thresholds(
+            chosen, np.array([budget] * 2, np.float32), np.array([exact] * 2), SCORES, LIVE, 2
+        )
+    )
 
 
 def test_budgets_by_hand():
@@ -39,32 +43,62 @@ def test_budgets_by_hand():
 
 
 def test_heads_share_a_budget():
-    np.testing.assert_array_equal(threshold(4, 2, pooled=0.0), [6 - 1, 6 - 1])  # 8, 7, 6 and 5 of both rows
+    # 8, 7, 6 and 5 of both rows
+    np.testing.assert_array_equal(threshold(4, 2, pooled=0.0), [6 - 1, 6 - 1])
     np.testing.assert_array_equal(threshold(4, 2, pooled=1.0), [4, 7])  # each its own
-    np.testing.assert_array_equal(threshold(3, 1, pooled=0.7), [5, 6])  # the best of each, then 7 and 6
+    # the best of each, then 7 and 6
+    np.testing.assert_array_equal(threshold(3, 1, pooled=0.7), [5, 6])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [2**30, 2**31, 3])
 def test_shared_budgets_larger_than_any_count(budget):
     """Four heads share: sums of whole layers' budgets would overflow int32."""
-    chosen, scores = Selection(score="key_norm", budgeted=True, pooled=0.0), np.arange(12, dtype=np.float32).reshape(4, 3)
-    found = budget_thresholds(chosen, np.full(4, budget, np.float32), np.zeros(4, int), scores, np.ones((4, 3), bool), 4)
+    chosen, scores = (
+        Selection(score="key_norm", budgeted=True, pooled=0.0),
+        np.arange(12, dtype=np.float32).reshape(4, 3),
+    )
+    found = budget_thresholds(
+        chosen, np.full(4, budget, np.float32), np.zeros(4, int), scores, np.ones((4, 3), bool), 4
+    )
     assert (scores >= np.asarray(found)[:, None]).all()
 
 
 def test_pyramid_budgets_by_hand():
-    """arXiv:2406.02069, sec. 4.2 with beta = 20: of m layers' total k the last gets k / (20 m), the first 2 k / m less that, linearly."""
-    np.testing.assert_allclose(dkv.pyramidkv(100).limits(4, 1, 1)[:, 0, 0, 1], [195, 131 + 2 / 3, 68 + 1 / 3, 5], rtol=1e-6)
-    np.testing.assert_allclose(dkv.pyramidkv(0.5).limits(4, 1, 1)[:, 0, 0, 1] * 200, [195, 131 + 2 / 3, 68 + 1 / 3, 5], rtol=1e-6)
-    np.testing.assert_allclose(dkv.pyramidkv(0.8).limits(3, 2, 1)[:, 1, 0, 1], [1, 0.8, 0.6], rtol=1e-6)  # no layer keeps more than all
+    """arXiv:2406.02069, sec. 4.2 with beta = 20: of m layers' total k the last gets k / (20 m), the
+    first 2 k / m less that, linearly.
+    """
+    np.testing.assert_allclose(
+        dkv.pyramidkv(100).limits(4, 1, 1)[:, 0, 0, 1], [195, 131 + 2 / 3, 68 + 1 / 3, 5], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        dkv.pyramidkv(0.5).limits(4, 1, 1)[:, 0, 0, 1] * 200,
+        [195, 131 + 2 / 3, 68 + 1 / 3, 5],
+        rtol=1e-6,
+    )
+    # no layer keeps more than all
+    np.testing.assert_allclose(
+        dkv.pyramidkv(0.8).limits(3, 2, 1)[:, 1, 0, 1], [1, 0.8, 0.6], rtol=1e-6
+    )
 
 
 def test_equal_scores_and_protected_ones():
     chosen = Selection(score="key_norm", budgeted=True)
-    scores = np.array([[0, 0, 0, 2], [PROTECTED, PROTECTED / 9, 3, 1], [-4, -4, -4, -4]], np.float32)
-    found = np.asarray(budget_thresholds(chosen, np.array([2, 1, 2], np.float32), np.zeros(3, int), scores, np.ones((3, 4), bool), 1))
-    np.testing.assert_array_equal((scores >= found[:, None]).sum(axis=1), [1, 2, 0])  # never more than the budget but for protected ones
+    scores = np.array(
+        [[0, 0, 0, 2], [PROTECTED, PROTECTED / 9, 3, 1], [-4, -4, -4, -4]], np.float32
+    )
+    found = np.asarray(
+        budget_thresholds(
+            chosen,
+            np.array([2, 1, 2], np.float32),
+            np.zeros(3, int),
+            scores,
+            np.ones((3, 4), bool),
+            1,
+        )
+    )
+    # never more than the budget but for protected ones
+    np.testing.assert_array_equal((scores >= found[:, None]).sum(axis=1), [1, 2, 0])
 
 
 def test_moving_average_is_a_convolution():

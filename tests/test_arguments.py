@@ -30,7 +30,11 @@ INTEGERS = {
     "NumPy float": (np.float32(2), ValueError, "must be an integer"),
     "low": (0, ValueError, "window=0 must be an integer of at least 1$"),
     "beyond int32": (2**31, ValueError, "must be an integer from 1 to 2147483647"),
-    "digits without end": (10**5000, ValueError, "window=<int> must be an integer from 1 to 2147483647"),
+    "digits without end": (
+        10**5000,
+        ValueError,
+        "window=<int> must be an integer from 1 to 2147483647",
+    ),
 }
 
 
@@ -54,7 +58,10 @@ def test_integers_without_bound():
     assert arguments.integer("bytes", None, optional=True) is None
 
 
-@pytest.mark.parametrize("value", [0.5, np.float64(0.5), np.float16(0.5), np.longdouble(0.5), np.array(0.5), jnp.bfloat16(0.5)])
+@pytest.mark.parametrize(
+    "value",
+    [0.5, np.float64(0.5), np.float16(0.5), np.longdouble(0.5), np.array(0.5), jnp.bfloat16(0.5)],
+)
 def test_numbers_of_every_kind(value):
     found = arguments.number("t", value, least=0, most=1)
     assert found == 0.5 and type(found) is float
@@ -95,7 +102,10 @@ def test_values_known_only_when_running():
 
 
 def test_flags():
-    assert arguments.flag("rotate", np.bool_(True)) is True and arguments.flag("rotate", jnp.array(False)) is False
+    assert (
+        arguments.flag("rotate", np.bool_(True)) is True
+        and arguments.flag("rotate", jnp.array(False)) is False
+    )
     for value in (1, 0, None, "False", np.array([True])):
         with pytest.raises(TypeError, match="rotate=.* must be True or False"):
             arguments.flag("rotate", value)
@@ -117,10 +127,22 @@ def test_lists_of_integers():
     for value in ([1, 2], (1, np.int8(2)), range(1, 3), np.array([1, 2]), jnp.array([1, 2])):
         assert ids(value) == (1, 2) and {type(i) for i in ids(value)} == {int}
     for value in ("12", b"12", {1: 2}, {1, 2}, None, 5, np.array(1)):
-        with pytest.raises(TypeError, match="protect=.* must be a list of token ids: integers of at least 0$"):
+        with pytest.raises(
+            TypeError, match="protect=.* must be a list of token ids: integers of at least 0$"
+        ):
             ids(value)
-    for value, held in (([1, -1], -1), ([0.5], 0.5), (np.array([2**31]), 2**31), ([[1]], "."), ([True], True), ([None], None)):
-        with pytest.raises(ValueError, match=f"protect=.* must be token ids: integers of at least 0; it holds .*{held}"):
+    for value, held in (
+        ([1, -1], -1),
+        ([0.5], 0.5),
+        (np.array([2**31]), 2**31),
+        ([[1]], "."),
+        ([True], True),
+        ([None], None),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=f"protect=.* must be token ids: integers of at least 0; it holds .*{held}",
+        ):
             ids(value)
 
 
@@ -161,7 +183,10 @@ def test_nested_values():
     endless = []
     endless.append(endless)
     for value in ([], [[]], [[0.5], [0.5, 1]], [0.5, [0.5]], [[[0.5]]], endless, np.zeros((2, 0))):
-        with pytest.raises(ValueError, match="keep=.* must be one value or nested lists of equal shapes, with up to 2 axes"):
+        with pytest.raises(
+            ValueError,
+            match="keep=.* must be one value or nested lists of equal shapes, with up to 2 axes",
+        ):
             shares(value)
     with pytest.raises(TypeError, match="keep=None must be a finite number"):
         shares([0.5, None])

@@ -39,13 +39,20 @@ def test_the_guard_sees_a_call_without_fault(generate):
 
 
 PROMPTS = {
-    "longer than the context": ([prompt(513)], "request 0 may come to 513 tokens.*model's context of 512"),
+    "longer than the context": (
+        [prompt(513)],
+        "request 0 may come to 513 tokens.*model's context of 512",
+    ),
     "no request": ([], "at least one request"),
     "no request, array": (np.zeros((0, 4), np.int32), "at least one request"),
     "one dimension": (np.zeros(4, np.int32), r"\[requests, length\]"),
     "empty prompt": ([[1, 2], []], "prompt 1 has length 0.*empty prompt"),
     "empty prompt, array": (np.zeros((1, 0), np.int32), "prompt 0 has length 0"),
-    "negative id": ([[1, 2], [3, -1]], r"prompt 1 holds token id -1, outside the vocabulary \[0, 97\)"),
+    "negative id": (
+        [[1, 2], [3, -1]],
+        r"prompt 1 holds token id -1, outside the vocabulary \[0, "
+        r"97\)",
+    ),
     "id past the vocabulary": ([[1, 97]], "prompt 0 holds token id 97"),
     "float tokens": ([[1.0, 2.0]], "integers, given dtype float64"),
     "float array": (np.zeros((1, 4), np.float32), "integers, given dtype float32"),
@@ -63,35 +70,65 @@ def test_prompts(generate, case):
 
 
 ARGUMENTS = {
-    "context with new tokens": ({"tokens": [prompt(500)], "max_new_tokens": 14}, "may come to 513 tokens.*context of 512.*max_new_tokens"),
+    "context with new tokens": (
+        {"tokens": [prompt(500)], "max_new_tokens": 14},
+        "may come to 513 tokens.*context of 512.*max_new_tokens",
+    ),
     "max_len": ({"max_len": 40, "max_new_tokens": 10}, "may come to 49 tokens.*max_len=40"),
     "negative max_len": ({"max_len": -1}, "max_len=-1"),
     "negative new tokens": ({"max_new_tokens": -3}, "max_new_tokens=-3"),
     "chunk 48": ({"prefill_chunk": 48}, "prefill_chunk=48 must be a power of two"),
     "chunk 8": ({"prefill_chunk": 8}, "power of two of at least 16"),
     "chunk 0": ({"prefill_chunk": 0}, "prefill_chunk=0"),
-    "chunk below observe": ({"tokens": [prompt(100)], "prefill_chunk": 32, "policy": dkv.diffkv()}, "prefill_chunk=32.*observe=64"),
+    "chunk below observe": (
+        {"tokens": [prompt(100)], "prefill_chunk": 32, "policy": dkv.diffkv()},
+        "prefill_chunk=32.*observe=64",
+    ),
     "Sample without key": ({"sampling": Sample()}, "needs key="),
     "raw key": ({"sampling": Sample(), "key": jnp.zeros(3, jnp.uint32)}, "key=.* must be a seed"),
-    "too many keys": ({"sampling": Sample(), "key": jax.random.split(jax.random.key(0), 3)}, "for each of the 1 requests"),
+    "too many keys": (
+        {"sampling": Sample(), "key": jax.random.split(jax.random.key(0), 3)},
+        "for each of the 1 requests",
+    ),
     "budget zero": ({"memory_budget": 0}, "memory_budget=0 must be more than zero"),
     "budget zero, text": ({"memory_budget": "0MiB"}, "more than zero"),
     "budget negative": ({"memory_budget": -5}, "memory_budget=-5 must be a number of bytes"),
     "budget negative, text": ({"memory_budget": "-5MiB"}, "number of bytes or text"),
-    "budget unit": ({"memory_budget": "5 parsecs"}, "'5 parsecs' must be a number of bytes or text"),
+    "budget unit": (
+        {"memory_budget": "5 parsecs"},
+        "'5 parsecs' must be a number of bytes or text",
+    ),
     "budget dots": ({"memory_budget": "1.2.3GiB"}, "number of bytes or text"),
-    "budget too small": ({"memory_budget": "1KiB"}, "cannot hold.*smallest budget that can is .*raise the budget"),
+    "budget too small": (
+        {"memory_budget": "1KiB"},
+        "cannot hold.*smallest budget that can is .*raise the budget",
+    ),
     "thresholds do not broadcast": (
         {"policy": dkv.diffkv((1.0, 1.0, 1.0))},
         r"must broadcast to .*kv_heads\] = \(2, 1, 1\)",
     ),
-    "lengths count": ({"tokens": np.zeros((1, 8), np.int32), "lengths": [4, 4]}, "one entry for each of the 1 requests"),
-    "length past the row": ({"tokens": np.zeros((1, 8), np.int32), "lengths": [9]}, "prompt 0 has length 9"),
-    "length zero": ({"tokens": np.zeros((1, 8), np.int32), "lengths": [0]}, "prompt 0 has length 0"),
+    "lengths count": (
+        {"tokens": np.zeros((1, 8), np.int32), "lengths": [4, 4]},
+        "one entry for each of the 1 requests",
+    ),
+    "length past the row": (
+        {"tokens": np.zeros((1, 8), np.int32), "lengths": [9]},
+        "prompt 0 has length 9",
+    ),
+    "length zero": (
+        {"tokens": np.zeros((1, 8), np.int32), "lengths": [0]},
+        "prompt 0 has length 0",
+    ),
     "cache dtype": ({"cache_dtype": "float8"}, "dtype='float8' must be"),
-    "cache dtype of the window": ({"cache_dtype": "int8", "policy": dkv.diffkv()}, "dtype='int8' must be"),
+    "cache dtype of the window": (
+        {"cache_dtype": "int8", "policy": dkv.diffkv()},
+        "dtype='int8' must be",
+    ),
     "max_len zero": ({"max_len": 0}, "max_len=0 must be an integer of at least 1"),
-    "tiers of rising payload": ({"policy": dkv.diffkv(tiers=("K2V2:32,32", "K8V2"))}, "a lower tier must not take more"),
+    "tiers of rising payload": (
+        {"policy": dkv.diffkv(tiers=("K2V2:32,32", "K8V2"))},
+        "a lower tier must not take more",
+    ),
 }
 
 
@@ -114,9 +151,15 @@ POLICIES = {
     "NaN": ({"alpha_high": float("nan")}, "alpha_high=nan must be finite"),
     "NaN in a tuple": ({"alpha_low": (0.0, float("nan"))}, "alpha_low=.* must be finite"),
     "infinite": ({"alpha_high": float("inf")}, "alpha_high=inf must be finite"),
-    "low above high": ({"alpha_high": 0.5, "alpha_low": 0.6}, "alpha_low=0.6 must not exceed alpha_high=0.5"),
+    "low above high": (
+        {"alpha_high": 0.5, "alpha_low": 0.6},
+        "alpha_low=0.6 must not exceed alpha_high=0.5",
+    ),
     "low above high at one head": ({"alpha_high": 0.5, "alpha_low": (0.1, 0.6)}, "must not exceed"),
-    "single tier, two alphas": ({"tiers": ("K8V4",), "alpha_high": 1.0, "alpha_low": 0.1}, "must equal alpha_low=0.1 with the single tier"),
+    "single tier, two alphas": (
+        {"tiers": ("K8V4",), "alpha_high": 1.0, "alpha_low": 0.1},
+        "must equal alpha_low=0.1 with the single tier",
+    ),
     "tiers reversed": ({"tiers": ("K4V2", "K8V4")}, "K8V4 is not smaller than K4V2"),
     "tiers equal": ({"tiers": ("K8V4", "K8V4")}, "K8V4 is not smaller than K8V4"),
     "three tiers": ({"tiers": ("K8V8", "K8V4", "K4V2")}, "one or two formats"),
@@ -129,7 +172,10 @@ POLICIES = {
     "observe 0": ({"observe": 0}, "observe=0 must be a number of queries"),
     "observe a word": ({"observe": "some"}, "observe='some' must be"),
     "two tiers, no observe": ({"observe": None}, "needs observe=64 or 'all'"),
-    "thresholds, no observe": ({"observe": None, "tiers": ("K8V4",), "alpha_low": 1.0}, "thresholds and a second tier need significance"),
+    "thresholds, no observe": (
+        {"observe": None, "tiers": ("K8V4",), "alpha_low": 1.0},
+        "thresholds and a second tier need significance",
+    ),
 }
 
 
@@ -146,8 +192,10 @@ def test_single_tier_with_different_alphas_at_one_head():
 
 
 SAMPLING = [
-    ("temperature", 0.0), ("temperature", -1.0), ("temperature", float("inf")), ("temperature", float("nan")), ("top_k", 0), ("top_k", -1),
-    ("top_p", 0.0), ("top_p", 1.5), ("top_p", float("nan")), ("min_p", 0.0), ("min_p", -0.1), ("min_p", 2.0),
+    ("temperature", 0.0), ("temperature", -1.0), ("temperature", float("inf")),
+    ("temperature", float("nan")),
+    ("top_k", 0), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("top_p", float("nan")),
+    ("min_p", 0.0), ("min_p", -0.1), ("min_p", 2.0),
 ]  # fmt: skip
 
 
@@ -170,13 +218,19 @@ def test_continuing(model, generate):
         generate(
             [prompt(40), prompt(50)],
             max_new_tokens=1,
-            cache=dkv.make_cache(model[0], dkv.quantized("K4V4", window=8), [8, 8], memory_budget="84KiB"),
+            cache=dkv.make_cache(
+                model[0], dkv.quantized("K4V4", window=8), [8, 8], memory_budget="84KiB"
+            ),
         )
     with pytest.raises(ValueError, match="the cache holds 2 requests, given 3 prompts"):
         generate([*two, [4]], cache=cache)
-    with pytest.raises(ValueError, match="request 0 may come to 65 tokens, more than the cache's max_len=64"):
+    with pytest.raises(
+        ValueError, match="request 0 may come to 65 tokens, more than the cache's max_len=64"
+    ):
         generate([prompt(56), [1]], cache=cache, max_new_tokens=10)
-    assert not any(x.is_deleted() for x in jax.tree.leaves(cache)), "a refused call must not take the cache's memory"
+    assert not any(x.is_deleted() for x in jax.tree.leaves(cache)), (
+        "a refused call must not take the cache's memory"
+    )
 
 
 @pytest.mark.slow
@@ -195,7 +249,9 @@ def test_smallest_budget_in_the_message_is_enough(model):
 @pytest.mark.slow
 def test_units_of_the_budget():
     def pool(budget):
-        return dkv.make_cache(tiny_model(max_len=32_768)[0], dkv.load_policy("small"), [20_000], memory_budget=budget).spec.num_pages
+        return dkv.make_cache(
+            tiny_model(max_len=32_768)[0], dkv.load_policy("small"), [20_000], memory_budget=budget
+        ).spec.num_pages
 
     assert pool("512KiB") == pool(2**19) == pool(str(2**19)) == pool(" 0.5 mib ")
     assert pool("512kB") == pool(512_000) < pool("512KiB")
@@ -205,7 +261,13 @@ NESTED = (((0.5, 1.0),), ((0.25, 2.0),))
 
 
 @pytest.mark.parametrize(
-    "policy", [NONE, dkv.quantized("K4V2:2,4"), dkv.diffkv(NESTED, 0.1, observe="all", flush=1), dkv.load_policy("small")]
+    "policy",
+    [
+        NONE,
+        dkv.quantized("K4V2:2,4"),
+        dkv.diffkv(NESTED, 0.1, observe="all", flush=1),
+        dkv.load_policy("small"),
+    ],
 )
 def test_policy_as_json(policy, tmp_path):
     again = CompressionPolicy.from_json(policy.to_json())
@@ -248,7 +310,11 @@ def test_json_with_tiers_of_a_wrong_type():
 
 
 def test_load_policy_of_a_missing_file(tmp_path):
-    with pytest.raises(ValueError, match=r"must be one of \[.*'balanced', .*'small'.*\] or a JSON file; no such file"):
+    with pytest.raises(
+        ValueError,
+        match=r"must be one of \[.*'balanced', .*'small'.*\] or a JSON "
+        r"file; no such file",
+    ):
         dkv.load_policy(tmp_path / "none.json")
     with pytest.raises(ValueError, match="no such file"):
         dkv.load_policy("tiny")

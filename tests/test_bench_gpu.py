@@ -44,13 +44,17 @@ def test_a_row_that_raises_or_is_late_does_not_stop_the_table():
 
 
 def test_steps_are_counted_and_fresh_states_stay_fresh():
-    """The loop makes `repeats` steps a call; a competitor that uses its state up starts from the same one each time."""
+    """The loop makes `repeats` steps a call; a competitor that uses its state up starts from the
+    same one each time.
+    """
     looped = Looped(lambda state, one: state + one, repeats=5, steps=2)
     runner = looped.on(jnp.zeros(()), jnp.ones(()))
     runner.run(3)
     assert float(runner.state) == 15 and looped.steps == 10
     fresh = FreshRunner(Looped(lambda state, one: state + one), jnp.zeros(()), (jnp.ones(()),))
-    times = interleaved({"a": looped.on(jnp.zeros(()), jnp.ones(())), "b": fresh}, Effort(3, 1e-4, 1))
+    times = interleaved(
+        {"a": looped.on(jnp.zeros(()), jnp.ones(())), "b": fresh}, Effort(3, 1e-4, 1)
+    )
     assert float(fresh.state) == 0
     assert all(0 < t.least <= t.median <= t.largest for t in times.values())
 
@@ -60,23 +64,34 @@ def test_random_caches_hold_what_they_say(tiers, lengths):
     """Tables name each page once; every stored token is finite and not all alike."""
     layout = TINY.layout(tiers, 256)
     num_pages = 2 * 3 * pages_of(layout, lengths) + 4
-    tables, free = layer_tables(layout, lengths, heads=3, layers=2, num_pages=num_pages, max_len=256)
+    tables, free = layer_tables(
+        layout, lengths, heads=3, layers=2, num_pages=num_pages, max_len=256
+    )
     pages = random_pages(layout, num_pages, 256)
     used = np.concatenate([table[table < num_pages] for table in tables])
     assert len(free) == 4 and sorted([*used, *free]) == list(range(num_pages))
     for tier, n in enumerate(lengths):
         tokens = read_tier(pages, layout, tables[1][2], tier, n)
         for x in (tokens.k, tokens.v):
-            assert x.shape == (n, 64) and np.isfinite(x).all() and 0.01 < x.std() < 3 and np.abs(x).max() < 8
+            assert (
+                x.shape == (n, 64)
+                and np.isfinite(x).all()
+                and 0.01 < x.std() < 3
+                and np.abs(x).max() < 8
+            )
     per_token = [fmt.token_bytes(64) + (8 if layout.scored else 0) for fmt in layout.formats]
-    assert attended_bytes(TINY, layout, lengths, 3) == 3 * (np.dot(per_token, lengths) + 20 * 2 * 64 * 2)
+    assert attended_bytes(TINY, layout, lengths, 3) == 3 * (
+        np.dot(per_token, lengths) + 20 * 2 * 64 * 2
+    )
 
 
 def test_random_bits_are_spread():
     bits = np.asarray(hashed((64, 64, 32), 0) >> 24)
     counts = np.bincount(bits.ravel(), minlength=256)
     assert counts.min() > 0.7 * counts.mean() and counts.max() < 1.3 * counts.mean()
-    assert (bits[0] != bits[1]).mean() > 0.9 and (np.asarray(hashed((64, 64, 32), 1) >> 24) != bits).mean() > 0.9
+    assert (bits[0] != bits[1]).mean() > 0.9 and (
+        np.asarray(hashed((64, 64, 32), 1) >> 24) != bits
+    ).mean() > 0.9
 
 
 def test_the_state_of_an_event_keeps_the_invariants():
@@ -89,7 +104,9 @@ def test_the_state_of_an_event_keeps_the_invariants():
 def test_arguments_are_refused_with_the_choices(arguments):
     """The last: no GPU here."""
     result = _runner().invoke(_app(), arguments)
-    assert result.exit_code == 2 and any(word in result.output for word in ("correctness", "8b", "--tiny"))
+    assert result.exit_code == 2 and any(
+        word in result.output for word in ("correctness", "8b", "--tiny")
+    )
 
 
 @pytest.mark.slow
@@ -99,11 +116,18 @@ def test_tiny_runs_every_section(tmp_path):
     result = _runner().invoke(_app(), ["--tiny", "--json", str(path), "--seconds", "100"])
     assert result.exit_code == 0, result.output
     written = json.loads(path.read_text())
-    assert set(written["sections"]) == {"correctness", "bandwidth", "attention", "operations", "serving"} and "cpu" in written["device"]
+    assert (
+        set(written["sections"])
+        == {"correctness", "bandwidth", "attention", "operations", "serving"}
+        and "cpu" in written["device"]
+    )
     rows = [row for section in written["sections"].values() for row in section["rows"]]
     assert len(rows) > 25 and all(row["status"] == OK for row in rows)
     few, same, more = written["sections"]["serving"]["rows"]
-    assert few["requests"] == same["requests"] == few["finished"] < more["requests"] and same["MiB a request"] < few["MiB a request"]
+    assert (
+        few["requests"] == same["requests"] == few["finished"] < more["requests"]
+        and same["MiB a request"] < few["MiB a request"]
+    )
 
 
 def _app() -> typer.Typer:

@@ -1,4 +1,6 @@
-"""The benchmark's own machinery: ratios, the file that runs add to, tables, workers that fail, and our adapter on a tiny model."""
+"""The benchmark's own machinery: ratios, the file that runs add to, tables, workers that fail, and
+our adapter on a tiny model.
+"""
 
 import dataclasses
 import json
@@ -26,7 +28,19 @@ FACTS = {"ms a step": 10.0, "KV MiB": 1.0, "KV bytes a token": 100.0, "peak MiB"
 
 
 def entry(system: str, samples: list[float], run: str = "a", **changes) -> Entry:
-    return Entry(**({"section": "decode", "labels": CELL, "system": system, "run": run, "samples": samples, "facts": FACTS} | changes))
+    return Entry(
+        **(
+            {
+                "section": "decode",
+                "labels": CELL,
+                "system": system,
+                "run": run,
+                "samples": samples,
+                "facts": FACTS,
+            }
+            | changes
+        )
+    )
 
 
 def test_ratios_are_of_one_round_of_one_run():
@@ -40,7 +54,9 @@ def test_ratios_are_of_one_round_of_one_run():
 
 
 def test_runs_add_to_one_file(tmp_path):
-    """A later result replaces an earlier one, a failure does not; a run is kept while an entry refers to it."""
+    """A later result replaces an earlier one, a failure does not; a run is kept while an entry
+    refers to it.
+    """
     path = tmp_path / "results.json"
     first = Results(path)
     first.runs |= {"a": {"load": "0"}}
@@ -89,7 +105,10 @@ def test_systems_are_chosen_by_patterns_and_have_full_counterparts():
     assert chosen("ours-full,llama-q?") == ["ours-full", "llama-q8", "llama-q4"]
     with pytest.raises(ValueError, match="vllm"):
         chosen("ours-*,vllm")
-    assert all(one.counterpart is None or SYSTEMS[one.counterpart].counterpart is None for one in SYSTEMS.values())
+    assert all(
+        one.counterpart is None or SYSTEMS[one.counterpart].counterpart is None
+        for one in SYSTEMS.values()
+    )
 
 
 class Scripted:
@@ -117,18 +136,32 @@ def grid(workers: dict, **changes) -> benchmark_grid.Run:
         return workers[name]
 
     options = {"contexts": [96], "batches": [2], "rounds": 2, "steps": 4, "work": Path()} | changes
-    return benchmark_grid.Run("now", Results(), start, list(workers), {"king_james": np.arange(200)}, ["king_james"], **options)
+    return benchmark_grid.Run(
+        "now",
+        Results(),
+        start,
+        list(workers),
+        {"king_james": np.arange(200)},
+        ["king_james"],
+        **options,
+    )
 
 
 def test_a_peer_that_is_missing_or_fails_is_reported_and_the_warm_up_left_out(capsys):
-    workers = {"ours-full": Scripted(9.0, 1.0, 2.0), "quanto-4bit": Scripted(9.0, 1.0, "out of memory"), "llama-q8": None}
+    workers = {
+        "ours-full": Scripted(9.0, 1.0, 2.0),
+        "quanto-4bit": Scripted(9.0, 1.0, "out of memory"),
+        "llama-q8": None,
+    }
     run = grid(workers)
     run.open()
     benchmark_grid.decode(run)
     run.close()
     found = {e.system: e for e in run.results.of("decode")}
     assert found["ours-full"].samples == [8.0, 4.0] and found["ours-full"].facts["peak MiB"] == 3
-    assert found["quanto-4bit"].status == "out of memory" and "No module" in found["llama-q8"].status
+    assert (
+        found["quanto-4bit"].status == "out of memory" and "No module" in found["llama-q8"].status
+    )
     assert workers["ours-full"].closed and "No module" in capsys.readouterr().out
 
 
@@ -165,7 +198,10 @@ def test_log_softmax_and_llama_states():
 def systems(tmp_path_factory):
     """Ours on a tiny model, full and compressed, each with a prompt in its cache."""
     place = Place(Path("none.gguf"), tmp_path_factory.mktemp("work"), 1)
-    made = {name: Ours(place, name, implementation="xla", loaded=tiny_model()) for name in ("none", "diffkv")}
+    made = {
+        name: Ours(place, name, implementation="xla", loaded=tiny_model())
+        for name in ("none", "diffkv")
+    }
     for ours in made.values():
         ours.keep(prompt(128))
     return made
@@ -176,8 +212,15 @@ def systems(tmp_path_factory):
 def test_copies_of_a_request_write_what_it_writes_alone(systems):
     """The pages are copied: shifting them changes the text."""
     ours = systems["diffkv"]
-    run = {"policy": ours.policy, "max_len": ours.kept.spec.max_len, "prefill_chunk": 128, "implementation": "xla"}
-    alone = dkv.generate(ours.model, ours.params, prompt(128)[None], max_new_tokens=41, **run).tokens[0, 1:]
+    run = {
+        "policy": ours.policy,
+        "max_len": ours.kept.spec.max_len,
+        "prefill_chunk": 128,
+        "implementation": "xla",
+    }
+    alone = dkv.generate(
+        ours.model, ours.params, prompt(128)[None], max_new_tokens=41, **run
+    ).tokens[0, 1:]
     first = jnp.full(2, ours.first, jnp.int32)
     cache = replicate(ours.kept, 2, spare_pages(ours.kept, 40))
     table = np.asarray(cache.page_table)
@@ -186,7 +229,9 @@ def test_copies_of_a_request_write_what_it_writes_alone(systems):
     np.testing.assert_array_equal(np.asarray(out).T, [alone, alone])
     assert not np.asarray(cache.overflow).any()
     broken = replicate(ours.kept, 2, spare_pages(ours.kept, 40))
-    broken = dataclasses.replace(broken, pages=jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), broken.pages))
+    broken = dataclasses.replace(
+        broken, pages=jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), broken.pages)
+    )
     assert (np.asarray(_decode(ours.model, ours.params, broken, first, 40)[0]).T != alone).any()
 
 
@@ -195,7 +240,10 @@ def test_a_budget_takes_as_many_requests_as_its_bytes(systems):
     """Bytes are those of the arrays; more requests fit when they are compressed."""
     decoded = systems["diffkv"].decode(2, 40)
     assert decoded.seconds > 0 and systems["diffkv"].prefill(prompt(128)[None]) > 0
-    assert systems["diffkv"].fits(decoded.kv_bytes, 40) == 2 and systems["diffkv"].fits(decoded.kv_bytes - 1, 40) == 1
+    assert (
+        systems["diffkv"].fits(decoded.kv_bytes, 40) == 2
+        and systems["diffkv"].fits(decoded.kv_bytes - 1, 40) == 1
+    )
     assert systems["diffkv"].fits("8MiB", 40) > systems["none"].fits("8MiB", 40) > 1
     with pytest.raises(ValueError, match="do not fit"):
         systems["diffkv"].decode(3, 40, decoded.kv_bytes)
@@ -203,21 +251,38 @@ def test_a_budget_takes_as_many_requests_as_its_bytes(systems):
     assert abs(sum(value for key, value in shares.items() if key != "of bf16") - 1) < 1e-6
 
 
-@pytest.mark.parametrize("arguments", [["--only", "speed"], ["--contexts", "8192", "--steps", "32"], ["--systems", "vllm"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--only", "speed"], ["--contexts", "8192", "--steps", "32"], ["--systems", "vllm"]],
+)
 def test_arguments_are_refused_with_the_choices(arguments, tmp_path):
-    result = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}).invoke(_app(), [*arguments, "--work", str(tmp_path)])
-    assert result.exit_code == 2 and any(word in result.output for word in ("report", "leave room", "ours-full"))
+    result = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}).invoke(
+        _app(), [*arguments, "--work", str(tmp_path)]
+    )
+    assert result.exit_code == 2 and any(
+        word in result.output for word in ("report", "leave room", "ours-full")
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_quick_run_of_ours_on_the_real_model(tmp_path):
-    arguments = ["--quick", "--systems", "ours-full,ours-diffkv", "--only", "decode,prefill,budget,attention", "--budgets", "64"]
+    arguments = [
+        "--quick",
+        "--systems",
+        "ours-full,ours-diffkv",
+        "--only",
+        "decode,prefill,budget,attention",
+        "--budgets",
+        "64",
+    ]
     path = tmp_path / "out.json"
     result = CliRunner().invoke(_app(), [*arguments, "--out", str(path), "--work", str(tmp_path)])
     assert result.exit_code == 0, result.output
     entries = Results(path).entries.values()
-    assert {e.section for e in entries} == {"decode", "prefill", "budget", "attention"} and all(e.status == OK for e in entries)
+    assert {e.section for e in entries} == {"decode", "prefill", "budget", "attention"} and all(
+        e.status == OK for e in entries
+    )
 
 
 def _app() -> typer.Typer:

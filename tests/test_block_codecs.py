@@ -1,4 +1,6 @@
-"""Codecs whose numbers belong to a block of tokens, and outliers kept apart: rows and decoded values against plain NumPy."""
+"""Codecs whose numbers belong to a block of tokens, and outliers kept apart: rows and decoded
+values against plain NumPy.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +21,27 @@ from oracles.quantiser import fake_quantise
 
 HEAD_DIM, TOKENS, BLOCKS = 48, 32, 3
 RNG = np.random.default_rng(4)
-X = (RNG.normal(size=(2, BLOCKS, HEAD_DIM, TOKENS)) + RNG.normal(size=(HEAD_DIM, 1)) * 3).astype(np.float32)  # channels with a bias
+# channels with a bias
+X = (RNG.normal(size=(2, BLOCKS, HEAD_DIM, TOKENS)) + RNG.normal(size=(HEAD_DIM, 1)) * 3).astype(
+    np.float32
+)
 
 
 def stored(codec, x):
-    """What a codec gives back of blocks `[..., n, d, T]`, read as attention does: the n blocks side by side."""
+    """What a codec gives back of blocks `[..., n, d, T]`, read as attention does: the n blocks side
+    by side.
+    """
     codec = codec.for_block(*x.shape[-2:])
     payload, meta = jax.jit(codec.encode)(x)
     assert payload.dtype == np.uint8 and meta.dtype == np.float16
-    assert payload.shape[-2:] == (codec.rows(x.shape[-2]), x.shape[-1]) and meta.shape[-2:] == (codec.meta_rows, x.shape[-1])
+    assert payload.shape[-2:] == (codec.rows(x.shape[-2]), x.shape[-1]) and meta.shape[-2:] == (
+        codec.meta_rows,
+        x.shape[-1],
+    )
     side_by_side = x.shape[-3] * x.shape[-1]
     merged = (
-        np.moveaxis(part, -3, -2).reshape(*part.shape[:-3], part.shape[-2], side_by_side) for part in map(np.asarray, (payload, meta))
+        np.moveaxis(part, -3, -2).reshape(*part.shape[:-3], part.shape[-2], side_by_side)
+        for part in map(np.asarray, (payload, meta))
     )
     decoded = np.asarray(jax.jit(codec.decode)(*merged))
     return np.moveaxis(decoded.reshape(*decoded.shape[:-1], x.shape[-3], -1), -2, -3)
@@ -53,13 +64,15 @@ def test_per_channel_is_kivi(bits):
 def test_outliers_are_kept_exactly(axis, fill):
     codec = Outliers(PerChannel(4) if axis == "channel" else Uniform(4), 0.1, axis, fill)
     inner = (lambda x: kivi_keys(x, 4)) if axis == "channel" else (lambda x: per_token(x, 4))
-    count, along = 4, -1 if axis == "channel" else -2  # ten percent of 48 and of 32, rounded to pairs
+    # ten percent of 48 and of 32, rounded to pairs
+    count, along = 4, -1 if axis == "channel" else -2
     wanted, kept = with_outliers(X, inner, count, along, fill)
     found = stored(codec, X)
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
     assert kept.sum() == count * X.size / X.shape[along]
     np.testing.assert_array_equal(found[kept], X[kept].astype(np.float16))
-    assert np.abs(found - X)[~kept].mean() < 0.8 * np.abs(inner(X) - X)[~kept].mean()  # the others gain by it
+    # the others gain by it
+    assert np.abs(found - X)[~kept].mean() < 0.8 * np.abs(inner(X) - X)[~kept].mean()
     # what took their places, which a range does not show: the inner codec's rows come first
     exact = Outliers(Full("float32"), 0.1, axis, fill).for_block(HEAD_DIM, TOKENS)
     filled = Full("float32").decode(jax.jit(exact.encode)(X)[0][..., : 4 * HEAD_DIM, :], None)
@@ -75,14 +88,31 @@ def test_equal_values_are_no_trouble():
 
 @pytest.mark.slow
 def test_separable_is_what_it_says():
-    """Encoding a token alone gives what encoding it among others gives, if and only if the codec is separable."""
+    """Encoding a token alone gives what encoding it among others gives, if and only if the codec is
+    separable.
+    """
     rng = np.random.default_rng(0)
-    for name in ("K4V4", "K4cV4", "K4V4+o5", "K4cV4+o5", "K4g16V4", "K4nV4n", "K4V4+r2", "K4v4V4v4", "K4sV4s", "K4tV4t", "K4tV4t+o5"):
+    for name in (
+        "K4V4",
+        "K4cV4",
+        "K4V4+o5",
+        "K4cV4+o5",
+        "K4g16V4",
+        "K4nV4n",
+        "K4V4+r2",
+        "K4v4V4v4",
+        "K4sV4s",
+        "K4tV4t",
+        "K4tV4t+o5",
+    ):
         codec = KVFormat.parse(name).key
         if (shape := table_shape(codec.for_block(HEAD_DIM, TOKENS), HEAD_DIM)) is not None:
             table = np.sort(rng.uniform(-1, 1, (2, *shape)), axis=-1 if len(shape) == 1 else -2)
             codec = with_table(codec, jnp.asarray(table, jnp.float16))
-        among, alone = stored(codec, X)[..., 5:6], stored(codec, np.repeat(X[..., 5:6], TOKENS, axis=-1))[..., 5:6]
+        among, alone = (
+            stored(codec, X)[..., 5:6],
+            stored(codec, np.repeat(X[..., 5:6], TOKENS, axis=-1))[..., 5:6],
+        )
         assert codec.separable == np.array_equal(among, alone), name
         assert KVFormat.parse(name).separable == codec.separable
 

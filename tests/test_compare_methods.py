@@ -51,11 +51,18 @@ def test_the_bytes_of_a_token():
 
 
 def test_the_front():
-    assert compare_methods.pareto([(0.5, 1.0), (0.2, 3.0), (0.3, 3.0), (0.4, 2.0), (0.6, 1.0)]) == [(0.2, 3.0), (0.4, 2.0), (0.5, 1.0)]
+    assert compare_methods.pareto([(0.5, 1.0), (0.2, 3.0), (0.3, 3.0), (0.4, 2.0), (0.6, 1.0)]) == [
+        (0.2, 3.0),
+        (0.4, 2.0),
+        (0.5, 1.0),
+    ]
 
 
 def test_rows_survive_the_file(tmp_path):
-    rows = [compare_measure.Row("a, b", 0.5, 0.1, passkeys=3.0), compare_measure.Row("c", None, 0.7, mean_kl=0.01)]
+    rows = [
+        compare_measure.Row("a, b", 0.5, 0.1, passkeys=3.0),
+        compare_measure.Row("c", None, 0.7, mean_kl=0.01),
+    ]
     compare_measure.write(tmp_path / "rows.csv", rows)
     assert list(compare_measure.read(tmp_path / "rows.csv").values()) == rows
     assert compare_measure.in_order({("c", None): rows[1], ("a, b", 0.5): rows[0]})[0] is rows[1]
@@ -79,9 +86,18 @@ def said_of(method: str) -> str:
 
 
 def test_every_page_says_what_was_measured():
-    pages = {path.stem: path.read_text(encoding="utf-8") for path in (DOCS / "methods").glob("*.md")}
-    found = {page: re.findall(r"(?:\)\): |; )(?:([^:;[]+): )?([^:;[]+ passkeys)(?=[.;])", text) for page, text in pages.items()}
-    assert sum(map(len, found.values())) == sum(text.count("% of bf16 bytes") for text in pages.values()) > 30
+    pages = {
+        path.stem: path.read_text(encoding="utf-8") for path in (DOCS / "methods").glob("*.md")
+    }
+    found = {
+        page: re.findall(r"(?:\)\): |; )(?:([^:;[]+): )?([^:;[]+ passkeys)(?=[.;])", text)
+        for page, text in pages.items()
+    }
+    assert (
+        sum(map(len, found.values()))
+        == sum(text.count("% of bf16 bytes") for text in pages.values())
+        > 30
+    )
     for page, statements in found.items():
         for method, said in statements:
             assert said == said_of(method or METHOD_OF[page]), (page, method)

@@ -1,4 +1,6 @@
-"""Coupled Quantization (arXiv:2405.03917): codes of neighbouring channels, their codebooks in the cache, attention over them."""
+"""Coupled Quantization (arXiv:2405.03917): codes of neighbouring channels, their codebooks in the
+cache, attention over them.
+"""
 
 from functools import lru_cache
 
@@ -28,18 +30,34 @@ def calibrated():
     """(model, params, calibration) of a tiny model."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     text = np.random.default_rng(1).integers(0, 97, (4, 128))
-    return model, params, dkv.calibrate(model, params, text, POLICY, samples=400, iterations=5, progress=False)
+    return (
+        model,
+        params,
+        dkv.calibrate(model, params, text, POLICY, samples=400, iterations=5, progress=False),
+    )
 
 
 @lru_cache
 def generated():
-    """A cache after a prompt in three chunks and 30 tokens, four of the compression events in decode."""
+    """A cache after a prompt in three chunks and 30 tokens, four of the compression events in
+    decode.
+    """
     model, params, calibration = calibrated()
-    return dkv.generate(model, params, TOKENS, policy=POLICY, max_new_tokens=30, prefill_chunk=32, calibration=calibration)
+    return dkv.generate(
+        model,
+        params,
+        TOKENS,
+        policy=POLICY,
+        max_new_tokens=30,
+        prefill_chunk=32,
+        calibration=calibration,
+    )
 
 
 def nearest_rows(x: np.ndarray, books: np.ndarray) -> np.ndarray:
-    """Each vector of channels of `x [n, d]` replaced by the nearest row of its codebook: eq. 4 of the paper, `books [d / c, 2**b, c]`."""
+    """Each vector of channels of `x [n, d]` replaced by the nearest row of its codebook: eq. 4 of
+    the paper, `books [d / c, 2**b, c]`.
+    """
     groups, _, channels = books.shape
     parts = x.reshape(len(x), groups, 1, channels) - books[None].astype(np.float64)
     codes = np.square(parts).sum(axis=-1).argmin(axis=-1)
@@ -60,12 +78,21 @@ def test_codes_are_the_nearest_rows(bits, channels):
         for block in range(5):
             expected = nearest_rows(x[head, block].T, books[head])
             np.testing.assert_array_equal(decoded[head, block].T, expected)
-            codes = [(books[head, g][:, None] == part).all(-1).argmax(0) for g, part in enumerate(np.split(expected, 16 // channels, 1))]
-            np.testing.assert_array_equal(payload[head, block], pack(np.array(codes, np.uint8), bits))
-    assert np.abs(decoded[0, 0].T - nearest_rows(x[0, 0].T, books[1])).max() > 0.1  # another head's codebooks are others
+            codes = [
+                (books[head, g][:, None] == part).all(-1).argmax(0)
+                for g, part in enumerate(np.split(expected, 16 // channels, 1))
+            ]
+            np.testing.assert_array_equal(
+                payload[head, block], pack(np.array(codes, np.uint8), bits)
+            )
+    # another head's codebooks are others
+    assert np.abs(decoded[0, 0].T - nearest_rows(x[0, 0].T, books[1])).max() > 0.1
 
 
-@pytest.mark.parametrize(("name", "bits"), [("K8v2V8v2", 4), ("K8v4V8v4", 2), ("K8v8V8v8", 1), ("K4v4V4v4", 1), ("K4v1V4v1", 4)])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("K8v2V8v2", 4), ("K8v4V8v4", 2), ("K8v8V8v8", 1), ("K4v4V4v4", 1), ("K4v1V4v1", 4)],
+)
 def test_bits_an_element(name, bits):
     fmt = KVFormat.parse(name)
     assert fmt.name == name
@@ -73,13 +100,17 @@ def test_bits_an_element(name, bits):
 
 
 def test_coupled_channels_lose_less_than_single_ones():
-    """At two bits an element, on channels that go together; and not on those that do not depend on each other."""
+    """At two bits an element, on channels that go together; and not on those that do not depend on
+    each other.
+    """
     rng = np.random.default_rng(0)
 
     def errors(x: np.ndarray) -> list[float]:
         def error(bits: int, channels: int) -> float:
             vectors = jnp.moveaxis(x.reshape(len(x), -1, channels), 1, 0)
-            books = weighted_kmeans(vectors, jnp.ones(vectors.shape[:2]), jax.random.key(0), 2**bits, 20)
+            books = weighted_kmeans(
+                vectors, jnp.ones(vectors.shape[:2]), jax.random.key(0), 2**bits, 20
+            )
             return float(np.square(nearest_rows(x, np.asarray(books)) - x).mean() / x.var())
 
         return [error(2, 1), error(8, 4)]
@@ -93,7 +124,9 @@ def test_coupled_channels_lose_less_than_single_ones():
 
 @pytest.mark.slow
 def test_kept_tokens_are_the_nearest_rows():
-    """In layer 0 keys and values depend on the tokens alone: those of a cache that keeps them exactly tell what is coded."""
+    """In layer 0 keys and values depend on the tokens alone: those of a cache that keeps them
+    exactly tell what is coded.
+    """
     model, params, calibration = calibrated()
     exact = dkv.CompressionPolicy("exact", ("full",), un_rope=True, window=16, flush=8)
     plain = dkv.generate(model, params, TOKENS, policy=exact, max_new_tokens=1).cache
@@ -101,17 +134,24 @@ def test_kept_tokens_are_the_nearest_rows():
     keys, values = calibration.tables[0]
     for request in range(2):
         for head in range(2):
-            coded, truth = held_tokens(cache, 0, request, head), held_tokens(plain, 0, request, head)
+            coded, truth = (
+                held_tokens(cache, 0, request, head),
+                held_tokens(plain, 0, request, head),
+            )
             at = range(74)  # not in the window of the plain cache
             for part, books in ((1, keys), (2, values)):
                 found, exactly = (np.stack([held[t][part] for t in at]) for held in (coded, truth))
                 expected = nearest_rows(exactly, books[0, head])
                 agree = (found == expected).all(axis=1)
-                assert agree.mean() > 0.9  # chunks round keys differently: some lie between two rows
-                np.testing.assert_allclose(np.abs(found - exactly).mean(), np.abs(expected - exactly).mean(), rtol=0.02)
+                # chunks round keys differently: some lie between two rows
+                assert agree.mean() > 0.9
+                np.testing.assert_allclose(
+                    np.abs(found - exactly).mean(), np.abs(expected - exactly).mean(), rtol=0.02
+                )
                 assert (found == nearest_rows(exactly, books[0, 1 - head])).all(axis=1).mean() < 0.1
     check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
-    assert int(cache.recent_len[0]) < 16 + 8 and int(cache.tier_len.min()) > 90  # decode has sent tokens into the pages too
+    # decode has sent tokens into the pages too
+    assert int(cache.recent_len[0]) < 16 + 8 and int(cache.tier_len.min()) > 90
 
 
 @pytest.mark.slow
@@ -121,7 +161,8 @@ def test_attention_is_that_over_the_decoded_tokens(layer):
     spec = cache.spec
     q = np.random.default_rng(5).normal(size=(4, 2, 32)).astype(np.float32)
     out, _, _ = decode_attention(
-        jnp.asarray(q), cache.pages, layer_layout(cache, jnp.int32(layer)), layer_heads(cache, jnp.int32(layer), cache.recent_len),
+        jnp.asarray(q), cache.pages, layer_layout(cache, jnp.int32(layer)),
+        layer_heads(cache, jnp.int32(layer), cache.recent_len),
         max_len=spec.max_len, sm_scale=spec.attention.sm_scale,
     )  # fmt: skip
     for row in range(4):
@@ -133,46 +174,80 @@ def test_attention_is_that_over_the_decoded_tokens(layer):
 
 
 def dense(q: np.ndarray, held: dict, sm_scale: float) -> np.ndarray:
-    """Softmax attention of `q [G, d]` over tokens whose stored keys get their rotary embedding; those of the window have it."""
+    """Softmax attention of `q [G, d]` over tokens whose stored keys get their rotary embedding;
+    those of the window have it.
+    """
     keys = []
     for position, (tier, k, _, _) in held.items():
         pairs = (k[:16] + 1j * k[16:]) * np.exp(1j * position * FREQUENCIES * (tier != "recent"))
         keys.append(np.concatenate([pairs.real, pairs.imag]))
     logits = q @ np.stack(keys).T * sm_scale
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return weights / weights.sum(axis=1, keepdims=True) @ np.stack([token[2] for token in held.values()])
+    return (
+        weights
+        / weights.sum(axis=1, keepdims=True)
+        @ np.stack([token[2] for token in held.values()])
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_latent_is_coded_and_its_rotary_part_is_not():
-    """Multi-head latent attention: the one latent of all heads in codes of four channels; in layer 0 it depends on the tokens alone."""
+    """Multi-head latent attention: the one latent of all heads in codes of four channels; in layer
+    0 it depends on the tokens alone.
+    """
     model, params = tiny_latent_model()
     coded = dkv.CompressionPolicy("latents", ("K8v4V8v4",), window=16, flush=8)
-    calibration = dkv.calibrate(model, params, TOKENS, coded, samples=150, iterations=3, progress=False)
+    calibration = dkv.calibrate(
+        model, params, TOKENS, coded, samples=150, iterations=3, progress=False
+    )
     keys, nothing = calibration.tables[0]
     assert keys.shape == (2, 1, 16, 256, 4) and nothing is None
     exact = dkv.CompressionPolicy("exact", ("full",), window=16, flush=8)
     found, truth = (
-        held_tokens(dkv.generate(model, params, TOKENS, policy=policy, calibration=one, max_new_tokens=1).cache, 0, 1, 0)
+        held_tokens(
+            dkv.generate(
+                model, params, TOKENS, policy=policy, calibration=one, max_new_tokens=1
+            ).cache,
+            0,
+            1,
+            0,
+        )
         for policy, one in ((coded, calibration), (exact, None))
     )
     latents = np.stack([truth[t][1] for t in range(74)])
-    np.testing.assert_array_equal(np.stack([found[t][1] for t in range(74)]), nearest_rows(latents, keys[0, 0]))
-    assert 1e-4 < np.abs(latents - nearest_rows(latents, keys[0, 0])).max() < np.abs(latents - nearest_rows(latents, keys[1, 0])).max()
-    np.testing.assert_array_equal(*(np.stack([held[t][2] for t in range(74)]) for held in (found, truth)))
+    np.testing.assert_array_equal(
+        np.stack([found[t][1] for t in range(74)]), nearest_rows(latents, keys[0, 0])
+    )
+    assert (
+        1e-4
+        < np.abs(latents - nearest_rows(latents, keys[0, 0])).max()
+        < np.abs(latents - nearest_rows(latents, keys[1, 0])).max()
+    )
+    np.testing.assert_array_equal(
+        *(np.stack([held[t][2] for t in range(74)]) for held in (found, truth))
+    )
 
 
 def test_the_cache_counts_its_tables_and_leaves_the_calibration_alone():
     cache = generated().cache
-    books = 2 * 2 * 2 * (32 // 4) * 256 * 4 * 2  # K and V, layers, heads, groups, rows, channels, float16
+    # K and V, layers, heads, groups, rows, channels, float16
+    books = 2 * 2 * 2 * (32 // 4) * 256 * 4 * 2
     assert sum(x.nbytes for x in jax.tree.leaves(cache.tables)) == books
     assert dkv.memory_report(cache).pool == cache_bytes(cache.spec) > books
     _, _, calibration = calibrated()
     assert calibration.tables[0][0].any()  # the cache was donated, this was not
     model, params, _ = calibrated()
     with pytest.raises(ValueError, match="smallest budget"):
-        dkv.generate(model, params, TOKENS, policy=POLICY, memory_budget=books, calibration=calibration, max_new_tokens=1)
+        dkv.generate(
+            model,
+            params,
+            TOKENS,
+            policy=POLICY,
+            memory_budget=books,
+            calibration=calibration,
+            max_new_tokens=1,
+        )
 
 
 def test_what_cannot_work():

@@ -1,4 +1,6 @@
-"""`jax_enable_x64` changes nothing: a process that needs 64 bits elsewhere gets the same tokens from the same programs."""
+"""`jax_enable_x64` changes nothing: a process that needs 64 bits elsewhere gets the same tokens
+from the same programs.
+"""
 
 from functools import partial
 
@@ -25,9 +27,16 @@ POLICIES = {
 
 def tokens_of(policy: str, implementation: str, sampling=None) -> np.ndarray:
     model, params = tiny_model()
-    run = {"implementation": implementation, "interpret": implementation in INTERPRETED, "max_len": 64, "max_new_tokens": 6}
+    run = {
+        "implementation": implementation,
+        "interpret": implementation in INTERPRETED,
+        "max_len": 64,
+        "max_new_tokens": 6,
+    }
     key = None if sampling is None else jax.random.key(3)
-    out = dkv.generate(model, params, [prompt(50, 3)], policy=POLICIES[policy], sampling=sampling, key=key, **run)
+    out = dkv.generate(
+        model, params, [prompt(50, 3)], policy=POLICIES[policy], sampling=sampling, key=key, **run
+    )
     assert {x.dtype.itemsize <= 4 for x in jax.tree.leaves(out.cache)} == {True}
     return out.tokens
 
@@ -41,19 +50,31 @@ def both(function) -> tuple:
 
 
 @pytest.mark.daily(2)
-@pytest.mark.parametrize("policy", ["none", "diffkv", *(pytest.param(p, marks=pytest.mark.slow) for p in ("snapkv", "kivi", "streaming"))])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "none",
+        "diffkv",
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("snapkv", "kivi", "streaming")),
+    ],
+)
 def test_generate_gives_the_same_tokens(policy: str):
     np.testing.assert_array_equal(*both(partial(tokens_of, policy, "xla")))
 
 
-@pytest.mark.parametrize("implementation", [NATIVE, *(pytest.param(name, marks=pytest.mark.slow) for name in INTERPRETED)])
+@pytest.mark.parametrize(
+    "implementation",
+    [NATIVE, *(pytest.param(name, marks=pytest.mark.slow) for name in INTERPRETED)],
+)
 def test_kernels_give_the_same_tokens(implementation: str):
     np.testing.assert_array_equal(*both(partial(tokens_of, "diffkv", implementation)))
 
 
 @pytest.mark.slow
 def test_sampling_draws_the_same_tokens():
-    np.testing.assert_array_equal(*both(partial(tokens_of, "diffkv", "xla", dkv.Sample(temperature=0.7, top_p=0.9))))
+    np.testing.assert_array_equal(
+        *both(partial(tokens_of, "diffkv", "xla", dkv.Sample(temperature=0.7, top_p=0.9)))
+    )
 
 
 @pytest.mark.parametrize("kind", [jnp.int32, jnp.int64])
@@ -67,7 +88,11 @@ def test_a_step_in_a_program_of_64_bits(kind):
         def step(state, _):
             cache, token, total = state
             logits, cache = decode_step(model, params, cache, token, token >= 0)
-            return (cache, logits.argmax(axis=-1).astype(token.dtype), total + logits.sum(dtype=total.dtype)), logits[0, 0]
+            return (
+                cache,
+                logits.argmax(axis=-1).astype(token.dtype),
+                total + logits.sum(dtype=total.dtype),
+            ), logits[0, 0]
 
         total = jnp.zeros((), jnp.float64 if jax.config.read("jax_enable_x64") else jnp.float32)
         (_, token, total), seen = jax.lax.scan(step, (cache, token, total), length=14)
@@ -89,7 +114,12 @@ def test_a_model_and_the_quality_of_a_cache():
         at = jnp.arange(tokens.shape[1])[None]  # int64 where that is on, as a user would write it
         plain = model.apply({"params": params}, jnp.asarray(tokens, at.dtype), at)[0]
         assert plain.dtype == jnp.float32
-        return np.concatenate([np.ravel(plain), np.ravel(teacher_forced(model, params, tokens, 32, POLICIES["diffkv"])[0])])
+        return np.concatenate(
+            [
+                np.ravel(plain),
+                np.ravel(teacher_forced(model, params, tokens, 32, POLICIES["diffkv"])[0]),
+            ]
+        )
 
     np.testing.assert_array_equal(*both(logits))
 
@@ -107,19 +137,38 @@ def test_learned_tables_and_the_model_that_they_belong_to():
 
 def test_parameters_of_64_bits_are_narrowed():
     model, params = tiny_model()
-    run = partial(dkv.generate, model, tokens=[prompt(50, 3)], policy=POLICIES["none"], max_new_tokens=6, max_len=64, implementation="xla")
+    run = partial(
+        dkv.generate,
+        model,
+        tokens=[prompt(50, 3)],
+        policy=POLICIES["none"],
+        max_new_tokens=6,
+        max_len=64,
+        implementation="xla",
+    )
     wanted = run(params).tokens
     with jax.enable_x64(True):
-        np.testing.assert_array_equal(run(jax.tree.map(lambda x: x.astype(jnp.float64), params)).tokens, wanted)
+        np.testing.assert_array_equal(
+            run(jax.tree.map(lambda x: x.astype(jnp.float64), params)).tokens, wanted
+        )
         with pytest.raises(ValueError, match="outside the vocabulary"):
             run(params, tokens=jnp.asarray([[5, 2**32 + 5]]))
 
 
 def test_whole_numbers_beyond_32_bits_become_the_ends():
     with jax.enable_x64(True):
-        given = {"n": jnp.asarray([-(2**40), 7, 2**32 + 7]), "x": jnp.asarray(0.1, jnp.float64), "key": jax.random.key(1), "name": "a"}
+        given = {
+            "n": jnp.asarray([-(2**40), 7, 2**32 + 7]),
+            "x": jnp.asarray(0.1, jnp.float64),
+            "key": jax.random.key(1),
+            "name": "a",
+        }
         seen = in_32_bits(lambda **arrays: (arrays, jnp.arange(2).dtype))(**given)
     arrays, counted = seen
-    assert counted == jnp.int32 and arrays["n"].dtype == jnp.int32 and arrays["x"].dtype == jnp.float32
-    assert arrays["n"].tolist() == [-(2**31), 7, 2**31 - 1] and float(arrays["x"]) == np.float32(0.1)
+    assert (
+        counted == jnp.int32 and arrays["n"].dtype == jnp.int32 and arrays["x"].dtype == jnp.float32
+    )
+    assert arrays["n"].tolist() == [-(2**31), 7, 2**31 - 1] and float(arrays["x"]) == np.float32(
+        0.1
+    )
     assert arrays["key"] is given["key"] and arrays["name"] == "a"

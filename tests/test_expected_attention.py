@@ -1,4 +1,6 @@
-"""ExpectedAttention: its scores against the paper's equations in NumPy, the tokens that it keeps against kvpress on torch."""
+"""ExpectedAttention: its scores against the paper's equations in NumPy, the tokens that it keeps
+against kvpress on torch.
+"""
 
 import dataclasses
 from functools import lru_cache
@@ -35,7 +37,9 @@ def test_the_tokens_that_kvpress_keeps():
     found = kept_once(PLAIN)
     assert found == choice.kept_by_best(choice.scores(of_kvpress(), theirs, PROMPT), half, 1)
     for without in ("use_covariance", "use_vnorm"):
-        assert found != choice.kept_by_best(choice.scores(of_kvpress(**{without: False}), theirs, PROMPT), half, 1)
+        assert found != choice.kept_by_best(
+            choice.scores(of_kvpress(**{without: False}), theirs, PROMPT), half, 1
+        )
 
 
 @pytest.mark.slow
@@ -46,29 +50,41 @@ def test_ada_kv_keeps_what_kvpress_keeps():
     last = np.arange(LENGTH) == LENGTH - 1  # stays here, in the window
     press.score = lambda *arguments: torch.where(torch.as_tensor(last), 1e9, score(*arguments))
     found = kept(dkv.ada_kv(dkv.expected_attention(0.5, window=1), floor=0.2))
-    assert found == choice.kept_by_mask(choice.presses().AdaKVPress(press, alpha_safeguard=0.2), theirs, PROMPT)
+    assert found == choice.kept_by_mask(
+        choice.presses().AdaKVPress(press, alpha_safeguard=0.2), theirs, PROMPT
+    )
     assert any(len(layer[0]) != len(layer[1]) for layer in found)
     assert {sum(map(len, layer)) for layer in found} == {LENGTH}
 
 
 def projections() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Queries [N, 4, d] before RoPE, keys after it and values [2, N, d] of every layer, from torch, float64."""
+    """Queries [N, 4, d] before RoPE, keys after it and values [2, N, d] of every layer, from torch,
+    float64.
+    """
     theirs, _, _ = models(2)
     with torch.no_grad():
         out = theirs(torch.as_tensor(PROMPT)[None], use_cache=True, output_hidden_states=True)
         found = []
         for i, layer in enumerate(theirs.model.layers):
-            q = layer.self_attn.q_proj(layer.input_layernorm(out.hidden_states[i]))[0].reshape(LENGTH, 4, HEAD_DIM)
+            q = layer.self_attn.q_proj(layer.input_layernorm(out.hidden_states[i]))[0].reshape(
+                LENGTH, 4, HEAD_DIM
+            )
             held = out.past_key_values.layers[i]
-            found.append(tuple(x.numpy().astype(np.float64) for x in (q, held.keys[0], held.values[0])))
+            found.append(
+                tuple(x.numpy().astype(np.float64) for x in (q, held.keys[0], held.values[0]))
+            )
     return found
 
 
 def by_the_paper(q, k, v, *, future: int, epsilon: float, covariance: bool = True) -> np.ndarray:
     """The scores [2, N] of one layer's keys; sinks zero."""
-    angle = np.arange(LENGTH, LENGTH + future)[:, None] * 10000.0 ** (-np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
+    angle = np.arange(LENGTH, LENGTH + future)[:, None] * 10000.0 ** (
+        -np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)
+    )
     turn = np.zeros((HEAD_DIM, HEAD_DIM))
-    for pair, (cos, sin) in enumerate(zip(np.cos(angle).mean(axis=0), np.sin(angle).mean(axis=0), strict=True)):
+    for pair, (cos, sin) in enumerate(
+        zip(np.cos(angle).mean(axis=0), np.sin(angle).mean(axis=0), strict=True)
+    ):
         other = pair + HEAD_DIM // 2
         turn[pair, pair] = turn[other, other] = cos
         turn[pair, other], turn[other, pair] = -sin, sin
@@ -83,14 +99,18 @@ def by_the_paper(q, k, v, *, future: int, epsilon: float, covariance: bool = Tru
                 exponent += np.array([key @ sigma @ key for key in keys]) / (2 * HEAD_DIM)
             weights = np.exp(exponent - exponent.max())
             scores[head, SINKS:] += weights / weights.sum() / 2
-        scores[head, SINKS:] = (scores[head, SINKS:] + epsilon) * np.linalg.norm(v[head, SINKS:], axis=-1)
+        scores[head, SINKS:] = (scores[head, SINKS:] + epsilon) * np.linalg.norm(
+            v[head, SINKS:], axis=-1
+        )
     return scores
 
 
 def scores(chunk: int, **options) -> np.ndarray:
     """The scores [LAYERS, 2, N - WINDOW] of a prompt's tokens in our cache, the sinks' zero."""
     _, model, params = models(2)
-    policy = dkv.expected_attention(1.0, sinks=SINKS, window=WINDOW, future=60, epsilon=0.001, **options)
+    policy = dkv.expected_attention(
+        1.0, sinks=SINKS, window=WINDOW, future=60, epsilon=0.001, **options
+    )
     cache = make_cache(model, policy, [LENGTH], kernels=Kernels("xla"))
     _, cache = prefill(model, params, cache, PROMPT[None], np.array([LENGTH]), chunk)
     found = np.zeros((LAYERS, 2, LENGTH - WINDOW))
@@ -115,11 +135,18 @@ def scores(chunk: int, **options) -> np.ndarray:
     ids=str,
 )
 def test_scores_are_those_of_the_equations(chunk, options):
-    """In one chunk and in several, where most keys are read from pages; turned, and without their rotary embedding."""
+    """In one chunk and in several, where most keys are read from pages; turned, and without their
+    rotary embedding.
+    """
     found = scores(chunk, **options)
     layers = projections()
     expected, without = (
-        np.stack([by_the_paper(*x, future=60, epsilon=0.001, covariance=covariance)[:, :-WINDOW] for x in layers])
+        np.stack(
+            [
+                by_the_paper(*x, future=60, epsilon=0.001, covariance=covariance)[:, :-WINDOW]
+                for x in layers
+            ]
+        )
         for covariance in (True, False)
     )
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-8)
@@ -129,7 +156,9 @@ def test_scores_are_those_of_the_equations(chunk, options):
 
 
 def test_statistics_join():
-    """Chunks with several counted rows each, against all rows at once; what was there with count 0 does not matter."""
+    """Chunks with several counted rows each, against all rows at once; what was there with count 0
+    does not matter.
+    """
     rng = np.random.default_rng(0)
     q = (rng.normal(size=(2, 3, 60, 8)) * 3 + 20).astype(np.float32)
     counted = np.arange(60) >= np.array([[4], [33]])
@@ -141,7 +170,9 @@ def test_statistics_join():
         for head in range(3):
             rows = q[row, head, first:].astype(np.float64)
             np.testing.assert_allclose(held.mean[row, head], rows.mean(axis=0), rtol=1e-5)
-            np.testing.assert_allclose(held.covariance[row, head], np.cov(rows.T, bias=True), atol=1e-3)
+            np.testing.assert_allclose(
+                held.covariance[row, head], np.cov(rows.T, bias=True), atol=1e-3
+            )
     assert np.abs(held.covariance).max() > 5
 
 
@@ -150,7 +181,9 @@ WRAPPED = dkv.ada_kv(dkv.expected_attention(0.4, epsilon=0.001, window=32))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "policy", [PLAIN, pytest.param(WRAPPED, marks=(pytest.mark.slow, pytest.mark.long))], ids=lambda policy: policy.name
+    "policy",
+    [PLAIN, pytest.param(WRAPPED, marks=(pytest.mark.slow, pytest.mark.long))],
+    ids=lambda policy: policy.name,
 )
 def test_chunks_of_a_prompt_choose_as_one(policy):
     assert kept_once(policy, chunk=128) == kept_once(policy)
@@ -158,7 +191,9 @@ def test_chunks_of_a_prompt_choose_as_one(policy):
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.skipif(build.why_unavailable() is not None, reason="native kernels cannot be built here")
+@pytest.mark.skipif(
+    build.why_unavailable() is not None, reason="native kernels cannot be built here"
+)
 def test_keys_of_four_bits_are_scored_nearly_as_exact_ones():
     """On native kernels, in chunks: most keys are read from pages."""
     found = kept(dataclasses.replace(WRAPPED, tiers=("K4V4",)), chunk=128, kernels=Kernels("cpu"))
@@ -167,7 +202,9 @@ def test_keys_of_four_bits_are_scored_nearly_as_exact_ones():
         assert sum(len(a & b) for a, b in zip(ours, exact, strict=True)) > 0.9 * 240
 
 
-def held_after(policy: dkv.CompressionPolicy, length: int, calibration: dkv.Calibration | None = None) -> list[set[int]]:
+def held_after(
+    policy: dkv.CompressionPolicy, length: int, calibration: dkv.Calibration | None = None
+) -> list[set[int]]:
     """What the heads of a model with two layers hold of a prompt in chunks of 64."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     cache = make_cache(model, policy, [length], kernels=Kernels("xla"), calibration=calibration)
@@ -182,7 +219,11 @@ def test_protected_classes_stay():
     policy = dkv.expected_attention(0.5, window=8)
     classed = set(np.flatnonzero(np.isin(PROMPT[:200], ids)).tolist())
     assert 30 < len(classed) < 80
-    for held, without in zip(held_after(dataclasses.replace(policy, protect=ids), 200), held_after(policy, 200), strict=True):
+    for held, without in zip(
+        held_after(dataclasses.replace(policy, protect=ids), 200),
+        held_after(policy, 200),
+        strict=True,
+    ):
         assert len(held) == 100 and classed <= held and not classed <= without
 
 
@@ -193,28 +234,41 @@ def test_learned_codes_are_scored_nearly_as_exact_keys():
     _, _, calibration = calibrated()
     learned = dataclasses.replace(CODES, score="expected", keep=0.5, sinks=4)
     exact = dataclasses.replace(learned, tiers=("full",))
-    for ours, theirs in zip(held_after(learned, 200, calibration), held_after(exact, 200), strict=True):
+    for ours, theirs in zip(
+        held_after(learned, 200, calibration), held_after(exact, 200), strict=True
+    ):
         assert len(ours) == 100 and len(ours & theirs) > 80
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_rows_and_turns():
-    """A row of a batch chooses as the request alone, also after a second prompt; the queries of both are counted."""
+    """A row of a batch chooses as the request alone, also after a second prompt; the queries of
+    both are counted.
+    """
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
 
     def turns(prompts: list[np.ndarray]):
-        cache = make_cache(model, dkv.expected_attention(0.5, window=16), [330] * len(prompts), kernels=Kernels("xla"))
+        cache = make_cache(
+            model,
+            dkv.expected_attention(0.5, window=16),
+            [330] * len(prompts),
+            kernels=Kernels("xla"),
+        )
         for rows in (prompts, [prompt[:30] for prompt in prompts]):
             batch, lengths = as_batch(rows, 97)
             _, cache = prefill(model, params, cache, batch, lengths, 64)
         return cache
 
     together, alone = turns([PROMPT, PROMPT[40:110]]), turns([PROMPT[40:110]])
-    np.testing.assert_array_equal(np.asarray(together.queries.seen)[:, :, 0], [[LENGTH - 4 + 30, 70 - 4 + 30]] * 2)
+    np.testing.assert_array_equal(
+        np.asarray(together.queries.seen)[:, :, 0], [[LENGTH - 4 + 30, 70 - 4 + 30]] * 2
+    )
     for layer in range(2):
         for head in range(2):
-            assert set(held_tokens(together, layer, 1, head)) == set(held_tokens(alone, layer, 0, head))
+            assert set(held_tokens(together, layer, 1, head)) == set(
+                held_tokens(alone, layer, 0, head)
+            )
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""FastGen: the policy that each head picks and the tokens it holds, in the prompt and in decode, against NumPy."""
+"""FastGen: the policy that each head picks and the tokens it holds, in the prompt and in decode,
+against NumPy.
+"""
 
 import dataclasses
 from functools import lru_cache
@@ -29,7 +31,9 @@ def model_of():
 def heads_of(tokens: np.ndarray, **shares: float) -> list[Head]:
     """The heads of a request as the paper has them."""
     q, k = queries_and_keys(model_of()[1], tokens, Q_HEADS, KV_HEADS)
-    classes = np.array(["special" if t in SPECIAL else "punctuation" if t in MARKS else "" for t in tokens])
+    classes = np.array(
+        ["special" if t in SPECIAL else "punctuation" if t in MARKS else "" for t in tokens]
+    )
     return [Head(q[head], k[head], classes, WINDOW, **shares) for head in range(KV_HEADS)]
 
 
@@ -46,19 +50,28 @@ def recover() -> tuple:
     rows = []
     for row, prompt in enumerate(PROMPTS):
         picks = range(KV_HEADS) if row == 0 else reversed(range(KV_HEADS))
-        rows.append(tuple(share_for(pick, head.masses(len(prompt), OBSERVE)) for pick, head in zip(picks, heads_of(prompt), strict=True)))
+        rows.append(
+            tuple(
+                share_for(pick, head.masses(len(prompt), OBSERVE))
+                for pick, head in zip(picks, heads_of(prompt), strict=True)
+            )
+        )
     return (tuple(rows),)
 
 
 def policy(**changes) -> dkv.CompressionPolicy:
-    options = dict(protect=SPECIAL, punctuation=MARKS, sinks=0, observe=OBSERVE, window=WINDOW, flush=FLUSH)
+    options = dict(
+        protect=SPECIAL, punctuation=MARKS, sinks=0, observe=OBSERVE, window=WINDOW, flush=FLUSH
+    )
     return dkv.fastgen(recover(), **(options | changes))
 
 
 @lru_cache
 def run(implementation: str) -> dkv.GenerateOutput:
     """Both prompts in chunks of 64, then 20 steps: two events."""
-    options = dict(max_new_tokens=NEW, prefill_chunk=64, implementation=implementation, cache_dtype="float32")
+    options = dict(
+        max_new_tokens=NEW, prefill_chunk=64, implementation=implementation, cache_dtype="float32"
+    )
     return dkv.generate(*model_of(), PROMPTS, policy=policy(), **options)
 
 
@@ -66,7 +79,9 @@ def expected(row: int, out: dkv.GenerateOutput, **shares: float) -> list[set[int
     """What each head of a request holds in the end."""
     tokens = np.concatenate([PROMPTS[row], out.tokens[row]])
     held = []
-    for pick, head in zip(np.asarray(out.cache.choice)[0, row], heads_of(tokens, **shares), strict=True):
+    for pick, head in zip(
+        np.asarray(out.cache.choice)[0, row], heads_of(tokens, **shares), strict=True
+    ):
         head.masses(LENGTHS[row], OBSERVE)
         head.drop(pick, LENGTHS[row])
         for step in range(1, NEW):
@@ -80,7 +95,14 @@ def expected(row: int, out: dkv.GenerateOutput, **shares: float) -> list[set[int
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "implementation", ["xla", pytest.param("cpu", marks=pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable())))]
+    "implementation",
+    [
+        "xla",
+        pytest.param(
+            "cpu",
+            marks=pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable())),
+        ),
+    ],
 )
 def test_heads_hold_what_their_policies_say(implementation):
     out = run(implementation)
@@ -93,8 +115,13 @@ def test_heads_hold_what_their_policies_say(implementation):
         assert found == expected(row, out)
         sizes = [len(held) for held in found]
         assert sizes == sorted(sizes, reverse=row == 1) and len(set(sizes)) == len(POLICIES)
-        assert [a == b for a, b in zip(found, expected(row, out, local=0.25), strict=True)].count(False) == 1  # the comparison can fail
-        assert [a == b for a, b in zip(found, expected(row, out, frequent=0.2), strict=True)].count(False) == 2
+        # the comparison can fail
+        assert [a == b for a, b in zip(found, expected(row, out, local=0.25), strict=True)].count(
+            False
+        ) == 1
+        assert [a == b for a, b in zip(found, expected(row, out, frequent=0.2), strict=True)].count(
+            False
+        ) == 2
 
 
 def test_events_leave_alone_what_finds_no_page():
@@ -102,14 +129,18 @@ def test_events_leave_alone_what_finds_no_page():
     cache = run("xla").cache
     before = [np.asarray(x) for x in (cache.pages.significance, cache.recent_significance)]
     marked = mark_all(cache, jnp.array([4, 0]))
-    assert (np.asarray(marked.recent_significance)[0, 0] < 0).any() and not (np.asarray(marked.recent_significance)[0, 1] < 0).any()
+    assert (np.asarray(marked.recent_significance)[0, 0] < 0).any() and not (
+        np.asarray(marked.recent_significance)[0, 1] < 0
+    ).any()
     after = unmark(marked)
     for old, new in zip(before, (after.pages.significance, after.recent_significance), strict=True):
         np.testing.assert_allclose(np.asarray(new), np.abs(old), atol=1e-30)
 
 
 def looking_at(token: int | None):
-    """A model whose queries all look at one token (at all alike if None): a channel that every token has, and one that it alone has."""
+    """A model whose queries all look at one token (at all alike if None): a channel that every
+    token has, and one that it alone has.
+    """
     model, params = tiny_model(q_heads=2, kv_heads=1, head_dim=32, layers=1)
     params = jax.tree.map(lambda x: x, params)
     attention, table = params["layers"]["self_attn"], np.array(params["embed_tokens"]["embedding"])
@@ -117,7 +148,8 @@ def looking_at(token: int | None):
     if token is not None:
         table[token, 1] = 3
     params["embed_tokens"]["embedding"] = jnp.asarray(table)
-    for name, source, columns in (("q_proj", 0, (15, 47)), ("k_proj", 1, (15,))):  # channel 15 hardly turns with the position
+    # channel 15 hardly turns with the position
+    for name, source, columns in (("q_proj", 0, (15, 47)), ("k_proj", 1, (15,))):
         kernel = np.zeros_like(np.asarray(attention[name]["kernel"]))
         kernel[0, source, list(columns)] = 12
         attention[name]["kernel"] = jnp.asarray(kernel)
@@ -129,10 +161,18 @@ def test_what_a_head_looks_at_decides(token, policy_of_head):
     model, params = looking_at(token)
     prompt = np.random.default_rng(4).integers(10, 97, 200)
     prompt[[40, 90, 130]] = 7
-    out = dkv.generate(model, params, prompt[None], policy=dkv.fastgen(punctuation=MARKS, window=16), max_new_tokens=1)
+    out = dkv.generate(
+        model,
+        params,
+        prompt[None],
+        policy=dkv.fastgen(punctuation=MARKS, window=16),
+        max_new_tokens=1,
+    )
     assert POLICIES[int(out.cache.choice[0, 0, 0])] == policy_of_head
     marks = {40, 90, 130, *np.flatnonzero(prompt == 5)}
-    assert set(held_tokens(out.cache, 0, 0, 0)) == (set(range(200)) if token is None else {0, 1, 2, 3, *marks, *range(184, 200)})
+    assert set(held_tokens(out.cache, 0, 0, 0)) == (
+        set(range(200)) if token is None else {0, 1, 2, 3, *marks, *range(184, 200)}
+    )
 
 
 def test_protected_ids_stay_with_any_method():
@@ -144,7 +184,9 @@ def test_protected_ids_stay_with_any_method():
     tokens = np.concatenate([PROMPTS[1], out.tokens[0]])
     stay = {0, 1, *(at for at in range(164) if tokens[at] < 30)}
     others = [at for at in range(164) if at not in stay]
-    assert set(held_tokens(out.cache, 1, 0, 1)) == stay | set(others[len(stay) - 84 :]) | set(range(164, 180))
+    assert set(held_tokens(out.cache, 1, 0, 1)) == stay | set(others[len(stay) - 84 :]) | set(
+        range(164, 180)
+    )
     assert max(stay) >= 140 and 2 < len(stay) < 80
 
 
@@ -152,9 +194,22 @@ def test_snapkv_averages_over_the_others():
     """Protected tokens are kept, and count as 0 for their neighbours, as sinks do."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     some = tuple(range(4))
-    out = dkv.generate(model, params, PROMPTS[1][None], policy=dkv.snapkv(70, protect=some, window=16), max_new_tokens=1)
+    out = dkv.generate(
+        model,
+        params,
+        PROMPTS[1][None],
+        policy=dkv.snapkv(70, protect=some, window=16),
+        max_new_tokens=1,
+    )
     held = set(held_tokens(out.cache, 0, 0, 0))
-    assert {0, 1, 2, 3, *np.flatnonzero(np.isin(PROMPTS[1], some)), *range(124, 140)} <= held and len(held) == 70
+    assert {
+        0,
+        1,
+        2,
+        3,
+        *np.flatnonzero(np.isin(PROMPTS[1], some)),
+        *range(124, 140),
+    } <= held and len(held) == 70
 
 
 class Tokenizer:

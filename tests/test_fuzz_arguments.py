@@ -1,4 +1,5 @@
-"""Any value for any argument of policies and small functions: a policy that works, or an error that names the argument.
+"""Any value for any argument of policies and small functions: a policy that works, or an error that
+names the argument.
 
 DIFFKV_JAX_FUZZ=ci or =hour draws more (`nasty.PROFILES`).
 """
@@ -40,7 +41,10 @@ ATTENTION = dict(
 SPEC = AttentionSpec(**ATTENTION)
 BUILD: dict[str, Any] = dict(num_requests=1, max_len=64, num_pages=0, dtype="float32")
 PLAIN = (str, int, float, bool, type(None))
-MAKERS = {make.__name__: make for make in (*METHODS, *RECIPES, dkv.quantized, dkv.ada_kv, CompressionPolicy.none)}
+MAKERS = {
+    make.__name__: make
+    for make in (*METHODS, *RECIPES, dkv.quantized, dkv.ada_kv, CompressionPolicy.none)
+}
 NEEDED = {"quantized": {"fmt": "K8V4"}, "ada_kv": {"policy": dkv.h2o()}}
 
 
@@ -56,8 +60,13 @@ def check(policy: CompressionPolicy, names: set[str]) -> None:
     spec = attempt(lambda: CacheSpec.build(SPEC, policy, **BUILD), names)
     if limits is None or spec is None:
         return
-    assert limits.shape == (LAYERS, 1, HEADS, 2) and np.all(np.isfinite(np.float32(limits))) and np.all(limits >= 0)
-    if not isinstance(policy.keep, str) and PROFILE != "quick":  # half of the time that an example takes
+    assert (
+        limits.shape == (LAYERS, 1, HEADS, 2)
+        and np.all(np.isfinite(np.float32(limits)))
+        and np.all(limits >= 0)
+    )
+    # half of the time that an example takes
+    if not isinstance(policy.keep, str) and PROFILE != "quick":
         attempt(lambda: with_pool(spec, policy, [64], [64], "1MiB"), {*names, "memory_budget"})
 
 
@@ -79,7 +88,10 @@ def arguments_of(make) -> list[str]:
 
 
 @fuzz
-@given(st.sampled_from(sorted(NAMED)), some_of(field.name for field in dataclasses.fields(CompressionPolicy)))
+@given(
+    st.sampled_from(sorted(NAMED)),
+    some_of(field.name for field in dataclasses.fields(CompressionPolicy)),
+)
 def test_fields(name, changes):
     base = NAMED[name]()
     policy = attempt(lambda: dataclasses.replace(base, **changes), changes)
@@ -104,7 +116,10 @@ def test_parts(kind, data):
     part = attempt(lambda: kind(**changes), changes)
     if part is not None:
         assert_plain(dataclasses.asdict(part))
-        assert kind(**json.loads(json.dumps(dataclasses.asdict(part)))) == part and hash(part) is not None
+        assert (
+            kind(**json.loads(json.dumps(dataclasses.asdict(part)))) == part
+            and hash(part) is not None
+        )
 
 
 @fuzz
@@ -114,7 +129,9 @@ def test_attention(changes):
     if attention is not None:
         assert_plain(dataclasses.asdict(attention))
         assert hash(attention) == hash(dataclasses.replace(attention))
-        small = all(getattr(attention, name) < 1000 for name in ("num_layers", "num_q_heads", "head_dim"))
+        small = all(
+            getattr(attention, name) < 1000 for name in ("num_layers", "num_q_heads", "head_dim")
+        )
         for policy in (dkv.diffkv(), dkv.quantized("K4V4", rotate=True)) if small else ():
             attempt(lambda policy=policy: CacheSpec.build(attention, policy, **BUILD), changes)
 
@@ -122,7 +139,10 @@ def test_attention(changes):
 @fuzz
 @given(some_of({"attention": 0, "policy": 0, "tokens": 0, "kernels": 0} | BUILD))
 def test_specs(changes):
-    spec = attempt(lambda: CacheSpec.build(**{"attention": SPEC, "policy": dkv.diffkv(), **BUILD, **changes}), changes)
+    spec = attempt(
+        lambda: CacheSpec.build(**{"attention": SPEC, "policy": dkv.diffkv(), **BUILD, **changes}),
+        changes,
+    )
     assert spec is None or hash(spec) == hash(dataclasses.replace(spec))
 
 
@@ -148,22 +168,37 @@ def test_values_that_are_no_caches_tokenizers_texts_or_amounts(value):
 @fuzz
 @given(some_of(["special", "punctuation"]))
 def test_token_classes(changes):
-    classes = attempt(lambda: dkv.TokenClasses(**{"special": (0,), "punctuation": ()} | changes), changes)
+    classes = attempt(
+        lambda: dkv.TokenClasses(**{"special": (0,), "punctuation": ()} | changes), changes
+    )
     if classes is not None:
         assert_plain(classes)
         check(dkv.fastgen(protect=classes.special), {"protect"})
 
 
 JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(["all", "full", 64, 0.5, 1e400])),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=2)),
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=8),
+        st.sampled_from(["all", "full", 64, 0.5, 1e400]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
     max_leaves=5,
 )
 FIELDS = [*sorted(field.name for field in dataclasses.fields(CompressionPolicy)), "windows"]
 
 
 @fuzz
-@given(st.sampled_from(sorted(NAMED)), st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=2), st.integers(0, 2000))
+@given(
+    st.sampled_from(sorted(NAMED)),
+    st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=2),
+    st.integers(0, 2000),
+)
 def test_json(name, changes, cut):
     text = json.dumps(json.loads(NAMED[name]().to_json()) | changes)
     policy = attempt(lambda: CompressionPolicy.from_json(text), changes)
@@ -185,7 +220,13 @@ def test_files(tmp_path_factory, content):
 @given(some_of(["tables", "tiers", "un_rope", "rotate", "fingerprint"]))
 def test_calibrations(changes):
     table = np.zeros((1, 1, 2), np.float16)
-    valid = {"tables": ((table, None),), "tiers": ("K8v4V8v4",), "un_rope": True, "rotate": False, "fingerprint": "x"}
+    valid = {
+        "tables": ((table, None),),
+        "tiers": ("K8v4V8v4",),
+        "un_rope": True,
+        "rotate": False,
+        "fingerprint": "x",
+    }
     made = attempt(lambda: dkv.Calibration(**valid | changes), changes)
     assert made is None or (len(made.tables) == len(made.tiers) and type(made.rotate) is bool)
 
@@ -208,6 +249,10 @@ def test_the_check_sees_faults():
 
 
 def test_values_known_only_when_running():
-    for make in (lambda x: dkv.snapkv(keep=x), lambda x: dkv.diffkv(x), lambda x: dkv.quantized("K8V4", window=x)):
+    for make in (
+        lambda x: dkv.snapkv(keep=x),
+        lambda x: dkv.diffkv(x),
+        lambda x: dkv.quantized("K8V4", window=x),
+    ):
         with pytest.raises(TypeError, match="must be known when compiling"):
             jax.jit(lambda x, make=make: make(x).alpha_high)(0.5)

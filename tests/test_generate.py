@@ -1,4 +1,6 @@
-"""`generate`: why a request ends, going on from a cache, what compiles, and that nothing is read on the way."""
+"""`generate`: why a request ends, going on from a cache, what compiles, and that nothing is read on
+the way.
+"""
 
 import dataclasses
 
@@ -74,7 +76,9 @@ def test_eos(model, plain):
     out = run(model, stop_token_ids=(stop,))
     wanted = np.stack([cut_at(row, stop) for row in plain.tokens])
     np.testing.assert_array_equal(out.tokens, wanted)
-    for row, length, reason, whole in zip(out.tokens, out.lengths, out.finish_reason, plain.tokens, strict=True):
+    for row, length, reason, whole in zip(
+        out.tokens, out.lengths, out.finish_reason, plain.tokens, strict=True
+    ):
         if stop in whole:
             assert reason == "eos" and row[length - 1] == stop and not row[length:].any()
         else:
@@ -94,14 +98,24 @@ def test_eos_at_once_and_one_token(model, plain):
 
 
 def test_cache_full_in_the_prompt(model, plain):
-    """Pages for requests 0 and 1 only: request 2 ends without a token and its pages go back; the others are as ever."""
+    """Pages for requests 0 and 1 only: request 2 ends without a token and its pages go back; the
+    others are as ever.
+    """
     spec = plain.cache.spec
     heads = len(spec.paged_layers) * spec.attention.num_kv_heads
     few = heads * (spec.layout.pages_for(0, len(PROMPTS[1])) + 2)
     out = run(model, cache=with_free_pages(empty(model), few))
-    assert out.finish_reason == ("length", "length", "cache_full") and out.lengths.tolist() == [NEW, NEW, 0]
+    assert out.finish_reason == ("length", "length", "cache_full") and out.lengths.tolist() == [
+        NEW,
+        NEW,
+        0,
+    ]
     np.testing.assert_array_equal(out.tokens[:2], plain.tokens[:2])
-    assert not out.tokens[2].any() and int(out.cache.pending[2]) == -1 and int(out.cache.seq_len[2]) == 0
+    assert (
+        not out.tokens[2].any()
+        and int(out.cache.pending[2]) == -1
+        and int(out.cache.seq_len[2]) == 0
+    )
     assert not out.cache.tier_len[:, 2].any()
     used = page_ids_in_use(spec.layout, out.cache.page_table, out.cache.tier_len, spec.num_pages)
     assert len(used) + int(out.cache.ring.count) == few
@@ -112,13 +126,17 @@ def test_cache_full_in_the_prompt(model, plain):
 
 
 def starving_lengths(per_page: int) -> list[int]:
-    """Request 1 fills its last page exactly with its prompt; 0 and 2 have room for NEW tokens more."""
+    """Request 1 fills its last page exactly with its prompt; 0 and 2 have room for NEW tokens
+    more.
+    """
     return [40, 64 + 2 * per_page, 64 + 3 * per_page + 1]
 
 
 @pytest.fixture(scope="module")
 def starved_in_decode(model) -> tuple[GenerateOutput, GenerateOutput]:
-    """No page is left after the prompts, so that request 1 finds none at its first event; and the same with enough pages."""
+    """No page is left after the prompts, so that request 1 finds none at its first event; and the
+    same with enough pages.
+    """
     lengths = starving_lengths(empty(model).spec.layout.tokens_per_page(0))
     prompts = [np.resize(p, n) for p, n in zip(PROMPTS, lengths, strict=True)]
     batch = np.stack([np.resize(p, max(lengths)) for p in prompts])
@@ -129,14 +147,19 @@ def starved_in_decode(model) -> tuple[GenerateOutput, GenerateOutput]:
 
 def test_cache_full_in_decode(starved_in_decode):
     out, ample = starved_in_decode
-    assert out.finish_reason == ("length", "cache_full", "length") and ample.finish_reason == ("length",) * 3
+    assert (
+        out.finish_reason == ("length", "cache_full", "length")
+        and ample.finish_reason == ("length",) * 3
+    )
     np.testing.assert_array_equal(out.tokens[[0, 2]], ample.tokens[[0, 2]])
     assert out.lengths[1] == POLICY.flush and not out.tokens[1, POLICY.flush :].any()
     np.testing.assert_array_equal(out.tokens[1, : POLICY.flush], ample.tokens[1, : POLICY.flush])
 
 
 def test_going_on_after_cache_full_in_decode(starved_in_decode):
-    """The token that was being fed when the pages ran out is in the window: it must not be fed twice."""
+    """The token that was being fed when the pages ran out is in the window: it must not be fed
+    twice.
+    """
     out, _ = starved_in_decode
     lengths = starving_lengths(out.cache.spec.layout.tokens_per_page(0))
     seen = int(out.cache.seq_len[1]) + (int(out.cache.pending[1]) >= 0)
@@ -144,11 +167,16 @@ def test_going_on_after_cache_full_in_decode(starved_in_decode):
 
 
 def test_second_turn_equals_one_run(model, plain):
-    """Rows that ended early by a stop id or by length; then a second prompt. Greedy over the whole text gives the same."""
+    """Rows that ended early by a stop id or by length; then a second prompt. Greedy over the whole
+    text gives the same.
+    """
     stop = int(plain.tokens[0, 5])
     first = run(model, stop_token_ids=(stop,))
     more = [prompt(n, 50 + n) for n in (40, 35, 90)]
-    texts = [np.concatenate([p, row[:n], q]) for p, row, n, q in zip(PROMPTS, first.tokens, first.lengths, more, strict=True)]
+    texts = [
+        np.concatenate([p, row[:n], q])
+        for p, row, n, q in zip(PROMPTS, first.tokens, first.lengths, more, strict=True)
+    ]
     second = run(model, more, cache=first.cache)
     whole = run(model, texts)
     np.testing.assert_array_equal(second.tokens, whole.tokens)
@@ -167,12 +195,19 @@ def test_what_does_not_compile_again(model, plain):
     before = [f._cache_size() for f in (advance, begin, prefill_chunk)]
     run(model, max_new_tokens=11)
     run(model, stop_token_ids=(3,))
-    for sampling in (Sample(temperature=0.7), Sample(top_p=0.9, min_p=0.1), [Greedy(), Sample(top_k=3), Sample(1.2)]):
+    for sampling in (
+        Sample(temperature=0.7),
+        Sample(top_p=0.9, min_p=0.1),
+        [Greedy(), Sample(top_k=3), Sample(1.2)],
+    ):
         run(model, sampling=sampling, key=4)
     run(model, [p[:35] for p in PROMPTS])
     run(model, cache=with_free_pages(empty(model), 10))
     assert [f._cache_size() for f in (advance, begin, prefill_chunk)] == before
-    caches = [make_cache(model[0], policy, [99], max_len=128) for policy in (diffkv(1.0, 0.1), diffkv([[[3.0]], [[2.0]]], 0.0))]
+    caches = [
+        make_cache(model[0], policy, [99], max_len=128)
+        for policy in (diffkv(1.0, 0.1), diffkv([[[3.0]], [[2.0]]], 0.0))
+    ]
     assert jax.tree.structure(caches[0]) == jax.tree.structure(caches[1])
     for one, other in zip(*map(jax.tree.leaves, caches), strict=True):
         assert jax.typeof(one) == jax.typeof(other)
@@ -199,7 +234,12 @@ def test_no_transfer_while_decoding(model, plain):
         batch[i, : len(p)] = p
     logits, cache = prefill(*model, empty(model), batch, np.array([len(p) for p in PROMPTS]), CHUNK)
     params = jax.tree.map(jnp.asarray, model[1])
-    asked = Requests(rules([Greedy()] * 3), jax.random.split(jax.random.key(0), 3), jnp.int32(NEW), jnp.full(8, -1))
+    asked = Requests(
+        rules([Greedy()] * 3),
+        jax.random.split(jax.random.key(0), 3),
+        jnp.int32(NEW),
+        jnp.full(8, -1),
+    )
     state, cache = begin(cache, logits, jnp.full(3, True), jnp.full(3, False), asked, NEW)
     arguments, most = (model[0], params, cache, state, asked), jnp.int32(100)
     text = advance.lower(*arguments, most).as_text()
@@ -246,7 +286,9 @@ def test_distribution_of_samples(sampling, key):
     draws = 20_000
     logits = np.random.default_rng(1).normal(size=12).astype(np.float32) * 1.5
     keys = jax.random.split(key, draws)
-    tokens = jax.jit(next_token)(rules([sampling] * draws), jnp.broadcast_to(logits, (draws, 12)), keys)
+    tokens = jax.jit(next_token)(
+        rules([sampling] * draws), jnp.broadcast_to(logits, (draws, 12)), keys
+    )
     share = np.bincount(np.asarray(tokens), minlength=12) / draws
     wanted = numpy_distribution(sampling, logits)
     assert not share[wanted == 0].any(), "a token outside the allowed set was drawn"
@@ -257,7 +299,9 @@ def test_distribution_of_samples(sampling, key):
 
 def test_greedy_takes_the_lowest_id_of_equals(key):
     logits = jnp.array([[0.0, 2.0, 2.0, 1.0], [5.0, 5.0, 5.0, 5.0], [-1.0, -jnp.inf, -1.0, -2.0]])
-    np.testing.assert_array_equal(next_token(rules([Greedy()] * 3), logits, jax.random.split(key, 3)), [1, 0, 0])
+    np.testing.assert_array_equal(
+        next_token(rules([Greedy()] * 3), logits, jax.random.split(key, 3)), [1, 0, 0]
+    )
 
 
 @pytest.mark.daily(3)
@@ -266,4 +310,7 @@ def test_the_lowest_temperature_is_greedy(limits):
     """Logits over it would be infinite, and all of them equal."""
     logits = jnp.asarray([[3.0, 5.0, 90.0, 100.0, 4.0]])
     asked = rules([Sample(temperature=1.2e-38, **limits)])
-    assert [int(next_token(asked, logits, jax.random.split(jax.random.key(seed), 1))[0]) for seed in range(3)] == [3, 3, 3]
+    assert [
+        int(next_token(asked, logits, jax.random.split(jax.random.key(seed), 1))[0])
+        for seed in range(3)
+    ] == [3, 3, 3]

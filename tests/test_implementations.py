@@ -1,4 +1,6 @@
-"""`generate()` with every implementation of the cache's operations: the same tokens, the same tiers, and clear refusals."""
+"""`generate()` with every implementation of the cache's operations: the same tokens, the same
+tiers, and clear refusals.
+"""
 
 import functools
 
@@ -28,7 +30,13 @@ KERNELS = [
 def run(policy: str, kernels: Kernels) -> GenerateOutput:
     """Prompts in two chunks, then enough tokens for two compression events."""
     options = dict(policy=POLICIES[policy], max_new_tokens=NEW, prefill_chunk=64, max_len=128)
-    return generate(*tiny_model(), PROMPTS, implementation=kernels.implementation, interpret=bool(kernels.interpret), **options)
+    return generate(
+        *tiny_model(),
+        PROMPTS,
+        implementation=kernels.implementation,
+        interpret=bool(kernels.interpret),
+        **options,
+    )
 
 
 @pytest.mark.slow
@@ -44,20 +52,31 @@ def test_the_same_tokens(kernels: Kernels, policy: str):
     np.testing.assert_array_equal(cache.recent_len, plain.recent_len)
     np.testing.assert_allclose(cache.recent_k, plain.recent_k, rtol=1e-4, atol=1e-4)
     if cache.spec.layout.scored:
-        assert (np.asarray(cache.tier_len).sum() < np.asarray(cache.seq_len - cache.recent_len).sum() * 2).any(), "some must be dropped"
-        np.testing.assert_allclose(cache.recent_significance, plain.recent_significance, rtol=1e-3, atol=1e-5)
+        assert (
+            np.asarray(cache.tier_len).sum()
+            < np.asarray(cache.seq_len - cache.recent_len).sum() * 2
+        ).any(), "some must be dropped"
+        np.testing.assert_allclose(
+            cache.recent_significance, plain.recent_significance, rtol=1e-3, atol=1e-5
+        )
     page_ids_in_use(cache.spec.layout, cache.page_table, cache.tier_len, cache.spec.num_pages)
     check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
 
 
 def test_default_is_that_of_the_platform():
     assert Kernels.resolve() == Kernels("xla" if why_unavailable() else "cpu")
-    assert Kernels("mosaic_tpu").tokens_per_block == 128 and Kernels("triton").tokens_per_block == 32
+    assert (
+        Kernels("mosaic_tpu").tokens_per_block == 128 and Kernels("triton").tokens_per_block == 32
+    )
 
 
 @pytest.mark.parametrize(
     ("implementation", "message"),
-    [("cuda", "one of xla, triton, mosaic_tpu, cpu"), ("triton", "needs a GPU.*runs on CPU"), ("mosaic_tpu", "needs a TPU.*runs on CPU")],
+    [
+        ("cuda", "one of xla, triton, mosaic_tpu, cpu"),
+        ("triton", "needs a GPU.*runs on CPU"),
+        ("mosaic_tpu", "needs a TPU.*runs on CPU"),
+    ],
 )
 def test_refused_before_any_work(implementation: str, message: str):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,6 @@
-"""What `generate` takes for what is meant, and what it refuses, by name, before a given cache is touched."""
+"""What `generate` takes for what is meant, and what it refuses, by name, before a given cache is
+touched.
+"""
 
 import collections
 from functools import partial
@@ -20,7 +22,11 @@ SIZES = {"max_len": 128, "max_new_tokens": 4}
 
 def cases(values: dict) -> list:
     """One a value, numbered: their texts may hold addresses."""
-    return [pytest.param(name, value, id=f"{name}-{i}") for name, some in values.items() for i, value in enumerate(some)]
+    return [
+        pytest.param(name, value, id=f"{name}-{i}")
+        for name, some in values.items()
+        for i, value in enumerate(some)
+    ]
 
 
 class Encoding(collections.UserDict):
@@ -69,9 +75,18 @@ def test_encodings_that_are_refused(generate):
             generate([Encoding(input_ids=ids)])
 
 
-@pytest.mark.parametrize("mask", [LEFT["attention_mask"], np.array(LEFT["attention_mask"], bool), jnp.array(LEFT["attention_mask"])])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        LEFT["attention_mask"],
+        np.array(LEFT["attention_mask"], bool),
+        jnp.array(LEFT["attention_mask"]),
+    ],
+)
 def test_a_mask_beside_left_padded_tokens(generate, plain, mask):
-    np.testing.assert_array_equal(generate(np.array(LEFT["input_ids"]), attention_mask=mask, **SIZES).tokens, plain)
+    np.testing.assert_array_equal(
+        generate(np.array(LEFT["input_ids"]), attention_mask=mask, **SIZES).tokens, plain
+    )
     padded = generate(np.array(LEFT["input_ids"]), **SIZES).tokens
     assert (padded != plain).any(), "padding that counts must show"
 
@@ -95,19 +110,29 @@ def test_masks(generate, case):
         generate(LEFT["input_ids"], [4, 4], attention_mask=LEFT["attention_mask"])
 
 
-@pytest.mark.parametrize("policy", ["snapkv", dkv.snapkv, dkv.snapkv()], ids=["name", "function", "policy"])
+@pytest.mark.parametrize(
+    "policy", ["snapkv", dkv.snapkv, dkv.snapkv()], ids=["name", "function", "policy"]
+)
 def test_policies_as_meant(generate, policy):
     assert generate(TEXTS, policy=policy, **SIZES).cache.spec.selection == dkv.snapkv().selection
 
 
 def test_numbers_samplings_and_keys_as_meant(generate, plain):
     for number in (np.int64(4), np.uint8(4), jnp.int32(4)):
-        np.testing.assert_array_equal(generate(TEXTS, max_len=128, max_new_tokens=number).tokens, plain)
+        np.testing.assert_array_equal(
+            generate(TEXTS, max_len=128, max_new_tokens=number).tokens, plain
+        )
     for greedy in ("greedy", dkv.Greedy, dkv.Greedy(), None, [None, "greedy"]):
         np.testing.assert_array_equal(generate(TEXTS, sampling=greedy, **SIZES).tokens, plain)
     drawn = generate(TEXTS, sampling=dkv.Sample(), key=jax.random.key(3), **SIZES).tokens
-    for sampling, key in (("sample", 3), (dkv.Sample, np.int64(3)), ({"temperature": 1}, jax.random.PRNGKey(3))):
-        np.testing.assert_array_equal(generate(TEXTS, sampling=sampling, key=key, **SIZES).tokens, drawn)
+    for sampling, key in (
+        ("sample", 3),
+        (dkv.Sample, np.int64(3)),
+        ({"temperature": 1}, jax.random.PRNGKey(3)),
+    ):
+        np.testing.assert_array_equal(
+            generate(TEXTS, sampling=sampling, key=key, **SIZES).tokens, drawn
+        )
     assert (drawn != plain).any()
 
 
@@ -129,7 +154,14 @@ def test_stop_ids_of_the_model(generate, plain):
 REFUSED = {
     "max_new_tokens": [None, 2.0, "4", -1, True, [3], 2**31],
     "sampling": [1, "top", {"top_q": 1}, [dkv.Greedy()], dkv.snapkv, object()],
-    "key": ["0", 1.5, jnp.zeros(2), jnp.zeros(3, jnp.uint32), jax.random.split(jax.random.key(0), 3), object()],
+    "key": [
+        "0",
+        1.5,
+        jnp.zeros(2),
+        jnp.zeros(3, jnp.uint32),
+        jax.random.split(jax.random.key(0), 3),
+        object(),
+    ],
     "stop_token_ids": [[2**40], [-1], [97], -5, ["</s>"], "ab", [None], [1.0], [[1]], object()],
     "max_len": ["128", 0, -3, 1.5, 10**9, 513],
     "prefill_chunk": [None, 48, 8, 0, "64", 16.0],
@@ -170,7 +202,11 @@ def test_tokens_that_are_refused(generate, case):
 
 def test_model_and_parameters_are_told_apart():
     model, params = tiny_model(max_len=512)
-    for call in (dkv.generate, partial(teacher_forced, context=1, policy=None), partial(dkv.calibrate, policy="kvquant")):
+    for call in (
+        dkv.generate,
+        partial(teacher_forced, context=1, policy=None),
+        partial(dkv.calibrate, policy="kvquant"),
+    ):
         with pytest.raises(TypeError, match="swap them"):
             call(params, model, [[1, 2, 3]])
         with pytest.raises(TypeError, match="model="):
@@ -186,7 +222,11 @@ def test_inside_jit():
     """Each says what to call."""
     model, params = tiny_model(max_len=512)
     text = jnp.array([[1, 2, 3]])
-    inside = {"jit": jax.jit, "vmap": partial(jax.vmap, in_axes=(None, 0)), "eval_shape": lambda f: partial(jax.eval_shape, f)}
+    inside = {
+        "jit": jax.jit,
+        "vmap": partial(jax.vmap, in_axes=(None, 0)),
+        "eval_shape": lambda f: partial(jax.eval_shape, f),
+    }
     for transform in inside.values():
         for call in (
             lambda p, t: dkv.generate(model, p, t).tokens,
@@ -194,17 +234,30 @@ def test_inside_jit():
             lambda p, t: teacher_forced(model, params, t, 1, None)[0],
             lambda p, t: dkv.calibrate(model, params, t, "kvquant").tables,
         ):
-            with pytest.raises(TypeError, match="inside jax.jit, vmap, grad or eval_shape.*decode_step"):
+            with pytest.raises(
+                TypeError, match="inside jax.jit, vmap, grad or eval_shape.*decode_step"
+            ):
                 transform(call)(params, text[None])
 
 
 def test_lengths_beyond_the_model(generate):
     """Both numbers and the bytes."""
-    for call in (lambda n: generate(TEXTS, max_len=n), lambda n: dkv.make_cache(tiny_model(max_len=512)[0], None, [5], max_len=n)):
+    for call in (
+        lambda n: generate(TEXTS, max_len=n),
+        lambda n: dkv.make_cache(tiny_model(max_len=512)[0], None, [5], max_len=n),
+    ):
         for length in (513, 10**9):
-            with pytest.raises(ValueError, match=rf"max_len={length} is more than the model's context of 512 tokens.*would take .*B"):
+            with pytest.raises(
+                ValueError,
+                match=rf"max_len={length} is more than the model's "
+                rf"context of 512 tokens.*would take .*B",
+            ):
                 call(length)
-    with pytest.raises(ValueError, match=r"may come to 2147483650 tokens \(prompt and max_new_tokens\).*context of 512"):
+    with pytest.raises(
+        ValueError,
+        match=r"may come to 2147483650 tokens \(prompt and "
+        r"max_new_tokens\).*context of 512",
+    ):
         generate(TEXTS, max_new_tokens=2**31 - 1)
     with pytest.raises(ValueError, match="may come to 1000 tokens.*context of 512"):
         dkv.make_cache(tiny_model(max_len=512)[0], None, [1000])
@@ -215,7 +268,11 @@ def test_a_cache_that_the_memory_does_not_hold(monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     monkeypatch.setattr(make, "_empty", exhausted)
-    with pytest.raises(ValueError, match="2 requests of up to 512 tokens takes .*B, more than the device has free: give a memory_budget"):
+    with pytest.raises(
+        ValueError,
+        match="2 requests of up to 512 tokens takes .*B, more than the "
+        "device has free: give a memory_budget",
+    ):
         dkv.make_cache(tiny_model(max_len=512)[0], None, [5, 7], max_len=512)
 
 
@@ -255,7 +312,8 @@ CALIBRATE = {
 def test_calibrate_refuses(name, value):
     given = {"tokens": [[1, 2, 3, 4]], "policy": dkv.coupled_quantization(4, 4)} | {name: value}
     with pytest.raises(
-        (ValueError, TypeError), match="sequences" if name == "tokens" and value != "ab" and value != [["a", "b"]] else name
+        (ValueError, TypeError),
+        match="sequences" if name == "tokens" and value != "ab" and value != [["a", "b"]] else name,
     ):
         dkv.calibrate(*tiny_model(max_len=512), **given)
 
@@ -268,7 +326,11 @@ def test_a_refused_call_leaves_the_cache(generate, plain):
         for value in values:
             if name != "cache":
                 with pytest.raises((ValueError, TypeError)):
-                    generate([[], []], **half | {"cache": first.cache, name: value if value is not None else object()})
+                    generate(
+                        [[], []],
+                        **half
+                        | {"cache": first.cache, name: value if value is not None else object()},
+                    )
     second = generate([[], []], cache=first.cache, **half)
     np.testing.assert_array_equal(np.concatenate([first.tokens, second.tokens], axis=1), plain)
 

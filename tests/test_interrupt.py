@@ -33,7 +33,11 @@ def press_after(seconds: float) -> threading.Timer:
 @pytest.mark.slow
 def test_the_loop_stops_and_the_cache_goes_on():
     model, params = tiny_model(max_len=2**17)
-    sizes = {"max_len": 2**17, "memory_budget": "64MiB", "policy": dkv.quantized("K4V2", window=16, flush=16)}
+    sizes = {
+        "max_len": 2**17,
+        "memory_budget": "64MiB",
+        "policy": dkv.quantized("K4V2", window=16, flush=16),
+    }
     generate = lambda *a, **more: dkv.generate(model, params, *a, stop_token_ids=(), **more)  # noqa: E731
     generate(TEXT, max_new_tokens=10, **sizes)  # compiles
     timer = press_after(3.0)
@@ -42,14 +46,22 @@ def test_the_loop_stops_and_the_cache_goes_on():
     timer.join()
     out = error.value.output
     count = int(out.lengths[0])
-    assert out.finish_reason == ("interrupted",) and 0 < count < 100_000 and isinstance(error.value, KeyboardInterrupt)
+    assert (
+        out.finish_reason == ("interrupted",)
+        and 0 < count < 100_000
+        and isinstance(error.value, KeyboardInterrupt)
+    )
     np.testing.assert_array_equal(out.cache.pending, out.tokens[:, count - 1])
     np.testing.assert_array_equal(out.cache.seq_len, [40 + count - 1])
     on = generate([[]], max_new_tokens=30, cache=out.cache)
     whole = generate(TEXT, max_new_tokens=min(count, 400) + 30, **sizes)
     if count <= 400:
-        np.testing.assert_array_equal(np.concatenate([out.tokens[0, :count], on.tokens[0]]), whole.tokens[0])
-    np.testing.assert_array_equal(out.tokens[0, : min(count, 400)], whole.tokens[0, : min(count, 400)])
+        np.testing.assert_array_equal(
+            np.concatenate([out.tokens[0, :count], on.tokens[0]]), whole.tokens[0]
+        )
+    np.testing.assert_array_equal(
+        out.tokens[0, : min(count, 400)], whole.tokens[0, : min(count, 400)]
+    )
 
 
 def press_at_chunk(monkeypatch, number: int) -> None:
@@ -70,7 +82,9 @@ def press_at_chunk(monkeypatch, number: int) -> None:
 
 
 def test_between_chunks_of_a_prompt(monkeypatch):
-    """Pressed while the second of four chunks is read: what was read stays, and the rest can follow."""
+    """Pressed while the second of four chunks is read: what was read stays, and the rest can
+    follow.
+    """
     model, params = tiny_model()
     text, sizes = prompt(256), {"prefill_chunk": 64, "max_len": 512, "max_new_tokens": 4}
     press_at_chunk(monkeypatch, 2)
@@ -78,13 +92,22 @@ def test_between_chunks_of_a_prompt(monkeypatch):
         dkv.generate(model, params, [text], **sizes)
     out = error.value.output
     read = int(out.cache.seq_len[0])
-    assert read == 128 and out.finish_reason == ("interrupted",) and out.tokens.shape == (1, 4) and not out.lengths.any()
-    on = dkv.generate(model, params, [text[read:]], cache=out.cache, max_new_tokens=4, prefill_chunk=64)
+    assert (
+        read == 128
+        and out.finish_reason == ("interrupted",)
+        and out.tokens.shape == (1, 4)
+        and not out.lengths.any()
+    )
+    on = dkv.generate(
+        model, params, [text[read:]], cache=out.cache, max_new_tokens=4, prefill_chunk=64
+    )
     np.testing.assert_array_equal(on.tokens, dkv.generate(model, params, [text], **sizes).tokens)
 
 
 def test_in_the_last_chunk_of_a_prompt(monkeypatch):
-    """The prompt is read: its first token is there, else an empty prompt could not go on and there is no rest to give."""
+    """The prompt is read: its first token is there, else an empty prompt could not go on and there
+    is no rest to give.
+    """
     model, params = tiny_model()
     text, sizes = prompt(256), {"prefill_chunk": 64, "max_len": 512, "max_new_tokens": 4}
     press_at_chunk(monkeypatch, 4)
@@ -98,7 +121,9 @@ def test_in_the_last_chunk_of_a_prompt(monkeypatch):
 
 
 def test_a_handler_of_the_user():
-    """It is called, after the call that has the cache, and decides: one that returns lets the work go on. A closed `Held` hears nothing."""
+    """It is called, after the call that has the cache, and decides: one that returns lets the work
+    go on. A closed `Held` hears nothing.
+    """
     cache, heard = dkv.make_cache(tiny_model()[0], None, [64]), []
     signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
 
@@ -118,9 +143,13 @@ def test_a_handler_of_the_user():
     assert heard == [signal.SIGINT]
 
 
-@pytest.mark.parametrize(("seconds", "steps"), [(0.3, [1, 1, 1]), (0.0, [1, 8, 64])], ids=["slow", "fast"])
+@pytest.mark.parametrize(
+    ("seconds", "steps"), [(0.3, [1, 1, 1]), (0.0, [1, 8, 64])], ids=["slow", "fast"]
+)
 def test_steps_between_looks(monkeypatch, seconds, steps):
-    """No call is to take much longer than a quarter of a second, also of a model that takes longer for a step."""
+    """No call is to take much longer than a quarter of a second, also of a model that takes longer
+    for a step.
+    """
     from diffkv_jax import decode_loop
 
     seen = []
@@ -128,16 +157,23 @@ def test_steps_between_looks(monkeypatch, seconds, steps):
     def advance(model, params, cache, state, requests, count):
         seen.append(int(count))
         time.sleep(seconds * seen[-1])
-        return state._replace(reason=np.array([decode_loop.LENGTH if len(seen) == 3 else decode_loop.RUNNING])), cache
+        return state._replace(
+            reason=np.array([decode_loop.LENGTH if len(seen) == 3 else decode_loop.RUNNING])
+        ), cache
 
     monkeypatch.setattr(decode_loop, "advance", advance)
-    held = Held(decode_loop.State(None, None, np.array([decode_loop.RUNNING])), dkv.make_cache(tiny_model()[0], None, [64]))
+    held = Held(
+        decode_loop.State(None, None, np.array([decode_loop.RUNNING])),
+        dkv.make_cache(tiny_model()[0], None, [64]),
+    )
     decode_loop.decode(None, None, held, None)
     assert seen == steps
 
 
 def test_held_gives_back_what_was_taken():
-    """While a call has the cache, the signal waits for it; before that it is raised at once; the handler is put back."""
+    """While a call has the cache, the signal waits for it; before that it is raised at once; the
+    handler is put back.
+    """
     cache = dkv.make_cache(tiny_model()[0], None, [64])
     before = signal.getsignal(signal.SIGINT)
 
@@ -159,7 +195,11 @@ def test_held_gives_back_what_was_taken():
 
 def test_in_another_thread_nothing_is_installed():
     found = []
-    thread = threading.Thread(target=lambda: found.append(dkv.generate(*tiny_model(), TEXT, max_new_tokens=2).lengths.tolist()))
+    thread = threading.Thread(
+        target=lambda: found.append(
+            dkv.generate(*tiny_model(), TEXT, max_new_tokens=2).lengths.tolist()
+        )
+    )
     thread.start()
     thread.join()
     assert found == [[2]]

@@ -1,4 +1,6 @@
-"""Budgets in bytes: the whole cache stays within them and nearly fills them, however the tokens are spread."""
+"""Budgets in bytes: the whole cache stays within them and nearly fills them, however the tokens are
+spread.
+"""
 
 import dataclasses
 
@@ -24,7 +26,9 @@ def cache_of(policy: dkv.CompressionPolicy) -> dkv.KVCache:
 POLICIES = {
     "exact": dkv.h2o("400KiB", **OPTIONS),
     "four bits": dkv.key_norm("200KiB", tiers=("K4V4",), whole_layers=(), **OPTIONS),
-    "pyramid": dataclasses.replace(dkv.key_norm("400KiB", whole_layers=(), **OPTIONS), layers="pyramid"),
+    "pyramid": dataclasses.replace(
+        dkv.key_norm("400KiB", whole_layers=(), **OPTIONS), layers="pyramid"
+    ),
 }
 
 
@@ -43,22 +47,39 @@ def test_the_cache_is_as_large_as_said(name):
 @pytest.mark.slow
 @pytest.mark.long
 def test_more_bytes_hold_more_tokens():
-    tokens = [int(np.asarray(cache_of(dkv.h2o(keep, **OPTIONS)).limits)[0, 0, 0, 1]) for keep in ("300KiB", "450KiB")]
+    tokens = [
+        int(np.asarray(cache_of(dkv.h2o(keep, **OPTIONS)).limits)[0, 0, 0, 1])
+        for keep in ("300KiB", "450KiB")
+    ]
     assert 80 < tokens[0] < tokens[1] - 60
-    assert int(np.asarray(cache_of(dkv.h2o("1GiB", **OPTIONS)).limits)[0, 0, 0, 1]) >= 619  # everything
+    # everything
+    assert int(np.asarray(cache_of(dkv.h2o("1GiB", **OPTIONS)).limits)[0, 0, 0, 1]) >= 619
 
 
 @pytest.mark.slow
 def test_the_number_is_for_all_that_may_come():
-    """Room for the whole cache: a short first turn does not set it, nor a short neighbour, nor the mean of a pyramid."""
+    """Room for the whole cache: a short first turn does not set it, nor a short neighbour, nor the
+    mean of a pyramid.
+    """
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     run = {"max_new_tokens": 20, "prefill_chunk": 256}
-    first = dkv.generate(model, params, [PROMPTS[0, :60], PROMPTS[1, :300]], policy=POLICIES["exact"], max_len=640, **run)
-    second = dkv.generate(model, params, [PROMPTS[0, :500], PROMPTS[1, :200]], cache=first.cache, **run)
+    first = dkv.generate(
+        model,
+        params,
+        [PROMPTS[0, :60], PROMPTS[1, :300]],
+        policy=POLICIES["exact"],
+        max_len=640,
+        **run,
+    )
+    second = dkv.generate(
+        model, params, [PROMPTS[0, :500], PROMPTS[1, :200]], cache=first.cache, **run
+    )
     assert second.finish_reason == ("length", "length")
     report = dkv.memory_report(second.cache)
     assert report.pool <= 400 * 1024 and report.tokens.sum(axis=(0, 3)).min() > 150
-    generous = dataclasses.replace(dkv.key_norm("64MiB", whole_layers=(), **OPTIONS), layers="pyramid")
+    generous = dataclasses.replace(
+        dkv.key_norm("64MiB", whole_layers=(), **OPTIONS), layers="pyramid"
+    )
     assert np.asarray(dkv.make_cache(model, generous, [620]).limits)[..., 1].min() >= 620
     wide = dkv.make_cache(model, dkv.h2o("64MiB", window=1200), [620])
     assert np.asarray(wide.limits)[..., 1].min() >= 1200
@@ -66,10 +87,16 @@ def test_the_number_is_for_all_that_may_come():
 
 def test_what_cannot_work():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
-    with pytest.raises(ValueError, match=r"keep='20KiB' is too little: the smallest cache of policy 'h2o' takes \d+ bytes"):
+    with pytest.raises(
+        ValueError,
+        match=r"keep='20KiB' is too little: the smallest cache of "
+        r"policy 'h2o' takes \d+ bytes",
+    ):
         dkv.generate(model, params, PROMPTS, policy=dkv.h2o("20KiB"), max_new_tokens=1)
     with pytest.raises(ValueError, match="is a memory budget already"):
-        dkv.generate(model, params, PROMPTS, policy=dkv.h2o("1MiB"), memory_budget="2MiB", max_new_tokens=1)
+        dkv.generate(
+            model, params, PROMPTS, policy=dkv.h2o("1MiB"), memory_budget="2MiB", max_new_tokens=1
+        )
     with pytest.raises(ValueError, match="'5 parsecs' must be a number of bytes"):
         dkv.h2o("5 parsecs")
     with pytest.raises(ValueError, match="generated later all stay"):

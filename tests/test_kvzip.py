@@ -1,4 +1,6 @@
-"""KVzip: its scores, and the tokens that it keeps, against kvpress on torch; what is freed, and what cannot work."""
+"""KVzip: its scores, and the tokens that it keeps, against kvpress on torch; what is freed, and
+what cannot work.
+"""
 
 import dataclasses
 import re
@@ -25,7 +27,8 @@ from tiny import tiny_model
 
 torch = pytest.importorskip("torch")
 choice = pytest.importorskip("oracles.kvpress_choice")
-WORDS = {FIRST: (11, 7, 90), LATER: (3, 55, 6, 41), "\n": (8,)}  # in the ids of a tokenizer that the tiny model never had
+# in the ids of a tokenizer that the tiny model never had
+WORDS = {FIRST: (11, 7, 90), LATER: (3, 55, 6, 41), "\n": (8,)}
 REPLAY = dkv.Replay(WORDS[FIRST], WORDS[LATER], WORDS["\n"])
 HEADS = [(layer, head) for layer in range(LAYERS) for head in range(2)]
 
@@ -41,13 +44,20 @@ class Tokenizer:
 
 
 @lru_cache
-def of_kvpress(chunk: int, ratio: float = 0.5, layerwise: bool = False) -> tuple[list[list[set[int]]], np.ndarray]:
-    """What KVzipPress keeps of the prompt, the last token protected as in our window, and its scores [LAYERS, 2, N]."""
+def of_kvpress(
+    chunk: int, ratio: float = 0.5, layerwise: bool = False
+) -> tuple[list[list[set[int]]], np.ndarray]:
+    """What KVzipPress keeps of the prompt, the last token protected as in our window, and its
+    scores [LAYERS, 2, N].
+    """
     theirs, _, _ = models(2)
     theirs.set_attn_implementation("sdpa")
     choice.presses()
     module = __import__("kvpress.presses.kvzip_press", fromlist=["AutoTokenizer"])
-    press, scores = module.KVzipPress(compression_ratio=ratio, chunk_size=chunk, layerwise=layerwise), []
+    press, scores = (
+        module.KVzipPress(compression_ratio=ratio, chunk_size=chunk, layerwise=layerwise),
+        [],
+    )
     compress = press.compress_post
 
     def protecting(model):
@@ -56,7 +66,10 @@ def of_kvpress(chunk: int, ratio: float = 0.5, layerwise: bool = False) -> tuple
         compress(model)
 
     press.compress_post = protecting
-    tokenizer, module.AutoTokenizer = module.AutoTokenizer, SimpleNamespace(from_pretrained=lambda _: Tokenizer())
+    tokenizer, module.AutoTokenizer = (
+        module.AutoTokenizer,
+        SimpleNamespace(from_pretrained=lambda _: Tokenizer()),
+    )
     try:
         found = choice.kept_by_mask(press, theirs, PROMPT)
     finally:
@@ -64,14 +77,22 @@ def of_kvpress(chunk: int, ratio: float = 0.5, layerwise: bool = False) -> tuple
     return found, scores[0]
 
 
-def kvzip(keep: float = 0.5, chunk: int = 2048, window: int = 1, **changes) -> dkv.CompressionPolicy:
-    return dataclasses.replace(dkv.kvzip(keep, replay=dataclasses.replace(REPLAY, chunk=chunk), window=window), **changes)
+def kvzip(
+    keep: float = 0.5, chunk: int = 2048, window: int = 1, **changes
+) -> dkv.CompressionPolicy:
+    return dataclasses.replace(
+        dkv.kvzip(keep, replay=dataclasses.replace(REPLAY, chunk=chunk), window=window), **changes
+    )
 
 
 def scores(policy: dkv.CompressionPolicy, chunk: int = 512, kernels: str = "xla") -> np.ndarray:
-    """The scores [LAYERS, 2, N] in our cache that keeps everything; nan for the sinks and what is in the window."""
+    """The scores [LAYERS, 2, N] in our cache that keeps everything; nan for the sinks and what is
+    in the window.
+    """
     _, model, params = models(2)
-    cache = make_cache(model, dataclasses.replace(policy, keep=1.0), [LENGTH], kernels=Kernels(kernels))
+    cache = make_cache(
+        model, dataclasses.replace(policy, keep=1.0), [LENGTH], kernels=Kernels(kernels)
+    )
     _, cache = prefill(model, params, cache, PROMPT[None], np.array([LENGTH]), chunk)
     found = np.full((LAYERS, 2, LENGTH), np.nan)
     for layer, head in HEADS:
@@ -87,7 +108,9 @@ def scores(policy: dkv.CompressionPolicy, chunk: int = 512, kernels: str = "xla"
 @pytest.mark.slow
 @pytest.mark.parametrize(("chunk", "window", "read"), [(2048, 1, 512), (100, 40, 128)])
 def test_scores_are_those_of_kvpress(chunk, window, read):
-    """Of one pass and of three, the last of which goes over the window too; the prompt read in one chunk and in three."""
+    """Of one pass and of three, the last of which goes over the window too; the prompt read in one
+    chunk and in three.
+    """
     found = scores(kvzip(chunk=chunk, window=window), read)[..., 4:-window]
     expected = of_kvpress(chunk)[1][..., 4:-window]
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-6)
@@ -101,7 +124,12 @@ def test_scores_are_those_of_kvpress(chunk, window, read):
     [
         pytest.param(kvzip(0.5), (2048,), id="one pass"),
         pytest.param(kvzip(0.3, 100), (100, 0.7), id="three passes", marks=pytest.mark.slow),
-        pytest.param(kvzip(0.5, layers="uniform"), (2048, 0.5, True), id="layer by layer", marks=(pytest.mark.slow, pytest.mark.long)),
+        pytest.param(
+            kvzip(0.5, layers="uniform"),
+            (2048, 0.5, True),
+            id="layer by layer",
+            marks=(pytest.mark.slow, pytest.mark.long),
+        ),
     ],
 )
 def test_the_tokens_that_kvpress_keeps(policy, options):
@@ -115,7 +143,9 @@ def test_the_tokens_that_kvpress_keeps(policy, options):
         assert layers == {LENGTH}
         return
     assert max(layers) - min(layers) > 20  # layers trade too
-    held = np.array([[[at in head for at in range(4, LENGTH - 1)] for head in layer] for layer in found])
+    held = np.array(
+        [[[at in head for at in range(4, LENGTH - 1)] for head in layer] for layer in found]
+    )
     assert scored[..., 4:-1][held].min() >= scored[..., 4:-1][~held].max() > 0  # one threshold
 
 
@@ -124,13 +154,18 @@ def test_the_tokens_that_kvpress_keeps(policy, options):
 @pytest.mark.parametrize("change", [{"rotate": True}, {"un_rope": True}, {"replay": None}], ids=str)
 def test_transforms_change_no_score_and_words_do(change):
     found = scores(dataclasses.replace(kvzip(window=8), **change))
-    assert np.allclose(found[..., 4:-8], of_kvpress(2048)[1][..., 4:-8], rtol=2e-3, atol=1e-6) == ("replay" not in change)
+    assert np.allclose(found[..., 4:-8], of_kvpress(2048)[1][..., 4:-8], rtol=2e-3, atol=1e-6) == (
+        "replay" not in change
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_numbers_of_tokens_and_a_floor():
-    counts = [[len(head) for layer in kept(policy) for head in layer] for policy in (kvzip(90), dkv.ada_kv(kvzip(0.5), floor=0.45))]
+    counts = [
+        [len(head) for layer in kept(policy) for head in layer]
+        for policy in (kvzip(90), dkv.ada_kv(kvzip(0.5), floor=0.45))
+    ]
     assert sum(counts[0]) == 90 * len(HEADS) and min(counts[0]) < 40
     assert sum(counts[1]) == LENGTH // 2 * len(HEADS) and min(counts[1]) == 67
 
@@ -139,9 +174,18 @@ def test_numbers_of_tokens_and_a_floor():
 def test_keeping_everything_changes_nothing():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     policies = dkv.CompressionPolicy.none(window=16, flush=4), kvzip(1.0, 32, 16, flush=4)
-    outs = [dkv.generate(model, params, PROMPT[None, :80], policy=policy, max_new_tokens=6) for policy in policies]
+    outs = [
+        dkv.generate(model, params, PROMPT[None, :80], policy=policy, max_new_tokens=6)
+        for policy in policies
+    ]
     np.testing.assert_array_equal(outs[0].tokens, outs[1].tokens)
-    plain, method = ({at: (k.tobytes(), v.tobytes()) for at, (_, k, v, _) in held_tokens(out.cache, 1, 0, 1).items()} for out in outs)
+    plain, method = (
+        {
+            at: (k.tobytes(), v.tobytes())
+            for at, (_, k, v, _) in held_tokens(out.cache, 1, 0, 1).items()
+        }
+        for out in outs
+    )
     assert plain == method
     assert outs[0].cache.pages.significance is None
 
@@ -149,15 +193,24 @@ def test_keeping_everything_changes_nothing():
 @pytest.mark.slow
 def test_pages_are_freed_and_later_tokens_stay():
     """Eight bits; a batch of two lengths, decode, and a second turn of which nothing is dropped."""
-    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32, windows=(None, 24, None), layers=3)
+    model, params = tiny_model(
+        q_heads=4, kv_heads=2, head_dim=32, windows=(None, 24, None), layers=3
+    )
     prompts, run = [PROMPT, PROMPT[:170]], {"max_new_tokens": 11, "prefill_chunk": 64}
 
     def turns(prompts, keep):
         policy = kvzip(keep, 128, 16, tiers=("K8V4",), flush=8)
         first = dkv.generate(model, params, prompts, policy=policy, max_len=384, **run)
         report = dkv.memory_report(first.cache)
-        second = dkv.generate(model, params, [prompt[:30] for prompt in prompts], cache=first.cache, **run)
-        check_pool(second.cache.spec.layout, second.cache.page_table, second.cache.tier_len, second.cache.ring)
+        second = dkv.generate(
+            model, params, [prompt[:30] for prompt in prompts], cache=first.cache, **run
+        )
+        check_pool(
+            second.cache.spec.layout,
+            second.cache.page_table,
+            second.cache.tier_len,
+            second.cache.ring,
+        )
         return np.concatenate([first.tokens, second.tokens], axis=1), second.cache, report
 
     tokens, cache, report = turns(prompts, 0.25)
@@ -165,15 +218,23 @@ def test_pages_are_freed_and_later_tokens_stay():
     alone, its_cache, _ = turns(prompts[1:], 0.25)
     np.testing.assert_array_equal(tokens[1], alone[0])
     for row, length in enumerate((LENGTH, 170)):
-        held = [set(held_tokens(cache, layer, row, head)) for layer in range(2) for head in range(2)]
-        assert all({0, 1, 2, 3, *range(length - 16, length + 51)} <= positions for positions in held)
+        held = [
+            set(held_tokens(cache, layer, row, head)) for layer in range(2) for head in range(2)
+        ]
+        assert all(
+            {0, 1, 2, 3, *range(length - 16, length + 51)} <= positions for positions in held
+        )
         assert sum(map(len, held)) == 4 * (length // 4 + 51)
-    assert [set(held_tokens(its_cache, layer, 0, head)) for layer in range(2) for head in range(2)] == held
+    assert [
+        set(held_tokens(its_cache, layer, 0, head)) for layer in range(2) for head in range(2)
+    ] == held
 
 
 @pytest.mark.slow
 def test_what_is_scored_are_the_keys_that_attention_reads():
-    """The recipe with four bits, on native kernels where they can be built: nearly the choice that exact keys make, in as many tokens."""
+    """The recipe with four bits, on native kernels where they can be built: nearly the choice that
+    exact keys make, in as many tokens.
+    """
     policy = dataclasses.replace(dkv.load_policy("kvzip_4bit"), replay=REPLAY, window=1)
     found = kept(policy, kernels=Kernels("xla" if build.why_unavailable() else "cpu"))
     exact = kept(dataclasses.replace(policy, tiers=("full",)))
@@ -185,7 +246,15 @@ def test_what_is_scored_are_the_keys_that_attention_reads():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "implementation",
-    ["xla", pytest.param("cpu", marks=pytest.mark.skipif(bool(build.why_unavailable()), reason="native kernels cannot be built here"))],
+    [
+        "xla",
+        pytest.param(
+            "cpu",
+            marks=pytest.mark.skipif(
+                bool(build.why_unavailable()), reason="native kernels cannot be built here"
+            ),
+        ),
+    ],
 )
 def test_two_tiers(implementation):
     """The best stay at eight bits, the next at four; a tier's line is one for all heads."""
@@ -206,16 +275,37 @@ def test_two_tiers(implementation):
 @pytest.mark.long
 @pytest.mark.parametrize("tiers", [("K8V4",), ("K8V4", "K4V2")], ids=str)
 def test_the_smallest_budget_is_enough(tiers):
-    """It holds the whole prompts; what they leave takes a second turn in, which their own tokens would have no room for beside it."""
+    """It holds the whole prompts; what they leave takes a second turn in, which their own tokens
+    would have no room for beside it.
+    """
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     policy = kvzip(0.3, 128, 16, tiers=tiers, keep_high=0.1 if len(tiers) == 2 else None, flush=8)
-    run = partial(dkv.generate, model, params, [PROMPT, PROMPT[:170]], policy=policy, max_new_tokens=9, prefill_chunk=64, max_len=600)
+    run = partial(
+        dkv.generate,
+        model,
+        params,
+        [PROMPT, PROMPT[:170]],
+        policy=policy,
+        max_new_tokens=9,
+        prefill_chunk=64,
+        max_len=600,
+    )
     with pytest.raises(ValueError, match="the smallest budget") as told:
         run(memory_budget="100kB")
     out, free = run(memory_budget=int(re.findall(r"is (\d+) bytes", str(told.value))[0])), run()
     np.testing.assert_array_equal(out.tokens, free.tokens)
-    assert out.cache.spec.num_pages < 0.6 * free.cache.spec.num_pages and out.finish_reason == ("length",) * 2
-    more = dkv.generate(model, params, [PROMPT[:120], PROMPT[:60]], cache=out.cache, max_new_tokens=9, prefill_chunk=64)
+    assert (
+        out.cache.spec.num_pages < 0.6 * free.cache.spec.num_pages
+        and out.finish_reason == ("length",) * 2
+    )
+    more = dkv.generate(
+        model,
+        params,
+        [PROMPT[:120], PROMPT[:60]],
+        cache=out.cache,
+        max_new_tokens=9,
+        prefill_chunk=64,
+    )
     assert more.finish_reason == ("length",) * 2
     check_pool(more.cache.spec.layout, more.cache.page_table, more.cache.tier_len, more.cache.ring)
 
@@ -225,12 +315,16 @@ def test_a_request_for_which_there_is_no_page_is_emptied(monkeypatch):
     """Full pages of one tier become parts of pages of two."""
     _, model, params = models(2)
     policy = kvzip(1.0, tiers=("K8V4", "K4V2"), keep_high=0.9, window=16)
-    monkeypatch.setattr(import_module("diffkv_jax.read_prompts"), "end_replay", lambda cache, _: cache)
+    monkeypatch.setattr(
+        import_module("diffkv_jax.read_prompts"), "end_replay", lambda cache, _: cache
+    )
     cache = make_cache(model, policy, [16 + 64], max_len=80)
     assert cache.spec.layout.pages_for(0, 64) * cache.spec.layout.tokens_per_page(0) == 64
     _, cache = prefill(model, params, cache, PROMPT[None, :80], np.array([80]), 128)
     due, starved = np.array([True]), jax.tree.map(jnp.copy, cache)
-    starved = dataclasses.replace(starved, ring=dataclasses.replace(starved.ring, count=jnp.int32(0)))
+    starved = dataclasses.replace(
+        starved, ring=dataclasses.replace(starved.ring, count=jnp.int32(0))
+    )
     starved, cache = end_replay(starved, due), end_replay(cache, due)
     assert not cache.overflow.any() and np.asarray(cache.tier_len[..., 1]).max() > 0
     check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
@@ -248,12 +342,29 @@ def test_its_words():
             return [5, 6] if text == "</user><answer>" else super().encode(text)
 
     assert dkv.replay_words(Tokenizer()) == REPLAY
-    assert dkv.replay_words(Chat(), chunk=64) == dataclasses.replace(REPLAY, suffix=(5, 6), chunk=64)
-    (first, _, at), (second, real, then) = replay_passes(
-        dataclasses.replace(REPLAY, chunk=12, overlap=3), np.arange(100, 140).reshape(2, 20), np.array([20, 9])
+    assert dkv.replay_words(Chat(), chunk=64) == dataclasses.replace(
+        REPLAY, suffix=(5, 6), chunk=64
     )
-    assert (at, then) == (0, 12) and first.shape == second.shape == (2, 16) and real.tolist() == [4 + 3 + 1 + 8, 0]
-    assert first[0].tolist() == [11, 7, 90, 8, *range(100, 112)] and first[1].tolist() == [0, 0, 0, 11, 7, 90, 8, *range(120, 129)]
+    (first, _, at), (second, real, then) = replay_passes(
+        dataclasses.replace(REPLAY, chunk=12, overlap=3),
+        np.arange(100, 140).reshape(2, 20),
+        np.array([20, 9]),
+    )
+    assert (
+        (at, then) == (0, 12)
+        and first.shape == second.shape == (2, 16)
+        and real.tolist() == [4 + 3 + 1 + 8, 0]
+    )
+    assert first[0].tolist() == [11, 7, 90, 8, *range(100, 112)] and first[1].tolist() == [
+        0,
+        0,
+        0,
+        11,
+        7,
+        90,
+        8,
+        *range(120, 129),
+    ]
     assert second[0].tolist() == [3, 55, 6, 41, 109, 110, 111, 8, *range(112, 120)]
 
 
@@ -284,11 +395,14 @@ def test_choices_that_cannot_work(changes, message):
 def test_prompts_that_cannot_be_gone_over():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     run = partial(dkv.generate, model, params, max_new_tokens=1)
-    with pytest.raises(ValueError, match="come to 4248 tokens, and the model's context is 4096; shorten"):
+    with pytest.raises(
+        ValueError, match="come to 4248 tokens, and the model's context is 4096; shorten"
+    ):
         run(np.zeros((1, 2200), int), policy=dkv.kvzip())
     with pytest.raises(ValueError, match="token id 90, outside the vocabulary"):
         dkv.Replay((90,)).check(dataclasses.replace(model.attention, vocab_size=80), np.array([5]))
-    with pytest.raises(ValueError, match="cannot hold"):  # half of the prompt would fit, and the whole one comes first
+    # half of the prompt would fit, and the whole one comes first
+    with pytest.raises(ValueError, match="cannot hold"):
         run(np.tile(PROMPT, 4)[None], policy=dkv.kvzip(0.2), memory_budget="700kB")
     policy = kvzip(0.25, 64)
     assert dkv.CompressionPolicy.from_json(policy.to_json()) == policy

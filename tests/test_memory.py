@@ -1,4 +1,6 @@
-"""Memory of the compiled steps, from the compiler's own account of programs that are never run, and `memory_report`."""
+"""Memory of the compiled steps, from the compiler's own account of programs that are never run, and
+`memory_report`.
+"""
 
 import dataclasses
 import re
@@ -49,7 +51,13 @@ POLICIES = {
     "pyramidinfer": pyramidinfer(0.5),
     "coupled": coupled_quantization(),
 }
-SLOW = [("none", "prefill"), ("h2o", "decode"), ("snapkv", "prefill"), ("expected", "prefill"), ("pyramidinfer", "prefill")]
+SLOW = [
+    ("none", "prefill"),
+    ("h2o", "decode"),
+    ("snapkv", "prefill"),
+    ("expected", "prefill"),
+    ("pyramidinfer", "prefill"),
+]
 SLOW += [("coupled", "decode"), ("flush 1", "decode"), ("fastgen", "decode")]
 SLOW += [(name, step) for name in ("diffkv", "diffkv_minicache") for step in ("decode", "prefill")]
 LONG = [
@@ -66,12 +74,31 @@ def array(shape, dtype) -> jax.ShapeDtypeStruct:
 
 
 def cache_shapes(
-    model, policy, requests: int, max_len: int, num_pages: int | None = None, pool: int = 0, kernels: Kernels = XLA
+    model,
+    policy,
+    requests: int,
+    max_len: int,
+    num_pages: int | None = None,
+    pool: int = 0,
+    kernels: Kernels = XLA,
 ) -> KVCache:
     """A cache of shapes only, with `num_pages` pages or as many as fit `pool` bytes."""
-    spec = CacheSpec.build(model.attention, policy, num_requests=requests, max_len=max_len, num_pages=0, dtype="float32", kernels=kernels)
-    spec = dataclasses.replace(spec, num_pages=pool // spec.layout.page_bytes if num_pages is None else num_pages)
-    return jax.eval_shape(partial(empty_cache, spec), policy.limits(len(spec.paged_layers), requests, model.attention.num_kv_heads))
+    spec = CacheSpec.build(
+        model.attention,
+        policy,
+        num_requests=requests,
+        max_len=max_len,
+        num_pages=0,
+        dtype="float32",
+        kernels=kernels,
+    )
+    spec = dataclasses.replace(
+        spec, num_pages=pool // spec.layout.page_bytes if num_pages is None else num_pages
+    )
+    return jax.eval_shape(
+        partial(empty_cache, spec),
+        policy.limits(len(spec.paged_layers), requests, model.attention.num_kv_heads),
+    )
 
 
 def lower_decode(model, params, cache: KVCache):
@@ -82,34 +109,63 @@ def lower_decode(model, params, cache: KVCache):
 
 def lower_prefill(model, params, cache: KVCache, chunk: int):
     rows = cache.spec.num_requests
-    return prefill_chunk.lower(model, params, cache, array((rows, chunk), jnp.int32), array((rows,), jnp.int32), array((), bool))
+    return prefill_chunk.lower(
+        model,
+        params,
+        cache,
+        array((rows, chunk), jnp.int32),
+        array((rows,), jnp.int32),
+        array((), bool),
+    )
 
 
 def copies_of_pool(text: str, num_pages: int) -> list[str]:
-    """Instructions that copy an array of the pool (the only ones with `num_pages` rows), empty ones left out."""
-    return [line.strip()[:160] for line in text.splitlines() if re.search(rf"= \S*\[{num_pages},(?!0,)\S* copy\(", line)]
+    """Instructions that copy an array of the pool (the only ones with `num_pages` rows), empty ones
+    left out.
+    """
+    return [
+        line.strip()[:160]
+        for line in text.splitlines()
+        if re.search(rf"= \S*\[{num_pages},(?!0,)\S* copy\(", line)
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.implementation)
 @pytest.mark.parametrize(("name", "step"), STEPS)
 def test_pool_is_updated_in_place(name, step, kernels):
-    """Donation is honoured: the pool of 256 MiB is an alias of the input, never copied, and little else is needed.
+    """Donation is honoured: the pool of 256 MiB is an alias of the input, never copied, and little
+    else is needed.
 
-    A prompt chunk needs room for its own 256 tokens, which no pool makes larger (see the test of its peak).
+    A prompt chunk needs room for its own 256 tokens, which no pool makes larger (see the test of
+    its peak).
     """
     if "minicache" in name and kernels != XLA:
         pytest.skip("plain XLA runs it")
-    windows = (32, None, 32, None) if name == "windows" else None  # every second layer has a sliding window
+    # every second layer has a sliding window
+    windows = (32, None, 32, None) if name == "windows" else None
     model, params = tiny_model(layers=4, q_heads=6, kv_heads=2, windows=windows)
-    cache = cache_shapes(model, POLICIES.get(name, POLICIES["diffkv"]), requests=2, max_len=4000, pool=256 * MIB, kernels=kernels)
+    cache = cache_shapes(
+        model,
+        POLICIES.get(name, POLICIES["diffkv"]),
+        requests=2,
+        max_len=4000,
+        pool=256 * MIB,
+        kernels=kernels,
+    )
     pool = tree_bytes(cache.pages)
     assert 250 * MIB < pool <= 256 * MIB
-    lowered = lower_decode(model, params, cache) if step == "decode" else lower_prefill(model, params, cache, 256)
+    lowered = (
+        lower_decode(model, params, cache)
+        if step == "decode"
+        else lower_prefill(model, params, cache, 256)
+    )
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= pool
-    assert memory.temp_size_in_bytes < (0.05 if step == "decode" else 0.125) * pool, f"{memory.temp_size_in_bytes / MIB:.1f} MiB"
+    assert memory.temp_size_in_bytes < (0.05 if step == "decode" else 0.125) * pool, (
+        f"{memory.temp_size_in_bytes / MIB:.1f} MiB"
+    )
     text = compiled.as_text() or ""
     assert f"u8[{cache.pages.num_pages}," in text, "the search must be able to find the payload"
     assert not copies_of_pool(text, cache.pages.num_pages)
@@ -121,20 +177,38 @@ def test_pool_is_updated_in_place(name, step, kernels):
 def test_replay_updates_the_pool_in_place(name, kernels):
     """The pool of 256 MiB is an alias of the input, never copied."""
     model, params = tiny_model(layers=4, q_heads=6, kv_heads=2)
-    cache = cache_shapes(model, kvzip(0.5, replay=Replay(chunk=256)), requests=2, max_len=4000, pool=256 * MIB, kernels=kernels)
+    cache = cache_shapes(
+        model,
+        kvzip(0.5, replay=Replay(chunk=256)),
+        requests=2,
+        max_len=4000,
+        pool=256 * MIB,
+        kernels=kernels,
+    )
     pool = tree_bytes(cache.pages)
     if name == "event":
         lowered = end_replay.lower(cache, array((2,), bool))
     else:
-        lowered = replay_chunk.lower(model, params, cache, array((2, 256), jnp.int32), array((2,), jnp.int32), array((), jnp.int32))
+        lowered = replay_chunk.lower(
+            model,
+            params,
+            cache,
+            array((2, 256), jnp.int32),
+            array((2,), jnp.int32),
+            array((), jnp.int32),
+        )
     compiled = lowered.compile()
     memory, text = compiled.memory_analysis(), compiled.as_text() or ""
     assert memory.alias_size_in_bytes >= pool and memory.temp_size_in_bytes < 0.1 * pool
-    assert f"u8[{cache.pages.num_pages}," in text and not copies_of_pool(text, cache.pages.num_pages)
+    assert f"u8[{cache.pages.num_pages}," in text and not copies_of_pool(
+        text, cache.pages.num_pages
+    )
 
 
 def test_the_account_sees_a_copied_pool():
-    """The same figures of a program that does copy: no donation, and a pool that is read after it was written."""
+    """The same figures of a program that does copy: no donation, and a pool that is read after it
+    was written.
+    """
     pool = array((4096, 96, 32), jnp.uint8)
 
     def step(pool, row):
@@ -142,13 +216,20 @@ def test_the_account_sees_a_copied_pool():
 
     memory = jax.jit(step).lower(pool, array((), jnp.int32)).compile().memory_analysis()
     assert memory.alias_size_in_bytes == 0 and memory.output_size_in_bytes >= 4096 * 96 * 32
-    text = jax.jit(lambda pool, row: (pool.at[row].add(1), pool)).lower(pool, array((), jnp.int32)).compile().as_text()
+    text = (
+        jax.jit(lambda pool, row: (pool.at[row].add(1), pool))
+        .lower(pool, array((), jnp.int32))
+        .compile()
+        .as_text()
+    )
     assert copies_of_pool(text, 4096)
 
 
 @lru_cache
 def prefill_temp(max_len: int, chunk: int, layers: int = 8) -> int:
-    """Bytes that one prompt chunk needs besides cache and parameters; pages for all `max_len` tokens."""
+    """Bytes that one prompt chunk needs besides cache and parameters; pages for all `max_len`
+    tokens.
+    """
     model, params = tiny_model(layers=layers, q_heads=6, kv_heads=2, max_len=16384)
     spec = cache_shapes(model, POLICIES["diffkv"], requests=1, max_len=max_len, num_pages=0).spec
     pages = layers * 2 * spec.layout.pages_for(0, max_len)
@@ -171,38 +252,60 @@ def test_program_does_not_grow_with_depth():
     for layers in (2, 8):
         model, params = tiny_model(layers=layers, q_heads=6, kv_heads=2)
         cache = cache_shapes(model, POLICIES["diffkv"], requests=1, max_len=1024, num_pages=500)
-        sizes.append([len(lower.as_text()) for lower in (lower_decode(model, params, cache), lower_prefill(model, params, cache, 64))])
+        sizes.append(
+            [
+                len(lower.as_text())
+                for lower in (
+                    lower_decode(model, params, cache),
+                    lower_prefill(model, params, cache, 64),
+                )
+            ]
+        )
     np.testing.assert_allclose(sizes[0], sizes[1], rtol=0.01)
 
 
 @pytest.fixture(scope="module")
 def counted() -> KVCache:
-    """Two layers, two requests, two KV heads of 64 channels in float32, with lengths put in by hand."""
+    """Two layers, two requests, two KV heads of 64 channels in float32, with lengths put in by
+    hand.
+    """
     model, _ = tiny_model(q_heads=4, kv_heads=2)
     cache = make_cache(model, POLICIES["diffkv"], [1000, 1000])
     tier_len = np.zeros((2, 2, 2, 2), np.int32)
     tier_len[0, 0, 0] = 200, 100
     tier_len[1, 0, 1] = 1, 0
     tier_len[1, 1, 0] = 0, 33
-    return dataclasses.replace(cache, tier_len=jnp.asarray(tier_len), seq_len=jnp.array([500, 60]), recent_len=jnp.array([64, 60]))
+    return dataclasses.replace(
+        cache,
+        tier_len=jnp.asarray(tier_len),
+        seq_len=jnp.array([500, 60]),
+        recent_len=jnp.array([64, 60]),
+    )
 
 
 def test_report_equals_hand_count(counted):
     report, layout = memory_report(counted), counted.spec.layout
-    high, low = 64 + 32 + 8 + 4 + 2, 32 + 16 + 8 + 4 + 2  # K, V, two scales and zero points, significance, position
-    assert (layout.token_bytes(0), layout.token_bytes(1)) == (high, low) and high - 96 == low - 48 == 14
+    # K, V, two scales and zero points, significance, position
+    high, low = 64 + 32 + 8 + 4 + 2, 32 + 16 + 8 + 4 + 2
+    assert (layout.token_bytes(0), layout.token_bytes(1)) == (
+        high,
+        low,
+    ) and high - 96 == low - 48 == 14
     recent = (64 + 60) * 2 * 2  # tokens, layers, heads
     assert report.logical == 201 * high + 133 * low + recent * (2 * 64 * 4 + 4)
     assert report.bf16 == (500 + 60) * 2 * 2 * 2 * 64 * 2
     arrays = jax.tree.leaves(counted)
     assert report.pool == sum(x.nbytes for x in arrays)
     pages = counted.pages
-    page = (pages.payload.nbytes + pages.meta.nbytes + pages.significance.nbytes + pages.position.nbytes) // pages.num_pages
+    page = (
+        pages.payload.nbytes + pages.meta.nbytes + pages.significance.nbytes + pages.position.nbytes
+    ) // pages.num_pages
     assert page == layout.page_bytes
     per_page = [32 * blocks for blocks in layout.blocks]
     used = -(-200 // per_page[0]) - (-100 // per_page[1]) + 1 - (-33 // per_page[1])
     assert report.pages.sum() == used
-    assert report.allocated == report.pool - (pages.num_pages - used) * (page + 4)  # 4: the page's place in the free ring
+    # 4: the page's place in the free ring
+    assert report.allocated == report.pool - (pages.num_pages - used) * (page + 4)
     assert report.logical < report.allocated < report.pool
 
 
@@ -211,18 +314,27 @@ def test_report_counts_tokens(counted):
     np.testing.assert_array_equal(report.tokens[0, 0, 0], [200, 100, 64])
     np.testing.assert_array_equal(report.tokens[..., :2], counted.tier_len)
     np.testing.assert_array_equal(report.tokens[:, 1, :, 2], 60)
-    assert report.dropped[0, 0, 0] == 500 - 364 and report.dropped[1, 1, 0] == 60 - 93  # impossible lengths, but counted
+    # impossible lengths, but counted
+    assert report.dropped[0, 0, 0] == 500 - 364 and report.dropped[1, 1, 0] == 60 - 93
     np.testing.assert_allclose(report.kept_fraction, np.array([201, 133, 496]) / (4 * 560))
     assert [name.split()[-1] for name in report.tier_names] == ["K8V4", "K4V2"]
     shared = report.allocated - report.allocated_bytes.sum()
-    counters = (counted.ring.start, counted.ring.count, counted.seq_len, counted.recent_len, counted.observed)
+    counters = (
+        counted.ring.start,
+        counted.ring.count,
+        counted.seq_len,
+        counted.recent_len,
+        counted.observed,
+    )
     counters += (counted.overflow, counted.steps, counted.pending, counted.fingerprint)
     assert shared == sum(x.nbytes for x in counters)
     layout = counted.spec.layout
     page = layout.page_bytes + 4  # 4: the page's place in the free ring
     wanted = [layout.pages_for(0, 200) * page, layout.pages_for(1, 100) * page]
     tables = (counted.spec.max_pages + 2 + 2) * 4  # page ids, two lengths, two thresholds
-    np.testing.assert_array_equal(report.allocated_bytes[0, 0, 0], [*wanted, tables + (64 + 32) * (2 * 64 * 4 + 4)])
+    np.testing.assert_array_equal(
+        report.allocated_bytes[0, 0, 0], [*wanted, tables + (64 + 32) * (2 * 64 * 4 + 4)]
+    )
     assert report.logical == report.logical_bytes.sum()
     assert "K8V4" in str(report) and "dropped" in str(report)
 
@@ -230,7 +342,12 @@ def test_report_counts_tokens(counted):
 def test_report_of_a_model_with_windows():
     model, _ = tiny_model(q_heads=4, kv_heads=2, layers=3, windows=(32, None, 32))
     cache = make_cache(model, CompressionPolicy.none(), [300])
-    cache = dataclasses.replace(cache, seq_len=jnp.array([100]), recent_len=jnp.array([64]), tier_len=jnp.full_like(cache.tier_len, 36))
+    cache = dataclasses.replace(
+        cache,
+        seq_len=jnp.array([100]),
+        recent_len=jnp.array([64]),
+        tier_len=jnp.full_like(cache.tier_len, 36),
+    )
     report = memory_report(cache)
     token = 2 * 64 * 4
     side = cache.pages.position.dtype.itemsize

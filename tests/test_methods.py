@@ -1,4 +1,6 @@
-"""Published eviction methods: the tokens that they keep against kvpress on torch, and what holds for all of them."""
+"""Published eviction methods: the tokens that they keep against kvpress on torch, and what holds
+for all of them.
+"""
 
 import re
 from functools import lru_cache
@@ -47,26 +49,37 @@ def models(kv_heads: int):
     return theirs, ours, params
 
 
-def kept(policy: dkv.CompressionPolicy, kv_heads: int = 2, chunk: int = 512, kernels: Kernels | None = None) -> list[list[set[int]]]:
+def kept(
+    policy: dkv.CompressionPolicy,
+    kv_heads: int = 2,
+    chunk: int = 512,
+    kernels: Kernels | None = None,
+) -> list[list[set[int]]]:
     """Positions that every head of every layer holds after the prompt."""
     _, model, params = models(kv_heads)
     cache = make_cache(model, policy, [LENGTH], kernels=kernels or Kernels("xla"))
     _, cache = prefill(model, params, cache, PROMPT[None], np.array([LENGTH]), chunk)
     check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
-    return [[set(held_tokens(cache, layer, 0, head)) for head in range(kv_heads)] for layer in range(LAYERS)]
+    return [
+        [set(held_tokens(cache, layer, 0, head)) for head in range(kv_heads)]
+        for layer in range(LAYERS)
+    ]
 
 
 def half(_: int) -> int:
     return LENGTH // 2
 
 
-OBSERVED = dkv.CompressionPolicy("observed", ("full",), score="attention", group="mean", observe="all", keep=0.5, window=1)
+OBSERVED = dkv.CompressionPolicy(
+    "observed", ("full",), score="attention", group="mean", observe="all", keep=0.5, window=1
+)
 SCORED = {
     "key norm": ("KnormPress", {}, dkv.key_norm(0.5, sinks=0, whole_layers=(), window=1), 2),
     "KeyDiff": ("KeyDiffPress", {}, dkv.key_difference(0.5, sinks=0, window=1), 2),
     "StreamingLLM": ("StreamingLLMPress", {}, dkv.streaming_llm(0.5, sinks=4, window=1), 2),
     "SnapKV": ("SnapKVPress", {}, dkv.snapkv(0.5, sinks=0), 2),
-    "TOVA": ("TOVAPress", {}, dkv.tova(0.5, sinks=0), 1),  # over all heads there, a KV head here: one KV head
+    # over all heads there, a KV head here: one KV head
+    "TOVA": ("TOVAPress", {}, dkv.tova(0.5, sinks=0), 1),
     "observed attention": ("ObservedAttentionPress", {}, OBSERVED, 2),
 }
 
@@ -78,7 +91,9 @@ def test_the_tokens_that_kvpress_keeps(name):
     press, options, policy, kv_heads = SCORED[name]
     theirs, _, _ = models(kv_heads)
     theirs.set_attn_implementation("eager" if name == "observed attention" else "sdpa")
-    scores = choice.scores(getattr(choice.presses(), press)(compression_ratio=0.5, **options), theirs, PROMPT)
+    scores = choice.scores(
+        getattr(choice.presses(), press)(compression_ratio=0.5, **options), theirs, PROMPT
+    )
     expected = choice.kept_by_best(scores, half, policy.window)
     found = kept(policy, kv_heads)
     assert found == expected
@@ -107,34 +122,64 @@ def test_ada_kv_keeps_what_kvpress_keeps():
     theirs, _, _ = models(2)
     theirs.set_attn_implementation("sdpa")
     kvpress = choice.presses()
-    expected = choice.kept_by_mask(kvpress.AdaKVPress(kvpress.SnapKVPress(compression_ratio=0.5), alpha_safeguard=0.5), theirs, PROMPT)
+    expected = choice.kept_by_mask(
+        kvpress.AdaKVPress(kvpress.SnapKVPress(compression_ratio=0.5), alpha_safeguard=0.5),
+        theirs,
+        PROMPT,
+    )
     found = kept(dkv.ada_kv(dkv.snapkv(0.5, sinks=0), floor=0.5))
     assert found == expected
     assert any(len(layer[0]) != len(layer[1]) for layer in found)  # heads differ
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", [dkv.snapkv(0.5), dkv.h2o(0.3), dkv.key_norm(90), dkv.tova(0.5)], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "policy", [dkv.snapkv(0.5), dkv.h2o(0.3), dkv.key_norm(90), dkv.tova(0.5)], ids=lambda p: p.name
+)
 def test_chunks_of_a_prompt_choose_as_one(policy):
     assert kept(policy, chunk=128) == kept(policy)
 
 
-SELDOM = ("key_norm", "streaming_llm", "pyramidkv", "pyramidinfer", "expected_attention", "random_eviction", "ada_kv")
+SELDOM = (
+    "key_norm",
+    "streaming_llm",
+    "pyramidkv",
+    "pyramidinfer",
+    "expected_attention",
+    "random_eviction",
+    "ada_kv",
+)
 
 
 @lru_cache
 def after_80_tokens(name: str, cache_dtype: str):
     """Tokens, and what every head holds."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
-    make = {"none": lambda _, **options: dkv.CompressionPolicy.none(**options), "ada_kv": lambda *a, **o: dkv.ada_kv(dkv.snapkv(*a, **o))}
+    make = {
+        "none": lambda _, **options: dkv.CompressionPolicy.none(**options),
+        "ada_kv": lambda *a, **o: dkv.ada_kv(dkv.snapkv(*a, **o)),
+    }
     policy = (make.get(name) or getattr(dkv, name))(1.0, window=16, flush=4)
-    out = dkv.generate(model, params, PROMPT[None, :80], policy=policy, max_new_tokens=6, cache_dtype=cache_dtype)
+    out = dkv.generate(
+        model, params, PROMPT[None, :80], policy=policy, max_new_tokens=6, cache_dtype=cache_dtype
+    )
     heads = [held_tokens(out.cache, layer, 0, head) for layer in range(2) for head in range(2)]
-    return out.tokens.tolist(), [{at: (k.tobytes(), v.tobytes()) for at, (_, k, v, _) in head.items()} for head in heads]
+    return out.tokens.tolist(), [
+        {at: (k.tobytes(), v.tobytes()) for at, (_, k, v, _) in head.items()} for head in heads
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["h2o", "tova", "snapkv", "key_difference", *(pytest.param(x, marks=pytest.mark.slow) for x in SELDOM)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "h2o",
+        "tova",
+        "snapkv",
+        "key_difference",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in SELDOM),
+    ],
+)
 def test_keeping_everything_changes_nothing(name):
     dtype = "bfloat16" if name in ("snapkv", "ada_kv") else "float32"
     assert after_80_tokens(name, dtype) == after_80_tokens("none", dtype)
@@ -154,26 +199,41 @@ def scores_of(policy: dkv.CompressionPolicy, new: int) -> np.ndarray:
     """Sums of the scores of all that each head holds, one layer after the other."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     cache = dkv.generate(model, params, PROMPT[None, :100], policy=policy, max_new_tokens=new).cache
-    return np.array([sum(score for *_, score in held_tokens(cache, layer, 0, head).values()) for layer in range(2) for head in range(2)])
+    return np.array(
+        [
+            sum(score for *_, score in held_tokens(cache, layer, 0, head).values())
+            for layer in range(2)
+            for head in range(2)
+        ]
+    )
 
 
 @pytest.mark.slow
 def test_scores_in_decode_are_the_attention_of_the_queries():
-    """While nothing is dropped, the attention of each query sums to 1: over all queries (H2O), or those since the last event (TOVA)."""
+    """While nothing is dropped, the attention of each query sums to 1: over all queries (H2O), or
+    those since the last event (TOVA).
+    """
     options = {"sinks": 0, "window": 16, "flush": 8}
     np.testing.assert_allclose(scores_of(dkv.h2o(1.0, **options), 21), 120, rtol=1e-4)
-    np.testing.assert_allclose(scores_of(dkv.tova(1.0, **options), 17), 1, rtol=1e-4)  # 16 steps: the last decided
+    # 16 steps: the last decided
+    np.testing.assert_allclose(scores_of(dkv.tova(1.0, **options), 17), 1, rtol=1e-4)
     np.testing.assert_allclose(scores_of(dkv.tova(1.0, **options), 20), 4, rtol=1e-4)
 
 
 def test_h2o_keeps_the_largest_sums():
-    """kvpress' observed attention is the mean over the queries that see a token: times their number it is the sum."""
+    """kvpress' observed attention is the mean over the queries that see a token: times their number
+    it is the sum.
+    """
     choice = pytest.importorskip("oracles.kvpress_choice")
     theirs, _, _ = models(2)
     theirs.set_attn_implementation("eager")
-    means = choice.scores(choice.presses().ObservedAttentionPress(compression_ratio=0.5), theirs, PROMPT)
+    means = choice.scores(
+        choice.presses().ObservedAttentionPress(compression_ratio=0.5), theirs, PROMPT
+    )
     found = kept(dkv.h2o(0.5, sinks=0, window=1))
-    assert found == choice.kept_by_best([mean * np.arange(LENGTH, 0, -1) for mean in means], half, 1)
+    assert found == choice.kept_by_best(
+        [mean * np.arange(LENGTH, 0, -1) for mean in means], half, 1
+    )
     assert found != choice.kept_by_best(means, half, 1)
 
 
@@ -182,7 +242,9 @@ def test_random_eviction():
     """As many as the budget says, others in each head, evenly spread, and the same in every run."""
     found = kept(dkv.random_eviction(0.5))
     assert found == kept(dkv.random_eviction(0.5), chunk=128)
-    free = [head - {0, 1, 2, 3} - set(range(LENGTH - 64, LENGTH)) for layer in found for head in layer]
+    free = [
+        head - {0, 1, 2, 3} - set(range(LENGTH - 64, LENGTH)) for layer in found for head in layer
+    ]
     assert all(len(head) == LENGTH // 2 - 68 for head in free)
     assert max(len(a & b) for i, a in enumerate(free) for b in free[:i]) < 60  # 29 by chance
     early = sum(at < 120 for head in free for at in head)  # 116 of 232 places
@@ -200,13 +262,17 @@ ROWS = {
 @pytest.mark.parametrize("name", ["key_norm", pytest.param("ada_kv", marks=pytest.mark.slow)])
 def test_a_row_chooses_as_the_request_alone(name):
     """Prompts of several lengths in chunks of 64, decode events, and a second turn."""
-    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32, windows=(None, 24, None), layers=3)
+    model, params = tiny_model(
+        q_heads=4, kv_heads=2, head_dim=32, windows=(None, 24, None), layers=3
+    )
     run = {"max_new_tokens": 11, "prefill_chunk": 64}
 
     def turns(prompts: list[np.ndarray]):
         first = dkv.generate(model, params, prompts, policy=ROWS[name], max_len=320, **run)
         tokens = first.tokens
-        second = dkv.generate(model, params, [prompt[:30] for prompt in prompts], cache=first.cache, **run)
+        second = dkv.generate(
+            model, params, [prompt[:30] for prompt in prompts], cache=first.cache, **run
+        )
         return np.concatenate([tokens, second.tokens], axis=1), second.cache
 
     tokens, cache = turns(BATCH)
@@ -216,7 +282,9 @@ def test_a_row_chooses_as_the_request_alone(name):
         np.testing.assert_array_equal(tokens[row], alone[0])
         for layer in range(2):
             for head in range(2):
-                assert set(held_tokens(cache, layer, row, head)) == set(held_tokens(its_cache, layer, 0, head))
+                assert set(held_tokens(cache, layer, row, head)) == set(
+                    held_tokens(its_cache, layer, 0, head)
+                )
 
 
 def test_equal_tokens_do_not_burst_a_budget():
@@ -230,7 +298,15 @@ def test_equal_tokens_do_not_burst_a_budget():
 
 @pytest.mark.slow
 def test_two_tiers_with_budgets_on_native_kernels_too():
-    policy = dkv.CompressionPolicy("l2 in tiers", ("K8V4", "K4V2"), score="key_norm", keep=0.5, keep_high=0.3, sinks=4, window=16)
+    policy = dkv.CompressionPolicy(
+        "l2 in tiers",
+        ("K8V4", "K4V2"),
+        score="key_norm",
+        keep=0.5,
+        keep_high=0.3,
+        sinks=4,
+        window=16,
+    )
     found = kept(policy)
     assert all(len(head) == LENGTH // 2 for layer in found for head in layer)
     if build.why_unavailable() is None:
@@ -238,10 +314,15 @@ def test_two_tiers_with_budgets_on_native_kernels_too():
 
 
 def test_evicting_changes_nothing_of_the_tokens_that_stay():
-    """Separable codecs: a kept token's four-bit K and V are those of the cache that keeps everything."""
+    """Separable codecs: a kept token's four-bit K and V are those of the cache that keeps
+    everything.
+    """
     _, model, params = models(2)
     everything, some = (
-        dkv.generate(model, params, PROMPT[None], policy=dkv.snapkv(keep, tiers=("K4V4",)), max_new_tokens=1).cache for keep in (1.0, 0.4)
+        dkv.generate(
+            model, params, PROMPT[None], policy=dkv.snapkv(keep, tiers=("K4V4",)), max_new_tokens=1
+        ).cache
+        for keep in (1.0, 0.4)
     )
     for layer in range(LAYERS):
         whole, part = held_tokens(everything, layer, 0, 1), held_tokens(some, layer, 0, 1)
@@ -256,7 +337,11 @@ def test_memory_is_freed():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     long = np.tile(PROMPT, 4)[None]
     reports = [
-        dkv.memory_report(dkv.generate(model, params, long, policy=dkv.key_norm(keep, whole_layers=()), max_new_tokens=1).cache)
+        dkv.memory_report(
+            dkv.generate(
+                model, params, long, policy=dkv.key_norm(keep, whole_layers=()), max_new_tokens=1
+            ).cache
+        )
         for keep in (1.0, 0.25)
     ]
     pages = [report.pages.sum() for report in reports]
@@ -296,7 +381,9 @@ def test_memory_is_freed():
 )
 def test_choices_that_cannot_work(changes, message):
     with pytest.raises(ValueError, match=message):
-        dkv.CompressionPolicy(**{"name": "x", "tiers": ("full",), "score": "key_norm", "keep": 0.5} | changes)
+        dkv.CompressionPolicy(
+            **{"name": "x", "tiers": ("full",), "score": "key_norm", "keep": 0.5} | changes
+        )
 
 
 def test_methods_are_data():
@@ -310,7 +397,9 @@ def test_methods_are_data():
 
 
 def test_the_compositions_of_the_docs_can_be_built():
-    text = (Path(__file__).parent.parent / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent / "docs" / "methods" / "README.md").read_text(
+        encoding="utf-8"
+    )
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     built = [eval(line, {"dkv": dkv}) for line in code.strip().splitlines()]
     assert len(built) == 7 and all(isinstance(policy, dkv.CompressionPolicy) for policy in built)

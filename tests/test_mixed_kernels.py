@@ -1,4 +1,6 @@
-"""Policies of which kernels know only decode attention: the same tokens as in plain XLA, said in the log, refused where none does."""
+"""Policies of which kernels know only decode attention: the same tokens as in plain XLA, said in
+the log, refused where none does.
+"""
 
 import logging
 from functools import lru_cache
@@ -28,18 +30,28 @@ POLICIES = {
 }
 
 
-def random_calibration(model, params, policy: dkv.CompressionPolicy, seed: int) -> dkv.Calibration | None:
+def random_calibration(
+    model, params, policy: dkv.CompressionPolicy, seed: int
+) -> dkv.Calibration | None:
     """Tables of random numbers, ascending: what they are does not matter here."""
-    spec = dkv.CacheSpec.build(model.attention, policy, num_requests=1, max_len=64, num_pages=0, dtype="float32")
+    spec = dkv.CacheSpec.build(
+        model.attention, policy, num_requests=1, max_len=64, num_pages=0, dtype="float32"
+    )
     rng = np.random.default_rng(seed)
 
     def table(shape: tuple[int, ...] | None) -> np.ndarray | None:
-        return None if shape is None else np.sort(rng.normal(size=shape), axis=min(4, len(shape)) - 1).astype(np.float16)
+        return (
+            None
+            if shape is None
+            else np.sort(rng.normal(size=shape), axis=min(4, len(shape)) - 1).astype(np.float16)
+        )
 
     tables = tuple((table(key), table(value)) for key, value in table_shapes(spec))
     if not jax.tree.leaves(tables):
         return None
-    return dkv.Calibration(tables, policy.tiers, policy.un_rope, policy.rotate, fingerprint(model, params))
+    return dkv.Calibration(
+        tables, policy.tiers, policy.un_rope, policy.rotate, fingerprint(model, params)
+    )
 
 
 @lru_cache
@@ -47,12 +59,30 @@ def run(name: str, implementation: str, seed: int = 1) -> GenerateOutput:
     """Two prompts, then enough tokens for two compression events."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     policy = POLICIES[name]
-    options = dict(policy=policy, max_new_tokens=20, max_len=128, calibration=random_calibration(model, params, policy, seed))
-    return dkv.generate(model, params, PROMPTS, implementation=implementation, interpret=implementation in PALLAS, **options)
+    options = dict(
+        policy=policy,
+        max_new_tokens=20,
+        max_len=128,
+        calibration=random_calibration(model, params, policy, seed),
+    )
+    return dkv.generate(
+        model,
+        params,
+        PROMPTS,
+        implementation=implementation,
+        interpret=implementation in PALLAS,
+        **options,
+    )
 
 
-CASES = [("CQ", "cpu"), *(pytest.param(name, "cpu", marks=pytest.mark.slow) for name in list(POLICIES)[1:])]
-CASES += [pytest.param(name, "triton", marks=(pytest.mark.slow, pytest.mark.long)) for name in ("CQ", "KVQuant")]
+CASES = [
+    ("CQ", "cpu"),
+    *(pytest.param(name, "cpu", marks=pytest.mark.slow) for name in list(POLICIES)[1:]),
+]
+CASES += [
+    pytest.param(name, "triton", marks=(pytest.mark.slow, pytest.mark.long))
+    for name in ("CQ", "KVQuant")
+]
 CASES += [pytest.param("KVQuant", "mosaic_tpu", marks=(pytest.mark.slow, pytest.mark.long))]
 
 
@@ -70,13 +100,17 @@ def test_the_same_tokens(name: str, implementation: str):
         np.testing.assert_array_equal(getattr(cache, part), getattr(plain, part))
     np.testing.assert_allclose(cache.recent_k, plain.recent_k, rtol=1e-4, atol=1e-4)
     if cache.spec.layout.scored:
-        np.testing.assert_allclose(cache.recent_significance, plain.recent_significance, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            cache.recent_significance, plain.recent_significance, rtol=1e-3, atol=1e-5
+        )
     assert int(np.asarray(cache.tier_len).min()) > 0
     check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
 
 
 def test_other_codebooks_give_other_keys():
-    """What the comparison of windows would see if a kernel read tables that are not the layer's and head's."""
+    """What the comparison of windows would see if a kernel read tables that are not the layer's and
+    head's.
+    """
     got, other = (run("CQ", "cpu", seed).cache.recent_k for seed in (1, 2))
     assert np.abs(np.asarray(got) - np.asarray(other)).max() > 0.01
 
@@ -84,15 +118,31 @@ def test_other_codebooks_give_other_keys():
 def test_the_log_says_what_runs_where(caplog: pytest.LogCaptureFixture):
     attention = tiny_model(q_heads=4, kv_heads=2, head_dim=32)[0].attention
     with caplog.at_level(logging.INFO):
-        assert kernels_for(POLICIES["CQ"], attention) == kernels_for(POLICIES["CQ"], attention, "cpu") == Kernels("cpu")
-        assert kernels_for(dkv.diffkv(), attention) == Kernels("cpu") and kernels_for(POLICIES["CQ"], attention, "xla") == XLA
+        assert (
+            kernels_for(POLICIES["CQ"], attention)
+            == kernels_for(POLICIES["CQ"], attention, "cpu")
+            == Kernels("cpu")
+        )
+        assert (
+            kernels_for(dkv.diffkv(), attention) == Kernels("cpu")
+            and kernels_for(POLICIES["CQ"], attention, "xla") == XLA
+        )
     said = [record.message for record in caplog.records]
-    assert said == ["policy 'cq_4c8b': decode attention runs on 'cpu', prefill attention and events in plain XLA"] * 2
+    assert (
+        said
+        == [
+            "policy 'cq_4c8b': decode attention runs on 'cpu', prefill attention and "
+            "events in plain XLA"
+        ]
+        * 2
+    )
 
 
 def test_what_no_kernel_knows_is_refused():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     for policy in (dkv.kivi(), dkv.gear()):
         with pytest.raises(ValueError, match="plain XLA only"):
-            dkv.generate(model, params, PROMPTS, policy=policy, implementation="cpu", max_new_tokens=1)
+            dkv.generate(
+                model, params, PROMPTS, policy=policy, implementation="cpu", max_new_tokens=1
+            )
         assert kernels_for(policy, model.attention) == XLA

@@ -37,7 +37,9 @@ def test_without_a_compiler_xla_runs_and_the_log_says_why(fresh, caplog):
     with caplog.at_level(logging.WARNING):
         assert Kernels.resolve() == Kernels("xla")
         Kernels.resolve()
-    assert [record.message for record in caplog.records if "no-such-compiler" in record.message] == [caplog.records[0].message]
+    assert [
+        record.message for record in caplog.records if "no-such-compiler" in record.message
+    ] == [caplog.records[0].message]
     with pytest.raises(ValueError, match="no-such-compiler.*set CXX"):
         Kernels.resolve("cpu")
 
@@ -72,16 +74,22 @@ def test_the_default_on_a_cpu():
 
 @pytest.fixture
 def counted(fresh, tmp_path: Path):
-    """A compiler that notes each library that it builds, and takes its time; gives the names of what it has built."""
+    """A compiler that notes each library that it builds, and takes its time; gives the names of
+    what it has built.
+    """
     calls = tmp_path / "calls"
     calls.touch()
     compiler = tmp_path / "slow-c++"
-    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-shared*cpu.cc*) echo "$*" >> {calls}; sleep 0.5;; esac\nexec g++ "$@"\n')
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *-shared*cpu.cc*) echo "$*" >> {calls}; sleep '
+        f'0.5;; esac\nexec g++ "$@"\n'
+    )
     compiler.chmod(0o755)
     fresh.setenv("CXX", str(compiler))
     fresh.setenv("DIFFKV_JAX_CXXFLAGS", "-O0")
     return lambda: [
-        Path(next(word for word in line.split() if word.endswith("cpu.cc"))).parent.name for line in calls.read_text().splitlines()
+        Path(next(word for word in line.split() if word.endswith("cpu.cc"))).parent.name
+        for line in calls.read_text().splitlines()
     ]
 
 
@@ -89,7 +97,9 @@ def counted(fresh, tmp_path: Path):
 def test_threads_build_and_register_once(counted, monkeypatch: pytest.MonkeyPatch):
     threads, registered = 6, []
     start = threading.Barrier(threads)
-    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda name, *rest, **options: registered.append(name))
+    monkeypatch.setattr(
+        jax.ffi, "register_ffi_target", lambda name, *rest, **options: registered.append(name)
+    )
 
     def first_use(_):
         start.wait()
@@ -98,15 +108,30 @@ def test_threads_build_and_register_once(counted, monkeypatch: pytest.MonkeyPatc
 
     with ThreadPoolExecutor(threads) as pool:
         libraries = set(map(id, pool.map(first_use, range(threads))))
-    assert counted() == ["recent_window"] and len(libraries) == 1 and registered == ["diffkv_jax.append_recent_cpu"]
+    assert (
+        counted() == ["recent_window"]
+        and len(libraries) == 1
+        and registered == ["diffkv_jax.append_recent_cpu"]
+    )
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_processes_build_once(counted, tmp_path: Path):
-    program = "from diffkv_jax.pallas_kernels.native import build; print(build.library('recent_window')._name)"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "JAX_PLATFORMS": "cpu"}
-    started = [subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    program = (
+        "from diffkv_jax.pallas_kernels.native import build; "
+        "print(build.library('recent_window')._name)"
+    )
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "JAX_PLATFORMS": "cpu",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
     names = {process.communicate(timeout=120)[0] for process in started}
     assert [process.returncode for process in started] == [0, 0, 0] and len(names) == 1
     assert counted() == ["recent_window"]
@@ -127,7 +152,10 @@ def test_a_build_that_takes_too_long_is_named(counted, monkeypatch: pytest.Monke
     monkeypatch.setattr(build, "LOCK_SECONDS", 0.1)
     lock = build._place("recent_window").with_suffix(".lock")
     lock.parent.mkdir()
-    with FileLock(lock), pytest.raises(build.Unavailable, match=f"{lock} has been held for 0.1 s.*DIFFKV_JAX_CACHE"):
+    with (
+        FileLock(lock),
+        pytest.raises(build.Unavailable, match=f"{lock} has been held for 0.1 s.*DIFFKV_JAX_CACHE"),
+    ):
         build.library("recent_window")
     assert counted() == []
 

@@ -29,7 +29,11 @@ POISONED = [TEXTS[0], np.concatenate([TEXTS[1][:-3], [POISON, 1, 2]])]
 def test_one_row_ends_and_the_other_goes_on():
     model, params = with_embedding(np.nan)
     plain = dkv.generate(model, params, TEXTS, max_new_tokens=6, max_len=128)
-    with pytest.warns(RuntimeWarning, match=r"request 1 .*'error'.*keys and values of layer 0; so were the activations.*float32"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"request 1 .*'error'.*keys and values of layer 0; so "
+        r"were the activations.*float32",
+    ):
         out = dkv.generate(model, params, POISONED, max_new_tokens=6, max_len=128)
     assert out.finish_reason == ("length", "error") and out.lengths.tolist() == [6, 0]
     np.testing.assert_array_equal(out.tokens[0], plain.tokens[0])
@@ -37,10 +41,14 @@ def test_one_row_ends_and_the_other_goes_on():
 
 
 def test_the_warning_is_the_callers():
-    """It names the caller's line. A token at the prompt's beginning has left the window: of the last ones layer 1's are the first."""
+    """It names the caller's line. A token at the prompt's beginning has left the window: of the
+    last ones layer 1's are the first.
+    """
     model, params = with_embedding(np.nan)
     text = np.concatenate([[POISON], TEXTS[0]])
-    with pytest.warns(RuntimeWarning, match="first numbers of its recent tokens .* of layer 1") as found:
+    with pytest.warns(
+        RuntimeWarning, match="first numbers of its recent tokens .* of layer 1"
+    ) as found:
         dkv.generate(model, params, [text], max_new_tokens=1, policy=dkv.diffkv(window=16, flush=8))
     assert [warning.filename for warning in found] == [__file__]
 
@@ -81,7 +89,9 @@ def test_only_the_logits():
     model, params = tiny_model()
     head = params["lm_head"]["kernel"] * np.float32(np.inf)
     with pytest.warns(RuntimeWarning, match="keys and values of its recent tokens are all finite"):
-        out = dkv.generate(model, params | {"lm_head": {"kernel": head}}, TEXTS[:1], max_new_tokens=3)
+        out = dkv.generate(
+            model, params | {"lm_head": {"kernel": head}}, TEXTS[:1], max_new_tokens=3
+        )
     assert out.finish_reason == ("error",)
 
 
@@ -90,19 +100,33 @@ def test_a_window_layer():
     model, params = tiny_model(windows=(16, None))
     embedding = jnp.asarray(params["embed_tokens"]["embedding"]).at[POISON].set(np.nan)
     with pytest.warns(RuntimeWarning, match="of layer 0"):
-        out = dkv.generate(model, params | {"embed_tokens": {"embedding": embedding}}, POISONED, max_new_tokens=3)
+        out = dkv.generate(
+            model, params | {"embed_tokens": {"embedding": embedding}}, POISONED, max_new_tokens=3
+        )
     assert out.finish_reason == ("length", "error")
 
 
 def test_teacher_forced_warns():
     with pytest.warns(RuntimeWarning, match="request 1"):
-        teacher_forced(*with_embedding(np.nan), np.stack([TEXTS[0][:30], POISONED[1]]), 28, dkv.CompressionPolicy.none())
+        teacher_forced(
+            *with_embedding(np.nan),
+            np.stack([TEXTS[0][:30], POISONED[1]]),
+            28,
+            dkv.CompressionPolicy.none(),
+        )
 
 
 def test_calibrate_refuses():
     policy = dkv.coupled_quantization(4, 4)
     with pytest.raises(ValueError, match="keys of layer 0 are not finite.*float32"):
-        dkv.calibrate(*with_embedding(np.nan), POISONED[1][None], policy, fisher=False, iterations=1, progress=False)
+        dkv.calibrate(
+            *with_embedding(np.nan),
+            POISONED[1][None],
+            policy,
+            fisher=False,
+            iterations=1,
+            progress=False,
+        )
 
 
 def test_minus_infinity_is_a_choice_not_made():
@@ -111,7 +135,9 @@ def test_minus_infinity_is_a_choice_not_made():
     from diffkv_jax.sampling import Greedy, rules
 
     cache = dkv.make_cache(tiny_model()[0], None, [64, 64])
-    asked = Requests(rules([Greedy()] * 2), jax.random.split(jax.random.key(0), 2), jnp.int32(1), jnp.full(8, -1))
+    asked = Requests(
+        rules([Greedy()] * 2), jax.random.split(jax.random.key(0), 2), jnp.int32(1), jnp.full(8, -1)
+    )
     logits = jnp.full((2, 97), -jnp.inf).at[0, 7].set(1.0)
     state, _ = begin(cache, logits, jnp.full(2, True), jnp.full(2, False), asked, 1)
     assert state.tokens[0].tolist() == [7] and state.lengths.tolist() == [1, 0]

@@ -1,4 +1,6 @@
-"""The queries that scored a token, over several prompts and decode steps, against plain counting."""
+"""The queries that scored a token, over several prompts and decode steps, against plain
+counting.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,9 @@ from diffkv_jax.pallas_kernels.plan_event import mean_significance
 
 
 def counted(turns: list[tuple[int, int, int]]) -> tuple[np.ndarray, list[int]]:
-    """`observed` of one request after turns of (unobserved prompt rows, observing rows, decode steps), and the observing positions."""
+    """`observed` of one request after turns of (unobserved prompt rows, observing rows, decode
+    steps), and the observing positions.
+    """
     observed, length, positions = nothing_observed(1), 0, []
     for silent, rows, steps in turns:
         length += silent
@@ -23,7 +27,9 @@ def counted(turns: list[tuple[int, int, int]]) -> tuple[np.ndarray, list[int]]:
 def scored_by(observed: np.ndarray, length: int) -> np.ndarray:
     """The divisor of every position, read off the mean of S = 1."""
     ones, position = jnp.ones((1, length), jnp.float32), jnp.arange(length)[None]
-    return np.round(1 / np.asarray(mean_significance(ones, position, jnp.asarray(observed)))[0]).astype(int)
+    return np.round(
+        1 / np.asarray(mean_significance(ones, position, jnp.asarray(observed)))[0]
+    ).astype(int)
 
 
 @pytest.mark.daily(3)
@@ -35,7 +41,8 @@ def test_every_token_is_divided_by_the_queries_that_saw_it(seed):
     length = positions[-1] + 1
     expected = [sum(p >= t for p in positions) for t in range(length)]
     np.testing.assert_array_equal(scored_by(observed, length), expected)
-    wrong = np.minimum(length - np.arange(length), len(positions))  # what one running count would say
+    # what one running count would say
+    wrong = np.minimum(length - np.arange(length), len(positions))
     assert (wrong != expected).any()
 
 

@@ -30,20 +30,41 @@ def _package_folders() -> dict[str, Path]:
 
 def _source_files() -> list[Path]:
     tops = ("diffkv_jax", "models", "pallas_kernels", "scripts", "tests")
-    return [Path(folder) / f for top in tops for folder, _, files in os.walk(ROOT / top) for f in files if f.endswith(".py")]
+    return [
+        Path(folder) / f
+        for top in tops
+        for folder, _, files in os.walk(ROOT / top)
+        for f in files
+        if f.endswith(".py")
+    ]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy so that no stale build/ leaks into it and nothing is written to the checkout."""
+    """The wheel, built from a copy so that no stale build/ leaks into it and nothing is written to
+    the checkout.
+    """
     tmp = tmp_path_factory.mktemp("wheel")
     source = tmp / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("diffkv_jax", "models", "pallas_kernels"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp), str(source)]
+        shutil.copytree(
+            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp),
+        str(source),
+    ]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = tmp.glob("*.whl")
@@ -56,7 +77,11 @@ def test_packages_list_equals_the_folders():
 
 
 def test_every_package_has_an_init():
-    assert [str(f.relative_to(ROOT)) for f in _package_folders().values() if not (f / "__init__.py").is_file()] == []
+    assert [
+        str(f.relative_to(ROOT))
+        for f in _package_folders().values()
+        if not (f / "__init__.py").is_file()
+    ] == []
 
 
 @pytest.mark.parametrize("folder", MAPPED.values())
@@ -69,14 +94,20 @@ def test_links_are_relative(folder):
 
 
 def test_nothing_imports_the_mapped_folders_by_their_folder_name():
-    """Ruff's TID251 cannot tell `from .llama` in models/ from `from models.llama`, so absolute imports are checked here."""
+    """Ruff's TID251 cannot tell `from .llama` in models/ from `from models.llama`, so absolute
+    imports are checked here.
+    """
     wrong = []
     for path in _source_files():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module or ""]
-            wrong += [f"{path.relative_to(ROOT)}: {n}" for n in names if n.split(".")[0] in MAPPED.values()]
+            wrong += [
+                f"{path.relative_to(ROOT)}: {n}"
+                for n in names
+                if n.split(".")[0] in MAPPED.values()
+            ]
     assert wrong == []
 
 
@@ -97,7 +128,11 @@ def test_wheel_imports_from_an_empty_directory(wheel, tmp_path):
     modules = sorted(SETUPTOOLS["packages"])
     code = f"import importlib\nfor m in {modules!r}: print(importlib.import_module(m).__file__)"
     ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=empty, env={**os.environ, "PYTHONPATH": str(unpacked)}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=empty,
+        env={**os.environ, "PYTHONPATH": str(unpacked)},
+        capture_output=True,
+        text=True,
     )
     assert ran.returncode == 0, ran.stderr
     files = ran.stdout.split()

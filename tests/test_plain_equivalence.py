@@ -1,4 +1,6 @@
-"""`CompressionPolicy.none()` is plain attention: same logits in prefill and decode, for every geometry and prompt length."""
+"""`CompressionPolicy.none()` is plain attention: same logits in prefill and decode, for every
+geometry and prompt length.
+"""
 
 import dataclasses
 from functools import partial
@@ -24,7 +26,12 @@ GEOMETRIES = {
     "group3_dim96": {"q_heads": 3, "kv_heads": 1, "head_dim": 96},
     "group6_dim128": {"q_heads": 6, "kv_heads": 1, "head_dim": 128},
     "group16_dim256": {"q_heads": 16, "kv_heads": 1, "head_dim": 256},
-    "window_less_than_chunk_and_global": {"q_heads": 6, "kv_heads": 2, "layers": 3, "windows": (40, None, 40)},
+    "window_less_than_chunk_and_global": {
+        "q_heads": 6,
+        "kv_heads": 2,
+        "layers": 3,
+        "windows": (40, None, 40),
+    },
     "all_windows_more_than_chunk": {"q_heads": 3, "kv_heads": 1, "windows": (100, 100)},
 }
 
@@ -64,7 +71,9 @@ def decoded(model, params, cache: KVCache, rows: np.ndarray, lengths: np.ndarray
 
 
 def after(logits: np.ndarray, lengths: np.ndarray, steps: int) -> np.ndarray:
-    """Of logits [R, T, vocab] the `steps` rows that start with the first token behind each prompt."""
+    """Of logits [R, T, vocab] the `steps` rows that start with the first token behind each
+    prompt.
+    """
     return np.stack([row[n : n + steps] for row, n in zip(logits, lengths, strict=True)])
 
 
@@ -75,22 +84,36 @@ def error(a: np.ndarray, b: np.ndarray) -> float:
 def check_geometry(model, params) -> None:
     rows = texts(LENGTHS, STEPS)
     wanted = np.asarray(plain(model, params, jnp.asarray(rows)))
-    logits, cache = prefill(model, params, make_cache(model, POLICY, LENGTHS + STEPS), rows, LENGTHS, CHUNK)
+    logits, cache = prefill(
+        model, params, make_cache(model, POLICY, LENGTHS + STEPS), rows, LENGTHS, CHUNK
+    )
     last = wanted[np.arange(len(LENGTHS)), LENGTHS - 1]
     assert error(logits, last) <= TOLERANCE, "chunked prefill"
     got, wanted_behind = decoded(model, params, cache, rows, LENGTHS), after(wanted, LENGTHS, STEPS)
     assert error(got, wanted_behind) <= TOLERANCE, "decode"
-    assert error(jax.nn.log_softmax(got), jax.nn.log_softmax(wanted_behind)) <= TOLERANCE, "decode, log-probabilities"
+    assert error(jax.nn.log_softmax(got), jax.nn.log_softmax(wanted_behind)) <= TOLERANCE, (
+        "decode, log-probabilities"
+    )
     short = np.array([64, 1, 17, 40])
-    logits, _ = prefill(model, params, make_cache(model, POLICY, LENGTHS + STEPS), rows, short, CHUNK)
-    wanted = np.asarray(plain(model, params, jnp.asarray(np.where(np.arange(rows.shape[1]) < short[:, None], rows, 0))))
-    assert error(logits, wanted[np.arange(len(short)), short - 1]) <= TOLERANCE, "prompt of one chunk"
+    logits, _ = prefill(
+        model, params, make_cache(model, POLICY, LENGTHS + STEPS), rows, short, CHUNK
+    )
+    wanted = np.asarray(
+        plain(
+            model, params, jnp.asarray(np.where(np.arange(rows.shape[1]) < short[:, None], rows, 0))
+        )
+    )
+    assert error(logits, wanted[np.arange(len(short)), short - 1]) <= TOLERANCE, (
+        "prompt of one chunk"
+    )
 
 
 MARKS = {name: pytest.mark.slow for name in GEOMETRIES if "dim96" not in name}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in GEOMETRIES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=MARKS.get(name, ())) for name in GEOMETRIES]
+)
 def test_equals_plain_attention(name):
     model, params = tiny_model(**GEOMETRIES[name])
     check_geometry(model, params)
@@ -101,19 +124,25 @@ def test_equals_plain_attention_with_soft_cap():
     model, params = tiny_model(**GEOMETRIES["window_less_than_chunk_and_global"])
     capped = model.clone(config=dataclasses.replace(model.config, attn_logit_softcapping=2.0))
     rows = jnp.asarray(texts(LENGTHS, STEPS))
-    assert error(plain(model, params, rows), plain(capped, params, rows)) > 100 * TOLERANCE, "the cap must matter"
+    assert error(plain(model, params, rows), plain(capped, params, rows)) > 100 * TOLERANCE, (
+        "the cap must matter"
+    )
     check_geometry(capped, params)
 
 
 @pytest.fixture(scope="module")
 def after_prompt():
-    """Model, parameters, texts, plain logits behind the prompts, and a function that gives a fresh cache after the prompts."""
+    """Model, parameters, texts, plain logits behind the prompts, and a function that gives a fresh
+    cache after the prompts.
+    """
     model, params = tiny_model(**GEOMETRIES["group3_dim96"])
     rows = texts(LENGTHS, STEPS)
     wanted = after(np.asarray(plain(model, params, jnp.asarray(rows))), LENGTHS, STEPS)
 
     def fresh() -> KVCache:
-        return prefill(model, params, make_cache(model, POLICY, LENGTHS + STEPS), rows, LENGTHS, CHUNK)[1]
+        return prefill(
+            model, params, make_cache(model, POLICY, LENGTHS + STEPS), rows, LENGTHS, CHUNK
+        )[1]
 
     return model, params, rows, wanted, fresh
 
@@ -122,12 +151,18 @@ def swap_pages(cache: KVCache) -> KVCache:
     """The first page of requests 1 and 3, layer 0, exchanged."""
     table = cache.page_table
     one, other = table[0, 1, 0, 0], table[0, 3, 0, 0]
-    return dataclasses.replace(cache, page_table=table.at[0, 1, 0, 0].set(other).at[0, 3, 0, 0].set(one))
+    return dataclasses.replace(
+        cache, page_table=table.at[0, 1, 0, 0].set(other).at[0, 3, 0, 0].set(one)
+    )
 
 
 def shift_recent(cache: KVCache) -> KVCache:
     """The recent window one slot too far left: the oldest token is lost, an empty slot counts."""
-    return dataclasses.replace(cache, recent_k=jnp.roll(cache.recent_k, -1, axis=3), recent_v=jnp.roll(cache.recent_v, -1, axis=3))
+    return dataclasses.replace(
+        cache,
+        recent_k=jnp.roll(cache.recent_k, -1, axis=3),
+        recent_v=jnp.roll(cache.recent_v, -1, axis=3),
+    )
 
 
 def swap_k_and_v(cache: KVCache) -> KVCache:
@@ -143,7 +178,9 @@ def test_comparison_rejects_damaged_cache(after_prompt, damage):
 
 @pytest.mark.slow
 def test_every_prompt_length_from_1_to_200():
-    """Eight batches of 25 prompts with lengths 8 apart, one compile; the greedy tokens are those of plain attention."""
+    """Eight batches of 25 prompts with lengths 8 apart, one compile; the greedy tokens are those of
+    plain attention.
+    """
     new, longest = 16, 200
     model, params = tiny_model()
     policy = CompressionPolicy.none(flush=8)
@@ -151,7 +188,9 @@ def test_every_prompt_length_from_1_to_200():
         lengths = np.arange(first, longest + 1, 8)
         rows = texts(lengths, 0)
         cache = make_cache(model, policy, [longest + new] * len(lengths))
-        out = generate(model, params, rows, lengths, cache=cache, max_new_tokens=new, prefill_chunk=CHUNK)
+        out = generate(
+            model, params, rows, lengths, cache=cache, max_new_tokens=new, prefill_chunk=CHUNK
+        )
         assert set(out.finish_reason) == {"length"}
         text = np.zeros((len(lengths), longest + new), np.int32)
         for i, n in enumerate(lengths):
@@ -166,7 +205,9 @@ def test_teacher_forced_equals_plain_attention():
     model, params = tiny_model()
     context, steps = 256, 40
     rows = texts(np.full(2, context), steps)
-    got, cache = teacher_forced(model, params, rows, context, CompressionPolicy.none(), prefill_chunk=CHUNK)
+    got, cache = teacher_forced(
+        model, params, rows, context, CompressionPolicy.none(), prefill_chunk=CHUNK
+    )
     wanted = np.asarray(jax.nn.log_softmax(plain(model, params, jnp.asarray(rows))))[:, context:]
     assert got.shape == wanted.shape and error(got, wanted) <= TOLERANCE
     np.testing.assert_array_equal(cache.seq_len, context + steps)

@@ -1,4 +1,6 @@
-"""What policies, their parts and the small functions take for an argument, as what they keep it, and what they say of the rest."""
+"""What policies, their parts and the small functions take for an argument, as what they keep it,
+and what they say of the rest.
+"""
 
 import dataclasses
 import json
@@ -25,11 +27,17 @@ SAME = {
     "no sign": (lambda: dkv.diffkv(1.0, -0.0), lambda: dkv.diffkv(1.0, 0.0)),
     "flag": (lambda: dkv.diffkv(rotate=np.bool_(True)), lambda: dkv.diffkv(rotate=True)),
     "ids": (lambda: dkv.h2o(protect=np.array([3, 5])), lambda: dkv.h2o(protect=[3, 5])),
-    "layers": (lambda: dkv.key_norm(whole_layers=range(2)), lambda: dkv.key_norm(whole_layers=(0, 1))),
+    "layers": (
+        lambda: dkv.key_norm(whole_layers=range(2)),
+        lambda: dkv.key_norm(whole_layers=(0, 1)),
+    ),
     "bits": (lambda: dkv.kivi(np.int64(4), group=np.int8(32)), lambda: dkv.kivi(4)),
     "outliers": (lambda: dkv.gear(outliers=np.float32(0.5)), lambda: dkv.gear(outliers=0.5)),
     "merge": (lambda: dkv.minicache(np.float64(0.5)), lambda: dkv.minicache(0.5)),
-    "replay": (lambda: dkv.kvzip(replay=dkv.Replay([np.int32(1)])), lambda: dkv.kvzip(replay=dkv.Replay((1,)))),
+    "replay": (
+        lambda: dkv.kvzip(replay=dkv.Replay([np.int32(1)])),
+        lambda: dkv.kvzip(replay=dkv.Replay((1,))),
+    ),
     "format": (lambda: dkv.quantized(np.str_("K8V4")), lambda: dkv.quantized("K8V4")),
 }
 
@@ -47,31 +55,58 @@ REFUSED = {
     "window": (lambda: dkv.snapkv(window=2.0), r"window=2\.0 must be an integer"),
     "window True": (lambda: CompressionPolicy.none(window=True), "window=True must be an integer"),
     "window None": (lambda: dkv.h2o(window=None), "window=None must be an integer"),
-    "window of any size": (lambda: dkv.h2o(window=10**30), "window=1000.* must be an integer from 1 to 16777216"),
+    "window of any size": (
+        lambda: dkv.h2o(window=10**30),
+        "window=1000.* must be an integer from 1 to 16777216",
+    ),
     "alpha None": (lambda: dkv.diffkv(None), "alpha_high=None must be finite"),
     "alpha text": (lambda: dkv.diffkv("1.0"), "alpha_high='1.0' must be finite"),
-    "alphas of two shapes": (lambda: dkv.diffkv([[1.0], [1.0, 2.0]]), "alpha_high=.* nested lists of equal shapes"),
+    "alphas of two shapes": (
+        lambda: dkv.diffkv([[1.0], [1.0, 2.0]]),
+        "alpha_high=.* nested lists of equal shapes",
+    ),
     "no alphas": (lambda: dkv.diffkv(()), r"alpha_high=\(\) must be one value or nested"),
-    "alphas that do not meet": (lambda: dkv.diffkv((1.0, 1.0), (0.0,) * 3), "alpha_high=.* and alpha_low=.* must broadcast together"),
+    "alphas that do not meet": (
+        lambda: dkv.diffkv((1.0, 1.0), (0.0,) * 3),
+        "alpha_high=.* and alpha_low=.* must broadcast together",
+    ),
     "budgets that do not meet": (
-        lambda: dataclasses.replace(dkv.h2o((0.5,) * 3), tiers=("K8V4", "K4V2"), keep_high=(0.1, 0.1)),
+        lambda: dataclasses.replace(
+            dkv.h2o((0.5,) * 3), tiers=("K8V4", "K4V2"), keep_high=(0.1, 0.1)
+        ),
         "keep_high=.* and keep=.* must broadcast together",
     ),
     "keep of any size": (lambda: dkv.h2o(2**63), "keep=9223372036854775808 must be a share"),
     "keep True": (lambda: dkv.h2o(True), "keep=True must be a share"),
     "keep an object": (lambda: dkv.h2o(np.array([0.5, None])), "keep=.* must be a share"),
     "keep no float32": (lambda: dkv.h2o(1e-320), "keep=1e-320 must be a share"),
-    "keep_high text": (lambda: dataclasses.replace(dkv.h2o(), keep_high="1MiB"), "keep_high='1MiB' must be"),
+    "keep_high text": (
+        lambda: dataclasses.replace(dkv.h2o(), keep_high="1MiB"),
+        "keep_high='1MiB' must be",
+    ),
     "flag 1": (lambda: dkv.diffkv(rotate=1), "rotate=1 must be True or False"),
     "flag text": (lambda: dkv.pyramidinfer(nested="no"), "nested='no' must be True or False"),
-    "ids beyond int32": (lambda: dkv.h2o(protect=[2**31]), "protect=.* must be token ids.*it holds 2147483648"),
+    "ids beyond int32": (
+        lambda: dkv.h2o(protect=[2**31]),
+        "protect=.* must be token ids.*it holds 2147483648",
+    ),
     "name None": (lambda: CompressionPolicy(None, ("full",)), "name=None must be"),
-    "tiers None": (lambda: CompressionPolicy("x", (None,)), r"tiers=\(None,\) must be a list of format names"),
+    "tiers None": (
+        lambda: CompressionPolicy("x", (None,)),
+        r"tiers=\(None,\) must be a list of "
+        r"format names",
+    ),
     "tiers text": (lambda: dkv.h2o(tiers="K8V4"), "tiers='K8V4' must be a list of format names"),
     "tiers unknown": (lambda: dkv.h2o(tiers=("fp8",)), r"tiers=\('fp8',\): format 'fp8' must be"),
-    "score a list": (lambda: CompressionPolicy("x", ("full",), score=["window"]), r"score=\['window'\] must be one of"),
+    "score a list": (
+        lambda: CompressionPolicy("x", ("full",), score=["window"]),
+        r"score=\['window'\] must be one of",
+    ),
     "epsilon None": (lambda: dkv.expected_attention(epsilon=None), "epsilon=None must be"),
-    "pooled NaN": (lambda: dkv.ada_kv(dkv.h2o(), float("nan")), "floor=nan must be a number from 0 to 1"),
+    "pooled NaN": (
+        lambda: dkv.ada_kv(dkv.h2o(), float("nan")),
+        "floor=nan must be a number from 0 to 1",
+    ),
     "transforms": (lambda: dataclasses.replace(dkv.kvquant(), rotate=True), "choose one"),
     "no policy": (lambda: dkv.ada_kv("h2o"), "policy='h2o' must be a CompressionPolicy"),
     "no format": (lambda: dkv.quantized(None), "fmt=None must be the name of a format"),
@@ -93,20 +128,51 @@ REFUSED = {
     "replay": (lambda: dkv.Replay(chunk=2**31), "replay.chunk=2147483648 must be"),
     "replay ids": (lambda: dkv.Replay(first=[True]), r"replay.first=\[True\] must be token ids"),
     "classes": (lambda: dkv.TokenClasses(None, ()), "special=None must be a list of token ids"),
-    "tokenizer": (lambda: dkv.token_classes("gpt2"), "tokenizer='gpt2' must be a Hugging Face tokenizer"),
-    "tokenizer's name": (lambda: dkv.replay_words("gpt2"), "tokenizer='gpt2' must be a Hugging Face tokenizer"),
+    "tokenizer": (
+        lambda: dkv.token_classes("gpt2"),
+        "tokenizer='gpt2' must be a Hugging Face tokenizer",
+    ),
+    "tokenizer's name": (
+        lambda: dkv.replay_words("gpt2"),
+        "tokenizer='gpt2' must be a Hugging Face tokenizer",
+    ),
     "no cache": (lambda: dkv.memory_report(None), "cache=None must be a KVCache"),
-    "heads": (lambda: dataclasses.replace(SPEC, num_kv_heads=2.0), r"num_kv_heads=2\.0 must be an integer"),
-    "layers of windows": (lambda: dataclasses.replace(SPEC, sliding_windows=(None, None, None, 0)), "sliding_windows=.*it holds 0"),
+    "heads": (
+        lambda: dataclasses.replace(SPEC, num_kv_heads=2.0),
+        r"num_kv_heads=2\.0 must be an "
+        r"integer",
+    ),
+    "layers of windows": (
+        lambda: dataclasses.replace(SPEC, sliding_windows=(None, None, None, 0)),
+        "sliding_windows=.*it holds 0",
+    ),
     "rope": (lambda: dataclasses.replace(SPEC, rope=(1.0,)), "rope=.* each pair of head_dim=32"),
-    "build without a policy": (lambda: CacheSpec.build(SPEC, "none", **BUILD), "policy='none' must be a CompressionPolicy"),
-    "build of a model": (lambda: CacheSpec.build(None, CompressionPolicy.none(), **BUILD), "attention=None must be an AttentionSpec"),
-    "build of floats": (lambda: CacheSpec.build(SPEC, CompressionPolicy.none(), **BUILD | {"max_len": 64.0}), "max_len=64.0 must be"),
-    "no dtype": (lambda: CacheSpec.build(SPEC, CompressionPolicy.none(), **BUILD | {"dtype": None}), "dtype=None must be"),
+    "build without a policy": (
+        lambda: CacheSpec.build(SPEC, "none", **BUILD),
+        "policy='none' must be a CompressionPolicy",
+    ),
+    "build of a model": (
+        lambda: CacheSpec.build(None, CompressionPolicy.none(), **BUILD),
+        "attention=None must be an AttentionSpec",
+    ),
+    "build of floats": (
+        lambda: CacheSpec.build(SPEC, CompressionPolicy.none(), **BUILD | {"max_len": 64.0}),
+        "max_len=64.0 must be",
+    ),
+    "no dtype": (
+        lambda: CacheSpec.build(SPEC, CompressionPolicy.none(), **BUILD | {"dtype": None}),
+        "dtype=None must be",
+    ),
     "amount None": (lambda: parse_bytes(None), "memory_budget=None must be a number of bytes"),
     "amount True": (lambda: parse_bytes(True), "memory_budget=True must be a number of bytes"),
-    "amount NaN": (lambda: parse_bytes(float("nan")), "memory_budget=nan must be a number of bytes"),
-    "amount of many digits": (lambda: parse_bytes("9" * 400 + "GiB"), "memory_budget=.* must be a number of bytes"),
+    "amount NaN": (
+        lambda: parse_bytes(float("nan")),
+        "memory_budget=nan must be a number of bytes",
+    ),
+    "amount of many digits": (
+        lambda: parse_bytes("9" * 400 + "GiB"),
+        "memory_budget=.* must be a number of bytes",
+    ),
     "no path": (lambda: dkv.Calibration.load(None), "path=None must be the path"),
     "null in the path": (lambda: dkv.Calibration.load("a\0"), "path=.* must be the path"),
 }
@@ -122,21 +188,42 @@ def test_refused_when_given(case):
 @pytest.mark.parametrize("field", ["window", "flush", "sinks", "pooling", "future"])
 def test_stretches_longer_than_the_context(field):
     bases = {"future": dkv.expected_attention(), "pooling": dkv.snapkv()}
-    build = {length: dataclasses.replace(bases.get(field, dkv.h2o()), **{field: length}) for length in (1024, 1025)}
+    build = {
+        length: dataclasses.replace(bases.get(field, dkv.h2o()), **{field: length})
+        for length in (1024, 1025)
+    }
     CacheSpec.build(SPEC, build[1024], **BUILD)
-    with pytest.raises(ValueError, match=f"{field}=1025 of policy .* context of 512 tokens: lower it to at most 1024"):
+    with pytest.raises(
+        ValueError,
+        match=f"{field}=1025 of policy .* context of 512 tokens: lower it to at most 1024",
+    ):
         CacheSpec.build(SPEC, build[1025], **BUILD)
 
 
 def test_what_does_not_broadcast_is_named():
-    for policy, field in ((dkv.diffkv(1.0, (0.1, 0.2, 0.3)), "alpha_low"), (dkv.h2o((0.1, 0.2, 0.3)), "keep")):
-        with pytest.raises(ValueError, match=rf"{field}=\(0.1, 0.2, 0.3\) of policy .* must broadcast to .* = \(2, 1, 2\)"):
+    for policy, field in (
+        (dkv.diffkv(1.0, (0.1, 0.2, 0.3)), "alpha_low"),
+        (dkv.h2o((0.1, 0.2, 0.3)), "keep"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=rf"{field}=\(0.1, 0.2, 0.3\) of policy .* must "
+            rf"broadcast to .* = \(2, 1, 2\)",
+        ):
             policy.limits(2, 1, 2)
 
 
 def test_amounts():
-    assert parse_bytes(10**30) == 10**30 and parse_bytes(np.int64(2**40)) == 2**40 and parse_bytes(1.5e9) == 1_500_000_000
-    assert parse_bytes(" 1.5 kib ") == 1536 and parse_bytes("1.KB") == 1000 and parse_bytes(".5KB") == 500
+    assert (
+        parse_bytes(10**30) == 10**30
+        and parse_bytes(np.int64(2**40)) == 2**40
+        and parse_bytes(1.5e9) == 1_500_000_000
+    )
+    assert (
+        parse_bytes(" 1.5 kib ") == 1536
+        and parse_bytes("1.KB") == 1000
+        and parse_bytes(".5KB") == 500
+    )
     with pytest.raises(TypeError, match="keep=Fraction"):
         parse_bytes(Fraction(5), "keep")
 
@@ -144,7 +231,11 @@ def test_amounts():
 def test_what_names_a_policy():
     assert dkv.load_policy(dkv.h2o(0.3)) == dkv.h2o(0.3)
     assert dkv.load_policy("snapkv") == dkv.load_policy(dkv.snapkv) == dkv.snapkv()
-    assert dkv.load_policy("none") == dkv.load_policy(CompressionPolicy.none) == CompressionPolicy.none()
+    assert (
+        dkv.load_policy("none")
+        == dkv.load_policy(CompressionPolicy.none)
+        == CompressionPolicy.none()
+    )
     assert dkv.load_policy({"name": "x", "tiers": ["K8V4"]}) == CompressionPolicy("x", ("K8V4",))
     assert dkv.load_policy(json.loads(dkv.kvzip().to_json())) == dkv.kvzip()
 
@@ -154,12 +245,19 @@ SOURCES = {
     "None": (None, "policy=None must be a CompressionPolicy, a mapping of its fields, one of"),
     "bytes": (b"snapkv", "policy=b'snapkv' must be"),
     "a number": (3, "policy=3 must be"),
-    "a method that needs a policy": (dkv.ada_kv, "policy=<function ada_kv.* call it with its arguments"),
+    "a method that needs a policy": (
+        dkv.ada_kv,
+        "policy=<function ada_kv.* call it with its arguments",
+    ),
     "a class": (CompressionPolicy, "policy=.* must be a CompressionPolicy"),
     "a folder": (".", r"policy='\.' must be a JSON file.*a folder"),
     "a long name": ("x" * 5000, "policy='xxx.* must be the path"),
     "a null byte": ("a\0b", "policy=.* must be the path"),
-    "an unknown field": ({"name": "x", "tiers": ["full"], "windows": 3}, r"unknown \['windows'\]; did you mean 'window'"),
+    "an unknown field": (
+        {"name": "x", "tiers": ["full"], "windows": 3},
+        r"unknown \['windows'\]; "
+        r"did you mean 'window'",
+    ),
     "a field that is no text": ({"name": "x", "tiers": ["full"], 3: 3}, r"unknown \[3\]"),
     "no tiers": ({"name": "x"}, r"missing \['tiers'\]"),
     "a bad field": ({"name": "x", "tiers": ["full"], "window": None}, "window=None must be"),
@@ -175,13 +273,25 @@ def test_what_names_none(case):
 
 FILES = {
     "not UTF-8": (b'{"name": "\xff"}', "policy='.*' must be a JSON file.*utf-8"),
-    "cut": (dkv.kvzip().to_json()[:-9].encode(), "policy file .*text=.* must be the JSON of a policy"),
+    "cut": (
+        dkv.kvzip().to_json()[:-9].encode(),
+        "policy file .*text=.* must be the JSON of a policy",
+    ),
     "empty": (b"", "policy file .*must be the JSON of a policy"),
     "nested without end": (b"[" * 100_000, "policy file .*must be the JSON of a policy"),
-    "endless digits": (b'{"name": "x", "tiers": ["full"], "window": ' + b"9" * 5000 + b"}", "policy file .*must be the JSON of a policy"),
+    "endless digits": (
+        b'{"name": "x", "tiers": ["full"], "window": ' + b"9" * 5000 + b"}",
+        "policy file .*must be the JSON of a policy",
+    ),
     "a number": (b"3", "policy file .*must be a JSON object"),
-    "a wrong type": (b'{"name": "x", "tiers": "full"}', "policy file .*tiers='full' must be a list"),
-    "infinity": (b'{"name": "x", "tiers": ["full"], "alpha_high": Infinity}', "policy file .*alpha_high=inf must be finite"),
+    "a wrong type": (
+        b'{"name": "x", "tiers": "full"}',
+        "policy file .*tiers='full' must be a list",
+    ),
+    "infinity": (
+        b'{"name": "x", "tiers": ["full"], "alpha_high": Infinity}',
+        "policy file .*alpha_high=inf must be finite",
+    ),
 }
 
 
@@ -192,17 +302,23 @@ def test_files(case, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         dkv.load_policy(path)
-    path.write_bytes(b"\xef\xbb\xbf" + dkv.tova().to_json().encode())  # as some editors begin a file
+    # as some editors begin a file
+    path.write_bytes(b"\xef\xbb\xbf" + dkv.tova().to_json().encode())
     assert dkv.load_policy(str(path)) == dkv.tova()
 
 
 def test_calibration_folders(tmp_path):
-    made = dkv.Calibration(((None, np.zeros((1, 1, 2), np.float16)),), ["K4V8v4"], np.bool_(True), False, "x")
+    made = dkv.Calibration(
+        ((None, np.zeros((1, 1, 2), np.float16)),), ["K4V8v4"], np.bool_(True), False, "x"
+    )
     assert made.tiers == ("K4V8v4",) and made.un_rope is True
     made.save(tmp_path / "new" / "folder")
     assert dkv.Calibration.load(tmp_path / "new" / "folder").fingerprint == "x"
     (tmp_path / "file").write_text("x")
-    for path, message in ((tmp_path / "new", "is there already: give overwrite=True"), (tmp_path / "file", "take another")):
+    for path, message in (
+        (tmp_path / "new", "is there already: give overwrite=True"),
+        (tmp_path / "file", "take another"),
+    ):
         with pytest.raises(ValueError, match=f"path=.*{message}"):
             made.save(path)
     with pytest.raises(ValueError, match="path=.* must be a folder that can be made"):

@@ -1,4 +1,6 @@
-"""PyramidInfer: one set of tokens a layer, nested over depth, chosen while the prompt is read; against NumPy."""
+"""PyramidInfer: one set of tokens a layer, nested over depth, chosen while the prompt is read;
+against NumPy.
+"""
 
 import dataclasses
 
@@ -18,34 +20,49 @@ from tiny import tiny_model
 LAYERS, LENGTHS = 4, (100, 61)
 PROMPTS = [np.random.default_rng(seed).integers(0, 97, n) for seed, n in enumerate(LENGTHS)]
 POLICY = dkv.pyramidinfer(0.5, window=16)
-native = pytest.param("cpu", marks=pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable())))
+native = pytest.param(
+    "cpu", marks=pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+)
 
 
 def model_of():
     return tiny_model(q_heads=4, kv_heads=2, head_dim=32, layers=LAYERS, sharpness=12.0)
 
 
-def prefilled(policy: dkv.CompressionPolicy, chunk: int, implementation: str = "xla") -> tuple[np.ndarray, dkv.KVCache]:
+def prefilled(
+    policy: dkv.CompressionPolicy, chunk: int, implementation: str = "xla"
+) -> tuple[np.ndarray, dkv.KVCache]:
     """Logits of the last token of both prompts, and the cache."""
     model, params = model_of()
     batch = np.zeros((2, max(LENGTHS)), np.int32)
     for row, prompt in enumerate(PROMPTS):
         batch[row, : len(prompt)] = prompt
-    cache = make_cache(model, policy, LENGTHS, cache_dtype="float32", kernels=Kernels(implementation))
+    cache = make_cache(
+        model, policy, LENGTHS, cache_dtype="float32", kernels=Kernels(implementation)
+    )
     logits, cache = prefill(model, params, cache, batch, np.array(LENGTHS), chunk)
     return np.asarray(logits), cache
 
 
 def kept(cache: dkv.KVCache, row: int) -> list[set[int]]:
     """What each layer holds of a request, the same in both heads."""
-    heads = [[set(held_tokens(cache, layer, row, head)) for layer in range(LAYERS)] for head in range(2)]
+    heads = [
+        [set(held_tokens(cache, layer, row, head)) for layer in range(LAYERS)] for head in range(2)
+    ]
     assert heads[0] == heads[1]
     return heads[0]
 
 
 def expected(row: int, **changes) -> tuple[list[set[int]], np.ndarray]:
     budgets = [int(LENGTHS[row] * 0.5 * factor + 1e-3) for factor in cosine(LAYERS, 0.5)]
-    return read(model_of()[1], PROMPTS[row], 4, 2, budgets, **({"window": 16, "sinks": 4, "newest": 1.2} | changes))
+    return read(
+        model_of()[1],
+        PROMPTS[row],
+        4,
+        2,
+        budgets,
+        **({"window": 16, "sinks": 4, "newest": 1.2} | changes),
+    )
 
 
 @pytest.mark.slow
@@ -56,7 +73,10 @@ def test_layers_keep_what_the_paper_says(implementation):
     for row in range(2):
         sets, last = expected(row)
         assert kept(cache, row) == sets
-        assert all(deep <= shallow for shallow, deep in zip(sets, sets[1:], strict=False)) and sets[-1] < sets[0]
+        assert (
+            all(deep <= shallow for shallow, deep in zip(sets, sets[1:], strict=False))
+            and sets[-1] < sets[0]
+        )
         np.testing.assert_allclose(logits[row], last, atol=2e-4)
     without, last = expected(0, nested=False)  # the comparisons can fail
     assert without[0] == kept(cache, 0)[0] and without[1:] != kept(cache, 0)[1:]
@@ -106,8 +126,14 @@ def test_cosine_budgets():
     ("changes", "message"),
     [
         ({"newest_weight": 0.0}, "finite number above 0"),
-        ({"score": "attention_sum", "observe": "all", "shared": False, "nested": False}, "newest_weight=1.2 is about"),
-        ({"score": "attention_sum", "observe": "all", "newest_weight": 1.0}, "shared=True is about"),
+        (
+            {"score": "attention_sum", "observe": "all", "shared": False, "nested": False},
+            "newest_weight=1.2 is about",
+        ),
+        (
+            {"score": "attention_sum", "observe": "all", "newest_weight": 1.0},
+            "shared=True is about",
+        ),
         ({"shared": False}, "needs shared=True"),
         ({"whole_layers": (1,)}, "cannot keep what layers before them drop"),
         ({"pooled": 0.2}, "as much in every head"),
@@ -128,4 +154,8 @@ def test_sliding_windows_would_see_dropped_tokens():
 
 def test_the_policy_is_data():
     policy = dkv.load_policy("pyramidinfer")
-    assert dkv.CompressionPolicy.from_json(policy.to_json()) == policy and policy.nested and policy.layers == "cosine"
+    assert (
+        dkv.CompressionPolicy.from_json(policy.to_json()) == policy
+        and policy.nested
+        and policy.layers == "cosine"
+    )

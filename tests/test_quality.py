@@ -1,4 +1,6 @@
-"""What the compressed cache costs on a real model, at allocated bytes, and that it costs nothing beyond its codec and its drops."""
+"""What the compressed cache costs on a real model, at allocated bytes, and that it costs nothing
+beyond its codec and its drops.
+"""
 
 from functools import cache
 
@@ -18,7 +20,9 @@ TEXTS = ("hamlet", "king_james", "stdlib_source")
 
 @cache
 def measured(text: str, context: int = CONTEXT, steps: int = STEPS) -> dict[str, quality.Line]:
-    """Every policy on one text, prompt in one chunk: attended exactly, compressed once, as the simulation does."""
+    """Every policy on one text, prompt in one chunk: attended exactly, compressed once, as the
+    simulation does.
+    """
     smollm2_gguf_path()  # skips, with the reason, where the model's package is missing
     policies = {KEEP_ALL: dkv.diffkv(1.0, 0.0), DROPPING: dkv.diffkv(1.0, 0.02)}
     lines = quality.measure(context, steps, (text,), policies, chunk=context)
@@ -47,18 +51,27 @@ def test_dropping_saves_more(text):
 
 @pytest.mark.parametrize(("policy", "alpha_low"), [(KEEP_ALL, 0.0), (DROPPING, 0.02)])
 def test_nothing_is_lost_beyond_codec_and_drops(policy, alpha_low):
-    """The independent simulation (torch, dense tensors, fake quantisation) makes the same decisions and comes to the same KL."""
-    simulation = pytest.importorskip("oracles.fake_quant_simulation", reason="needs torch", exc_type=ImportError)
+    """The independent simulation (torch, dense tensors, fake quantisation) makes the same decisions
+    and comes to the same KL.
+    """
+    simulation = pytest.importorskip(
+        "oracles.fake_quant_simulation", reason="needs torch", exc_type=ImportError
+    )
     model, tokens, prefilled, full = simulated_prompt("hamlet")
     context = SIMULATED[0]
     run = simulation.decode(model, prefilled, tokens[context:-1], simulation.Policy(1.0, alpha_low))
     figures = simulation.metrics(full.logits, run.logits, tokens[context + 1 :])
     line = measured("hamlet", *SIMULATED)[policy]
-    print(f"\n{policy}: KL {line.mean_kl:.4f}, simulated {figures['mean_kl']:.4f}; fractions {run.fractions.mean(axis=(0, 1))}")
+    print(
+        f"\n{policy}: KL {line.mean_kl:.4f}, simulated {figures['mean_kl']:.4f}; fractions "
+        f"{run.fractions.mean(axis=(0, 1))}"
+    )
     assert line.mean_kl == pytest.approx(figures["mean_kl"], rel=0.25)
     assert line.perplexity_full == pytest.approx(figures["perplexity_full"], rel=0.01)
     recent, high, low, dropped = run.fractions.mean(axis=(0, 1))
-    assert np.allclose([line.recent, line.high, line.low, line.dropped], [recent, high, low, dropped], atol=0.01)
+    assert np.allclose(
+        [line.recent, line.high, line.low, line.dropped], [recent, high, low, dropped], atol=0.01
+    )
 
 
 @cache
@@ -71,5 +84,7 @@ def simulated_prompt(text: str):
     model, tokenizer = simulation.load(smollm2_gguf_path())
     context, steps = SIMULATED
     tokens = quality.text_tokens(tokenizer, [text], context + steps + 1)[0]
-    prefilled = simulation.prefill(model, tokens[:context], context + steps + 1, cache_dtype=torch.bfloat16)
+    prefilled = simulation.prefill(
+        model, tokens[:context], context + steps + 1, cache_dtype=torch.bfloat16
+    )
     return model, tokens, prefilled, simulation.decode(model, prefilled, tokens[context:-1])

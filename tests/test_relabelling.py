@@ -1,4 +1,6 @@
-"""A tier's number means nothing: one codec holds the same tokens as the only tier, as the high one and as the low one."""
+"""A tier's number means nothing: one codec holds the same tokens as the only tier, as the high one
+and as the low one.
+"""
 
 import numpy as np
 import pytest
@@ -18,8 +20,14 @@ LOW = dkv.CompressionPolicy("low", ("K8V4", "K4V2"), 1e9, 0.0, 16, **SCHEDULE)
 def held(policy: dkv.CompressionPolicy):
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     log_probs, cache = teacher_forced(model, params, TOKENS, 100, policy, prefill_chunk=128)
-    tokens = {(row, head): held_tokens(cache, 1, row, head) for row in range(2) for head in range(2)}
-    return log_probs, tokens, {tier for by_position in tokens.values() for tier, *_ in by_position.values()}
+    tokens = {
+        (row, head): held_tokens(cache, 1, row, head) for row in range(2) for head in range(2)
+    }
+    return (
+        log_probs,
+        tokens,
+        {tier for by_position in tokens.values() for tier, *_ in by_position.values()},
+    )
 
 
 @pytest.mark.slow

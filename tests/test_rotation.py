@@ -15,11 +15,14 @@ TOKENS = np.random.default_rng(2).integers(0, 97, (2, 120))
 
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_the_matrix_is_orthogonal(head_dim):
-    np.testing.assert_allclose(rotation(head_dim) @ rotation(head_dim).T, np.eye(head_dim), atol=1e-6)
+    np.testing.assert_allclose(
+        rotation(head_dim) @ rotation(head_dim).T, np.eye(head_dim), atol=1e-6
+    )
     x = np.random.default_rng(0).normal(size=(3, head_dim)).astype(np.float32)
     np.testing.assert_allclose(rotated(rotated(x), back=True), x, atol=1e-5)
     assert np.abs(np.asarray(rotated(x)) - x).max() > 1
-    largest = np.abs(rotated(np.eye(head_dim, dtype=np.float32)[:1])).max()  # one channel spreads over all
+    # one channel spreads over all
+    largest = np.abs(rotated(np.eye(head_dim, dtype=np.float32)[:1])).max()
     assert largest < 0.5
 
 
@@ -27,7 +30,13 @@ def test_the_matrix_is_orthogonal(head_dim):
 def test_exact_tokens_give_the_same_text():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     outputs = [
-        teacher_forced(model, params, TOKENS, 100, dkv.CompressionPolicy("exact", ("full",), rotate=rotate, window=16, flush=8))
+        teacher_forced(
+            model,
+            params,
+            TOKENS,
+            100,
+            dkv.CompressionPolicy("exact", ("full",), rotate=rotate, window=16, flush=8),
+        )
         for rotate in (False, True)
     ]
     np.testing.assert_allclose(outputs[0][0], outputs[1][0], atol=2e-4)
@@ -42,7 +51,13 @@ def test_norms_do_not_turn():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     options = {"window": 16, "flush": 8, "sinks": 2}
     plain, turned = (
-        dkv.generate(model, params, TOKENS, policy=dkv.key_norm(0.5, whole_layers=(), rotate=rotate, **options), max_new_tokens=1).cache
+        dkv.generate(
+            model,
+            params,
+            TOKENS,
+            policy=dkv.key_norm(0.5, whole_layers=(), rotate=rotate, **options),
+            max_new_tokens=1,
+        ).cache
         for rotate in (False, True)
     )
     assert set(held_tokens(plain, 0, 1, 0)) == set(held_tokens(turned, 0, 1, 0))

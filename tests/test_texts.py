@@ -7,7 +7,12 @@ import texts
 @pytest.mark.parametrize(
     ("text", "opening", "inside", "least"),
     [
-        (texts.hamlet, "Hamlet\n\nACT I\n", "To be, or not to be: that is the question:\nWhether", 170_000),
+        (
+            texts.hamlet,
+            "Hamlet\n\nACT I\n",
+            "To be, or not to be: that is the question:\nWhether",
+            170_000,
+        ),
         (texts.king_james, "Genesis 1\n\nIn the beginning God created", "\nJohn 11\n", 4_000_000),
         (texts.stdlib_source, "# Author: Steven J. Bethard", "class ArgumentParser", 400_000),
     ],

@@ -1,4 +1,6 @@
-"""DiffKV's tiers in the shallow layers, MiniCache's pairs in the deep ones, one pool: each part holds what it holds alone, to the bit."""
+"""DiffKV's tiers in the shallow layers, MiniCache's pairs in the deep ones, one pool: each part
+holds what it holds alone, to the bit.
+"""
 
 import dataclasses
 from functools import lru_cache, partial
@@ -41,7 +43,8 @@ POLICIES = {
     "pairs": dkv.minicache(inner="K8V4", window=WINDOW, flush=FLUSH),
 }
 SHALLOW, DEEP = range(FIRST), range(FIRST, LAYERS)
-OPERATIONS = (  # tokens of each request in a prompt chunk and whether it is the last one, or decode steps
+# tokens of each request in a prompt chunk and whether it is the last one, or decode steps
+OPERATIONS = (
     ((11, 0), False),
     ((32, 8), False),
     ((32, 32), True),
@@ -49,15 +52,21 @@ OPERATIONS = (  # tokens of each request in a prompt chunk and whether it is the
     ((20, 32), True),
     5,
 )
-TOTALS = [sum(op[0][row] if isinstance(op, tuple) else op for op in OPERATIONS) for row in range(REQUESTS)]
+TOTALS = [
+    sum(op[0][row] if isinstance(op, tuple) else op for op in OPERATIONS) for row in range(REQUESTS)
+]
 
 
-def empty(name: str, alpha: tuple[float, float] | None = None, free: int | None = None) -> dkv.KVCache:
+def empty(
+    name: str, alpha: tuple[float, float] | None = None, free: int | None = None
+) -> dkv.KVCache:
     """An empty cache with the pages that always suffice, or with only `free` of them."""
     policy = POLICIES[name]
     if alpha is not None:
         policy = dataclasses.replace(policy, alpha_high=alpha[0], alpha_low=alpha[1])
-    build = partial(CacheSpec.build, num_requests=REQUESTS, max_len=160, num_pages=0, dtype="float32", tokens=16)
+    build = partial(
+        CacheSpec.build, num_requests=REQUESTS, max_len=160, num_pages=0, dtype="float32", tokens=16
+    )
     spec = with_pool(build(MODEL.attention, policy), policy, TOTALS, TOTALS, None)
     cache = jax.jit(empty_cache, static_argnums=0)(spec, policy.limits(LAYERS, REQUESTS, KV_HEADS))
     count = jnp.int32(spec.num_pages if free is None else free)
@@ -65,7 +74,9 @@ def empty(name: str, alpha: tuple[float, float] | None = None, free: int | None 
 
 
 class Moment(NamedTuple):
-    """After an operation: what attention gave [L, ...], the exact keys and values that came, and the cache in NumPy."""
+    """After an operation: what attention gave [L, ...], the exact keys and values that came, and
+    the cache in NumPy.
+    """
 
     out: np.ndarray
     k: np.ndarray  # [L, R, tokens, K, d]
@@ -74,22 +85,40 @@ class Moment(NamedTuple):
 
 
 def operate(cache: dkv.KVCache, rng: np.random.Generator, operation) -> tuple[Moment, dkv.KVCache]:
-    """One prompt chunk or some decode steps. The model has no weights: every policy sees the same queries, keys and values."""
+    """One prompt chunk or some decode steps. The model has no weights: every policy sees the same
+    queries, keys and values.
+    """
     if isinstance(operation, tuple):
         lengths, last = operation
         inputs = draw(rng, CHUNK)
         tokens = jnp.zeros((REQUESTS, CHUNK), jnp.int32)
-        out, cache = prefill_chunk(MODEL, inputs, cache, tokens, jnp.asarray(lengths), jnp.asarray(last))
-        outs, seen = [np.where(np.arange(CHUNK)[:, None, None] >= CHUNK - np.reshape(lengths, (-1, 1, 1, 1, 1)), out, 0)], [inputs]
+        out, cache = prefill_chunk(
+            MODEL, inputs, cache, tokens, jnp.asarray(lengths), jnp.asarray(last)
+        )
+        outs, seen = (
+            [
+                np.where(
+                    np.arange(CHUNK)[:, None, None]
+                    >= CHUNK - np.reshape(lengths, (-1, 1, 1, 1, 1)),
+                    out,
+                    0,
+                )
+            ],
+            [inputs],
+        )
     else:
         outs, seen = [], []
         for _ in range(operation):
             inputs = draw(rng, 1)
-            out, cache = decode(inputs, cache, jnp.zeros(REQUESTS, jnp.int32), jnp.ones(REQUESTS, bool))
+            out, cache = decode(
+                inputs, cache, jnp.zeros(REQUESTS, jnp.int32), jnp.ones(REQUESTS, bool)
+            )
             outs.append(np.array(out))
             seen.append(inputs)
     k, v = (np.concatenate([inputs[i] for inputs in seen], axis=2) for i in (1, 2))
-    return Moment(np.moveaxis(np.concatenate(outs, axis=2), 1, 0), k, v, jax.tree.map(np.array, cache)), cache
+    return Moment(
+        np.moveaxis(np.concatenate(outs, axis=2), 1, 0), k, v, jax.tree.map(np.array, cache)
+    ), cache
 
 
 def follow(cache: dkv.KVCache, operations=OPERATIONS, change=lambda cache: cache) -> list[Moment]:
@@ -111,30 +140,47 @@ def stored(cache: dkv.KVCache, layer: int, row: int, head: int, scores: bool) ->
     held = held_tokens(cache, layer, row, head)
     second = "shared" if cache.spec.merge is not None and layer >= FIRST else "low"
     names = {"high": "high", "low": second, "shared": second, "recent": "recent"}
-    return {at: (names[tier], k.tobytes(), v.tobytes(), score if scores else 0) for at, (tier, k, v, score) in held.items()}
+    return {
+        at: (names[tier], k.tobytes(), v.tobytes(), score if scores else 0)
+        for at, (tier, k, v, score) in held.items()
+    }
 
 
-def differing(one: dkv.KVCache, other: dkv.KVCache, layers, scores: bool = False, shift: int = 0) -> int:
-    """Tokens that a head of one cache holds and that of the other does not, or otherwise; `shift` takes the next request's there."""
+def differing(
+    one: dkv.KVCache, other: dkv.KVCache, layers, scores: bool = False, shift: int = 0
+) -> int:
+    """Tokens that a head of one cache holds and that of the other does not, or otherwise; `shift`
+    takes the next request's there.
+    """
     count = 0
     for layer, row, head in np.ndindex(LAYERS, REQUESTS, KV_HEADS):
         if layer in layers:
-            mine, theirs = stored(one, layer, row, head, scores), stored(other, layer, (row + shift) % REQUESTS, head, scores)
+            mine, theirs = (
+                stored(one, layer, row, head, scores),
+                stored(other, layer, (row + shift) % REQUESTS, head, scores),
+            )
             count += sum(mine.get(at) != theirs.get(at) for at in mine.keys() | theirs.keys())
     return count
 
 
 @pytest.mark.slow
 def test_shallow_layers_are_those_of_diffkv():
-    """Tokens, tiers, codes and scores in pages and windows, and what attention gives, after every prompt chunk and event."""
+    """Tokens, tiers, codes and scores in pages and windows, and what attention gives, after every
+    prompt chunk and event.
+    """
     lengths = whole_run("both")[-1].cache.tier_len
     assert not lengths[:FIRST, ..., 2].any() and not lengths[FIRST:, ..., 1].any()
-    assert (lengths[:FIRST, ..., :2] > 2).all() and (lengths[:FIRST].sum(-1) < np.array(TOTALS)[:, None] - WINDOW - FLUSH).all()
+    assert (lengths[:FIRST, ..., :2] > 2).all() and (
+        lengths[:FIRST].sum(-1) < np.array(TOTALS)[:, None] - WINDOW - FLUSH
+    ).all()
     for both, tiers in zip(whole_run("both"), whole_run("tiers"), strict=True):
         assert not differing(both.cache, tiers.cache, SHALLOW, scores=True)
         np.testing.assert_array_equal(both.out[:FIRST], tiers.out[:FIRST])
     other = whole_run("tiers", (1.0, 0.6))[-1]
-    assert differing(both.cache, other.cache, SHALLOW) > 10 and np.abs(both.out - other.out)[:FIRST].max() > 1e-3
+    assert (
+        differing(both.cache, other.cache, SHALLOW) > 10
+        and np.abs(both.out - other.out)[:FIRST].max() > 1e-3
+    )
     assert differing(both.cache, tiers.cache, DEEP) > 200
 
 
@@ -148,10 +194,19 @@ def test_deep_layers_are_those_of_minicache():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("retain", "right"), [(lambda angle: angle, True), (lambda angle: -angle, False)], ids=["text", "reversed"])
+@pytest.mark.parametrize(
+    ("retain", "right"),
+    [(lambda angle: angle, True), (lambda angle: -angle, False)],
+    ids=["text", "reversed"],
+)
 def test_the_tokens_that_pairs_share_are_those_of_the_equations(retain, right):
-    """And the keys of eight bits are near the common direction times the layer's norm, values of four bits less so."""
-    moments, requests = whole_run("both"), [minicache.Request(LAYERS, KV_HEADS, DIM, FIRST, retain=retain) for _ in range(REQUESTS)]
+    """And the keys of eight bits are near the common direction times the layer's norm, values of
+    four bits less so.
+    """
+    moments, requests = (
+        whole_run("both"),
+        [minicache.Request(LAYERS, KV_HEADS, DIM, FIRST, retain=retain) for _ in range(REQUESTS)],
+    )
     for operation, moment in zip(OPERATIONS, moments, strict=True):
         for row, request in enumerate(requests):
             if isinstance(operation, tuple):
@@ -168,7 +223,9 @@ def test_the_tokens_that_pairs_share_are_those_of_the_equations(retain, right):
             for head in range(KV_HEADS):
                 held = held_tokens(moments[-1].cache, layer, row, head)
                 shared = {at for at, token in held.items() if token[0] == "shared"}
-                agree &= shared == set(np.flatnonzero(request.shared[layer, :, head])) and sorted(held) == list(range(request.seen))
+                agree &= shared == set(np.flatnonzero(request.shared[layer, :, head])) and sorted(
+                    held
+                ) == list(range(request.seen))
                 for tensor in (0, 1):
                     found = np.stack([held[at][1 + tensor] for at in sorted(held)])
                     norms = np.linalg.norm(request.exact[tensor, layer, :, head], axis=-1)
@@ -197,35 +254,53 @@ def test_no_layer_merged_is_diffkv():
 def owners(cache: dkv.KVCache) -> list[set[int]]:
     """Pages of the shallow and of the deep layers."""
     parts = ((x[:FIRST], x[FIRST:]) for x in (cache.page_table, cache.tier_len))
-    return [set(page_ids_in_use(cache.spec.layout, *part, cache.spec.num_pages)) for part in zip(*parts, strict=True)]
+    return [
+        set(page_ids_in_use(cache.spec.layout, *part, cache.spec.num_pages))
+        for part in zip(*parts, strict=True)
+    ]
 
 
 @pytest.mark.slow
 def test_pages_are_owned_once_and_change_hands():
-    """In a pool of just as many pages as are ever in use those that shallow layers give back serve deep ones later."""
+    """In a pool of just as many pages as are ever in use those that shallow layers give back serve
+    deep ones later.
+    """
     for moment in whole_run("both"):
         cache = moment.cache
         check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
         assert not cache.overflow.any()
-    least = max(moment.cache.spec.num_pages - int(moment.cache.ring.count) for moment in whole_run("both"))
+    least = max(
+        moment.cache.spec.num_pages - int(moment.cache.ring.count) for moment in whole_run("both")
+    )
     tight = [moment.cache for moment in follow(empty("both", free=least))]
     for small in tight:
         shallow, deep = owners(small)
-        assert not small.overflow.any() and not shallow & deep and len(shallow | deep) + int(small.ring.count) == least
+        assert (
+            not small.overflow.any()
+            and not shallow & deep
+            and len(shallow | deep) + int(small.ring.count) == least
+        )
     assert not differing(small, whole_run("pairs")[-1].cache, DEEP)
     assert any(len(owners(earlier)[0] & deep) > 3 for earlier in tight)
-    leak = dataclasses.replace(cache, ring=dataclasses.replace(cache.ring, count=cache.ring.count - 1))
+    leak = dataclasses.replace(
+        cache, ring=dataclasses.replace(cache.ring, count=cache.ring.count - 1)
+    )
     with pytest.raises(AssertionError):
         check_pool(leak.spec.layout, leak.page_table, leak.tier_len, leak.ring)
 
 
 @pytest.mark.slow
 def test_a_pool_that_suffices_is_not_taken_for_a_small_one():
-    """The policy runs before the end of a prompt only where its chunk may not find its pages: in pairs those of both layers together."""
+    """The policy runs before the end of a prompt only where its chunk may not find its pages: in
+    pairs those of both layers together.
+    """
     layout, heads = empty("both").spec.layout, REQUESTS * KV_HEADS
     pair = 2 * layout.pages_for(0, 2) + layout.pages_for(2, 22)  # 24 tokens leave the window
     most = heads * (FIRST * (layout.pages_for(0, CHUNK) + 1) + pair)
-    enough, too_few = (follow(empty("both", free=free), [((CHUNK, CHUNK), False)])[0].cache.tier_len[:FIRST] for free in (most, most - 1))
+    enough, too_few = (
+        follow(empty("both", free=free), [((CHUNK, CHUNK), False)])[0].cache.tier_len[:FIRST]
+        for free in (most, most - 1)
+    )
     assert (enough == [CHUNK - WINDOW, 0, 0]).all() and (too_few[..., 0] < CHUNK - WINDOW).sum() > 6
 
 
@@ -235,21 +310,34 @@ def test_the_report_counts_both_kinds():
     report, layout = dkv.memory_report(cache), cache.spec.layout
     assert report.tier_names == ("K8V4", "K4V2", "shared K8V4")
     used = page_ids_in_use(layout, cache.page_table, cache.tier_len, cache.spec.num_pages)
-    assert report.pages.sum() == len(used) == report.pages[:FIRST, ..., :2].sum() + report.pages[FIRST:, ..., ::2].sum()
+    assert (
+        report.pages.sum()
+        == len(used)
+        == report.pages[:FIRST, ..., :2].sum() + report.pages[FIRST:, ..., ::2].sum()
+    )
     assert report.allocated == report.pool - int(cache.ring.count) * (layout.page_bytes + 4)
     for layer, row, head in np.ndindex(LAYERS, REQUESTS, KV_HEADS):
         held = held_tokens(cache, layer, row, head)
-        assert report.tokens[layer, row, head].sum() == len(held) == TOTALS[row] - report.dropped[layer, row, head]
+        assert (
+            report.tokens[layer, row, head].sum()
+            == len(held)
+            == TOTALS[row] - report.dropped[layer, row, head]
+        )
         assert (report.dropped[layer, row, head] > 0) == (layer < FIRST)
     alone = dkv.memory_report(whole_run("tiers")[-1].cache)
-    np.testing.assert_array_equal(report.logical_bytes[:FIRST, ..., :2], alone.logical_bytes[:FIRST, ..., :2])
-    assert layout.page_bytes == whole_run("tiers")[-1].cache.spec.layout.page_bytes  # shared tokens fit where high ones do
+    np.testing.assert_array_equal(
+        report.logical_bytes[:FIRST, ..., :2], alone.logical_bytes[:FIRST, ..., :2]
+    )
+    # shared tokens fit where high ones do
+    assert layout.page_bytes == whole_run("tiers")[-1].cache.spec.layout.page_bytes
 
 
 def with_rubbish(cache: dkv.KVCache) -> dkv.KVCache:
     """The cache with rubbish in every page that nobody owns."""
     ring, pages = cache.ring, cache.pages
-    free = jnp.asarray([int(ring.ids[(ring.start + i) % len(ring.ids)]) for i in range(int(ring.count))], jnp.int32)
+    free = jnp.asarray(
+        [int(ring.ids[(ring.start + i) % len(ring.ids)]) for i in range(int(ring.count))], jnp.int32
+    )
     rubbish = dataclasses.replace(
         pages,
         payload=pages.payload.at[free].set(255),
@@ -261,13 +349,17 @@ def with_rubbish(cache: dkv.KVCache) -> dkv.KVCache:
 
 @pytest.mark.slow
 def test_dead_pages_are_never_read():
-    for clean, rubbish in zip(whole_run("both"), follow(empty("both"), change=with_rubbish), strict=True):
+    for clean, rubbish in zip(
+        whole_run("both"), follow(empty("both"), change=with_rubbish), strict=True
+    ):
         assert not differing(clean.cache, rubbish.cache, range(LAYERS), scores=True)
         np.testing.assert_array_equal(clean.out, rubbish.out)
 
     def everywhere(cache: dkv.KVCache) -> dkv.KVCache:
         free = dataclasses.replace(cache.ring, count=jnp.int32(cache.spec.num_pages))
-        return dataclasses.replace(with_rubbish(dataclasses.replace(cache, ring=free)), ring=cache.ring)
+        return dataclasses.replace(
+            with_rubbish(dataclasses.replace(cache, ring=free)), ring=cache.ring
+        )
 
     assert np.isnan(follow(empty("both"), OPERATIONS[:3], change=everywhere)[-1].out).any()
 
@@ -277,14 +369,25 @@ FULL = ((32, 32), True)
 
 @pytest.mark.slow
 def test_a_prompt_without_pages_leaves_no_trace():
-    """Without its last page, one of the merged layers', a request gives up and gives back what its shallow layers have."""
+    """Without its last page, one of the merged layers', a request gives up and gives back what its
+    shallow layers have.
+    """
     everything = follow(empty("both", (0.0, 0.0)), [FULL])[0].cache
     needed = everything.spec.num_pages - int(everything.ring.count)
     cache = follow(empty("both", (0.0, 0.0), needed - 1), [FULL])[0].cache
-    assert cache.overflow.tolist() == [False, True] and cache.seq_len.tolist() == [32, 0] and not cache.tier_len[:, 1].any()
+    assert (
+        cache.overflow.tolist() == [False, True]
+        and cache.seq_len.tolist() == [32, 0]
+        and not cache.tier_len[:, 1].any()
+    )
     assert int(cache.ring.count) == needed - 1 - needed // 2
-    used = page_ids_in_use(cache.spec.layout, cache.page_table, cache.tier_len, cache.spec.num_pages)
-    free = [int(cache.ring.ids[(cache.ring.start + i) % cache.spec.num_pages]) for i in range(int(cache.ring.count))]
+    used = page_ids_in_use(
+        cache.spec.layout, cache.page_table, cache.tier_len, cache.spec.num_pages
+    )
+    free = [
+        int(cache.ring.ids[(cache.ring.start + i) % cache.spec.num_pages])
+        for i in range(int(cache.ring.count))
+    ]
     assert len({*used, *free}) == len(used) + len(free) == needed - 1
     for layer, head in np.ndindex(LAYERS, KV_HEADS):
         assert stored(cache, layer, 0, head, True) == stored(everything, layer, 0, head, True)
@@ -295,24 +398,41 @@ def test_decode_without_pages_leaves_a_request_as_it_was():
     rng = np.random.default_rng(4)
     _, cache = operate(empty("both", (0.0, 0.0)), rng, FULL)
     before, cache = operate(cache, rng, 3 * FLUSH - 1)
-    after, _ = operate(dataclasses.replace(cache, ring=dataclasses.replace(cache.ring, count=jnp.int32(0))), rng, 1)  # an event
-    assert after.cache.overflow.all() and after.cache.recent_len.tolist() == [WINDOW + FLUSH] * REQUESTS
+    # an event
+    after, _ = operate(
+        dataclasses.replace(cache, ring=dataclasses.replace(cache.ring, count=jnp.int32(0))), rng, 1
+    )
+    assert (
+        after.cache.overflow.all()
+        and after.cache.recent_len.tolist() == [WINDOW + FLUSH] * REQUESTS
+    )
     for name in ("page_table", "tier_len"):
         np.testing.assert_array_equal(getattr(before.cache, name), getattr(after.cache, name))
 
 
 def test_a_pool_is_refused_for_what_merged_layers_need():
     """With thresholds shallow heads may do with a page; deep ones hold all."""
-    build = partial(CacheSpec.build, MODEL.attention, num_requests=1, max_len=4096, num_pages=0, dtype="float32")
-    budgets = {name: int(str(refused(build(policy=policy), policy)).split("can is ")[1].split()[0]) for name, policy in POLICIES.items()}
+    build = partial(
+        CacheSpec.build, MODEL.attention, num_requests=1, max_len=4096, num_pages=0, dtype="float32"
+    )
+    budgets = {
+        name: int(str(refused(build(policy=policy), policy)).split("can is ")[1].split()[0])
+        for name, policy in POLICIES.items()
+    }
     spec = build(policy=POLICIES["both"])
     pairs = KV_HEADS * (2 * spec.layout.pages_for(0, 200) + spec.layout.pages_for(2, 3800))
-    fixed = int(str(refused(build(policy=POLICIES["both"]), POLICIES["both"], WINDOW)).split("can is ")[1].split()[0])
+    fixed = int(
+        str(refused(build(policy=POLICIES["both"]), POLICIES["both"], WINDOW))
+        .split("can is ")[1]
+        .split()[0]
+    )
     assert (budgets["both"] - fixed) // spec.layout.page_bytes == pairs + FIRST * KV_HEADS - 1
     assert budgets["tiers"] < budgets["both"] < budgets["pairs"]
 
 
-def refused(spec: CacheSpec, policy: dkv.CompressionPolicy, total: int = 4000 + WINDOW) -> ValueError:
+def refused(
+    spec: CacheSpec, policy: dkv.CompressionPolicy, total: int = 4000 + WINDOW
+) -> ValueError:
     with pytest.raises(ValueError, match="smallest budget") as error:
         with_pool(spec, policy, [total], [total], 1000)
     return error.value
@@ -335,7 +455,8 @@ def test_budgets_are_for_shallow_layers(policy):
     prompts, caches = np.random.default_rng(5).integers(0, 97, (1, 200)), []
     for merge in (dkv.Merge(), None):
         if isinstance(policy.keep, str) and caches:
-            policy = dataclasses.replace(policy, keep=int(caches[0].limits[0, 0, 0, 1]))  # what that memory comes to
+            # what that memory comes to
+            policy = dataclasses.replace(policy, keep=int(caches[0].limits[0, 0, 0, 1]))
         cache = make_cache(model, dataclasses.replace(policy, merge=merge), [210], kernels=XLA)
         _, cache = prefill(model, params, cache, prompts, np.array([200]), 256)
         check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
@@ -361,9 +482,18 @@ def test_it_is_data():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"score": "window", "observe": 64, "keep": 0.5, "shared": True, "nested": True}, "and nested=True: merged layers hold all tokens"),
-        ({"score": "attention_sum", "observe": 64, "group": "mean", "recover": 0.9}, "and recover=0.9: merged layers hold all tokens"),
-        ({"score": "key_norm", "keep": 0.5, "layers": "pyramid"}, "budgets would be spread over them"),
+        (
+            {"score": "window", "observe": 64, "keep": 0.5, "shared": True, "nested": True},
+            "and nested=True: merged layers hold all tokens",
+        ),
+        (
+            {"score": "attention_sum", "observe": 64, "group": "mean", "recover": 0.9},
+            "and recover=0.9: merged layers hold all tokens",
+        ),
+        (
+            {"score": "key_norm", "keep": 0.5, "layers": "pyramid"},
+            "budgets would be spread over them",
+        ),
         ({"tiers": ("K8V4", "K8v4V8v4"), "observe": 64}, "learns them"),
         ({"tiers": ("K8V4", "K4V2")}, "needs observe=64"),
     ],

@@ -25,11 +25,15 @@ TABLE[1, :2], TABLE[2, :3] = (7, 8), (39, 0, 3)
 def triton_call(kernel, *operands, grid=(HEADS,), shape=(HEADS, ROWS), dtype=F32, **options):
     params = plgpu.CompilerParams(num_warps=1, num_stages=1)
     out = jax.ShapeDtypeStruct(shape, dtype)
-    return pl.pallas_call(kernel, grid=grid, out_shape=out, compiler_params=params, name="toy", **options)(*operands)
+    return pl.pallas_call(
+        kernel, grid=grid, out_shape=out, compiler_params=params, name="toy", **options
+    )(*operands)
 
 
 def page_sums(table, length, pool, out, *, reads):
-    """Sums of the pages of a head, read in `reads` loops one after another; two equal loads in each are one (the compiler merges them)."""
+    """Sums of the pages of a head, read in `reads` loops one after another; two equal loads in each
+    are one (the compiler merges them).
+    """
     head = pl.program_id(0)
 
     def body(i, total):
@@ -62,7 +66,13 @@ def test_a_program_stands_for_others():
     def sums(table, length, pool):
         return triton_call(partial(page_sums, reads=1), table, length, pool)
 
-    counted = count_traffic(sums, TABLE, LENGTHS, pool, sample=lambda name, grid: [((2,), 1.5 if (name, grid) == ("toy", (3,)) else 0)])
+    counted = count_traffic(
+        sums,
+        TABLE,
+        LENGTHS,
+        pool,
+        sample=lambda name, grid: [((2,), 1.5 if (name, grid) == ("toy", (3,)) else 0)],
+    )
     assert counted.operands()["pool"] == (1.5 * 3 * PAGE, 0)
 
 
@@ -85,8 +95,14 @@ def test_masks_and_shared_elements():
     def masked(x, y):
         return triton_call(kernel, x, y, shape=(HEADS, 16))
 
-    counted = count_traffic(masked, jax.ShapeDtypeStruct((HEADS, 16), F32), jax.ShapeDtypeStruct((4,), F32))
-    assert counted.operands() == {"x": (HEADS * 4 * (5 + 2), 0), "y": (HEADS * 4 * 4, 0), "toy.0": (0, HEADS * 4 * 15)}
+    counted = count_traffic(
+        masked, jax.ShapeDtypeStruct((HEADS, 16), F32), jax.ShapeDtypeStruct((4,), F32)
+    )
+    assert counted.operands() == {
+        "x": (HEADS * 4 * (5 + 2), 0),
+        "y": (HEADS * 4 * 4, 0),
+        "toy.0": (0, HEADS * 4 * 15),
+    }
 
 
 def test_branches_and_flops():
@@ -94,14 +110,27 @@ def test_branches_and_flops():
         pl.when(flag[0] == 2)(lambda: out.__setitem__(0, x[...].sum()))  # taken
         pl.when(flag[0] == 3)(lambda: out.__setitem__(1, x[...].sum()))  # not taken
         product = jnp.dot(x[...], x[...], preferred_element_type=F32)
-        pl.when(data[0] > 0)(lambda: out.__setitem__(2, product.sum()))  # unknown: the larger branch
+        # unknown: the larger branch
+        pl.when(data[0] > 0)(lambda: out.__setitem__(2, product.sum()))
 
     def branches(flag, data, x):
         return triton_call(kernel, flag, data, x, grid=(1,), shape=(4,))
 
-    counted = count_traffic(branches, np.array([2], np.int32), jax.ShapeDtypeStruct((1,), F32), jax.ShapeDtypeStruct((16, 16), F32))
-    assert counted.operands() == {"flag": (8, 0), "data": (4, 0), "x": (3 * 1024, 0), "toy.0": (0, 8)}
-    assert counted.flops == 2 * 16**3 and counted.assumed == {"toy: a branch depends on unknown data"}
+    counted = count_traffic(
+        branches,
+        np.array([2], np.int32),
+        jax.ShapeDtypeStruct((1,), F32),
+        jax.ShapeDtypeStruct((16, 16), F32),
+    )
+    assert counted.operands() == {
+        "flag": (8, 0),
+        "data": (4, 0),
+        "x": (3 * 1024, 0),
+        "toy.0": (0, 8),
+    }
+    assert counted.flops == 2 * 16**3 and counted.assumed == {
+        "toy: a branch depends on unknown data"
+    }
 
 
 def test_atomics_and_aliases():
@@ -111,7 +140,12 @@ def test_atomics_and_aliases():
     def add(index, x, sums):
         return triton_call(kernel, index, x, sums, shape=(8,), input_output_aliases={2: 0})
 
-    counted = count_traffic(add, np.array([1, 1, 5], np.int32), jax.ShapeDtypeStruct((HEADS,), F32), jax.ShapeDtypeStruct((8,), F32))
+    counted = count_traffic(
+        add,
+        np.array([1, 1, 5], np.int32),
+        jax.ShapeDtypeStruct((HEADS,), F32),
+        jax.ShapeDtypeStruct((8,), F32),
+    )
     assert counted.operands() == {"index": (12, 0), "x": (12, 0), "sums": (12, 12)}
 
 
@@ -133,16 +167,32 @@ def test_known_results_of_one_kernel_drive_the_next():
     assert counted.operands()["x"] == (6 * 4, 0) and len(counted.kernels) == 2
 
 
-def tpu_call(kernel, operands, prefetched: int, in_specs, out_specs, out_shape, scratch=(), grid=(HEADS,), aliases=None):
-    spec = pltpu.PrefetchScalarGridSpec(prefetched, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch)
-    return pl.pallas_call(kernel, grid_spec=spec, out_shape=out_shape, input_output_aliases=aliases or {}, name="toy")(*operands)
+def tpu_call(
+    kernel,
+    operands,
+    prefetched: int,
+    in_specs,
+    out_specs,
+    out_shape,
+    scratch=(),
+    grid=(HEADS,),
+    aliases=None,
+):
+    spec = pltpu.PrefetchScalarGridSpec(
+        prefetched, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch
+    )
+    return pl.pallas_call(
+        kernel, grid_spec=spec, out_shape=out_shape, input_output_aliases=aliases or {}, name="toy"
+    )(*operands)
 
 
 HBM = pl.BlockSpec(memory_space=pltpu.HBM)
 
 
 def test_dma_follows_state_in_scratch():
-    """Pages of the next head are asked for while the head before is at work: a cursor in SMEM says which."""
+    """Pages of the next head are asked for while the head before is at work: a cursor in SMEM says
+    which.
+    """
 
     def kernel(table, length, pool, out, buffer, near, cursor, arrived):
         head = pl.program_id(0)
@@ -163,8 +213,21 @@ def test_dma_follows_state_in_scratch():
         pl.run_scoped(send, pltpu.SemaphoreType.DMA)
 
     def move(table, length, pool):
-        scratch = [pltpu.VMEM((8, T), jnp.uint8), pltpu.VMEM((8, T), F32), pltpu.SMEM((1,), jnp.int32), pltpu.SemaphoreType.DMA]
-        return tpu_call(kernel, (table, length, pool), 2, [HBM], HBM, jax.ShapeDtypeStruct((HEADS, 8, T), F32), scratch)
+        scratch = [
+            pltpu.VMEM((8, T), jnp.uint8),
+            pltpu.VMEM((8, T), F32),
+            pltpu.SMEM((1,), jnp.int32),
+            pltpu.SemaphoreType.DMA,
+        ]
+        return tpu_call(
+            kernel,
+            (table, length, pool),
+            2,
+            [HBM],
+            HBM,
+            jax.ShapeDtypeStruct((HEADS, 8, T), F32),
+            scratch,
+        )
 
     counted = count_traffic(move, TABLE, LENGTHS, pool)
     assert counted.operands() == {
@@ -176,7 +239,9 @@ def test_dma_follows_state_in_scratch():
 
 
 def test_blocks_are_fetched_when_their_index_changes():
-    """Grid (3, 4): `x` changes with the first axis, `y` with the second, `z` by a table; the last block of `x` is half full."""
+    """Grid (3, 4): `x` changes with the first axis, `y` with the second, `z` by a table; the last
+    block of `x` is half full.
+    """
 
     def kernel(table, x, y, z, out):
         out[...] = x[...] + y[...] + z[...]
@@ -189,10 +254,20 @@ def test_blocks_are_fetched_when_their_index_changes():
             pl.BlockSpec((None, *block), lambda i, j, t: (t[i], 0, 0)),
         ]
         out = jax.ShapeDtypeStruct((5, 128), F32)
-        return tpu_call(kernel, (table, x, y, z), 1, specs, pl.BlockSpec(block, lambda i, j, t: (i, 0)), out, grid=(3, 4))
+        return tpu_call(
+            kernel,
+            (table, x, y, z),
+            1,
+            specs,
+            pl.BlockSpec(block, lambda i, j, t: (i, 0)),
+            out,
+            grid=(3, 4),
+        )
 
     shape = partial(jax.ShapeDtypeStruct, dtype=F32)
-    counted = count_traffic(add, np.array([1, 1, 0], np.int32), shape((5, 128)), shape((8, 128)), shape((2, 2, 128)))
+    counted = count_traffic(
+        add, np.array([1, 1, 0], np.int32), shape((5, 128)), shape((8, 128)), shape((2, 2, 128))
+    )
     row = 128 * 4
     assert counted.operands() == {
         "table": (12, 0),
@@ -205,15 +280,24 @@ def test_blocks_are_fetched_when_their_index_changes():
 
 @pytest.mark.parametrize("implementation", ["triton", "mosaic_tpu"])
 def test_decode_attention_reads_each_live_page_once(implementation):
-    """384 high and 192 low tokens a head, so that Triton's steps and all but one TPU page are full."""
+    """384 high and 192 low tokens a head, so that Triton's steps and all but one TPU page are
+    full.
+    """
     setting = Setting(Model("tiny", 2, 2, 2, 64), MIXES[2], 720, 1, implementation)
     assert setting.lengths == (384, 192)
     case, layout = decode_case(setting), setting.layout
     counted = count_traffic(case.function, *case.arguments)
     moved = counted.operands()
     whole_pages = setting.heads * sum(setting.pages_of_head()) * layout.tokens
-    payload = {"triton": case.must["pages.payload"], "mosaic_tpu": whole_pages * layout.rows}[implementation]
-    significance = {"triton": case.must["pages.significance"], "mosaic_tpu": 2 * 4 * whole_pages * max(layout.blocks)}[implementation]
+    payload = {"triton": case.must["pages.payload"], "mosaic_tpu": whole_pages * layout.rows}[
+        implementation
+    ]
+    significance = {
+        "triton": case.must["pages.significance"],
+        "mosaic_tpu": 2 * 4 * whole_pages * max(layout.blocks),
+    }[implementation]
     assert moved["pages.payload"] == (payload, 0)
     assert moved["pages.significance"] == (significance / 2, significance / 2)
-    assert counted.flops >= 4 * setting.heads * 2 * 64 * sum(setting.lengths) and not counted.assumed
+    assert (
+        counted.flops >= 4 * setting.heads * 2 * 64 * sum(setting.lengths) and not counted.assumed
+    )

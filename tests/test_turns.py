@@ -1,4 +1,6 @@
-"""Several calls with one cache: turns of a token, reading only, rows that rest, draws, owners, threads."""
+"""Several calls with one cache: turns of a token, reading only, rows that rest, draws, owners,
+threads.
+"""
 
 import dataclasses
 import threading
@@ -19,7 +21,10 @@ POLICIES = {
     "diffkv": dkv.diffkv(1.0, 0.3, window=16, flush=8),
     "tova": dkv.tova(32, window=8, flush=4),
 }
-CASES = [pytest.param(policy, id=name, marks=[] if name == "diffkv" else pytest.mark.slow) for name, policy in POLICIES.items()]
+CASES = [
+    pytest.param(policy, id=name, marks=[] if name == "diffkv" else pytest.mark.slow)
+    for name, policy in POLICIES.items()
+]
 SIZES = {"max_len": 256, "prefill_chunk": 64}
 
 
@@ -43,8 +48,11 @@ def test_turns_of_one_token_equal_one_call(generate, policy):
 
 
 def test_draws_depend_on_the_position(generate):
-    """One key: turns of two tokens draw what one call draws, and a turn does not repeat the noise of the turn before."""
-    flat = {"sampling": dkv.Sample(temperature=1e6), "key": 7}  # every token alike: the draw shows the noise alone
+    """One key: turns of two tokens draw what one call draws, and a turn does not repeat the noise
+    of the turn before.
+    """
+    # every token alike: the draw shows the noise alone
+    flat = {"sampling": dkv.Sample(temperature=1e6), "key": 7}
     whole = generate(TEXTS, max_new_tokens=12, **flat, **SIZES)
     turn = generate(TEXTS, max_new_tokens=2, **flat, **SIZES)
     rows = [turn.tokens]
@@ -59,12 +67,18 @@ def test_zero_new_tokens_only_read(generate, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(decode_loop, "advance", None)  # not even compiled
         read = generate(TEXTS, max_new_tokens=0, **SIZES)
-    assert read.tokens.shape == (2, 0) and read.finish_reason == ("length",) * 2 and not read.lengths.any()
+    assert (
+        read.tokens.shape == (2, 0)
+        and read.finish_reason == ("length",) * 2
+        and not read.lengths.any()
+    )
     np.testing.assert_array_equal(read.cache.seq_len, [90, 40])
     np.testing.assert_array_equal(read.cache.pending, [-1, -1])
     questions = [[5, 6], [7]]
     answer = generate(questions, max_new_tokens=6, cache=read.cache)
-    whole = generate([[*t, *q] for t, q in zip(TEXTS, questions, strict=True)], max_new_tokens=6, **SIZES)
+    whole = generate(
+        [[*t, *q] for t, q in zip(TEXTS, questions, strict=True)], max_new_tokens=6, **SIZES
+    )
     np.testing.assert_array_equal(answer.tokens, whole.tokens)
 
 
@@ -86,7 +100,9 @@ def test_zero_new_tokens_of_a_pending_one_change_nothing(generate):
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", CASES)
 def test_a_row_rests_and_another_goes_on(generate, policy):
-    """Each row is what it is alone: one rests, one goes on without new text, one has a prompt; then all go on."""
+    """Each row is what it is alone: one rests, one goes on without new text, one has a prompt; then
+    all go on.
+    """
     texts = [*TEXTS, prompt(20, 3)]
 
     def turns(rows):
@@ -99,7 +115,9 @@ def test_a_row_rests_and_another_goes_on(generate, policy):
         return [*results, generate(third, max_new_tokens=9, cache=results[-1].cache)]
 
     together = turns([0, 1, 2])
-    assert together[1].finish_reason == ("length", "length", "resting") and together[1].lengths.tolist() == [6, 6, 0]
+    assert together[1].finish_reason == ("length", "length", "resting") and together[
+        1
+    ].lengths.tolist() == [6, 6, 0]
     for row in range(3):
         alone = turns([row])
         found = [out.tokens[row] for out in together if out.lengths[row]]
@@ -107,7 +125,10 @@ def test_a_row_rests_and_another_goes_on(generate, policy):
             np.testing.assert_array_equal(got, wanted.tokens[0], err_msg=f"row {row}")
         for name in ("tier_len", "seq_len", "recent_len", "pending", "steps"):
             axis = 1 if name == "tier_len" else 0
-            got, wanted = (np.take(np.asarray(getattr(out.cache, name)), at, axis) for out, at in ((together[-1], row), (alone[-1], 0)))
+            got, wanted = (
+                np.take(np.asarray(getattr(out.cache, name)), at, axis)
+                for out, at in ((together[-1], row), (alone[-1], 0))
+            )
             np.testing.assert_array_equal(got, wanted, err_msg=f"{name} of row {row}")
 
 
@@ -147,7 +168,9 @@ def test_one_cache_in_two_threads(generate):
     for thread in threads:
         thread.join()
     refused = [one for one in results if isinstance(one, str)]
-    assert len(refused) == 3 and all("another thread" in one or "given to an earlier call" in one for one in refused), refused
+    assert len(refused) == 3 and all(
+        "another thread" in one or "given to an earlier call" in one for one in refused
+    ), refused
 
 
 @pytest.mark.slow
@@ -157,9 +180,13 @@ def test_sampling_for_each_request(generate):
     texts, keys = [*TEXTS, prompt(60, 4)], jax.random.split(jax.random.key(1), 3)
     together = generate(texts, sampling=samplings, key=keys, max_new_tokens=8, **SIZES)
     for row, (text, sampling) in enumerate(zip(texts, samplings, strict=True)):
-        alone = generate([text], sampling=sampling, key=keys[row : row + 1], max_new_tokens=8, **SIZES)
+        alone = generate(
+            [text], sampling=sampling, key=keys[row : row + 1], max_new_tokens=8, **SIZES
+        )
         np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
-    assert (generate([texts[1]], max_new_tokens=8, **SIZES).tokens != together.tokens[1]).any(), "the draw must show"
+    assert (generate([texts[1]], max_new_tokens=8, **SIZES).tokens != together.tokens[1]).any(), (
+        "the draw must show"
+    )
 
 
 @pytest.mark.slow
@@ -169,12 +196,18 @@ def test_pages_of_nobody_may_hold_anything(generate):
     def poisoned(cache: dkv.KVCache) -> dkv.KVCache:
         def ones(x):
             bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-            return jax.lax.bitcast_convert_type(jnp.full(x.shape, jnp.iinfo(bits).max, bits), x.dtype)
+            return jax.lax.bitcast_convert_type(
+                jnp.full(x.shape, jnp.iinfo(bits).max, bits), x.dtype
+            )
 
         return dataclasses.replace(cache, pages=jax.tree.map(ones, cache.pages))
 
     for policy in POLICIES.values():
-        caches = [dkv.make_cache(tiny_model()[0], policy, [200, 200], max_len=256) for _ in range(2)]
-        plain, after = (generate(TEXTS, max_new_tokens=20, cache=c) for c in (caches[0], poisoned(caches[1])))
+        caches = [
+            dkv.make_cache(tiny_model()[0], policy, [200, 200], max_len=256) for _ in range(2)
+        ]
+        plain, after = (
+            generate(TEXTS, max_new_tokens=20, cache=c) for c in (caches[0], poisoned(caches[1]))
+        )
         np.testing.assert_array_equal(plain.tokens, after.tokens, err_msg=policy.name)
         assert after.finish_reason == ("length",) * 2

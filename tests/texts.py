@@ -1,4 +1,6 @@
-"""Long natural texts for tests: `import texts` works from every test file (pytest's pythonpath holds tests/ and scripts/)."""
+"""Long natural texts for tests: `import texts` works from every test file (pytest's pythonpath
+holds tests/ and scripts/).
+"""
 
 from corpora import load
 

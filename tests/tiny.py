@@ -10,8 +10,21 @@ from diffkv_jax.models import ModelConfig, build_model
 
 
 @lru_cache
-def tiny_model(*, q_heads=3, kv_heads=1, head_dim=64, layers=2, vocab=97, windows=None, sharpness=4.0, seed=0, max_len=4096):
-    """(model, params): a llama-like model in float32; `windows` per layer (None = global) makes a sliding-window one."""
+def tiny_model(
+    *,
+    q_heads=3,
+    kv_heads=1,
+    head_dim=64,
+    layers=2,
+    vocab=97,
+    windows=None,
+    sharpness=4.0,
+    seed=0,
+    max_len=4096,
+):
+    """(model, params): a llama-like model in float32; `windows` per layer (None = global) makes a
+    sliding-window one.
+    """
     config = ModelConfig(
         model_type="llama" if windows is None else "mistral",
         vocab_size=vocab,
@@ -24,20 +37,25 @@ def tiny_model(*, q_heads=3, kv_heads=1, head_dim=64, layers=2, vocab=97, window
         max_position_embeddings=max_len,
         tie_word_embeddings=False,
         sliding_window=next((w for w in windows if w), None) if windows else None,
-        layer_types=tuple("sliding_attention" if w else "full_attention" for w in windows) if windows else None,
+        layer_types=tuple("sliding_attention" if w else "full_attention" for w in windows)
+        if windows
+        else None,
     )
     model = build_model(config, "float32")
     one = jnp.zeros((1, 1), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(seed), one, one)["params"]
     attention = params["layers"]["self_attn"]
-    for name in ("q_proj", "k_proj"):  # peaked attention, so that thresholds have something to tell apart
+    # peaked attention, so that thresholds have something to tell apart
+    for name in ("q_proj", "k_proj"):
         attention[name]["kernel"] = attention[name]["kernel"] * sharpness**0.5
     return model, params
 
 
 @lru_cache
 def tiny_latent_model(*, layers=2, sharpness=4.0, seed=0, **changes):
-    """(model, params): a DeepSeek-like model in float32, latents of 64 channels and a rotary part of 16; no experts as it comes."""
+    """(model, params): a DeepSeek-like model in float32, latents of 64 channels and a rotary part
+    of 16; no experts as it comes.
+    """
     raw = dict(
         model_type="deepseek_v2",
         vocab_size=97,
@@ -63,7 +81,9 @@ def tiny_latent_model(*, layers=2, sharpness=4.0, seed=0, **changes):
             query = attention["q_proj" if "q_proj" in attention else "q_b_proj"]
             query["kernel"] = query["kernel"] * sharpness
             norm = attention["kv_a_layernorm"]
-            norm["weight"] = norm["weight"] * (1 + 0.3 * jax.random.normal(jax.random.key(seed), norm["weight"].shape))
+            norm["weight"] = norm["weight"] * (
+                1 + 0.3 * jax.random.normal(jax.random.key(seed), norm["weight"].shape)
+            )
     return model, params
 
 

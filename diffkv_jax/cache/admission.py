@@ -1,4 +1,6 @@
-"""Prompts that do not fit the pool: the request is flagged and emptied, so that the others get its pages (docs/design.md 4)."""
+"""Prompts that do not fit the pool: the request is flagged and emptied, so that the others get its
+pages (docs/design.md 4).
+"""
 
 import dataclasses
 
@@ -12,9 +14,11 @@ from diffkv_jax.steps.event import admit
 
 
 def make_room(cache: KVCache, needed: Array) -> KVCache:
-    """Set `overflow` for requests whose `needed [R]` pages are not free, one at a time, and give back all they hold.
+    """Set `overflow` for requests whose `needed [R]` pages are not free, one at a time, and give
+    back all they hold.
 
-    Of those that starve the largest goes first, by the pages it holds and needs: what it leaves may be enough for the others.
+    Of those that starve the largest goes first, by the pages it holds and needs: what it leaves may
+    be enough for the others.
     """
 
     def starving(cache: KVCache) -> Array:
@@ -33,7 +37,9 @@ def make_room(cache: KVCache, needed: Array) -> KVCache:
 def _held_pages(cache: KVCache) -> Array:
     """Pages of each request over all layers and heads, int32 [R]."""
     layout = cache.spec.layout
-    held = jnp.stack([layout.pages_for(tier, cache.tier_len[..., tier]) for tier in range(layout.tiers)])
+    held = jnp.stack(
+        [layout.pages_for(tier, cache.tier_len[..., tier]) for tier in range(layout.tiers)]
+    )
     return held.sum(axis=(0, 1, 3))
 
 
@@ -41,6 +47,10 @@ def _without(cache: KVCache, gone: Array) -> KVCache:
     """The cache with all pages of the requests `gone` bool [R] free."""
 
     def release_layer(layer, cache):
-        return with_stored(cache, layer, release_all(stored_layer(cache, layer), cache.spec.layout, per_head(cache, gone)))
+        return with_stored(
+            cache,
+            layer,
+            release_all(stored_layer(cache, layer), cache.spec.layout, per_head(cache, gone)),
+        )
 
     return lax.fori_loop(0, len(cache.spec.paged_layers), release_layer, cache)

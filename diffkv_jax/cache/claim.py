@@ -23,11 +23,15 @@ def claimed(cache: KVCache) -> Iterator[None]:
     with _lock:
         if id(mark) in _claimed:
             raise ValueError(
-                "cache= is in use by a call in another thread, which takes its memory: wait for that call and go on from the "
+                "cache= is in use by a call in another thread, which takes its memory: wait for "
+                "that call and go on from the "
                 "cache that it returns, or give each thread a cache of its own"
             )
         if any(x.is_deleted() for x in jax.tree.leaves(cache)):
-            raise ValueError("this cache was given to an earlier call, which took its memory; use the cache that call returned")
+            raise ValueError(
+                "this cache was given to an earlier call, which took its memory; use "
+                "the cache that call returned"
+            )
         _claimed.add(id(mark))
     try:
         yield

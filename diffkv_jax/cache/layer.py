@@ -1,4 +1,6 @@
-"""One layer of a `KVCache` with requests and heads flattened to B = R x K, or all layers to B = L x R x K, and back."""
+"""One layer of a `KVCache` with requests and heads flattened to B = R x K, or all layers to B = L x
+R x K, and back.
+"""
 
 import dataclasses
 import math
@@ -30,17 +32,26 @@ def put_layer(array: Array, layer: Array | None, value: Array) -> Array:
     """`array` with `array[layer]` replaced by `value [B, ...]`; all layers when None."""
     if layer is None:
         return value.reshape(array.shape).astype(array.dtype)
-    return lax.dynamic_update_index_in_dim(array, value.reshape(array.shape[1:]).astype(array.dtype), layer, 0)
+    return lax.dynamic_update_index_in_dim(
+        array, value.reshape(array.shape[1:]).astype(array.dtype), layer, 0
+    )
 
 
 def per_head(cache: KVCache, per_request: Array, layers: int = 1) -> Array:
     """`[R, ...]` repeated over the KV heads, `[B, ...]`, and over `layers`, `[layers x B, ...]`."""
-    heads = jnp.repeat(per_request, cache.spec.attention.num_kv_heads, axis=0, total_repeat_length=cache.spec.num_heads)
+    heads = jnp.repeat(
+        per_request,
+        cache.spec.attention.num_kv_heads,
+        axis=0,
+        total_repeat_length=cache.spec.num_heads,
+    )
     return heads if layers == 1 else jnp.tile(heads, (layers, *(1,) * (heads.ndim - 1)))
 
 
 def head_numbers(cache: KVCache, layer: Array | None) -> Array:
-    """int32 [B] of a layer ([layers x B] when None): a number for each layer and KV head, the same for all requests."""
+    """int32 [B] of a layer ([layers x B] when None): a number for each layer and KV head, the same
+    for all requests.
+    """
     spec = cache.spec
     row = jnp.arange(spec.num_heads * (len(spec.paged_layers) if layer is None else 1))
     at = row // spec.num_heads if layer is None else layer
@@ -55,7 +66,9 @@ def all_heads(array: Array) -> Array:
 
 def stored_layer(cache: KVCache, layer: Array | None) -> Stored:
     """The stored tokens of a paged layer; of all when None."""
-    return Stored(cache.pages, cache.ring, *(take_layer(getattr(cache, name), layer) for name in _LAYERED))
+    return Stored(
+        cache.pages, cache.ring, *(take_layer(getattr(cache, name), layer) for name in _LAYERED)
+    )
 
 
 def with_stored(cache: KVCache, layer: Array | None, stored: Stored) -> KVCache:
@@ -83,14 +96,19 @@ def layer_heads(cache: KVCache, layer: Array, recent_len: Array) -> Heads:
 
 
 def _tables(cache: KVCache, layer: Array) -> tuple[Array, Array]:
-    """Page table and lengths that a paged layer reads by: the first of a pair finds the shared tier where the second keeps it."""
+    """Page table and lengths that a paged layer reads by: the first of a pair finds the shared tier
+    where the second keeps it.
+    """
     spec = cache.spec
     page_table, tier_len = take_layer(cache.page_table, layer), take_layer(cache.tier_len, layer)
     if spec.merge is None:
         return page_table, tier_len
     owner = jnp.where(layer < spec.unmerged_layers, layer, layer + 1 - place_in_pair(spec, layer))
     theirs, shared = take_layer(cache.page_table, owner), take_layer(cache.tier_len, owner)[:, -1]
-    on_the_right = jnp.arange(spec.max_pages) >= spec.max_pages - spec.layout.pages_for(spec.layout.tiers - 1, shared)[:, None]
+    on_the_right = (
+        jnp.arange(spec.max_pages)
+        >= spec.max_pages - spec.layout.pages_for(spec.layout.tiers - 1, shared)[:, None]
+    )
     return jnp.where(on_the_right, theirs, page_table), tier_len.at[:, -1].set(shared)
 
 
@@ -100,16 +118,19 @@ def place_in_pair(spec: CacheSpec, layer: Array) -> Array:
 
 
 def layer_layout(cache: KVCache, layer: Array | None, *, learned: bool = True) -> PageLayout:
-    """The layout of the pages, its learned codecs holding the arrays of a paged layer's heads `[B, ...]`; what two layers share is read
-    as this one's.
+    """The layout of the pages, its learned codecs holding the arrays of a paged layer's heads `[B,
+    ...]`; what two layers share is read as this one's.
 
-    Without `learned` the codecs hold nothing: decode attention on kernels reads what all layers have learned from `Heads.tables`. Events on
-    kernels, which know no such codecs, have `layer` None.
+    Without `learned` the codecs hold nothing: decode attention on kernels reads what all layers
+    have learned from `Heads.tables`. Events on kernels, which know no such codecs, have `layer`
+    None.
     """
     layout = cache.spec.layout
     if layer is not None and cache.spec.merge is not None:  # with nothing learned
         place = place_in_pair(cache.spec, layer)
-        return dataclasses.replace(layout, formats=tuple(read_by(fmt, place) for fmt in layout.formats))
+        return dataclasses.replace(
+            layout, formats=tuple(read_by(fmt, place) for fmt in layout.formats)
+        )
     if layer is None or not learned or not jax.tree.leaves(cache.tables):
         return layout
 
@@ -120,21 +141,36 @@ def layer_layout(cache: KVCache, layer: Array | None, *, learned: bool = True) -
         return jnp.tile(one, (cache.spec.num_requests, *(1,) * (one.ndim - 1)))
 
     formats = (
-        dataclasses.replace(fmt, key=with_table(fmt.key, of_heads(key)), value=with_table(fmt.value, of_heads(value)))
+        dataclasses.replace(
+            fmt,
+            key=with_table(fmt.key, of_heads(key)),
+            value=with_table(fmt.value, of_heads(value)),
+        )
         for fmt, (key, value) in zip(layout.formats, cache.tables, strict=True)
     )
     return dataclasses.replace(layout, formats=tuple(formats))
 
 
 def unmerged_layout(cache: KVCache, layer: Array | None) -> PageLayout:
-    """The layout by which a paged layer that is not merged stores its tokens (`CacheSpec.unmerged`)."""
-    return layer_layout(cache, layer) if cache.spec.merge is None else cache.spec.unmerged.layout  # with nothing learned
+    """The layout by which a paged layer that is not merged stores its tokens
+    (`CacheSpec.unmerged`).
+    """
+    # with nothing learned
+    return layer_layout(cache, layer) if cache.spec.merge is None else cache.spec.unmerged.layout
 
 
-def layer_clock(cache: KVCache, layer: Array | None, seq_len: Array, observed: Array, exact: Array, decides: Array) -> Clock:
+def layer_clock(
+    cache: KVCache,
+    layer: Array | None,
+    seq_len: Array,
+    observed: Array,
+    exact: Array,
+    decides: Array,
+) -> Clock:
     """Where the heads of a paged layer (all when None) stand.
 
-    `seq_len`, `exact` int32 [R], `observed` int32 [R, spans, 2] and `decides` bool [] are those of `Clock` a request.
+    `seq_len`, `exact` int32 [R], `observed` int32 [R, spans, 2] and `decides` bool [] are those of
+    `Clock` a request.
     """
     limits = take_layer(cache.limits, layer)
     layers = limits.shape[0] // cache.spec.num_heads

@@ -9,12 +9,20 @@ from diffkv_jax.policy.policy import CompressionPolicy
 
 
 def layout_of(
-    attention: AttentionSpec, policy: CompressionPolicy, *, max_len: int, dtype: str, tokens: int | None, kernels: Kernels
+    attention: AttentionSpec,
+    policy: CompressionPolicy,
+    *,
+    max_len: int,
+    dtype: str,
+    tokens: int | None,
+    kernels: Kernels,
 ) -> tuple[Merge | None, PageLayout]:
-    """Which layers are merged, None: no pair is, and the pages. The arguments are those of `CacheSpec.build`.
+    """Which layers are merged, None: no pair is, and the pages. The arguments are those of
+    `CacheSpec.build`.
 
     Raises:
-        ValueError: the tiers do not fit the model or one page shape, or the model lacks what the policy asks for.
+        ValueError: the tiers do not fit the model or one page shape, or the model lacks what the
+            policy asks for.
     """
     merge, formats = policy.merge, _formats_of(attention, policy, dtype)
     if merge is not None and merge.pairs(attention) == 0:
@@ -33,10 +41,16 @@ def layout_of(
     )
 
 
-def _formats_of(attention: AttentionSpec, policy: CompressionPolicy, dtype: str) -> tuple[KVFormat, ...]:
+def _formats_of(
+    attention: AttentionSpec, policy: CompressionPolicy, dtype: str
+) -> tuple[KVFormat, ...]:
     """The codecs of the stored tiers, of a model with a latent for that and the rotary part."""
     formats = policy.formats(dtype)
-    return formats if attention.latent is None else tuple(LatentFormat.of(fmt, attention.latent, dtype) for fmt in formats)
+    return (
+        formats
+        if attention.latent is None
+        else tuple(LatentFormat.of(fmt, attention.latent, dtype) for fmt in formats)
+    )
 
 
 def _rope_of(attention: AttentionSpec, policy: CompressionPolicy) -> tuple[float, ...] | None:
@@ -44,7 +58,11 @@ def _rope_of(attention: AttentionSpec, policy: CompressionPolicy) -> tuple[float
     if not policy.un_rope:
         return None
     if attention.latent is not None:
-        raise ValueError("un_rope=True, and a latent carries no rotary embedding anyway: leave it out")
+        raise ValueError(
+            "un_rope=True, and a latent carries no rotary embedding anyway: leave it out"
+        )
     if attention.rope is None:
-        raise ValueError("un_rope=True, and the model does not tell its rotary embedding (AttentionSpec.rope)")
+        raise ValueError(
+            "un_rope=True, and the model does not tell its rotary embedding (AttentionSpec.rope)"
+        )
     return attention.rope

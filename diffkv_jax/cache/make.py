@@ -33,26 +33,38 @@ def make_cache(
     kernels: Kernels | None = None,
     calibration: Calibration | None = None,
 ) -> KVCache:
-    """An empty cache for requests that come to `totals` tokens each; `kernels` are those of the platform when None, the other arguments
-    are those of `generate`.
+    """An empty cache for requests that come to `totals` tokens each; `kernels` are those of the
+    platform when None, the other arguments are those of `generate`.
 
-    A calibration must be of the policy's tiers and transforms; that it is of these parameters only `generate` can check.
-    Without `max_len` the totals are rounded up to multiples of 128, so that nearly equal prompts share their compiled programs.
+    A calibration must be of the policy's tiers and transforms; that it is of these parameters only
+    `generate` can check. Without `max_len` the totals are rounded up to multiples of 128, so that
+    nearly equal prompts share their compiled programs.
 
     Raises:
-        TypeError, ValueError: bad input, named; more than the model's context or the device's memory.
+        TypeError, ValueError: bad input, named; more than the model's context or the device's
+            memory.
     """
     check_model("make_cache", model)
     check_outside_jit("make_cache", totals)
     attention, policy = model.attention, as_policy(policy)
-    totals = tuple_of("totals", totals, lambda name, n: integer(name, n, least=0, most=None), "a list with the tokens of each request")
+    totals = tuple_of(
+        "totals",
+        totals,
+        lambda name, n: integer(name, n, least=0, most=None),
+        "a list with the tokens of each request",
+    )
     if not totals:
         refuse("totals", totals, "a list with the tokens of at least one request")
     max_len = integer("max_len", max_len, least=1, most=None, optional=True)
     room = [-(-max(n, 1) // 128) * 128 if max_len is None else max_len for n in totals]
     check_context(attention, np.asarray(totals), max(room))
     if calibration is not None:
-        instance("calibration", calibration, Calibration, "calibrate(model, params, tokens, policy) makes it")
+        instance(
+            "calibration",
+            calibration,
+            Calibration,
+            "calibrate(model, params, tokens, policy) makes it",
+        )
     spec = CacheSpec.build(
         attention,
         policy,
@@ -60,7 +72,9 @@ def make_cache(
         max_len=max(room),
         num_pages=0,
         dtype=dtype_name("cache_dtype", cache_dtype) or attention.dtype,
-        kernels=kernels_for(policy, attention) if kernels is None else instance("kernels", kernels, Kernels, "Kernels.resolve(name)"),
+        kernels=kernels_for(policy, attention)
+        if kernels is None
+        else instance("kernels", kernels, Kernels, "Kernels.resolve(name)"),
     )
     check_room(attention, max_len, spec)
     tables = tables_for(spec, policy, calibration)
@@ -68,7 +82,11 @@ def make_cache(
         _check_one_budget(policy, memory_budget)
         policy, memory_budget = kept_within(spec, policy, room), policy.keep
     spec = with_pool(spec, policy, list(totals), room, memory_budget)
-    return _allocated(spec, policy.limits(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads), tables)
+    return _allocated(
+        spec,
+        policy.limits(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads),
+        tables,
+    )
 
 
 def dtype_name(name: str, dtype: Any) -> str | None:
@@ -99,14 +117,18 @@ def check_room(attention: AttentionSpec, max_len: int | None, spec: CacheSpec) -
     if max_len is not None and max_len > most:
         size = humanize.naturalsize(cache_bytes(spec), binary=True)
         raise ValueError(
-            f"max_len={max_len} is more than the model's context of {most} tokens, and such a cache would take {size} before its first "
+            f"max_len={max_len} is more than the model's context of {most} tokens, and such a "
+            f"cache would take {size} before its first "
             f"page: lower it to {most} at most"
         )
 
 
 def _check_one_budget(policy: CompressionPolicy, memory_budget: int | str | None) -> None:
     if memory_budget is not None:
-        raise ValueError(f"keep={policy.keep!r} is a memory budget already: leave memory_budget={memory_budget!r} out")
+        raise ValueError(
+            f"keep={policy.keep!r} is a memory budget already: leave "
+            f"memory_budget={memory_budget!r} out"
+        )
 
 
 _empty = jax.jit(empty_cache, static_argnames="spec")
@@ -120,6 +142,7 @@ def _allocated(spec: CacheSpec, limits: np.ndarray, tables: Any) -> KVCache:
             raise
         size = humanize.naturalsize(cache_bytes(spec), binary=True)
         raise ValueError(
-            f"a cache for {spec.num_requests} requests of up to {spec.max_len} tokens takes {size}, more than the device has free: give a "
+            f"a cache for {spec.num_requests} requests of up to {spec.max_len} tokens takes "
+            f"{size}, more than the device has free: give a "
             "memory_budget, a smaller max_len or fewer requests"
         ) from error

@@ -1,9 +1,13 @@
-"""Which queries have scored: per request a few spans of positions, so that every token's mean divides by the queries that saw it."""
+"""Which queries have scored: per request a few spans of positions, so that every token's mean
+divides by the queries that saw it.
+"""
 
 import jax.numpy as jnp
 from jax import Array
 
-SPANS = 8  # a prompt that is observed only at its end opens a new span; beyond this many the two oldest are counted as one
+# a prompt that is observed only at its end opens a new span; beyond this many the two oldest are
+# counted as one
+SPANS = 8
 
 
 def nothing_observed(num_requests: int) -> Array:
@@ -12,10 +16,14 @@ def nothing_observed(num_requests: int) -> Array:
 
 
 def count_observed(observed: Array, rows: Array, seq_len: Array) -> Array:
-    """`observed` after the queries at positions `seq_len - rows` to `seq_len - 1` have scored; `rows`, `seq_len` int32 [R]."""
+    """`observed` after the queries at positions `seq_len - rows` to `seq_len - 1` have scored;
+    `rows`, `seq_len` int32 [R].
+    """
     last = observed[:, -1]
     longer = observed.at[:, -1].set(jnp.stack([seq_len, last[:, 1] + rows], axis=-1))
     oldest = jnp.stack([observed[:, 1, 0], observed[:, 0, 1] + observed[:, 1, 1]], axis=-1)
-    opened = jnp.concatenate([oldest[:, None], observed[:, 2:], jnp.stack([seq_len, rows], axis=-1)[:, None]], axis=1)
+    opened = jnp.concatenate(
+        [oldest[:, None], observed[:, 2:], jnp.stack([seq_len, rows], axis=-1)[:, None]], axis=1
+    )
     after = jnp.where((last[:, 0] == seq_len - rows)[:, None, None], longer, opened)
     return jnp.where((rows > 0)[:, None, None], after, observed)

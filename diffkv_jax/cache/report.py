@@ -16,15 +16,19 @@ from diffkv_jax.pallas_kernels.precision import in_32_bits
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes and tokens of a cache. L paged layers, R requests, K KV heads; all arrays are NumPy int64.
+    """Bytes and tokens of a cache. L paged layers, R requests, K KV heads; all arrays are NumPy
+    int64.
 
     Attributes:
-        tier_names: names of the stored tiers; the last entry of a tier axis below is the recent window.
+        tier_names: names of the stored tiers; the last entry of a tier axis below is the recent
+            window.
         tokens: [L, R, K, tiers + 1], tokens held; those that two layers share are held by both.
         dropped: [L, R, K], tokens seen and no longer held.
-        pages: [L, R, K, tiers], pages in use; those that two layers share count for the second, as do their bytes.
+        pages: [L, R, K, tiers], pages in use; those that two layers share count for the second, as
+            do their bytes.
         logical_bytes: [L, R, K, tiers + 1], what the held tokens alone need.
-        allocated_bytes: [L, R, K, tiers + 1], whole pages in use; with the recent window its whole buffer and the head's tables.
+        allocated_bytes: [L, R, K, tiers + 1], whole pages in use; with the recent window its whole
+            buffer and the head's tables.
         bf16_bytes: [R], a plain bfloat16 cache of the same tokens, without padding.
         logical: all held tokens, sliding-window rings included.
         allocated: all of `allocated_bytes`, sliding-window rings and counters.
@@ -49,19 +53,35 @@ class MemoryReport:
 
     @property
     def kept_fraction(self) -> np.ndarray:
-        """Share of the seen tokens in each stored tier and, last, in the recent window: float [tiers + 1]."""
+        """Share of the seen tokens in each stored tier and, last, in the recent window: float
+        [tiers + 1].
+        """
         seen = self.tokens.sum() + self.dropped.sum()
         return self.tokens.sum(axis=(0, 1, 2)) / max(seen, 1)
 
     def __str__(self) -> str:
         table = Table("", "bytes", "of bf16", "tokens held", title="KV cache memory")
-        for name, amount in (("logical", self.logical), ("allocated", self.allocated), ("pool", self.pool), ("bf16", self.bf16)):
-            table.add_row(name, humanize.naturalsize(amount, binary=True), f"{amount / max(self.bf16, 1):.1%}", "")
+        for name, amount in (
+            ("logical", self.logical),
+            ("allocated", self.allocated),
+            ("pool", self.pool),
+            ("bf16", self.bf16),
+        ):
+            table.add_row(
+                name,
+                humanize.naturalsize(amount, binary=True),
+                f"{amount / max(self.bf16, 1):.1%}",
+                "",
+            )
         per_tier = self.allocated_bytes.sum(axis=(0, 1, 2))
-        for name, amount, share in zip((*self.tier_names, "recent"), per_tier, self.kept_fraction, strict=True):
+        for name, amount, share in zip(
+            (*self.tier_names, "recent"), per_tier, self.kept_fraction, strict=True
+        ):
             size = humanize.naturalsize(int(amount), binary=True)
             table.add_row(f"  {name}", size, f"{amount / max(self.bf16, 1):.1%}", f"{share:.1%}")
-        table.add_row("  dropped", "", "", f"{1 - self.kept_fraction.sum():.1%}" if self.tokens.any() else "")
+        table.add_row(
+            "  dropped", "", "", f"{1 - self.kept_fraction.sum():.1%}" if self.tokens.any() else ""
+        )
         console = Console(width=80)
         with console.capture() as capture:
             console.print(table)
@@ -75,23 +95,40 @@ def memory_report(cache: KVCache) -> MemoryReport:
     Raises:
         TypeError: it is no cache.
     """
-    instance("cache", cache, KVCache, "generate returns one as .cache, make_cache makes an empty one")
+    instance(
+        "cache", cache, KVCache, "generate returns one as .cache, make_cache makes an empty one"
+    )
     cache, spec = complete(cache), cache.spec
     layout, attention = spec.layout, spec.attention
     counters = jax.device_get((cache.tier_len, cache.seq_len, cache.recent_len))
     tier_len, seq_len, recent_len = (np.asarray(x, np.int64) for x in counters)
-    owned = np.concatenate([tier_len, np.broadcast_to(recent_len[:, None, None], (*tier_len.shape[:3], 1))], axis=-1)
+    owned = np.concatenate(
+        [tier_len, np.broadcast_to(recent_len[:, None, None], (*tier_len.shape[:3], 1))], axis=-1
+    )
     tokens = owned.copy()
     if spec.merge is not None:
         tokens[spec.unmerged_layers :: 2, ..., -2] = owned[spec.unmerged_layers + 1 :: 2, ..., -2]
     pages = np.stack([layout.pages_for(t, tier_len[..., t]) for t in range(layout.tiers)], axis=-1)
     channels = cache.recent_k.shape[-1] + cache.recent_v.shape[-1]  # of K and V of one token
     exact = channels * cache.recent_k.dtype.itemsize  # in the cache dtype
-    token_bytes = [layout.token_bytes(t) for t in range(layout.tiers)] + [exact + (4 if layout.scored else 0)]
+    token_bytes = [layout.token_bytes(t) for t in range(layout.tiers)] + [
+        exact + (4 if layout.scored else 0)
+    ]
     page_bytes = layout.page_bytes + cache.ring.ids.dtype.itemsize
-    fixed = (cache.page_table, cache.tier_len, cache.limits, cache.recent_k, cache.recent_v, cache.recent_significance)
-    head_bytes = np.broadcast_to(tree_bytes(fixed) // max(pages[..., :1].size, 1), (*tier_len.shape[:3], 1))
-    ring_tokens = np.minimum(seq_len, spec.ring_len) * len(spec.window_layers) * attention.num_kv_heads
+    fixed = (
+        cache.page_table,
+        cache.tier_len,
+        cache.limits,
+        cache.recent_k,
+        cache.recent_v,
+        cache.recent_significance,
+    )
+    head_bytes = np.broadcast_to(
+        tree_bytes(fixed) // max(pages[..., :1].size, 1), (*tier_len.shape[:3], 1)
+    )
+    ring_tokens = (
+        np.minimum(seq_len, spec.ring_len) * len(spec.window_layers) * attention.num_kv_heads
+    )
     plain_tokens = seq_len * len(spec.paged_layers) * attention.num_kv_heads + ring_tokens
     logical_bytes, pool = owned * token_bytes, tree_bytes(cache)
     return MemoryReport(

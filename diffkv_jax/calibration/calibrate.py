@@ -25,7 +25,9 @@ from diffkv_jax.policy.transform import rotated
 
 
 class Samples(NamedTuple):
-    """Keys or values of some tokens as the policy stores them, and the squared gradients of the loss by them (ones without Fisher)."""
+    """Keys or values of some tokens as the policy stores them, and the squared gradients of the
+    loss by them (ones without Fisher).
+    """
 
     x: Array | np.ndarray  # float32 [L, n, K, d]
     fisher: Array | np.ndarray  # float32 [L, n, K, d]
@@ -49,12 +51,16 @@ def calibrate(
 
     Args:
         model, params: as for `generate`; used in full precision, without a cache.
-        tokens: int [S, N], S sequences of calibration text, N at least 2. The papers take 16 of 2,048.
+        tokens: int [S, N], S sequences of calibration text, N at least 2. The papers take 16 of
+            2,048.
         policy: whose codecs learn, from keys and values as it stores them (`un_rope`, `rotate`).
-        fisher: weigh errors by the squared gradient of the loss (one backward pass a sequence), as the papers do; else all alike.
-        samples: tokens that are learned from, evenly spaced over all; each takes 4 float32 numbers a channel, layer and KV head.
+        fisher: weigh errors by the squared gradient of the loss (one backward pass a sequence), as
+            the papers do; else all alike.
+        samples: tokens that are learned from, evenly spaced over all; each takes 4 float32 numbers
+            a channel, layer and KV head.
         iterations: of k-means.
-        q_norm: whether learned levels keep the mean and deviation of what they code (KVQuant's Q-Norm); None: at two bits or fewer.
+        q_norm: whether learned levels keep the mean and deviation of what they code (KVQuant's
+            Q-Norm); None: at two bits or fewer.
         seed: of its random seeds.
         progress: show a progress bar.
 
@@ -64,16 +70,30 @@ def calibrate(
     check_model("calibrate", model)
     params, policy = as_params("calibrate", params), as_policy(policy)
     fisher, progress = flag("fisher", fisher), flag("progress", progress)
-    samples, iterations = integer("samples", samples, least=1), integer("iterations", iterations, least=1)
+    samples, iterations = (
+        integer("samples", samples, least=1),
+        integer("iterations", iterations, least=1),
+    )
     q_norm = None if q_norm is None else flag("q_norm", q_norm)
     key = jax.random.key(integer("seed", seed, least=0))
     batch = _checked(model, tokens)
-    spec = CacheSpec.build(model.attention, policy, num_requests=1, max_len=batch.shape[1], num_pages=0, dtype=model.attention.dtype)
+    spec = CacheSpec.build(
+        model.attention,
+        policy,
+        num_requests=1,
+        max_len=batch.shape[1],
+        num_pages=0,
+        dtype=model.attention.dtype,
+    )
     shapes = table_shapes(spec)
     total = len(spec.paged_layers) * sum(shape is not None for pair in shapes for shape in pair)
     if not total:
-        raise ValueError(f"policy {policy.name!r} has no learned codec in tiers={policy.tiers}: there is nothing to calibrate")
-    at = _spread(batch, samples, policy.sinks if policy.tiers[0] == "full" else 0)  # exact sinks never meet a learned codec
+        raise ValueError(
+            f"policy {policy.name!r} has no learned codec in tiers={policy.tiers}: "
+            f"there is nothing to calibrate"
+        )
+    # exact sinks never meet a learned codec
+    at = _spread(batch, samples, policy.sinks if policy.tiers[0] == "full" else 0)
     both = _collect(model, params, batch, spec, at, fisher, progress)
     with tqdm(total=total, desc="learning tables", unit=" layers", disable=not progress) as bar:
 
@@ -82,58 +102,112 @@ def calibrate(
                 return None
             layers = []
             for layer, (x, weight) in enumerate(zip(given.x, given.fisher, strict=True)):
-                block, cost = (jnp.moveaxis(jnp.asarray(part), 0, 2) for part in (x, weight))  # [K, d, n]
-                layers.append(np.asarray(learn_table(codec, block, cost, jax.random.fold_in(key, layer), Learning(iterations, q_norm))))
+                # [K, d, n]
+                block, cost = (jnp.moveaxis(jnp.asarray(part), 0, 2) for part in (x, weight))
+                layers.append(
+                    np.asarray(
+                        learn_table(
+                            codec,
+                            block,
+                            cost,
+                            jax.random.fold_in(key, layer),
+                            Learning(iterations, q_norm),
+                        )
+                    )
+                )
                 bar.update()
             return as_stored(np.stack(layers))
 
-        tables = tuple((learned(fmt.key, both[0]), learned(fmt.value, both[1])) for fmt in spec.layout.formats)
-    return Calibration(tables, policy.tiers, policy.un_rope, policy.rotate, fingerprint(model, params))
+        tables = tuple(
+            (learned(fmt.key, both[0]), learned(fmt.value, both[1])) for fmt in spec.layout.formats
+        )
+    return Calibration(
+        tables, policy.tiers, policy.un_rope, policy.rotate, fingerprint(model, params)
+    )
 
 
 def _checked(model: CausalLM, tokens: Any) -> np.ndarray:
     check_outside_jit("calibrate", tokens)
     batch, sizes = as_batch(tokens, model.attention.vocab_size)
     if batch.shape[1] < 2 or (sizes != batch.shape[1]).any():
-        raise ValueError(f"calibration sequences must have one length of at least 2 tokens, given lengths {sorted(set(sizes.tolist()))}")
+        raise ValueError(
+            f"calibration sequences must have one length of at least 2 tokens, given "
+            f"lengths {sorted(set(sizes.tolist()))}"
+        )
     check_context(model.attention, sizes, batch.shape[1])
     return batch
 
 
 def _spread(batch: np.ndarray, samples: int, first: int) -> np.ndarray:
-    """Places int32 [n], evenly spaced from `first` on, of a sequence's share of `samples` tokens; not the last, which no loss looks at."""
+    """Places int32 [n], evenly spaced from `first` on, of a sequence's share of `samples` tokens;
+    not the last, which no loss looks at.
+    """
     places = batch.shape[1] - 1 - first
     if places < 1:
-        raise ValueError(f"calibration sequences of {batch.shape[1]} tokens have none between the policy's {first} sinks and the last one")
-    return np.linspace(first, batch.shape[1] - 2, min(places, -(-samples // len(batch)))).astype(np.int32)
+        raise ValueError(
+            f"calibration sequences of {batch.shape[1]} tokens have none between the "
+            f"policy's {first} sinks and the last one"
+        )
+    return np.linspace(first, batch.shape[1] - 2, min(places, -(-samples // len(batch)))).astype(
+        np.int32
+    )
 
 
 def _collect(
-    model: CausalLM, params: Mapping[str, Any], batch: np.ndarray, spec: CacheSpec, at: np.ndarray, fisher: bool, progress: bool
+    model: CausalLM,
+    params: Mapping[str, Any],
+    batch: np.ndarray,
+    spec: CacheSpec,
+    at: np.ndarray,
+    fisher: bool,
+    progress: bool,
 ) -> tuple[Samples, Samples]:
     """Keys and values of the tokens `at` of every sequence, in the paged layers."""
     seen = []
     for row in tqdm(batch, desc="reading text", unit=" sequences", disable=not progress):
-        seen.append(jax.device_get(_stored(spec, activations(model, params, jnp.asarray(row), gradients=fisher), at, fisher)))
-    keys, values = (Samples(*(np.concatenate(part, axis=1) for part in zip(*side, strict=True))) for side in zip(*seen, strict=True))
+        seen.append(
+            jax.device_get(
+                _stored(
+                    spec, activations(model, params, jnp.asarray(row), gradients=fisher), at, fisher
+                )
+            )
+        )
+    keys, values = (
+        Samples(*(np.concatenate(part, axis=1) for part in zip(*side, strict=True)))
+        for side in zip(*seen, strict=True)
+    )
     for kind, side in (("keys", keys), ("values", values)):
         for what, part in ((kind, side.x), (f"the loss' gradients by the {kind}", side.fisher)):
             for layer in np.flatnonzero(~np.isfinite(part).all(axis=(1, 2, 3))):
                 raise ValueError(
-                    f"{what} of layer {spec.paged_layers[layer]} are not finite, so that nothing can be learned from them: the model "
-                    f"computes in {spec.attention.dtype}; load it with dtype='float32', or look for NaN in the parameters"
+                    f"{what} of layer {spec.paged_layers[layer]} are not finite, so that nothing "
+                    f"can be learned from them: the model "
+                    f"computes in {spec.attention.dtype}; load it with dtype='float32', or look "
+                    f"for NaN in the parameters"
                 )
     return keys, values
 
 
-def _stored(spec: CacheSpec, seen: Activations, at: np.ndarray, fisher: bool) -> tuple[Samples, Samples]:
-    """The tokens `at` int [n] of one sequence, in the form that `spec` stores: its transforms are orthogonal, gradients turn alike."""
+def _stored(
+    spec: CacheSpec, seen: Activations, at: np.ndarray, fisher: bool
+) -> tuple[Samples, Samples]:
+    """The tokens `at` int [n] of one sequence, in the form that `spec` stores: its transforms are
+    orthogonal, gradients turn alike.
+    """
     k, v, k_gradient, v_gradient = (x[np.asarray(spec.paged_layers)[:, None], at] for x in seen)
     if spec.attention.latent is not None:  # the rest of the key stays exact
         k, k_gradient = k[..., : spec.attention.latent], k_gradient[..., : spec.attention.latent]
     if spec.layout.rope is not None:
         position, rope = jnp.asarray(at)[None, None], spec.layout.rope
-        k, k_gradient = (jnp.swapaxes(at_positions(jnp.swapaxes(x, 1, 2), position, rope, back=True), 1, 2) for x in (k, k_gradient))
+        k, k_gradient = (
+            jnp.swapaxes(at_positions(jnp.swapaxes(x, 1, 2), position, rope, back=True), 1, 2)
+            for x in (k, k_gradient)
+        )
     if spec.rotate:
-        k, v, k_gradient, v_gradient = (rotated(x) if x.shape[-1] else x for x in (k, v, k_gradient, v_gradient))
-    return tuple(Samples(x, jnp.square(g) if fisher else jnp.ones_like(x)) for x, g in ((k, k_gradient), (v, v_gradient)))  # pyright: ignore
+        k, v, k_gradient, v_gradient = (
+            rotated(x) if x.shape[-1] else x for x in (k, v, k_gradient, v_gradient)
+        )
+    return tuple(
+        Samples(x, jnp.square(g) if fisher else jnp.ones_like(x))
+        for x, g in ((k, k_gradient), (v, v_gradient))
+    )  # pyright: ignore

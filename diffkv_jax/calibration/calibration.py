@@ -21,11 +21,12 @@ SAMPLED = 4096  # numbers of each parameter array that the fingerprint looks at
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` learned: it serves every policy with the same tiers and transforms on the same model.
+    """What `calibrate` learned: it serves every policy with the same tiers and transforms on the
+    same model.
 
     Attributes:
-        tables: float16 or bfloat16 NumPy arrays `[L, K, ...]` of K and V in each tier, None where a codec learns nothing; L paged
-            layers, K KV heads.
+        tables: float16 or bfloat16 NumPy arrays `[L, K, ...]` of K and V in each tier, None where a
+            codec learns nothing; L paged layers, K KV heads.
         tiers, un_rope, rotate: those of the policy.
         fingerprint: of the model, see `fingerprint`.
     """
@@ -37,11 +38,22 @@ class Calibration:
     fingerprint: str
 
     def __post_init__(self):
-        tables = tuple_of("tables", self.tables, _pair, "a pair of arrays or None, of K and V, for each tier")
+        tables = tuple_of(
+            "tables", self.tables, _pair, "a pair of arrays or None, of K and V, for each tier"
+        )
         tiers = tuple_of("tiers", self.tiers, text, "a list of format names such as ['K8v4V8v4']")
         if len(tables) != len(tiers):
-            raise ValueError(f"tables hold {len(tables)} pairs, and tiers={tiers} are {len(tiers)}: give one for each")
-        found = (tables, tiers, flag("un_rope", self.un_rope), flag("rotate", self.rotate), text("fingerprint", self.fingerprint))
+            raise ValueError(
+                f"tables hold {len(tables)} pairs, and tiers={tiers} are "
+                f"{len(tiers)}: give one for each"
+            )
+        found = (
+            tables,
+            tiers,
+            flag("un_rope", self.un_rope),
+            flag("rotate", self.rotate),
+            text("fingerprint", self.fingerprint),
+        )
         for field, value in zip(fields(self), found, strict=True):
             object.__setattr__(self, field.name, value)
 
@@ -53,27 +65,45 @@ class Calibration:
             ValueError: they are not those that it was made with.
         """
         instance("model", model, CausalLM, "load_pretrained returns one")
-        if not isinstance(params, Mapping) or not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(params)):
-            raise WrongType(f"params={shown(params)} must be the model's parameters: nested mappings of arrays")
+        if not isinstance(params, Mapping) or not all(
+            hasattr(leaf, "dtype") for leaf in jax.tree.leaves(params)
+        ):
+            raise WrongType(
+                f"params={shown(params)} must be the model's parameters: nested mappings of arrays"
+            )
         if self.fingerprint != fingerprint(model, params):
-            raise ValueError("the calibration was made with another model or other parameters: calibrate with this one")
+            raise ValueError(
+                "the calibration was made with another model or other parameters: "
+                "calibrate with this one"
+            )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write it as an Orbax checkpoint folder.
 
         Raises:
             TypeError: `path` is no path.
-            ValueError: it cannot be written there, or something is there and `overwrite` is not given.
+            ValueError: it cannot be written there, or something is there and `overwrite` is not
+                given.
         """
         folder, overwrite = file_path("path", path), flag("overwrite", overwrite)
         if folder.is_file() or (folder.exists() and not overwrite):
-            raise ValueError(f"path={str(folder)!r} is there already: {'take another' if folder.is_file() else 'give overwrite=True'}")
+            raise ValueError(
+                f"path={str(folder)!r} is there already: "
+                f"{'take another' if folder.is_file() else 'give overwrite=True'}"
+            )
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             refuse("path", str(path), f"a folder that can be made ({error})")
-        names = {"tiers": list(self.tiers), "un_rope": self.un_rope, "rotate": self.rotate, "fingerprint": self.fingerprint}
-        ocp.save(str(folder.absolute()), _named(self.tables), overwrite=overwrite, custom_metadata=names)
+        names = {
+            "tiers": list(self.tiers),
+            "un_rope": self.un_rope,
+            "rotate": self.rotate,
+            "fingerprint": self.fingerprint,
+        }
+        ocp.save(
+            str(folder.absolute()), _named(self.tables), overwrite=overwrite, custom_metadata=names
+        )
 
     @staticmethod
     def load(path: str | Path) -> "Calibration":
@@ -89,16 +119,25 @@ class Calibration:
             arrays = {name: np.asarray(array) for name, array in ocp.load(folder).items()}
             names: Any = found.custom_metadata
             tiers = tuple(names["tiers"])
-            tables = tuple((arrays.get(f"{i}.key"), arrays.get(f"{i}.value")) for i in range(len(tiers)))
-            return Calibration(tables, tiers, names["un_rope"], names["rotate"], names["fingerprint"])
+            tables = tuple(
+                (arrays.get(f"{i}.key"), arrays.get(f"{i}.value")) for i in range(len(tiers))
+            )
+            return Calibration(
+                tables, tiers, names["un_rope"], names["rotate"], names["fingerprint"]
+            )
         except Exception as error:  # Orbax meets a damaged folder as many exception types
             raise ValueError(
-                f"path={str(path)!r} must be a folder that Calibration.save wrote ({type(error).__name__}): calibrate again"
+                f"path={str(path)!r} must be a folder that Calibration.save wrote "
+                f"({type(error).__name__}): calibrate again"
             ) from error
 
 
 def _pair(name: str, value: Any) -> tuple:
-    first, second = value if isinstance(value, tuple | list) and len(value) == 2 else refuse(name, value, "a pair", True)
+    first, second = (
+        value
+        if isinstance(value, tuple | list) and len(value) == 2
+        else refuse(name, value, "a pair", True)
+    )
     for table in (first, second):
         if table is not None and not isinstance(table, np.ndarray | jax.Array):
             refuse(name, table, "an array or None", True)
@@ -106,22 +145,30 @@ def _pair(name: str, value: Any) -> tuple:
 
 
 def _named(tables: Tables) -> dict[str, Any]:
-    parts = {f"{i}.{part}": array for i, pair in enumerate(tables) for part, array in zip(("key", "value"), pair, strict=True)}
+    parts = {
+        f"{i}.{part}": array
+        for i, pair in enumerate(tables)
+        for part, array in zip(("key", "value"), pair, strict=True)
+    }
     return {name: np.asarray(array) for name, array in parts.items() if array is not None}
 
 
-def tables_for(spec: CacheSpec, policy: CompressionPolicy, calibration: Calibration | None) -> Tables | None:
+def tables_for(
+    spec: CacheSpec, policy: CompressionPolicy, calibration: Calibration | None
+) -> Tables | None:
     """The arrays that a new cache gets; None where nothing is learned.
 
     Raises:
-        ValueError: something is learned and there is no calibration, or that of other tiers, transforms or geometry; or one for nothing.
+        ValueError: something is learned and there is no calibration, or that of other tiers,
+            transforms or geometry; or one for nothing.
     """
     shapes = table_shapes(spec)
     learns = any(shape is not None for pair in shapes for shape in pair)
     if learns and calibration is None:
         raise ValueError(
             f"policy {policy.name!r} has learned codecs {policy.tiers}: make their tables with "
-            "calibration = diffkv_jax.calibrate(model, params, tokens, policy) and give calibration="
+            "calibration = diffkv_jax.calibrate(model, params, tokens, policy) and give "
+            "calibration="
         )
     if calibration is None:
         return None
@@ -130,19 +177,32 @@ def tables_for(spec: CacheSpec, policy: CompressionPolicy, calibration: Calibrat
     for field in ("tiers", "un_rope", "rotate"):
         learned, given = getattr(calibration, field), getattr(policy, field)
         if learned != given:
-            raise ValueError(f"the calibration was made for {field}={learned!r}, policy {policy.name!r} has {given!r}: calibrate with it")
-    if (found := tuple(tuple(x if x is None else x.shape for x in pair) for pair in calibration.tables)) != shapes:
-        raise ValueError(f"the calibration's arrays have shapes {found}, the cache needs {shapes}: calibrate with this model and policy")
+            raise ValueError(
+                f"the calibration was made for {field}={learned!r}, policy "
+                f"{policy.name!r} has {given!r}: calibrate with it"
+            )
+    if (
+        found := tuple(
+            tuple(x if x is None else x.shape for x in pair) for pair in calibration.tables
+        )
+    ) != shapes:
+        raise ValueError(
+            f"the calibration's arrays have shapes {found}, the cache needs "
+            f"{shapes}: calibrate with this model and policy"
+        )
     return calibration.tables
 
 
 def fingerprint(model: CausalLM, params: Mapping[str, Any]) -> str:
-    """A hash of the attention geometry, of the parameters' names and shapes and of evenly spaced numbers of each, as bfloat16.
+    """A hash of the attention geometry, of the parameters' names and shapes and of evenly spaced
+    numbers of each, as bfloat16.
 
     The same model loaded in another dtype has the same one.
     """
     digest = hashlib.sha256(repr(replace(model.attention, dtype="")).encode())
-    for (path, leaf), sample in zip(jax.tree_util.tree_leaves_with_path(params), _sampled(params), strict=True):
+    for (path, leaf), sample in zip(
+        jax.tree_util.tree_leaves_with_path(params), _sampled(params), strict=True
+    ):
         digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}".encode())
         digest.update(np.asarray(sample).tobytes())
     return digest.hexdigest()
@@ -150,10 +210,14 @@ def fingerprint(model: CausalLM, params: Mapping[str, Any]) -> str:
 
 @jax.jit
 def _sampled(params: Mapping[str, Any]) -> list[jax.Array]:
-    """Evenly spaced numbers of each array, without flattening it: the flat copy of a large one would be large."""
+    """Evenly spaced numbers of each array, without flattening it: the flat copy of a large one
+    would be large.
+    """
 
     def sample(leaf: jax.Array) -> jax.Array:
-        index = np.unravel_index(np.linspace(0, leaf.size - 1, min(SAMPLED, leaf.size)).astype(np.int64), leaf.shape)
+        index = np.unravel_index(
+            np.linspace(0, leaf.size - 1, min(SAMPLED, leaf.size)).astype(np.int64), leaf.shape
+        )
         return jax.lax.bitcast_convert_type(leaf[index].astype(jnp.bfloat16), jnp.uint16)
 
     return [sample(leaf) for leaf in jax.tree.leaves(params)]

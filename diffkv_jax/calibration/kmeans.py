@@ -12,10 +12,12 @@ from diffkv_jax.pallas_kernels.codecs.scales import unit_of
 
 @partial(jax.jit, static_argnames=("clusters", "iterations"))
 def weighted_kmeans(x: Array, weight: Array, key: Array, clusters: int, iterations: int) -> Array:
-    """Centroids float32 `[P, clusters, c]` that lessen sum of `weight` times squared distance to the nearest, for `P` problems.
+    """Centroids float32 `[P, clusters, c]` that lessen sum of `weight` times squared distance to
+    the nearest, for `P` problems.
 
-    Coupled Quantization (arXiv:2405.03917): the weights are Fisher information. k-means++ (Arthur and Vassilvitskii, 2007) draws
-    each seed with probability proportional to weight times squared distance to the seeds before it. A centroid without points stays.
+    Coupled Quantization (arXiv:2405.03917): the weights are Fisher information. k-means++ (Arthur
+    and Vassilvitskii, 2007) draws each seed with probability proportional to weight times squared
+    distance to the seeds before it. A centroid without points stays.
 
     Args:
         x: float32 `[P, n, c]`, n > 0.
@@ -27,7 +29,8 @@ def weighted_kmeans(x: Array, weight: Array, key: Array, clusters: int, iteratio
     def solve(problem: tuple[Array, Array, Array]) -> Array:
         return _kmeans(*problem, clusters, iterations)
 
-    return lax.map(solve, (x * inverse, weight, keys), batch_size=16) * unit  # squares neither overflow nor vanish
+    # squares neither overflow nor vanish
+    return lax.map(solve, (x * inverse, weight, keys), batch_size=16) * unit
 
 
 def _kmeans(x: Array, weight: Array, key: Array, clusters: int, iterations: int) -> Array:
@@ -38,7 +41,9 @@ def _kmeans(x: Array, weight: Array, key: Array, clusters: int, iterations: int)
         member = nearest(x, centroids)
         total = jax.ops.segment_sum(weight, member, clusters)
         sums = jax.ops.segment_sum(weight[:, None] * x, member, clusters)
-        return jnp.where(total[:, None] > 0, sums / jnp.where(total > 0, total, 1.0)[:, None], centroids)
+        return jnp.where(
+            total[:, None] > 0, sums / jnp.where(total > 0, total, 1.0)[:, None], centroids
+        )
 
     return lax.fori_loop(0, iterations, improve, _seeds(x, weight, key, clusters))
 

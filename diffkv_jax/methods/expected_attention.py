@@ -1,4 +1,6 @@
-"""ExpectedAttention (arXiv:2510.00636): scores are the attention that queries like the prompt's will give, times the value's norm."""
+"""ExpectedAttention (arXiv:2510.00636): scores are the attention that queries like the prompt's
+will give, times the value's norm.
+"""
 
 import dataclasses
 
@@ -26,20 +28,31 @@ from diffkv_jax.policy.transform import rotated
 
 
 def count_queries(cache: KVCache, layer: Array, chunk: Chunk) -> KVCache:
-    """The cache with a chunk's queries in the layer's statistics, where the policy asks for them."""
+    """The cache with a chunk's queries in the layer's statistics, where the policy asks for
+    them.
+    """
     spec = cache.spec
     if cache.queries is None:
         return cache
     assert spec.attention.rope is not None  # CacheSpec.build refuses
     rows = chunk.q.shape[2]
     position = (per_head(cache, cache.seq_len) - rows + chunk.length)[:, None] + jnp.arange(rows)
-    counted = (jnp.arange(rows) >= rows - chunk.length[:, None]) & (position >= spec.selection.sinks)
+    counted = (jnp.arange(rows) >= rows - chunk.length[:, None]) & (
+        position >= spec.selection.sinks
+    )
     q = chunk.q.astype(jnp.float32)
-    q = at_positions(rotated(q, back=True) if spec.rotate else q, position[:, None], spec.attention.rope, back=True)
+    q = at_positions(
+        rotated(q, back=True) if spec.rotate else q,
+        position[:, None],
+        spec.attention.rope,
+        back=True,
+    )
     before = layer_queries(cache, layer)
     fresh = per_head(cache, cache.seq_len == 0)  # also after a prompt that found no page
     after = with_queries(before._replace(seen=jnp.where(fresh, 0, before.seen)), q, counted)
-    queries = QueryStatistics(*(put_layer(x, layer, new) for x, new in zip(cache.queries, after, strict=True)))
+    queries = QueryStatistics(
+        *(put_layer(x, layer, new) for x, new in zip(cache.queries, after, strict=True))
+    )
     return dataclasses.replace(cache, queries=queries)
 
 
@@ -61,9 +74,10 @@ def expected_attention(
 ) -> tuple[Array, Array]:
     """The scores of a layer's stored tokens and of those outside of the pages.
 
-    A key's score is `(mean_j softmax_t(s k_t . mu_j + s^2 k_t . Sigma_j k_t / 2) + epsilon) |v_t|` over the query heads j of the group
-    and all tokens t but the sinks, `s` the model's factor on logits: what a normally distributed query gives on average. A soft cap of
-    the logits is left out. Plain XLA: it runs once a prompt.
+    A key's score is `(mean_j softmax_t(s k_t . mu_j + s^2 k_t . Sigma_j k_t / 2) + epsilon) |v_t|`
+    over the query heads j of the group and all tokens t but the sinks, `s` the model's factor on
+    logits: what a normally distributed query gives on average. A soft cap of the logits is left
+    out. Plain XLA: it runs once a prompt.
 
     Args:
         layout, stored: the layer's pages, as attention reads them.
@@ -77,10 +91,13 @@ def expected_attention(
     """
     sinks = spec.selection.sinks
     mean, covariance = _queries_to_come(spec, queries, seq_len)
-    pages = dataclasses.replace(stored.pages, significance=significance)  # what is written below: read before
+    # what is written below: read before
+    pages = dataclasses.replace(stored.pages, significance=significance)
     exponents, norms, counted, before = [], [], [], []
     for tier in range(layout.tiers):
-        score, position, live = read_sides(pages, layout, stored.page_table, stored.tier_len, tier, spec.max_len)
+        score, position, live = read_sides(
+            pages, layout, stored.page_table, stored.tier_len, tier, spec.max_len
+        )
         in_tier = _stored_exponents(spec, layout, stored, tier, mean, covariance)
         for parts, x in zip((exponents, norms), in_tier, strict=True):
             parts.append(x[..., : live.shape[1]])
@@ -89,30 +106,41 @@ def expected_attention(
     exponents.append(_exponents(tokens.k, mean, covariance))
     norms.append(length(tokens.v.astype(jnp.float32))[..., 0])
     counted.append(valid & (tokens.position >= sinks))
-    logits = jnp.where(jnp.concatenate(counted, axis=1)[:, None], jnp.concatenate(exponents, axis=2), -jnp.inf)
-    scores = (jax.nn.softmax(logits, axis=-1).mean(axis=1) + spec.selection.epsilon) * jnp.concatenate(norms, axis=1)
+    logits = jnp.where(
+        jnp.concatenate(counted, axis=1)[:, None], jnp.concatenate(exponents, axis=2), -jnp.inf
+    )
+    scores = (
+        jax.nn.softmax(logits, axis=-1).mean(axis=1) + spec.selection.epsilon
+    ) * jnp.concatenate(norms, axis=1)
     first = 0
     for tier, score in enumerate(before):
         values = jnp.where(is_protected(score), score, scores[:, first : first + score.shape[1]])
-        significance = write_side(significance, layout, stored.page_table, tier, stored.tier_len[:, tier], values)
+        significance = write_side(
+            significance, layout, stored.page_table, tier, stored.tier_len[:, tier], values
+        )
         first += score.shape[1]
     return significance, scores[:, first:]
 
 
-def _queries_to_come(spec: CacheSpec, queries: QueryStatistics, seq_len: Array) -> tuple[Array, Array]:
+def _queries_to_come(
+    spec: CacheSpec, queries: QueryStatistics, seq_len: Array
+) -> tuple[Array, Array]:
     """Mean [B, G, d] and covariance [B, G, d, d] of queries, times the factor on logits.
 
-    Turned by the rotary embedding averaged over the next `future` positions, and by the cache's rotation.
+    Turned by the rotary embedding averaged over the next `future` positions, and by the cache's
+    rotation.
     """
     position = (seq_len[:, None] + jnp.arange(spec.selection.future)).astype(jnp.float32)
     angle = position[..., None] * jnp.asarray(spec.attention.rope, jnp.float32)
-    cos, sin = jnp.cos(angle).mean(axis=1)[:, None], jnp.sin(angle).mean(axis=1)[:, None]  # [B, 1, d / 2]
+    # [B, 1, d / 2]
+    cos, sin = jnp.cos(angle).mean(axis=1)[:, None], jnp.sin(angle).mean(axis=1)[:, None]
 
     def turn(x: Array, cos: Array, sin: Array) -> Array:
         x = turn_pairs(x, cos, sin)
         return rotated(x) if spec.rotate else x
 
-    half = turn(queries.covariance, cos[:, None], sin[:, None])  # symmetric: the other side likewise
+    # symmetric: the other side likewise
+    half = turn(queries.covariance, cos[:, None], sin[:, None])
     covariance = turn(jnp.swapaxes(half, -1, -2), cos[:, None], sin[:, None])
     scale = spec.attention.sm_scale
     return scale * turn(queries.mean, cos, sin), scale**2 * covariance
@@ -122,7 +150,9 @@ def _exponents(k: Array, mean: Array, covariance: Array) -> Array:
     """`k . mean + k . covariance k / 2`, [B, G, n], of `k [B, n, d]`."""
     exact = lax.Precision.HIGHEST
     spread = jnp.einsum("bnj,bgij->bgni", k, covariance, precision=exact)
-    return jnp.einsum("bnd,bgd->bgn", k, mean, precision=exact) + 0.5 * jnp.einsum("bgni,bni->bgn", spread, k, precision=exact)
+    return jnp.einsum("bnd,bgd->bgn", k, mean, precision=exact) + 0.5 * jnp.einsum(
+        "bgni,bni->bgn", spread, k, precision=exact
+    )
 
 
 def _stored_exponents(
@@ -133,10 +163,20 @@ def _stored_exponents(
     width = num_chunks(layout, tier, spec.max_len) * lanes
 
     def body(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        k, v = chunk_tokens(read_chunk(stored.pages, layout, tier, stored.page_table, stored.tier_len, i), layout, tier)
+        k, v = chunk_tokens(
+            read_chunk(stored.pages, layout, tier, stored.page_table, stored.tier_len, i),
+            layout,
+            tier,
+        )
         exponents, norms = _exponents(k, mean, covariance), length(v)[..., 0]
         put = lax.dynamic_update_slice_in_dim
         return put(state[0], exponents, i * lanes, axis=2), put(state[1], norms, i * lanes, axis=1)
 
     heads, group = mean.shape[:2]
-    return over_chunks(layout, tier, stored.tier_len, body, (jnp.zeros((heads, group, width)), jnp.zeros((heads, width))))
+    return over_chunks(
+        layout,
+        tier,
+        stored.tier_len,
+        body,
+        (jnp.zeros((heads, group, width)), jnp.zeros((heads, width))),
+    )

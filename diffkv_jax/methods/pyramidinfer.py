@@ -1,6 +1,8 @@
-"""A token that a layer drops while a prompt chunk is read is not there for deeper layers (PyramidInfer, arXiv:2405.12532).
+"""A token that a layer drops while a prompt chunk is read is not there for deeper layers
+(PyramidInfer, arXiv:2405.12532).
 
-Its rows go on through the model as padding: no row that is present sees them, and their hidden states are never used.
+Its rows go on through the model as padding: no row that is present sees them, and their hidden
+states are never used.
 """
 
 import dataclasses
@@ -22,18 +24,23 @@ def end_chunk(cache: KVCache) -> KVCache:
 
 
 def present_rows(cache: KVCache, chunk_len: int, length: Array) -> tuple[Array, Array]:
-    """Which row of the chunk goes where, int32 [R, C], so that those present are at the end, in order, and how many those are [R].
+    """Which row of the chunk goes where, int32 [R, C], so that those present are at the end, in
+    order, and how many those are [R].
 
     `length` int32 [R] are real, at the end.
     """
     if not cache.spec.selection.nested:
         return jnp.broadcast_to(jnp.arange(chunk_len), (cache.spec.num_requests, chunk_len)), length
-    return jnp.argsort(cache.present, axis=1, stable=True), cache.present.sum(axis=1, dtype=jnp.int32)
+    return jnp.argsort(cache.present, axis=1, stable=True), cache.present.sum(
+        axis=1, dtype=jnp.int32
+    )
 
 
 def take_rows(cache: KVCache, x: Array, rows: Array) -> Array:
     """`x [R, C, ...]` in the order of `rows`."""
-    return jnp.take_along_axis(x, rows[:, :, None, None], axis=1) if cache.spec.selection.nested else x
+    return (
+        jnp.take_along_axis(x, rows[:, :, None, None], axis=1) if cache.spec.selection.nested else x
+    )
 
 
 def put_back(cache: KVCache, out: Array, rows: Array) -> Array:
@@ -42,7 +49,12 @@ def put_back(cache: KVCache, out: Array, rows: Array) -> Array:
 
 
 def note_dropped(cache: KVCache, rows: Array, dropped: Array) -> KVCache:
-    """The cache when the tokens `dropped` bool [R, C], in the order of `rows`, are no longer present."""
+    """The cache when the tokens `dropped` bool [R, C], in the order of `rows`, are no longer
+    present.
+    """
     if not cache.spec.selection.nested:
         return cache
-    return dataclasses.replace(cache, present=cache.present & ~jnp.take_along_axis(dropped, jnp.argsort(rows, axis=1), axis=1))
+    return dataclasses.replace(
+        cache,
+        present=cache.present & ~jnp.take_along_axis(dropped, jnp.argsort(rows, axis=1), axis=1),
+    )

@@ -1,4 +1,6 @@
-"""Compositions that the literature asks for, by name: each is one `CompressionPolicy` (docs/methods/recipes.md)."""
+"""Compositions that the literature asks for, by name: each is one `CompressionPolicy`
+(docs/methods/recipes.md).
+"""
 
 import dataclasses
 
@@ -17,11 +19,20 @@ from diffkv_jax.policy.pairs import Merge
 from diffkv_jax.policy.policy import Budget, CompressionPolicy
 
 
-def kvquant_with_cq_keys(channels: int = 4, bits: int = 4, outliers: float = 0.01) -> CompressionPolicy:
-    """Keys as Coupled Quantization has them, values as KVQuant has, outliers of both apart: learned, so it needs a calibration."""
+def kvquant_with_cq_keys(
+    channels: int = 4, bits: int = 4, outliers: float = 0.01
+) -> CompressionPolicy:
+    """Keys as Coupled Quantization has them, values as KVQuant has, outliers of both apart:
+    learned, so it needs a calibration.
+    """
     bits, channels = integer("bits", bits, least=0), integer("channels", channels, least=0)
     outliers = number("outliers", outliers, least=0)
-    fmt = named_format(f"K8v{channels}V{bits}t{outliers_apart(outliers)}", channels=channels, bits=bits, outliers=outliers)
+    fmt = named_format(
+        f"K8v{channels}V{bits}t{outliers_apart(outliers)}",
+        channels=channels,
+        bits=bits,
+        outliers=outliers,
+    )
     return CompressionPolicy("kvquant_with_cq_keys", (fmt,), un_rope=True)
 
 
@@ -31,18 +42,35 @@ def key_norm_and_window(keep: Budget = 0.5, tier: str = "K8V4") -> CompressionPo
 
 
 def latent_snapkv(keep: Budget = 0.5, tier: str = "K4V4") -> CompressionPolicy:
-    """For models with latent attention: SnapKV over all query heads, what stays as four-bit latents; rotary parts stay exact."""
+    """For models with latent attention: SnapKV over all query heads, what stays as four-bit
+    latents; rotary parts stay exact.
+    """
     return snapkv(keep, tiers=(named_format(tier, tier=tier),))
 
 
-def diffkv_rotated(alpha_high: float = 1.0, alpha_low: float = 0.02, levels: bool = True) -> CompressionPolicy:
-    """DiffKV's tiers with rotated codecs, by default the low one with the levels of a normal distribution (TurboQuant's)."""
-    return diffkv(alpha_high, alpha_low, tiers=("K8V4", "K4nV2n" if flag("levels", levels) else "K4V2"), rotate=True)
+def diffkv_rotated(
+    alpha_high: float = 1.0, alpha_low: float = 0.02, levels: bool = True
+) -> CompressionPolicy:
+    """DiffKV's tiers with rotated codecs, by default the low one with the levels of a normal
+    distribution (TurboQuant's).
+    """
+    return diffkv(
+        alpha_high,
+        alpha_low,
+        tiers=("K8V4", "K4nV2n" if flag("levels", levels) else "K4V2"),
+        rotate=True,
+    )
 
 
-def diffkv_minicache(alpha_high: float = 1.0, alpha_low: float = 0.02, start: float = 0.5) -> CompressionPolicy:
-    """DiffKV's tiers in the shallow layers; the deep ones, from the share `start` on, keep all tokens, merged in pairs (MiniCache)."""
-    return dataclasses.replace(diffkv(alpha_high, alpha_low), name="diffkv_minicache", merge=Merge(start))
+def diffkv_minicache(
+    alpha_high: float = 1.0, alpha_low: float = 0.02, start: float = 0.5
+) -> CompressionPolicy:
+    """DiffKV's tiers in the shallow layers; the deep ones, from the share `start` on, keep all
+    tokens, merged in pairs (MiniCache).
+    """
+    return dataclasses.replace(
+        diffkv(alpha_high, alpha_low), name="diffkv_minicache", merge=Merge(start)
+    )
 
 
 def ada_kv_expected(keep: Budget = 0.5, tier: str = "K4V4") -> CompressionPolicy:
@@ -51,7 +79,9 @@ def ada_kv_expected(keep: Budget = 0.5, tier: str = "K4V4") -> CompressionPolicy
 
 
 def snapkv_then_kivi(keep: Budget = 0.5, bits: int = 4, group: int = 32) -> CompressionPolicy:
-    """SnapKV drops, KIVI encodes what stays: in that order, because KIVI's keys share scales over tokens."""
+    """SnapKV drops, KIVI encodes what stays: in that order, because KIVI's keys share scales over
+    tokens.
+    """
     group = tokens_of_block("group", group)
     tiers = kivi(bits, group=group, residual=group + 1).tiers
     return dataclasses.replace(snapkv(keep, tiers=tiers, flush=group), block=group)

@@ -11,20 +11,28 @@ from diffkv_jax.methods.all import METHODS, diffkv, quantized
 from diffkv_jax.methods.recipes import RECIPES
 from diffkv_jax.policy.policy import CompressionPolicy
 
-PRESETS = {"quality": partial(quantized, "K8V4"), "balanced": partial(diffkv, 1.0, 0.0), "small": partial(diffkv, 1.0, 0.02)}
+PRESETS = {
+    "quality": partial(quantized, "K8V4"),
+    "balanced": partial(diffkv, 1.0, 0.0),
+    "small": partial(diffkv, 1.0, 0.02),
+}
 NAMED: Mapping[str, Callable[[], CompressionPolicy]] = {
     "none": CompressionPolicy.none,
     **PRESETS,
     **{make.__name__: make for make in (*METHODS, *RECIPES)},
 }
 
-Source = str | PathLike[str] | CompressionPolicy | Callable[[], CompressionPolicy] | Mapping[str, Any]
+Source = (
+    str | PathLike[str] | CompressionPolicy | Callable[[], CompressionPolicy] | Mapping[str, Any]
+)
 
 
 def load_policy(source: Source) -> CompressionPolicy:
-    """A preset ("none", "quality", "balanced", "small"), a method or recipe with its defaults ("snapkv" ...) or a JSON file of `to_json`.
+    """A preset ("none", "quality", "balanced", "small"), a method or recipe with its defaults
+    ("snapkv" ...) or a JSON file of `to_json`.
 
-    A policy is returned as it is, a method itself (`diffkv_jax.snapkv`) called, and a mapping is read as JSON's.
+    A policy is returned as it is, a method itself (`diffkv_jax.snapkv`) called, and a mapping is
+    read as JSON's.
 
     Raises:
         TypeError: it is none of these.
@@ -39,16 +47,24 @@ def load_policy(source: Source) -> CompressionPolicy:
     if isinstance(source, str | PathLike):
         return NAMED[str(source)]() if str(source) in NAMED else _from_file(source)
     rule = f"a CompressionPolicy, a mapping of its fields, one of {sorted(NAMED)}, or a JSON file"
-    raise WrongType(f"policy={shown(source)} must be {rule}{'; call it with its arguments' if callable(source) else ''}")
+    raise WrongType(
+        f"policy={shown(source)} must be "
+        f"{rule}{'; call it with its arguments' if callable(source) else ''}"
+    )
 
 
 def _from_file(source: str | PathLike[str]) -> CompressionPolicy:
     path: Path = file_path("policy", source)
     if path.exists() and not path.is_file():
-        refuse("policy", str(source), "a JSON file that to_json wrote, and this is a folder or device")
+        refuse(
+            "policy", str(source), "a JSON file that to_json wrote, and this is a folder or device"
+        )
     if not path.exists():
         like = nearest([str(source)], NAMED)
-        raise ValueError(f"policy {shown(str(source))} must be one of {sorted(NAMED)} or a JSON file; no such file{like}")
+        raise ValueError(
+            f"policy {shown(str(source))} must be one of {sorted(NAMED)} or a JSON "
+            f"file; no such file{like}"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

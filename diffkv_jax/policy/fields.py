@@ -1,4 +1,6 @@
-"""What each field of a `CompressionPolicy` may be, and as what it is kept: plain, hashable values that JSON knows."""
+"""What each field of a `CompressionPolicy` may be, and as what it is kept: plain, hashable values
+that JSON knows.
+"""
 
 import dataclasses
 from functools import partial
@@ -21,7 +23,8 @@ from diffkv_jax.policy.selection import Score
 from diffkv_jax.units import parse_bytes
 
 AXES = 3  # of what broadcasts to [layers, requests, kv_heads]
-MOST_TOKENS = 2**24  # of a window or another stretch of the context: positions that float32 holds exactly
+# of a window or another stretch of the context: positions that float32 holds exactly
+MOST_TOKENS = 2**24
 MOST_ALPHA = 2**31 - 1  # attention is at most 1, uniform attention at least one over so many tokens
 
 
@@ -31,11 +34,18 @@ def _observed(name: str, value: Any) -> Any:
     try:
         return integer(name, value, least=1, most=MOST_TOKENS)
     except ValueError as error:
-        refuse(name, value, "a number of queries of at least 1, 'all' or None", isinstance(error, TypeError))
+        refuse(
+            name,
+            value,
+            "a number of queries of at least 1, 'all' or None",
+            isinstance(error, TypeError),
+        )
 
 
 def _budget(name: str, value: Any) -> Any:
-    """None, an amount of memory (`keep` alone), or shares or numbers of tokens: either all float or all int."""
+    """None, an amount of memory (`keep` alone), or shares or numbers of tokens: either all float or
+    all int.
+    """
     if value is None:
         return None
     if isinstance(value, str) and name == "keep":
@@ -44,10 +54,22 @@ def _budget(name: str, value: Any) -> Any:
     try:
         found = nested(name, value, _count_or_share, axes=AXES)
         kinds = _kinds(found)
-        return nested(name, found, partial(number, above=0, most=1), axes=AXES) if float in kinds else found
+        return (
+            nested(name, found, partial(number, above=0, most=1), axes=AXES)
+            if float in kinds
+            else found
+        )
     except ValueError as error:
-        rule = "a share above 0 and up to 1 (float), a number of tokens (int) or, for keep, memory such as '64MiB'"
-        refuse(name, value, f"{rule}; nested lists of one kind broadcast to [layers, requests, kv_heads]", isinstance(error, TypeError))
+        rule = (
+            "a share above 0 and up to 1 (float), a number of tokens (int) or, for keep, memory "
+            "such as '64MiB'"
+        )
+        refuse(
+            name,
+            value,
+            f"{rule}; nested lists of one kind broadcast to [layers, requests, kv_heads]",
+            isinstance(error, TypeError),
+        )
 
 
 def _count_or_share(name: str, value: Any) -> int | float:
@@ -63,7 +85,9 @@ def _kinds(value: Any) -> set[type]:
 
 
 def _part(kind: type, name: str, value: Any) -> Any:
-    """A part of a policy that is data itself, or one from the mapping that JSON makes of it; None: it has none."""
+    """A part of a policy that is data itself, or one from the mapping that JSON makes of it; None:
+    it has none.
+    """
     names = sorted(field.name for field in dataclasses.fields(kind))
     if isinstance(value, dict) and all(key in names for key in value):
         return kind(**value)
@@ -72,8 +96,15 @@ def _part(kind: type, name: str, value: Any) -> Any:
     return value
 
 
-_alpha = partial(number, least=0, most=MOST_ALPHA, rule=f"finite and not negative, and at most {MOST_ALPHA}")
-_recover = partial(number, above=0, most=1, rule="the share of its attention that a head must hold: above 0 and up to 1")
+_alpha = partial(
+    number, least=0, most=MOST_ALPHA, rule=f"finite and not negative, and at most {MOST_ALPHA}"
+)
+_recover = partial(
+    number,
+    above=0,
+    most=1,
+    rule="the share of its attention that a head must hold: above 0 and up to 1",
+)
 _tokens = partial(integer, least=1, most=MOST_TOKENS)
 _share = partial(number, least=0, most=1)
 _from_zero = partial(integer, least=0)
@@ -93,20 +124,31 @@ FIELDS = {  # in the order of the dataclass: of several bad ones the first is na
     "keep_high": _budget,
     "layers": partial(one_of, choices=("uniform", "pyramid", "cosine", "pooled"), rule=_spread),
     "whole_layers": partial(
-        tuple_of, each=_from_zero, rule="a list of layers such as [0, 1]", entry_rule="numbers of layers: integers of at least 0"
+        tuple_of,
+        each=_from_zero,
+        rule="a list of layers such as [0, 1]",
+        entry_rule="numbers of layers: integers of at least 0",
     ),
-    "pooled": partial(_share, optional=True, rule="the share of its budget that each head keeps: from 0 to 1, or None"),
+    "pooled": partial(
+        _share,
+        optional=True,
+        rule="the share of its budget that each head keeps: from 0 to 1, or None",
+    ),
     "sinks": partial(integer, least=0, most=MOST_TOKENS),
     "pooling": _tokens,
     "rotate": flag,
     "un_rope": flag,
     "future": _tokens,
     "epsilon": _share,
-    "newest_weight": partial(number, above=0, most=10**6, rule="a finite number above 0 and up to 1000000"),
+    "newest_weight": partial(
+        number, above=0, most=10**6, rule="a finite number above 0 and up to 1000000"
+    ),
     "shared": flag,
     "nested": flag,
     "protect": token_ids,
-    "recover": lambda name, value: None if value is None else nested(name, value, _recover, axes=AXES),
+    "recover": lambda name, value: (
+        None if value is None else nested(name, value, _recover, axes=AXES)
+    ),
     "punctuation": token_ids,
     "frequent": _share,
     "local": _share,

@@ -1,4 +1,6 @@
-"""`Replay`: what a model is given to read when it goes over a prompt again, chunk by chunk (KVzip, arXiv:2505.23416), as data."""
+"""`Replay`: what a model is given to read when it goes over a prompt again, chunk by chunk (KVzip,
+arXiv:2505.23416), as data.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +16,12 @@ LATER = "\n\nRepeat the part of the previous context exactly, starting with"
 
 @dataclass(frozen=True)
 class Replay:
-    """Pass number i reads: `first` (i = 0), or `later` and the `overlap` tokens before the chunk; `suffix`; chunk i of the prompt.
+    """Pass number i reads: `first` (i = 0), or `later` and the `overlap` tokens before the chunk;
+    `suffix`; chunk i of the prompt.
 
     Attributes:
-        first, later, suffix: token ids, such as `replay_words` makes of a tokenizer; none: only the chunk itself.
+        first, later, suffix: token ids, such as `replay_words` makes of a tokenizer; none: only the
+            chunk itself.
         chunk: prompt tokens that one pass repeats.
         overlap: prompt tokens before a later chunk, which say where it starts.
 
@@ -36,27 +40,40 @@ class Replay:
             ids = token_ids(f"replay.{name}", getattr(self, name), IDS)
             object.__setattr__(self, name, ids)
         for name, least in (("chunk", 1), ("overlap", 0)):
-            object.__setattr__(self, name, integer(f"replay.{name}", getattr(self, name), least=least))
+            object.__setattr__(
+                self, name, integer(f"replay.{name}", getattr(self, name), least=least)
+            )
 
     def check(self, attention: AttentionSpec, lengths: np.ndarray) -> None:
-        """Refuse ids that the model does not have, and prompts of `lengths` int [R] whose passes would outgrow its context.
+        """Refuse ids that the model does not have, and prompts of `lengths` int [R] whose passes
+        would outgrow its context.
 
         Raises:
             ValueError: names the id, or the prompt, the limit and the remedy.
         """
         words = (*self.first, *self.later, *self.suffix)
         if beyond := [i for i in words if i >= attention.vocab_size]:
-            raise ValueError(f"replay={self} holds token id {beyond[0]}, outside the vocabulary [0, {attention.vocab_size})")
+            raise ValueError(
+                f"replay={self} holds token id {beyond[0]}, outside the vocabulary "
+                f"[0, {attention.vocab_size})"
+            )
         longest = int(lengths.max())
-        total = longest + max((len(self.row(np.zeros(longest), at)) for at in range(0, longest, self.chunk)), default=0)
+        total = longest + max(
+            (len(self.row(np.zeros(longest), at)) for at in range(0, longest, self.chunk)),
+            default=0,
+        )
         if total > attention.max_position_embeddings:
             raise ValueError(
-                f"a prompt of {longest} tokens and a pass that repeats {min(self.chunk, longest)} of them come to {total} tokens, and the "
-                f"model's context is {attention.max_position_embeddings}; shorten the prompt or lower replay.chunk"
+                f"a prompt of {longest} tokens and a pass that repeats {min(self.chunk, longest)} "
+                f"of them come to {total} tokens, and the "
+                f"model's context is {attention.max_position_embeddings}; shorten the prompt or "
+                f"lower replay.chunk"
             )
 
     def row(self, prompt: np.ndarray, at: int) -> tuple[int, ...]:
-        """What the pass over the chunk at position `at` reads; nothing where the prompt has ended."""
+        """What the pass over the chunk at position `at` reads; nothing where the prompt has
+        ended.
+        """
         if at >= len(prompt):
             return ()
         words = (*self.later, *prompt[max(at - self.overlap, 0) : at]) if at else self.first
@@ -64,14 +81,18 @@ class Replay:
 
 
 def replay_words(tokenizer: Any, *, chunk: int = 2048) -> Replay:
-    """KVzip's requests to repeat the context in the ids of a Hugging Face tokenizer, and what its chat template puts before an answer.
+    """KVzip's requests to repeat the context in the ids of a Hugging Face tokenizer, and what its
+    chat template puts before an answer.
 
     Raises:
         TypeError: it is no such tokenizer.
         ValueError: `chunk` is no number of tokens, or an id is none.
     """
     if isinstance(tokenizer, str) or not callable(getattr(tokenizer, "encode", None)):
-        raise WrongType(f"tokenizer={shown(tokenizer)} must be a Hugging Face tokenizer, such as load_pretrained returns")
+        raise WrongType(
+            f"tokenizer={shown(tokenizer)} must be a Hugging Face tokenizer, such as "
+            f"load_pretrained returns"
+        )
 
     def ids(text: str) -> tuple[int, ...]:
         return token_ids("tokenizer.encode(...)", tokenizer.encode(text, add_special_tokens=False))
@@ -80,5 +101,7 @@ def replay_words(tokenizer: Any, *, chunk: int = 2048) -> Replay:
     if getattr(tokenizer, "chat_template", None) is not None:
         mark = "##context##"
         message = [{"role": "user", "content": mark}]
-        suffix = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False, enable_thinking=False).split(mark)[-1]
+        suffix = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, tokenize=False, enable_thinking=False
+        ).split(mark)[-1]
     return Replay(ids(FIRST), ids(LATER), ids(suffix), chunk)

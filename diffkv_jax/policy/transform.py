@@ -1,7 +1,8 @@
-"""The transform stage: keys, values and queries turned by one orthogonal matrix, so that a few large channels spread over all.
+"""The transform stage: keys, values and queries turned by one orthogonal matrix, so that a few
+large channels spread over all.
 
-A dot product does not change when both vectors turn, and the output turns back. Codecs that share a scale over a token's channels lose
-less (QuaRot, arXiv:2404.00456; TurboQuant, arXiv:2504.19874).
+A dot product does not change when both vectors turn, and the output turns back. Codecs that share a
+scale over a token's channels lose less (QuaRot, arXiv:2404.00456; TurboQuant, arXiv:2504.19874).
 """
 
 from functools import lru_cache
@@ -14,7 +15,8 @@ from jax import Array, lax
 
 @lru_cache
 def rotation(head_dim: int) -> np.ndarray:
-    """float32 [head_dim, head_dim], orthogonal: a Hadamard matrix with random signs, or a random rotation where there is none.
+    """float32 [head_dim, head_dim], orthogonal: a Hadamard matrix with random signs, or a random
+    rotation where there is none.
 
     The same for every layer, head and run.
     """
@@ -28,7 +30,9 @@ def rotation(head_dim: int) -> np.ndarray:
 def rotated(x: Array, *, back: bool = False) -> Array:
     """`x [..., head_dim]` turned, or turned back, in its own dtype out of float32 sums."""
     matrix = rotation(x.shape[-1])
-    turned = jnp.matmul(x.astype(jnp.float32), matrix.T if back else matrix, precision=lax.Precision.HIGHEST)
+    turned = jnp.matmul(
+        x.astype(jnp.float32), matrix.T if back else matrix, precision=lax.Precision.HIGHEST
+    )
     return turned.astype(x.dtype)
 
 

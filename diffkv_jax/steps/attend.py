@@ -19,7 +19,13 @@ from diffkv_jax.steps.step import DecodeStep, PrefillStep, ReplayStep
 
 @in_32_bits
 def attend(
-    cache: KVCache | Probe, layer: Array, q: Array, k: Array, v: Array, positions: Array, step: DecodeStep | PrefillStep | ReplayStep
+    cache: KVCache | Probe,
+    layer: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Array,
+    step: DecodeStep | PrefillStep | ReplayStep,
 ) -> tuple[Array, KVCache | Probe]:
     """Attention of one layer of one step over the cache, which takes the new tokens in.
 
@@ -27,13 +33,16 @@ def attend(
         cache: as it is before this layer; a `Probe` attends plainly and keeps what it sees.
         layer: int32 [], index of the layer in the model; may be traced.
         q: [R, T, num_q_heads, head_dim] after RoPE.
-        k, v: [R, T, num_kv_heads, head_dim], K after RoPE; with `AttentionSpec.latent` V has no channels.
-        positions: unused here (the cache knows the positions); part of the call so that a model needs no other channel.
-        step: `DecodeStep` (T = 1), `PrefillStep` (right-aligned chunk) or `ReplayStep` (likewise; its tokens are not taken in).
+        k, v: [R, T, num_kv_heads, head_dim], K after RoPE; with `AttentionSpec.latent` V has no
+            channels.
+        positions: unused here (the cache knows the positions); part of the call so that a model
+            needs no other channel.
+        step: `DecodeStep` (T = 1), `PrefillStep` (right-aligned chunk) or `ReplayStep` (likewise;
+            its tokens are not taken in).
 
     Returns:
-        The output [R, T, num_q_heads, head_dim (or latent)] in q's dtype, and the cache. `seq_len` and its like change after the last
-        layer only (`diffkv_jax.steps.after`).
+        The output [R, T, num_q_heads, head_dim (or latent)] in q's dtype, and the cache. `seq_len`
+        and its like change after the last layer only (`diffkv_jax.steps.after`).
     """
     del positions
     if isinstance(cache, Probe):
@@ -44,20 +53,32 @@ def attend(
         return _paged(cache, slot, q, k, v, step)
     if not spec.paged_layers:
         return window_layer(cache, slot, q, k, v, step)
-    # Loops of no or one turn, not a condition: XLA updates the pool in place in a loop, but copies it in the branches of a condition here.
+    # Loops of no or one turn, not a condition: XLA updates the pool in place in a loop, but copies
+    # it in the branches of a condition here.
     windowed = jnp.asarray([int(w is not None) for w in spec.attention.sliding_windows])[layer]
     state = (jnp.zeros_like(q), cache)
-    state = lax.fori_loop(0, windowed, lambda _, state: window_layer(state[1], slot, q, k, v, step), state)
-    return lax.fori_loop(0, 1 - windowed, lambda _, state: _paged(state[1], slot, q, k, v, step), state)
+    state = lax.fori_loop(
+        0, windowed, lambda _, state: window_layer(state[1], slot, q, k, v, step), state
+    )
+    return lax.fori_loop(
+        0, 1 - windowed, lambda _, state: _paged(state[1], slot, q, k, v, step), state
+    )
 
 
 def kernels_of(cache: Any) -> Kernels:
-    """The implementation that a model's own products run on: the cache's; plain XLA without a cache."""
+    """The implementation that a model's own products run on: the cache's; plain XLA without a
+    cache.
+    """
     return cache.spec.kernels if isinstance(cache, KVCache) else XLA
 
 
 def _paged(
-    cache: KVCache, layer: Array, q: Array, k: Array, v: Array, step: DecodeStep | PrefillStep | ReplayStep
+    cache: KVCache,
+    layer: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    step: DecodeStep | PrefillStep | ReplayStep,
 ) -> tuple[Array, KVCache]:
     """One step of a layer with global attention."""
     rotate, latent = cache.spec.rotate, cache.spec.attention.latent

@@ -1,4 +1,6 @@
-"""The compression event: which tokens of a layer change tier, whether the pages suffice, and the change itself (docs/design.md 1)."""
+"""The compression event: which tokens of a layer change tier, whether the pages suffice, and the
+change itself (docs/design.md 1).
+"""
 
 from typing import NamedTuple
 
@@ -30,7 +32,8 @@ class Clock(NamedTuple):
     """Where each head stands. `B` = requests x KV heads."""
 
     seq_len: Array  # int32 [B] tokens seen
-    observed: Array  # int32 [B, spans, 2] queries that a token's score is divided by, as in `KVCache`
+    # int32 [B, spans, 2] queries that a token's score is divided by, as in `KVCache`
+    observed: Array
     limits: Array  # float32 [B, 2] thresholds or budgets, as in `KVCache`
     exact: Array  # int32 [B] tokens that stay in the recent window
     decides: Array  # bool []; without, every token enters the high tier and none leaves it
@@ -39,28 +42,42 @@ class Clock(NamedTuple):
 class Plan(NamedTuple):
     """What an event does to `B` heads."""
 
-    entering: Array  # int32 [B, n] tier code of each token that leaves the recent window; DROPPED where there is none
+    # int32 [B, n] tier code of each token that leaves the recent window; DROPPED where there is
+    # none
+    entering: Array
     rule: Rule  # which stored tokens leave their tier
     moves: Moves  # how many do
     pages: Array  # int32 [B] pages that the head needs beyond what it has
 
 
 def plan_event(
-    spec: CacheSpec, stored: Stored, clock: Clock, significance: Array, position: Array, leaving: Array, one_victim: bool
+    spec: CacheSpec,
+    stored: Stored,
+    clock: Clock,
+    significance: Array,
+    position: Array,
+    leaving: Array,
+    one_victim: bool,
 ) -> Plan:
     """Classify the tokens that leave the window and the stored ones.
 
-    `significance`, `position`, `leaving` (mask) are `[B, n]` and describe the tokens in the recent window (and prompt chunk). With
-    `one_victim` at most the least significant token of the tier that the entering one joined is re-examined (Algorithm 1).
-    Heads from which nothing leaves are left alone.
+    `significance`, `position`, `leaving` (mask) are `[B, n]` and describe the tokens in the recent
+    window (and prompt chunk). With `one_victim` at most the least significant token of the tier
+    that the entering one joined is re-examined (Algorithm 1). Heads from which nothing leaves are
+    left alone.
     """
     layout, mean = spec.layout, mean_significance(significance, position, clock.observed)
     tau = _thresholds(spec, stored, clock, mean, leaving)
     codes = classify(mean, tau, layout.tiers)
     entering = jnp.where(leaving, codes, DROPPED)
     if layout.together > 1 and spec.selection.budgeted:
-        entering = in_whole_blocks(entering != DROPPED, leaving, mean, layout.together).astype(entering.dtype)  # tier code 1
-    joined = jnp.stack([(entering == tier + 1).any(axis=-1) for tier in range(layout.tiers)], axis=-1)
+        # tier code 1
+        entering = in_whole_blocks(entering != DROPPED, leaving, mean, layout.together).astype(
+            entering.dtype
+        )
+    joined = jnp.stack(
+        [(entering == tier + 1).any(axis=-1) for tier in range(layout.tiers)], axis=-1
+    )
     rule = Rule(tau, clock.observed, leaving.any(axis=-1), joined)
     moves = count_moves(
         stored.pages,
@@ -75,7 +92,9 @@ def plan_event(
     return Plan(entering, rule, moves, pages_beyond(layout, stored.tier_len, entering, moves))
 
 
-def _thresholds(spec: CacheSpec, stored: Stored, clock: Clock, mean: Array, leaving: Array) -> Array:
+def _thresholds(
+    spec: CacheSpec, stored: Stored, clock: Clock, mean: Array, leaving: Array
+) -> Array:
     """Mean scores float32 [B, 2] below which a token is not high, and is dropped."""
     selection = spec.selection
     if selection.profiled:  # those that leave are marked by negative scores
@@ -87,36 +106,65 @@ def _thresholds(spec: CacheSpec, stored: Stored, clock: Clock, mean: Array, leav
         page_table, tier_len, observed, budgets, exact, entering, enters = heads
         held = stored._replace(page_table=page_table, tier_len=tier_len)
         scores, live = stored_scores(spec.layout, held, observed, spec.max_len)
-        scores, live = jnp.concatenate([scores, entering], axis=1), jnp.concatenate([live, enters], axis=1)
+        scores, live = (
+            jnp.concatenate([scores, entering], axis=1),
+            jnp.concatenate([live, enters], axis=1),
+        )
         return tier_thresholds(spec, budgets, exact, scores, live, spec.attention.num_kv_heads)
 
     def decide(_: int, tau: Array) -> Array:
         budgets = clock.limits if selection.in_tokens else clock.limits * clock.seq_len[:, None]
-        heads = (stored.page_table, stored.tier_len, clock.observed, budgets, clock.exact, mean, leaving)
+        heads = (
+            stored.page_table,
+            stored.tier_len,
+            clock.observed,
+            budgets,
+            clock.exact,
+            mean,
+            leaving,
+        )
         by_layer = jax.tree.map(lambda x: x.reshape(-1, spec.num_heads, *x.shape[1:]), heads)
-        return lax.map(layer_thresholds, by_layer).reshape(tau.shape)  # one layer's scores at a time
+        # one layer's scores at a time
+        return lax.map(layer_thresholds, by_layer).reshape(tau.shape)
 
-    return lax.fori_loop(0, clock.decides.astype(jnp.int32), decide, jnp.full(clock.limits.shape, ALL))
+    return lax.fori_loop(
+        0, clock.decides.astype(jnp.int32), decide, jnp.full(clock.limits.shape, ALL)
+    )
 
 
-def tier_thresholds(spec: CacheSpec, budgets: Array, exact: Array, scores: Array, live: Array, sharing: int) -> Array:
-    """`budget_thresholds` of both columns of `budgets` [B, 2]; `sharing` neighbours may share theirs."""
-    columns = [budget_thresholds(spec.selection, budget, exact, scores, live, sharing) for budget in budgets.T[-spec.layout.tiers :]]
+def tier_thresholds(
+    spec: CacheSpec, budgets: Array, exact: Array, scores: Array, live: Array, sharing: int
+) -> Array:
+    """`budget_thresholds` of both columns of `budgets` [B, 2]; `sharing` neighbours may share
+    theirs.
+    """
+    columns = [
+        budget_thresholds(spec.selection, budget, exact, scores, live, sharing)
+        for budget in budgets.T[-spec.layout.tiers :]
+    ]
     return jnp.stack([columns[0], columns[-1]], axis=-1)
 
 
 def pages_beyond(layout: PageLayout, tier_len: Array, entering: Array, moves: Moves) -> Array:
-    """Pages beyond the present ones that each head will hold after the event (never more in between: see `apply_event`)."""
+    """Pages beyond the present ones that each head will hold after the event (never more in
+    between: see `apply_event`).
+    """
     before, after = jnp.zeros_like(moves.demoted), jnp.zeros_like(moves.demoted)
     for tier in range(layout.tiers):
-        arriving = (entering == tier + 1).sum(axis=-1) + (moves.demoted if tier == 1 else -moves.demoted)
+        arriving = (entering == tier + 1).sum(axis=-1) + (
+            moves.demoted if tier == 1 else -moves.demoted
+        )
         before = before + layout.pages_for(tier, tier_len[:, tier])
-        after = after + layout.pages_for(tier, tier_len[:, tier] - moves.dropped[:, tier] + arriving)
+        after = after + layout.pages_for(
+            tier, tier_len[:, tier] - moves.dropped[:, tier] + arriving
+        )
     return jnp.maximum(after - before, 0)
 
 
 def admit(needed: Array, free: Array) -> Array:
-    """Which requests get all the pages they need, `needed [R]`, in order while `free []` lasts; one that does not fit takes none."""
+    """Which requests get all the pages they need, `needed [R]`, in order while `free []` lasts; one
+    that does not fit takes none.
+    """
 
     def take(left, need):
         fits = need <= left
@@ -136,7 +184,9 @@ def apply_plan(
     one_victim: bool,
     pages_a_round: int = 1,
 ) -> Stored:
-    """Carry out a plan for the heads `admitted [B]` in the layer of `layout`; `tokens` begin with those that `plan.entering` classifies."""
+    """Carry out a plan for the heads `admitted [B]` in the layer of `layout`; `tokens` begin with
+    those that `plan.entering` classifies.
+    """
     return apply_event(
         stored,
         layout,

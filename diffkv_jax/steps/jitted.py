@@ -1,4 +1,6 @@
-"""The compiled calls that `generate` and `evaluate` are made of: one prompt chunk, one decode step."""
+"""The compiled calls that `generate` and `evaluate` are made of: one prompt chunk, one decode
+step.
+"""
 
 from functools import partial
 
@@ -20,8 +22,12 @@ from diffkv_jax.steps.step import DecodeStep, PrefillStep, ReplayStep
 
 
 @in_32_bits
-def decode_step(model: CausalLM, params, cache: KVCache, token: Array, active: Array) -> tuple[Array, KVCache]:
-    """Feed `token` int32 [R] of the `active` requests (bool [R]): logits float32 [R, vocab] and the cache. Pure; call it under jit."""
+def decode_step(
+    model: CausalLM, params, cache: KVCache, token: Array, active: Array
+) -> tuple[Array, KVCache]:
+    """Feed `token` int32 [R] of the `active` requests (bool [R]): logits float32 [R, vocab] and the
+    cache. Pure; call it under jit.
+    """
     step = DecodeStep(active)
     positions = jnp.where(active, cache.seq_len, -1)[:, None]
     cache = note_classes(complete(cache), token[:, None], positions)
@@ -33,13 +39,21 @@ def decode_step(model: CausalLM, params, cache: KVCache, token: Array, active: A
 
 @partial(jax.jit, static_argnames="model", donate_argnames="cache")
 @in_32_bits
-def prefill_chunk(model: CausalLM, params, cache: KVCache, tokens: Array, length: Array, last: Array) -> tuple[Array, KVCache]:
-    """Feed a right-aligned chunk: `tokens` int32 [R, C], `length` int32 [R] of them real, `last` bool [] closes the prompt.
+def prefill_chunk(
+    model: CausalLM, params, cache: KVCache, tokens: Array, length: Array, last: Array
+) -> tuple[Array, KVCache]:
+    """Feed a right-aligned chunk: `tokens` int32 [R, C], `length` int32 [R] of them real, `last`
+    bool [] closes the prompt.
 
     Returns logits float32 [R, vocab] of the last token and the cache, which is donated.
     """
     cache, chunk_len = complete(cache), tokens.shape[1]
-    decides = last | _runs_low(cache, length) if cache.spec.selection.replay is None else jnp.asarray(False)  # else `end_replay` does
+    # else `end_replay` does
+    decides = (
+        last | _runs_low(cache, length)
+        if cache.spec.selection.replay is None
+        else jnp.asarray(False)
+    )
     step = PrefillStep(length, decides)
     index, positions = _places(cache, chunk_len, length)
     cache = forget(note_classes(cache, tokens, positions), step.compress)
@@ -50,15 +64,21 @@ def prefill_chunk(model: CausalLM, params, cache: KVCache, tokens: Array, length
 
 @partial(jax.jit, static_argnames="model", donate_argnames="cache")
 @in_32_bits
-def replay_chunk(model: CausalLM, params, cache: KVCache, tokens: Array, length: Array, first: Array) -> KVCache:
-    """Score the prompt's tokens from position `first` int32 [] on by a right-aligned pass that repeats them (`Replay.passes`).
+def replay_chunk(
+    model: CausalLM, params, cache: KVCache, tokens: Array, length: Array, first: Array
+) -> KVCache:
+    """Score the prompt's tokens from position `first` int32 [] on by a right-aligned pass that
+    repeats them (`Replay.passes`).
 
-    `tokens` int32 [R, C], `length` int32 [R]. Returns the cache (donated), in which only scores have changed.
+    `tokens` int32 [R, C], `length` int32 [R]. Returns the cache (donated), in which only scores
+    have changed.
     """
     cache = complete(cache)
     step = ReplayStep(jnp.where(cache.overflow, 0, length), first)
     _, positions = _places(cache, tokens.shape[1], step.length)
-    return without_empty(model.apply({"params": params}, tokens, positions, cache, step, last_only=True)[1])
+    return without_empty(
+        model.apply({"params": params}, tokens, positions, cache, step, last_only=True)[1]
+    )
 
 
 @partial(jax.jit, donate_argnames="cache")
@@ -69,23 +89,31 @@ def end_replay(cache: KVCache, replayed: Array) -> KVCache:
 
 
 def _places(cache: KVCache, chunk_len: int, length: Array) -> tuple[Array, Array]:
-    """Number of each row of a right-aligned chunk (negative: padded) and its position (-1: padded), int32 [R, C]."""
+    """Number of each row of a right-aligned chunk (negative: padded) and its position (-1: padded),
+    int32 [R, C].
+    """
     index = jnp.arange(chunk_len) - (chunk_len - length[:, None])
     return index, jnp.where(index >= 0, cache.seq_len[:, None] + index, -1)
 
 
 def _runs_low(cache: KVCache, length: Array) -> Array:
-    """Whether the free pages may not take the chunk in the high tier: then the policy runs before the end of the prompt.
+    """Whether the free pages may not take the chunk in the high tier: then the policy runs before
+    the end of the prompt.
 
-    Where a small pool has layers with unequal budgets it always does: a layer could not take its pages from later ones that hold more.
+    Where a small pool has layers with unequal budgets it always does: a layer could not take its
+    pages from later ones that hold more.
     """
     spec = cache.spec
     pages = jnp.where(length > 0, spec.layout.pages_for(0, length) + 1, 0).sum()
     pages = pages * spec.unmerged_layers * spec.attention.num_kv_heads
     if spec.merge is not None:
         seen = cache.recent_len + length
-        pages = pages + pages_of_pairs(cache, jnp.where(length > 0, seen - spec.staying(seen), 0)).sum()
+        pages = (
+            pages + pages_of_pairs(cache, jnp.where(length > 0, seen - spec.staying(seen), 0)).sum()
+        )
     low = cache.ring.count < pages
-    if not spec.selection.budgeted or spec.num_pages >= most_pages(spec, [spec.max_len] * spec.num_requests):
+    if not spec.selection.budgeted or spec.num_pages >= most_pages(
+        spec, [spec.max_len] * spec.num_requests
+    ):
         return low
     return low | jnp.any(cache.limits[..., 1] != cache.limits[:1, ..., 1])

@@ -1,4 +1,6 @@
-"""What a model call does to the cache: one decode step or one prompt chunk. Passed through the model to `attend`."""
+"""What a model call does to the cache: one decode step or one prompt chunk. Passed through the
+model to `attend`.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +12,9 @@ from jax import Array
 @partial(jax.tree_util.register_dataclass, data_fields=["active"], meta_fields=[])
 @dataclass(frozen=True)
 class DecodeStep:
-    """One new token for each request that is `active` (bool [R]); the others neither append nor score."""
+    """One new token for each request that is `active` (bool [R]); the others neither append nor
+    score.
+    """
 
     active: Array
 
@@ -20,8 +24,9 @@ class DecodeStep:
 class PrefillStep:
     """A right-aligned prompt chunk: `length` int32 [R] tokens at its end.
 
-    With `compress` (bool []) its last rows score every token and the policy runs; without, tokens that leave the window enter the
-    high tier unscored. True for the last chunk of a prompt, and earlier when the pool runs low.
+    With `compress` (bool []) its last rows score every token and the policy runs; without, tokens
+    that leave the window enter the high tier unscored. True for the last chunk of a prompt, and
+    earlier when the pool runs low.
     """
 
     length: Array
@@ -31,8 +36,9 @@ class PrefillStep:
 @partial(jax.tree_util.register_dataclass, data_fields=["length", "first"], meta_fields=[])
 @dataclass(frozen=True)
 class ReplayStep:
-    """A right-aligned chunk that has `length` int32 [R] tokens at its end and goes over part of the prompt again: it attends and scores the
-    prompt's tokens from position `first` int32 [] on (`diffkv_jax.methods.kvzip_layer`). None of its own tokens is stored.
+    """A right-aligned chunk that has `length` int32 [R] tokens at its end and goes over part of the
+    prompt again: it attends and scores the prompt's tokens from position `first` int32 [] on
+    (`diffkv_jax.methods.kvzip_layer`). None of its own tokens is stored.
     """
 
     length: Array

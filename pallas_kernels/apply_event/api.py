@@ -25,17 +25,20 @@ def apply_event(
     pages_a_round: int,
     kernels: Kernels = XLA,
 ) -> Stored:
-    """Carry out a compression event in place: drop and demote stored tokens, let new ones in, take and free pages.
+    """Carry out a compression event in place: drop and demote stored tokens, let new ones in, take
+    and free pages.
 
-    DiffKV, arXiv 2412.03131 sec. 5.2 and 5.3 (parallel KV compaction), Algorithm 1. For each admitted head: tokens of tier 1, then of
-    tier 0, that leave (see `count_moves`) are removed; the last tokens of the tier fill their holes: the n-th survivor from the top
-    goes to the n-th hole from the bottom; demoted ones are requantised to the tail of tier 1 in the order in which the top slots were
-    cleared (for a top slot that is a victim itself, that victim; else the victim whose hole it fills). Then the entering tokens are
-    encoded at the tails, in order. Emptied pages are free again. A head never holds more pages than before or after, whichever is more.
+    DiffKV, arXiv 2412.03131 sec. 5.2 and 5.3 (parallel KV compaction), Algorithm 1. For each
+    admitted head: tokens of tier 1, then of tier 0, that leave (see `count_moves`) are removed; the
+    last tokens of the tier fill their holes: the n-th survivor from the top goes to the n-th hole
+    from the bottom; demoted ones are requantised to the tail of tier 1 in the order in which the
+    top slots were cleared (for a top slot that is a victim itself, that victim; else the victim
+    whose hole it fills). Then the entering tokens are encoded at the tails, in order. Emptied pages
+    are free again. A head never holds more pages than before or after, whichever is more.
 
     Args:
-        stored: pool, ring and tables of `B` heads; the caller has made sure that the ring holds the pages that admitted heads need
-            beyond their own.
+        stored: pool, ring and tables of `B` heads; the caller has made sure that the ring holds the
+            pages that admitted heads need beyond their own.
         layout: static geometry of the pages.
         rule: who leaves.
         moves: what `count_moves` gave for the same `stored` and `rule`.
@@ -48,6 +51,26 @@ def apply_event(
     """
     if kernels.implementation == "xla":
         rounds = dict(pages_a_round=pages_a_round)
-        return event.apply_event(stored, layout, rule, tokens, entering, admitted, one_victim=one_victim, max_len=max_len, **rounds)
+        return event.apply_event(
+            stored,
+            layout,
+            rule,
+            tokens,
+            entering,
+            admitted,
+            one_victim=one_victim,
+            max_len=max_len,
+            **rounds,
+        )
     apply = kernels.function(__name__, "apply_event", event.apply_event)
-    return apply(stored, layout, rule, moves, tokens, entering, admitted, one_victim=one_victim, max_len=max_len)
+    return apply(
+        stored,
+        layout,
+        rule,
+        moves,
+        tokens,
+        entering,
+        admitted,
+        one_victim=one_victim,
+        max_len=max_len,
+    )

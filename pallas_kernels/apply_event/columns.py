@@ -1,4 +1,6 @@
-"""Gather and scatter of single tokens (one lane of a page) and of whole pages, on all arrays of the pool."""
+"""Gather and scatter of single tokens (one lane of a page) and of whole pages, on all arrays of the
+pool.
+"""
 
 from typing import NamedTuple
 
@@ -11,15 +13,21 @@ from ..pages import PageLayout, Pages, tier_page_ids
 
 
 class Slots(NamedTuple):
-    """Where tokens of one tier lie: page id, block within the page and lane, equal shapes `[...]`."""
+    """Where tokens of one tier lie: page id, block within the page and lane, equal shapes
+    `[...]`.
+    """
 
     page: Array
     block: Array
     lane: Array
 
 
-def locate(layout: PageLayout, page_table: Array, tier: int, slot: Array, valid: Array, num_pages: int) -> Slots:
-    """Slots of tokens number `slot [B, n]` of a tier; page `num_pages` (nowhere) where not `valid`. `page_table [B, max_pages]`."""
+def locate(
+    layout: PageLayout, page_table: Array, tier: int, slot: Array, valid: Array, num_pages: int
+) -> Slots:
+    """Slots of tokens number `slot [B, n]` of a tier; page `num_pages` (nowhere) where not `valid`.
+    `page_table [B, max_pages]`.
+    """
     per_page = layout.tokens_per_page(tier)
     max_pages = page_table.shape[-1]
     index = jnp.clip(slot // per_page, 0, max_pages - 1)
@@ -28,29 +36,48 @@ def locate(layout: PageLayout, page_table: Array, tier: int, slot: Array, valid:
     return Slots(jnp.where(valid, page, num_pages), within // layout.tokens, within % layout.tokens)
 
 
-def read_tokens(pages: Pages, layout: PageLayout, tier: int, slots: Slots) -> tuple[Block, Array, Array]:
-    """Encoded tokens at `slots [...]` as a block of one-token columns `[..., rows]`, their significance and position `[...]`."""
-    parts = [_read_column(array, slots, first, rows) for array, first, rows in _parts(pages, layout, tier, slots)]
+def read_tokens(
+    pages: Pages, layout: PageLayout, tier: int, slots: Slots
+) -> tuple[Block, Array, Array]:
+    """Encoded tokens at `slots [...]` as a block of one-token columns `[..., rows]`, their
+    significance and position `[...]`.
+    """
+    parts = [
+        _read_column(array, slots, first, rows)
+        for array, first, rows in _parts(pages, layout, tier, slots)
+    ]
     halves = [lax.bitcast_convert_type(part, jnp.float16) for part in parts[2:]]
-    return Block(parts[0], parts[1], *halves), _read_side(pages.significance, slots), _read_side(pages.position, slots)
+    return (
+        Block(parts[0], parts[1], *halves),
+        _read_side(pages.significance, slots),
+        _read_side(pages.position, slots),
+    )
 
 
-def write_tokens(pages: Pages, layout: PageLayout, tier: int, slots: Slots, tokens: tuple[Block, Array, Array]) -> Pages:
+def write_tokens(
+    pages: Pages, layout: PageLayout, tier: int, slots: Slots, tokens: tuple[Block, Array, Array]
+) -> Pages:
     """Put tokens as returned by `read_tokens` at `slots`; those on page `num_pages` are dropped."""
     (block, significance, position), meta_dtype = tokens, pages.meta.dtype
     k_payload, v_payload, k_meta, v_meta = _parts(pages, layout, tier, slots)
     payload = _write_column(pages.payload, slots, k_payload[1], block.k_payload)
-    meta = _write_column(pages.meta, slots, k_meta[1], lax.bitcast_convert_type(block.k_meta, meta_dtype))
+    meta = _write_column(
+        pages.meta, slots, k_meta[1], lax.bitcast_convert_type(block.k_meta, meta_dtype)
+    )
     return Pages(
         payload=_write_column(payload, slots, v_payload[1], block.v_payload),
-        meta=_write_column(meta, slots, v_meta[1], lax.bitcast_convert_type(block.v_meta, meta_dtype)),
+        meta=_write_column(
+            meta, slots, v_meta[1], lax.bitcast_convert_type(block.v_meta, meta_dtype)
+        ),
         significance=_write_side(pages.significance, slots, significance),
         position=_write_side(pages.position, slots, position),
     )
 
 
 def _parts(pages: Pages, layout: PageLayout, tier: int, slots: Slots):
-    """(array, first row of the token's block, rows) of K payload, V payload, K metadata, V metadata."""
+    """(array, first row of the token's block, rows) of K payload, V payload, K metadata, V
+    metadata.
+    """
     fmt, (v_start, v_meta_start) = layout.formats[tier], layout.value_start(tier)
     k_rows, v_rows = fmt.rows(layout.head_dim)
     k_meta, v_meta = fmt.key.meta_rows, fmt.value.meta_rows
@@ -63,10 +90,14 @@ def _parts(pages: Pages, layout: PageLayout, tier: int, slots: Slots):
 
 
 def _read_column(array: Array, slots: Slots, first: Array, rows: int) -> Array:
-    """`array [num_pages, all rows, T]` at page, rows `first` to `first + rows`, lane: `[..., rows]`."""
+    """`array [num_pages, all rows, T]` at page, rows `first` to `first + rows`, lane: `[...,
+    rows]`.
+    """
     if rows == 0:
         return jnp.zeros((*slots.page.shape, 0), array.dtype)
-    dims = lax.GatherDimensionNumbers(offset_dims=(slots.page.ndim,), collapsed_slice_dims=(0, 2), start_index_map=(0, 1, 2))
+    dims = lax.GatherDimensionNumbers(
+        offset_dims=(slots.page.ndim,), collapsed_slice_dims=(0, 2), start_index_map=(0, 1, 2)
+    )
     index = jnp.stack([slots.page, first, slots.lane], axis=-1)
     return lax.gather(array, index, dims, (1, rows, 1), mode=lax.GatherScatterMode.CLIP)
 
@@ -76,7 +107,9 @@ def _write_column(array: Array, slots: Slots, first: Array, column: Array) -> Ar
     if column.shape[-1] == 0:
         return array
     dims = lax.ScatterDimensionNumbers(
-        update_window_dims=(slots.page.ndim,), inserted_window_dims=(0, 2), scatter_dims_to_operand_dims=(0, 1, 2)
+        update_window_dims=(slots.page.ndim,),
+        inserted_window_dims=(0, 2),
+        scatter_dims_to_operand_dims=(0, 1, 2),
     )
     index = jnp.stack([slots.page, first, slots.lane], axis=-1)
     return lax.scatter(array, index, column, dims, mode=lax.GatherScatterMode.FILL_OR_DROP)
@@ -91,11 +124,14 @@ def _read_side(array: Array, slots: Slots) -> Array:
 def _write_side(array: Array, slots: Slots, values: Array) -> Array:
     if array.shape[1] == 0:
         return array
-    return array.at[slots.page, slots.block, slots.lane].set(values.astype(array.dtype), mode="drop")
+    return array.at[slots.page, slots.block, slots.lane].set(
+        values.astype(array.dtype), mode="drop"
+    )
 
 
 def ranked(cumulative: Array, rank: Array) -> Array:
-    """Index of the `rank`-th (from 0) true element of each row of a mask, given its inclusive `cumulative [B, n]` sum, `rank [B, m]`.
+    """Index of the `rank`-th (from 0) true element of each row of a mask, given its inclusive
+    `cumulative [B, n]` sum, `rank [B, m]`.
 
     `n` where the row has fewer.
     """

@@ -22,18 +22,26 @@ def apply_event(
     one_victim: bool,
     max_len: int,
 ) -> Stored:
-    """`apply_event` of api.py. The kernel counts again what leaves: its pages must be right whatever `moves` says, which only makes the
-    call wait for `count_moves`, so that XLA need not copy what that reads.
+    """`apply_event` of api.py. The kernel counts again what leaves: its pages must be right
+    whatever `moves` says, which only makes the call wait for `count_moves`, so that XLA need not
+    copy what that reads.
 
     Raises:
-        ValueError or jax.errors.JaxRuntimeError: when run, for a length, page id or ring that leads out of an array, or when pages do not
-            suffice; nothing has changed then.
+        ValueError or jax.errors.JaxRuntimeError: when run, for a length, page id or ring that leads
+            out of an array, or when pages do not suffice; nothing has changed then.
     """
     del max_len
-    shapes = {tokens.k.shape[:2], tokens.v.shape[:2], tokens.significance.shape, tokens.position.shape}
+    shapes = {
+        tokens.k.shape[:2],
+        tokens.v.shape[:2],
+        tokens.significance.shape,
+        tokens.position.shape,
+    }
     if len(shapes) > 1 or tokens.k.dtype != tokens.v.dtype or entering.shape[1] > tokens.k.shape[1]:
         types = f"{tokens.k.dtype} and {tokens.v.dtype}"
-        raise ValueError(f"tokens of shapes {shapes}, {types}, must be alike and at least {entering.shape[1]}")
+        raise ValueError(
+            f"tokens of shapes {shapes}, {types}, must be alike and at least {entering.shape[1]}"
+        )
     pages, ring = stored.pages, stored.ring
     sides = pages.payload, pages.meta, pages.significance, pages.position
     changed = *sides, stored.page_table, stored.tier_len, ring.ids, ring.start, ring.count
@@ -45,6 +53,13 @@ def apply_event(
     )
     formats = build.format_codes(layout)
     *arrays, table, lengths, ids, start, count = run(
-        *changed, moves.dropped, *rule, *tokens, entering, admitted, formats=formats, one_victim=one_victim
+        *changed,
+        moves.dropped,
+        *rule,
+        *tokens,
+        entering,
+        admitted,
+        formats=formats,
+        one_victim=one_victim,
     )
     return Stored(Pages(*arrays), FreeRing(ids, start, count), table, lengths)

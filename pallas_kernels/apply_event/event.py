@@ -1,4 +1,6 @@
-"""A compression event in plain jax.numpy: victims leave their tiers, entering tokens are encoded, pages change hands."""
+"""A compression event in plain jax.numpy: victims leave their tiers, entering tokens are encoded,
+pages change hands.
+"""
 
 import jax.numpy as jnp
 from jax import Array
@@ -23,14 +25,22 @@ def apply_event(
 ) -> Stored:
     """`apply_event` of api.py in plain jax.numpy; `pages_a_round` is that of `remove_tokens`.
 
-    Behind a condition on the whole plan, so that all of it has been read from the pool before the pool changes: no copy is needed.
+    Behind a condition on the whole plan, so that all of it has been read from the pool before the
+    pool changes: no copy is needed.
     """
     gate = admitted[:, None]
     entering = jnp.where(gate, entering, DROPPED)
     victims, falls = [], None
     for tier in range(layout.tiers):
         victim, low = stored_victims(
-            stored.pages, layout, stored.page_table, stored.tier_len, rule, tier, one_victim=one_victim, max_len=max_len
+            stored.pages,
+            layout,
+            stored.page_table,
+            stored.tier_len,
+            rule,
+            tier,
+            one_victim=one_victim,
+            max_len=max_len,
         )
         victims.append(victim & gate)
         if tier == 0 and layout.tiers == 2:
@@ -40,7 +50,9 @@ def apply_event(
         if layout.scored and layout.together == 1:  # whole blocks stay as they are
             for tier in reversed(range(layout.tiers)):
                 demoted = falls if tier == 0 else None
-                stored = remove_tokens(stored, layout, tier, victims[tier], demoted, pages_a_round=pages_a_round)
+                stored = remove_tokens(
+                    stored, layout, tier, victims[tier], demoted, pages_a_round=pages_a_round
+                )
         for tier in range(layout.tiers):
             stored = append_tokens(stored, layout, tier, tokens, entering == tier + 1)
         return stored

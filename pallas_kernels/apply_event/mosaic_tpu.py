@@ -1,4 +1,6 @@
-"""The compression event of many heads as one Pallas kernel for TPU, between a few operations on what is known of each head."""
+"""The compression event of many heads as one Pallas kernel for TPU, between a few operations on
+what is known of each head.
+"""
 
 from functools import partial
 from typing import Literal
@@ -35,15 +37,29 @@ def apply_event(
     interpret: bool | Literal["checked"],
     blocks: Blocks | None = None,
 ) -> Stored:
-    """`apply_event` of api.py on TPU. The pool and the table stay in HBM and are changed in place where the caller donates them."""
+    """`apply_event` of api.py on TPU. The pool and the table stay in HBM and are changed in place
+    where the caller donates them.
+    """
     del max_len  # lengths are read
     entering = jnp.where(admitted[:, None], entering, DROPPED)
-    dropped, demoted = (jnp.where(gate, x, 0) for gate, x in ((admitted[:, None], moves.dropped), (admitted, moves.demoted)))
-    arriving = jnp.stack([(entering == tier + 1).sum(axis=-1, dtype=jnp.int32) for tier in range(layout.tiers)], axis=-1)
+    dropped, demoted = (
+        jnp.where(gate, x, 0)
+        for gate, x in ((admitted[:, None], moves.dropped), (admitted, moves.demoted))
+    )
+    arriving = jnp.stack(
+        [(entering == tier + 1).sum(axis=-1, dtype=jnp.int32) for tier in range(layout.tiers)],
+        axis=-1,
+    )
     leaving = dropped.at[:, 0].add(demoted)
-    length = stored.tier_len - leaving + (arriving.at[:, 1].add(demoted) if layout.tiers == 2 else arriving)
+    length = (
+        stored.tier_len
+        - leaving
+        + (arriving.at[:, 1].add(demoted) if layout.tiers == 2 else arriving)
+    )
     before, after = (_pages(layout, x).sum(axis=-1) for x in (stored.tier_len, length))
-    granted, ring = allocate(stored.ring, jnp.maximum(after - before, 0), _most_extra(layout, entering.shape[1]))
+    granted, ring = allocate(
+        stored.ring, jnp.maximum(after - before, 0), _most_extra(layout, entering.shape[1])
+    )
     numbers = dict(
         busy=(arriving.any(axis=-1) | leaving.any(axis=-1))[:, None],
         length=stored.tier_len,
@@ -55,7 +71,9 @@ def apply_event(
         tail=_tails(layout, stored, leaving, length),
         observed=rule.observed.reshape(len(before), -1),
     )
-    surplus, table, pages = _call(stored, layout, rule.tau, numbers, tokens, entering, one_victim, blocks, interpret)
+    surplus, table, pages = _call(
+        stored, layout, rule.tau, numbers, tokens, entering, one_victim, blocks, interpret
+    )
     nth = jnp.arange(surplus.shape[-1])
     ring = release(ring, surplus, nth < jnp.maximum(before - after, 0)[:, None])
     return Stored(pages, ring, table, length)
@@ -63,11 +81,15 @@ def apply_event(
 
 def _pages(layout: PageLayout, tier_len: Array) -> Array:
     """Pages of each tier `[B, tiers]`."""
-    return jnp.stack([layout.pages_for(tier, tier_len[:, tier]) for tier in range(layout.tiers)], axis=-1)
+    return jnp.stack(
+        [layout.pages_for(tier, tier_len[:, tier]) for tier in range(layout.tiers)], axis=-1
+    )
 
 
 def _tails(layout: PageLayout, stored: Stored, leaving: Array, length: Array) -> Array:
-    """Id of the last page of each tier `[B, tiers]` that loses tokens, or gains some and has room in it; else -1."""
+    """Id of the last page of each tier `[B, tiers]` that loses tokens, or gains some and has room
+    in it; else -1.
+    """
     ids, before = [], stored.tier_len
     for tier in range(layout.tiers):
         last = layout.pages_for(tier, before[:, tier]) - 1
@@ -79,13 +101,19 @@ def _tails(layout: PageLayout, stored: Stored, leaving: Array, length: Array) ->
 
 
 def _most_extra(layout: PageLayout, entering: int) -> int:
-    """Most pages by which a head can grow: entering tokens start one page a tier beyond those that they fill, demoted ones another."""
+    """Most pages by which a head can grow: entering tokens start one page a tier beyond those that
+    they fill, demoted ones another.
+    """
     return layout.pages_for(0, entering) + 2
 
 
 def _live_table(stored: Stored, layout: PageLayout) -> Array:
     """The page table with `num_pages` in every column that no tier uses."""
-    pages, column, width = _pages(layout, stored.tier_len), jnp.arange(stored.page_table.shape[1]), stored.page_table.shape[1]
+    pages, column, width = (
+        _pages(layout, stored.tier_len),
+        jnp.arange(stored.page_table.shape[1]),
+        stored.page_table.shape[1],
+    )
     used = column < pages[:, :1]
     if layout.tiers == 2:
         used |= column >= width - pages[:, 1:]
@@ -118,8 +146,22 @@ def _call(
     columns, end = {}, 0
     for name, x in numbers.items():
         columns[name], end = range(end, end + x.shape[1]), end + x.shape[1]
-    plan = Plan(layout, pages.num_pages, max_pages, one_victim, columns, Blocks() if blocks is None else blocks)
-    side = jnp.stack([entering, lax.bitcast_convert_type(tokens.significance[:, :n], jnp.int32), tokens.position[:, :n]], axis=1)
+    plan = Plan(
+        layout,
+        pages.num_pages,
+        max_pages,
+        one_victim,
+        columns,
+        Blocks() if blocks is None else blocks,
+    )
+    side = jnp.stack(
+        [
+            entering,
+            lax.bitcast_convert_type(tokens.significance[:, :n], jnp.int32),
+            tokens.position[:, :n],
+        ],
+        axis=1,
+    )
     pool = Pool(
         pages.payload,
         pages.position,
@@ -137,7 +179,12 @@ def _call(
         table=_live_table(stored, layout)[:, None],
         pool=pool,
     )
-    out_shape = Outputs(*(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x) for x in (inputs.table, inputs.table, pool)))
+    out_shape = Outputs(
+        *(
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+            for x in (inputs.table, inputs.table, pool)
+        )
+    )
     changed = len(jax.tree.leaves((inputs.table, pool)))
     first = len(jax.tree.leaves(inputs)) - changed
     surplus, table, pool = pl.pallas_call(
@@ -169,7 +216,11 @@ def _specs(inputs: Inputs, tile: int) -> list:
 
     def scalars(x: Array, ahead: int = 0) -> pl.BlockSpec:
         last = x.shape[0] - 1
-        return pl.BlockSpec((None, 1, x.shape[2]), lambda head, _: (jnp.minimum(head + ahead, last), 0, 0), memory_space=pltpu.SMEM)
+        return pl.BlockSpec(
+            (None, 1, x.shape[2]),
+            lambda head, _: (jnp.minimum(head + ahead, last), 0, 0),
+            memory_space=pltpu.SMEM,
+        )
 
     rows = pl.BlockSpec((None, tile, head_dim), lambda head, i: (head, i, 0))
     side = pl.BlockSpec((None, 3, tile), lambda head, i: (head, 0, i))
@@ -183,4 +234,8 @@ def _cost(layout: PageLayout, heads: int, entering: int) -> pl.CostEstimate:
     tokens = heads * layout.tokens
     flops = 2 * tokens * layout.tokens * (layout.rows + 4 * layout.head_dim)
     page_bytes = 2 * heads * (layout.tiers + 1) * layout.page_bytes
-    return pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=page_bytes + 4 * heads * entering * layout.head_dim)
+    return pl.CostEstimate(
+        flops=flops,
+        transcendentals=0,
+        bytes_accessed=page_bytes + 4 * heads * entering * layout.head_dim,
+    )

@@ -1,7 +1,9 @@
-"""Tokens as columns: one page block in VMEM is an int32 matrix whose lanes are tokens, whatever the formats; moves are one-hot products.
+"""Tokens as columns: one page block in VMEM is an int32 matrix whose lanes are tokens, whatever the
+formats; moves are one-hot products.
 
-A column of a tier holds, top to bottom: payload bytes of K and of V, metadata bits of K and of V (float16), the bits of the
-significance (float32; absent when the layout is not scored) and the position.
+A column of a tier holds, top to bottom: payload bytes of K and of V, metadata bits of K and of V
+(float16), the bits of the significance (float32; absent when the layout is not scored) and the
+position.
 """
 
 from collections.abc import Sequence
@@ -48,14 +50,22 @@ class Columns:
 
 
 def move(words: Array, where_to: Array, size: int, contract: int = 1) -> Array:
-    """Lanes of int32 `words [rows, n]` to the lanes that the one-hot `where_to [n, T]` says, zero where none goes; bit for bit.
+    """Lanes of int32 `words [rows, n]` to the lanes that the one-hot `where_to [n, T]` says, zero
+    where none goes; bit for bit.
 
-    The words have `size` bytes that are not zero. A byte is exact in bfloat16. With `contract=0` the words are `[n, rows]`.
+    The words have `size` bytes that are not zero. A byte is exact in bfloat16. With `contract=0`
+    the words are `[n, rows]`.
     """
     parts = []
     for byte in range(size):
-        part = (words if size == 1 else (words >> (8 * byte)) & 255).astype(jnp.float32).astype(jnp.bfloat16)
-        product = lax.dot_general(part, where_to, (((contract,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        part = (
+            (words if size == 1 else (words >> (8 * byte)) & 255)
+            .astype(jnp.float32)
+            .astype(jnp.bfloat16)
+        )
+        product = lax.dot_general(
+            part, where_to, (((contract,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
         parts.append(product.astype(jnp.int32) << (8 * byte))
     return sum(parts[1:], start=parts[0])
 
@@ -95,7 +105,9 @@ def _indices(n: int) -> tuple[Array, Array]:
 
 
 def one_hot(valid: Array, lane: Array, lanes: int) -> Array:
-    """Columns `valid`, `lane [n, 1]` to a bfloat16 matrix `[n, lanes]` that is one at the lane of each valid one."""
+    """Columns `valid`, `lane [n, 1]` to a bfloat16 matrix `[n, lanes]` that is one at the lane of
+    each valid one.
+    """
     j = lax.broadcasted_iota(jnp.int32, (valid.shape[0], lanes), 1)
     return jnp.where(valid & (j == lane), 1.0, 0.0).astype(jnp.bfloat16)
 
@@ -105,12 +117,16 @@ def encode(layout: PageLayout, tier: int, k: Array, v: Array, out: Any) -> None:
     columns, fmt = Columns.of(layout, tier), layout.formats[tier]
     for tensor, (codec, x) in enumerate(((fmt.key, k), (fmt.value, v))):
         tiles = codec.tiles(layout.head_dim)
-        codes, meta = codec.encode_tiles(tiles, [x[tile.channel : tile.channel + tile.channels] for tile in tiles])
+        codes, meta = codec.encode_tiles(
+            tiles, [x[tile.channel : tile.channel + tile.channels] for tile in tiles]
+        )
         _write(columns, tensor, codec, tiles, codes, meta, out)
 
 
 def requantise(layout: PageLayout, source: Any, out: Any) -> None:
-    """Columns `source [rows, T]` of tier 0 to columns `out` of tier 1: on the codes where the groups match, else through float32."""
+    """Columns `source [rows, T]` of tier 0 to columns `out` of tier 1: on the codes where the
+    groups match, else through float32.
+    """
     above, below = Columns.of(layout, 0), Columns.of(layout, 1)
     high, low = layout.formats
     for tensor, (old, new) in enumerate(((high.key, low.key), (high.value, low.value))):
@@ -120,7 +136,13 @@ def requantise(layout: PageLayout, source: Any, out: Any) -> None:
         if isinstance(old, Uniform) and old.can_demote_to(new):
             codes, meta = old.demote_tiles(new, [code.astype(jnp.int32) for code in codes], meta)
         else:
-            codes, meta = new.encode_tiles(new_tiles, [tile.value(code, meta.__getitem__) for code, tile in zip(codes, tiles, strict=True)])
+            codes, meta = new.encode_tiles(
+                new_tiles,
+                [
+                    tile.value(code, meta.__getitem__)
+                    for code, tile in zip(codes, tiles, strict=True)
+                ],
+            )
         _write(below, tensor, new, new_tiles, codes, meta, out)
     out[below.significance :] = source[above.significance :]
 
@@ -130,7 +152,15 @@ def _codes(columns: Columns, tensor: int, tile: Tile, source: Any) -> Array:
     return tile.unpack([source[first + row : first + row + tile.channels] for row in tile.rows])
 
 
-def _write(columns: Columns, tensor: int, codec: Codec, tiles: Sequence[Tile], codes, meta: dict[int, Array], out: Any) -> None:
+def _write(
+    columns: Columns,
+    tensor: int,
+    codec: Codec,
+    tiles: Sequence[Tile],
+    codes,
+    meta: dict[int, Array],
+    out: Any,
+) -> None:
     for row, packed in codec.pack_tiles(tiles, codes).items():
         first = columns.payload[tensor] + row
         out[first : first + packed.shape[0]] = packed

@@ -1,4 +1,6 @@
-"""What a program of the TPU kernel of the compression event has at hand: its operands, and one head."""
+"""What a program of the TPU kernel of the compression event has at hand: its operands, and one
+head.
+"""
 
 from typing import Any, NamedTuple
 
@@ -25,7 +27,9 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Changed in place, but `surplus`: int32 `[B, 1, max_pages]` in HBM, the pages that each head gives back."""
+    """Changed in place, but `surplus`: int32 `[B, 1, max_pages]` in HBM, the pages that each head
+    gives back.
+    """
 
     surplus: Any
     table: Any
@@ -49,18 +53,24 @@ class Head:
         return (self.x.upcoming if upcoming else self.x.numbers)[0, self.plan.numbers[name][index]]
 
     def leaving(self, tier: int, columns: Array, slot: Array) -> tuple[Array, Array]:
-        """Which tokens of a block `[rows, T]` leave a tier, and which of them fall to the next one: int32 0 or 1 `[1, T]`."""
+        """Which tokens of a block `[rows, T]` leave a tier, and which of them fall to the next one:
+        int32 0 or 1 `[1, T]`.
+        """
         if self.plan.one_victim:
             leaves = jnp.where(slot == self.number("victim", tier), 1, 0)
             return leaves, leaves * self.number("demoted") if tier == 0 else jnp.zeros_like(leaves)
         at = Columns.of(self.layout, tier)
-        significance = lax.bitcast_convert_type(columns[at.significance : at.significance + 1], jnp.float32)
+        significance = lax.bitcast_convert_type(
+            columns[at.significance : at.significance + 1], jnp.float32
+        )
         mean = self.rule.mean(significance, columns[at.position : at.position + 1])
         dropped, falls = self.rule.leaving(mean, tier, self.layout.tiers)
         return jnp.where(dropped | falls, 1, 0), jnp.where(falls, 1, 0)
 
     def find_holes(self, tier: int, stop) -> Array:
-        """List in `holed` the pages of a tier that have victims in slots before `stop`; returns how many."""
+        """List in `holed` the pages of a tier that have victims in slots before `stop`; returns how
+        many.
+        """
         if self.plan.one_victim:
             victim = self.number("victim", tier)
             self.s.holed[0] = jnp.maximum(victim, 0) // self.layout.tokens_per_page(tier)
@@ -68,7 +78,9 @@ class Head:
 
         def visit(first, total, position, found):
             slot, own = slots(self.layout, tier, first, total.shape)
-            dropped, falls = self.rule.leaving(self.rule.mean(total, position), tier, self.layout.tiers)
+            dropped, falls = self.rule.leaving(
+                self.rule.mean(total, position), tier, self.layout.tiers
+            )
             victim = jnp.where((dropped | falls) & own & (slot < stop), 1, 0)
             for i in range(self.plan.scan.pages):
                 some = jnp.sum(victim[i]) > 0
@@ -82,4 +94,6 @@ class Head:
 
         sides = Sides(self.pool.significance, self.pool.position, *self.s.sides)
         pages = self.layout.pages_for(tier, stop)
-        return scan_pages(sides, self.plan.scan, pages, self.tiers[tier].page_id, visit, jnp.int32(0))
+        return scan_pages(
+            sides, self.plan.scan, pages, self.tiers[tier].page_id, visit, jnp.int32(0)
+        )

@@ -14,14 +14,20 @@ from .mosaic_tpu_removal import remove
 
 
 def carry_out(*refs, plan: Plan) -> None:
-    """One head and one tile of its entering tokens; the program of the first tile also removes what leaves the tiers.
+    """One head and one tile of its entering tokens; the program of the first tile also removes what
+    leaves the tiers.
 
-    DiffKV, arXiv 2412.03131 sec. 5.2 and 5.3. Reads significance and positions of the live pages of tiers that lose tokens (unless
-    `one_victim`), and whole pages: those with holes, those at the tails. Writes those whole. Bytes of a page:
-    T (rows + 2 meta_rows + blocks * (4 + position bytes)).
+    DiffKV, arXiv 2412.03131 sec. 5.2 and 5.3. Reads significance and positions of the live pages of
+    tiers that lose tokens (unless `one_victim`), and whole pages: those with holes, those at the
+    tails. Writes those whole. Bytes of a page: T (rows + 2 meta_rows + blocks * (4 + position
+    bytes)).
     """
     inputs, outputs = len(Inputs._fields), len(Outputs._fields)
-    x, out, (s,) = Inputs(*refs[:inputs]), Outputs(*refs[inputs : inputs + outputs]), refs[inputs + outputs :]
+    x, out, (s,) = (
+        Inputs(*refs[:inputs]),
+        Outputs(*refs[inputs : inputs + outputs]),
+        refs[inputs + outputs :],
+    )
     head = Head(plan, x, out, s)
     first, last = pl.program_id(1) == 0, pl.program_id(1) == pl.num_programs(1) - 1
     heads = pl.num_programs(0)
@@ -64,7 +70,9 @@ def _end(head: Head, out: Outputs) -> None:
 
 
 def _ask(head: Head, table: Any, *, upcoming: bool) -> None:
-    """Let the table row of this head, or of the next one, and its tail pages come, if it has something to do."""
+    """Let the table row of this head, or of the next one, and its tail pages come, if it has
+    something to do.
+    """
 
     @pl.when(head.number("busy", upcoming=upcoming) > 0)
     def _():
@@ -83,8 +91,15 @@ def _open(head: Head, out: Outputs, more: Array) -> None:
     def _():
         for tier in head.tiers:
             length, t = head.number("length", tier.tier), tier.tier
-            s.length[t], s.owned[t], s.held[t], s.dirty[t] = length, head.layout.pages_for(t, length), -1, 0
-            pl.when(head.number("tail", t) >= 0)(lambda tier=tier, length=length: tier.take_next((length - 1) // tier.per_page))
+            s.length[t], s.owned[t], s.held[t], s.dirty[t] = (
+                length,
+                head.layout.pages_for(t, length),
+                -1,
+                0,
+            )
+            pl.when(head.number("tail", t) >= 0)(
+                lambda tier=tier, length=length: tier.take_next((length - 1) // tier.per_page)
+            )
         pltpu.make_async_copy(out.table.at[0], s.table.at[head.row], s.row_arrived).wait()
         s.free_count[0] = head.number("extra")
 
@@ -113,7 +128,10 @@ def _close(head: Head, out: Outputs) -> None:
 def _row_copies(head: Head, out: Outputs, index, row) -> list:
     """Copies of a row of the table and of a row of free pages to a head's place."""
     pairs = ((head.s.table, out.table), (head.s.free, out.surplus))
-    return [pltpu.make_async_copy(near.at[row], far.at[index], head.s.row_returned.at[row, kind]) for kind, (near, far) in enumerate(pairs)]
+    return [
+        pltpu.make_async_copy(near.at[row], far.at[index], head.s.row_returned.at[row, kind])
+        for kind, (near, far) in enumerate(pairs)
+    ]
 
 
 def _await_row(head: Head, out: Outputs, row) -> None:
@@ -147,5 +165,9 @@ def _enter(head: Head, tier: Tier) -> None:
 def _as_lanes(x: Array, to: Array) -> Array:
     """Tokens `[W, d]` as float32 `[d, T]`, those that `to [W, T]` places."""
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    words = move(bits >> 16, to, 2, contract=0) << 16 if x.dtype == jnp.bfloat16 else move(bits, to, 4, contract=0)
+    words = (
+        move(bits >> 16, to, 2, contract=0) << 16
+        if x.dtype == jnp.bfloat16
+        else move(bits, to, 4, contract=0)
+    )
     return lax.bitcast_convert_type(words, jnp.float32)

@@ -1,4 +1,6 @@
-"""Pages of one head on their way between the pool and VMEM, and the head's table, lengths and free pages."""
+"""Pages of one head on their way between the pool and VMEM, and the head's table, lengths and free
+pages.
+"""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +20,9 @@ NEXT = 2  # only where pages arrive: the tail of the next head
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known before the kernel runs. `numbers` names the columns of the heads' rows of scalars."""
+    """What is known before the kernel runs. `numbers` names the columns of the heads' rows of
+    scalars.
+    """
 
     layout: PageLayout
     num_pages: int
@@ -42,10 +46,13 @@ class Pool(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """VMEM and SMEM that outlive a program. A slot `[tier, TAIL or HOLE]` is a page; heads take turns with two rows of ids."""
+    """VMEM and SMEM that outlive a program. A slot `[tier, TAIL or HOLE]` is a page; heads take
+    turns with two rows of ids.
+    """
 
     pages: tuple[Any, ...]  # of each tier: int32 [2, blocks, rows of a column, T], pages as columns
-    fresh: tuple[Any, ...]  # of each tier: int32 [rows of a column, T], columns that will be appended
+    # of each tier: int32 [rows of a column, T], columns that will be appended
+    fresh: tuple[Any, ...]
     fallen: Any  # int32 [rows of a column of tier 0, T], columns that will be requantised
     arriving: Pool  # [tiers, 3, ...] pages as they lie in the pool
     departing: Pool  # [tiers, 2, ...]
@@ -77,7 +84,9 @@ class Scratch(NamedTuple):
             return Pool(
                 pltpu.VMEM((tiers, slots, layout.rows, lanes), jnp.uint8),
                 pltpu.VMEM((tiers, slots, blocks, lanes), jnp.dtype(layout.position_dtype)),
-                pltpu.VMEM((tiers, slots, layout.meta_rows, lanes), jnp.int16) if layout.meta_rows else None,
+                pltpu.VMEM((tiers, slots, layout.meta_rows, lanes), jnp.int16)
+                if layout.meta_rows
+                else None,
                 pltpu.VMEM((tiers, slots, blocks, lanes), jnp.float32) if layout.scored else None,
             )
 
@@ -85,7 +94,10 @@ class Scratch(NamedTuple):
             return pltpu.SMEM(shape, jnp.int32)
 
         return Scratch(
-            pages=tuple(pltpu.VMEM((2, n, c.rows, lanes), jnp.int32) for n, c in zip(layout.blocks, columns, strict=True)),
+            pages=tuple(
+                pltpu.VMEM((2, n, c.rows, lanes), jnp.int32)
+                for n, c in zip(layout.blocks, columns, strict=True)
+            ),
             fresh=tuple(pltpu.VMEM((c.rows, lanes), jnp.int32) for c in columns),
             fallen=pltpu.VMEM((columns[0].rows, lanes), jnp.int32),
             arriving=staging(3),
@@ -110,7 +122,9 @@ class Scratch(NamedTuple):
 
 
 class Tier:
-    """One tier of the head at hand. Pages are counted within the tier; a page beyond `owned` has no place in the pool yet."""
+    """One tier of the head at hand. Pages are counted within the tier; a page beyond `owned` has no
+    place in the pool yet.
+    """
 
     def __init__(self, plan: Plan, pool: Pool, scratch: Scratch, tier: int, row: Array):
         self.plan, self.pool, self.s, self.tier, self.row = plan, pool, scratch, tier, row
@@ -195,7 +209,9 @@ class Tier:
             def _():
                 self.s.free_count[0] -= 1
                 page_id = self.s.free[self.row, 0, self.s.free_count[0]]
-                self.s.table[self.row, 0, page_column(self.tier, page, self.plan.max_pages)] = page_id
+                self.s.table[self.row, 0, page_column(self.tier, page, self.plan.max_pages)] = (
+                    page_id
+                )
                 self.s.owned[self.tier] += 1
 
             self.store(page, TAIL)
@@ -207,7 +223,9 @@ class Tier:
         page = self.s.held[self.tier]
         self.s.free[self.row, 0, self.s.free_count[0]] = self.page_id(page)
         self.s.free_count[0] += 1
-        self.s.table[self.row, 0, page_column(self.tier, page, self.plan.max_pages)] = self.plan.num_pages
+        self.s.table[self.row, 0, page_column(self.tier, page, self.plan.max_pages)] = (
+            self.plan.num_pages
+        )
         self.s.owned[self.tier] -= 1
         self.s.held[self.tier] = -1
 
@@ -231,33 +249,53 @@ class Tier:
     def _arrivals(self, page_id, slot: int) -> list:
         near, arrived = self.s.arriving.present(), self.s.arrived.at[self.tier, slot]
         return [
-            pltpu.make_async_copy(far.at[page_id], near[name].at[self.tier, slot], arrived) for name, far in self.pool.present().items()
+            pltpu.make_async_copy(far.at[page_id], near[name].at[self.tier, slot], arrived)
+            for name, far in self.pool.present().items()
         ]
 
     def _departures(self, page_id, slot: int) -> list:
         near, departed = self.s.departing.present(), self.s.departed.at[self.tier, slot]
         return [
-            pltpu.make_async_copy(near[name].at[self.tier, slot], far.at[page_id], departed) for name, far in self.pool.present().items()
+            pltpu.make_async_copy(near[name].at[self.tier, slot], far.at[page_id], departed)
+            for name, far in self.pool.present().items()
         ]
 
     def _parts(self) -> list[tuple[str, int, int, int]]:
-        """(array, its first row, first row of the column, rows) of each part of the tier's blocks; block b is `b * rows` further."""
-        fmt, c, (start, meta_start) = self.layout.formats[self.tier], self.columns, self.layout.value_start(self.tier)
+        """(array, its first row, first row of the column, rows) of each part of the tier's blocks;
+        block b is `b * rows` further.
+        """
+        fmt, c, (start, meta_start) = (
+            self.layout.formats[self.tier],
+            self.columns,
+            self.layout.value_start(self.tier),
+        )
         k_rows, v_rows = fmt.rows(self.layout.head_dim)
         parts = [("payload", 0, c.payload[0], k_rows), ("payload", start, c.payload[1], v_rows)]
-        parts += [("meta", 0, c.meta[0], fmt.key.meta_rows), ("meta", meta_start, c.meta[1], fmt.value.meta_rows)]
-        parts += [("significance", 0, c.significance, int(self.layout.scored)), ("position", 0, c.position, 1)]
+        parts += [
+            ("meta", 0, c.meta[0], fmt.key.meta_rows),
+            ("meta", meta_start, c.meta[1], fmt.value.meta_rows),
+        ]
+        parts += [
+            ("significance", 0, c.significance, int(self.layout.scored)),
+            ("position", 0, c.position, 1),
+        ]
         return [part for part in parts if part[3]]
 
     def _widen(self, source: int, slot: int) -> None:
         """What has arrived, as it lies in the pool, to the columns of TAIL or HOLE."""
-        words = {name: _to_words(x[self.tier, source]) for name, x in self.s.arriving.present().items()}
+        words = {
+            name: _to_words(x[self.tier, source]) for name, x in self.s.arriving.present().items()
+        }
         for block in range(self.blocks):
             for name, first, row, rows in self._parts():
-                self.pages[slot, block, row : row + rows] = words[name][first + block * rows : first + (block + 1) * rows]
+                self.pages[slot, block, row : row + rows] = words[name][
+                    first + block * rows : first + (block + 1) * rows
+                ]
 
     def _narrow(self, slot: int) -> None:
-        """Columns to arrays as they lie in the pool; rows that the tier does not use become zero."""
+        """Columns to arrays as they lie in the pool; rows that the tier does not use become
+        zero.
+        """
         for name, buffer in self.s.departing.present().items():
             rows = [
                 self.pages[slot, block, row : row + count]
@@ -269,7 +307,11 @@ class Tier:
             rows += [jnp.zeros((unused, self.layout.tokens), jnp.int32)] if unused else []
             words = jnp.concatenate(rows, axis=0)
             same_width = buffer.dtype == jnp.float32
-            buffer[self.tier, slot] = lax.bitcast_convert_type(words, jnp.float32) if same_width else words.astype(buffer.dtype)
+            buffer[self.tier, slot] = (
+                lax.bitcast_convert_type(words, jnp.float32)
+                if same_width
+                else words.astype(buffer.dtype)
+            )
 
 
 def _to_words(x: Array) -> Array:

@@ -1,4 +1,6 @@
-"""Adding tokens to and removing tokens from the tiers of all heads of a layer, in place, with pages taken from and returned to the ring."""
+"""Adding tokens to and removing tokens from the tiers of all heads of a layer, in place, with pages
+taken from and returned to the ring.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +17,9 @@ from .ring import FreeRing, grow, shrink
 
 
 class Stored(NamedTuple):
-    """The stored tokens of one layer: the shared pool and ring, and the table and lengths of its `B` heads (requests x KV heads)."""
+    """The stored tokens of one layer: the shared pool and ring, and the table and lengths of its
+    `B` heads (requests x KV heads).
+    """
 
     pages: Pages
     ring: FreeRing
@@ -32,8 +36,12 @@ class Tokens(NamedTuple):
     position: Array  # int32 [B, n]
 
 
-def append_tokens(stored: Stored, layout: PageLayout, tier: int, tokens: Tokens, keep: Array) -> Stored:
-    """Encode the tokens where `keep [B, n]` and put them at the tail of a tier, in order. The caller has made sure of the pages."""
+def append_tokens(
+    stored: Stored, layout: PageLayout, tier: int, tokens: Tokens, keep: Array
+) -> Stored:
+    """Encode the tokens where `keep [B, n]` and put them at the tail of a tier, in order. The
+    caller has made sure of the pages.
+    """
     if layout.rope is not None:
         tokens = tokens._replace(k=at_positions(tokens.k, tokens.position, layout.rope, back=True))
     cumulative = jnp.cumsum(keep, axis=-1)
@@ -44,22 +52,33 @@ def append_tokens(stored: Stored, layout: PageLayout, tier: int, tokens: Tokens,
         k = jnp.take_along_axis(tokens.k, index[..., None], axis=1)
         v = jnp.take_along_axis(tokens.v, index[..., None], axis=1)
         block = layout.formats[tier].encode(_lanes(k, layout, tier), _lanes(v, layout, tier))
-        side = (jnp.take_along_axis(x, index, axis=1) for x in (tokens.significance, tokens.position))
+        side = (
+            jnp.take_along_axis(x, index, axis=1) for x in (tokens.significance, tokens.position)
+        )
         return (block, *side)
 
     return _append(stored, layout, tier, cumulative[:, -1], last + 1, fetch)
 
 
 def remove_tokens(
-    stored: Stored, layout: PageLayout, tier: int, victim: Array, demoted: Array | None = None, *, pages_a_round: int = 1
+    stored: Stored,
+    layout: PageLayout,
+    tier: int,
+    victim: Array,
+    demoted: Array | None = None,
+    *,
+    pages_a_round: int = 1,
 ) -> Stored:
-    """Remove the tokens where `victim [B, capacity]` (slot order) from a tier; those also `demoted` are requantised into the next tier.
+    """Remove the tokens where `victim [B, capacity]` (slot order) from a tier; those also `demoted`
+    are requantised into the next tier.
 
-    Rounds of `pages_a_round` pages of the lowest tier (more for many victims, fewer for few): the top slots are cleared, their survivors
-    fill the holes of lower victims, emptied pages are freed, then the demoted are appended. So a head never holds more than its pages
-    before or after, whichever is more.
+    Rounds of `pages_a_round` pages of the lowest tier (more for many victims, fewer for few): the
+    top slots are cleared, their survivors fill the holes of lower victims, emptied pages are freed,
+    then the demoted are appended. So a head never holds more than its pages before or after,
+    whichever is more.
 
-    A round writes what the round before it has read: reads and writes of the pool are then ordered by data, and XLA needs no copy of it.
+    A round writes what the round before it has read: reads and writes of the pool are then ordered
+    by data, and XLA needs no copy of it.
     """
     width = pages_a_round * max(layout.tokens_per_page(t) for t in range(layout.tiers))
     cumulative = jnp.cumsum(victim, axis=-1)
@@ -73,13 +92,24 @@ def remove_tokens(
         victims_above = total[:, None] - jnp.take_along_axis(cumulative, top, axis=1)
         hole = jnp.minimum(ranked(cumulative, nth - victims_above), victim.shape[1] - 1)
         removed = jnp.where(top_is_victim, top, hole)
-        falls = jnp.zeros_like(active) if demoted is None else jnp.take_along_axis(demoted, removed, axis=1) & active
-        return Round(top, removed, active & ~top_is_victim, falls, jnp.clip(total - cleared, 0, width))
+        falls = (
+            jnp.zeros_like(active)
+            if demoted is None
+            else jnp.take_along_axis(demoted, removed, axis=1) & active
+        )
+        return Round(
+            top, removed, active & ~top_is_victim, falls, jnp.clip(total - cleared, 0, width)
+        )
 
     def read(stored: Stored, cleared: Array):
-        this, at = plan(cleared), partial(locate, layout, stored.page_table, tier, num_pages=stored.pages.num_pages)
+        this, at = (
+            plan(cleared),
+            partial(locate, layout, stored.page_table, tier, num_pages=stored.pages.num_pages),
+        )
         movers = read_tokens(stored.pages, layout, tier, at(this.top, this.moves))
-        return movers, None if demoted is None else read_tokens(stored.pages, layout, tier, at(this.removed, this.falls))
+        return movers, None if demoted is None else read_tokens(
+            stored.pages, layout, tier, at(this.removed, this.falls)
+        )
 
     def one_round(state):
         cleared, stored, (movers, falling) = state
@@ -90,14 +120,18 @@ def remove_tokens(
         return cleared + width, stored, read(stored, cleared + width)
 
     start = jnp.int32(0)
-    return lax.while_loop(lambda state: jnp.any(state[0] < total), one_round, (start, stored, read(stored, start)))[1]
+    return lax.while_loop(
+        lambda state: jnp.any(state[0] < total), one_round, (start, stored, read(stored, start))
+    )[1]
 
 
 class Round(NamedTuple):
     """What one round of `remove_tokens` does to each head; `[B, width]` unless said."""
 
     top: Array  # slots that are cleared, the tail of the tier
-    removed: Array  # slots of the victims: a top slot that holds one, else a hole below, which the top slot's token fills
+    # slots of the victims: a top slot that holds one, else a hole below, which the top slot's token
+    # fills
+    removed: Array
     moves: Array  # whether the token of the top slot moves to `removed`
     falls: Array  # whether the victim is demoted
     cleared: Array  # int32 [B] how many top slots
@@ -108,14 +142,22 @@ def release_all(stored: Stored, layout: PageLayout, gone: Array) -> Stored:
     ring, page_table, tier_len = stored.ring, stored.page_table, stored.tier_len
     for tier in range(layout.tiers):
         pages = jnp.where(gone, layout.pages_for(tier, tier_len[:, tier]), 0)
-        ring, page_table = shrink(ring, page_table, tier, pages, jnp.zeros_like(pages), page_table.shape[1])
+        ring, page_table = shrink(
+            ring, page_table, tier, pages, jnp.zeros_like(pages), page_table.shape[1]
+        )
     return Stored(stored.pages, ring, page_table, jnp.where(gone[:, None], 0, tier_len))
 
 
-def _clear(stored: Stored, layout: PageLayout, tier: int, this: Round, movers: tuple[Block, Array, Array]) -> Stored:
-    """Fill the holes with the survivors of the top slots, shorten the tier and free its emptied pages."""
+def _clear(
+    stored: Stored, layout: PageLayout, tier: int, this: Round, movers: tuple[Block, Array, Array]
+) -> Stored:
+    """Fill the holes with the survivors of the top slots, shorten the tier and free its emptied
+    pages.
+    """
     width = this.top.shape[1]
-    holes = locate(layout, stored.page_table, tier, this.removed, this.moves, stored.pages.num_pages)
+    holes = locate(
+        layout, stored.page_table, tier, this.removed, this.moves, stored.pages.num_pages
+    )
     written = write_tokens(stored.pages, layout, tier, holes, movers)
     before = stored.tier_len[:, tier]
     pages, fewer = (layout.pages_for(tier, n) for n in (before, before - this.cleared))
@@ -124,8 +166,16 @@ def _clear(stored: Stored, layout: PageLayout, tier: int, this: Round, movers: t
     return Stored(written, ring, page_table, stored.tier_len.at[:, tier].add(-this.cleared))
 
 
-def _append_demoted(stored: Stored, layout: PageLayout, tier: int, tokens: tuple[Block, Array, Array], leaving: Array) -> Stored:
-    """Requantise `tokens [B, n]` (as `read_tokens` gives them) of a tier where `leaving`, and put them at the tail of the next one."""
+def _append_demoted(
+    stored: Stored,
+    layout: PageLayout,
+    tier: int,
+    tokens: tuple[Block, Array, Array],
+    leaving: Array,
+) -> Stored:
+    """Requantise `tokens [B, n]` (as `read_tokens` gives them) of a tier where `leaving`, and put
+    them at the tail of the next one.
+    """
     block, *sides = tokens
     cumulative = jnp.cumsum(leaving, axis=-1)
     last = leaving.shape[1] - 1
@@ -135,16 +185,22 @@ def _append_demoted(stored: Stored, layout: PageLayout, tier: int, tokens: tuple
         columns = (jnp.take_along_axis(part, index[..., None], axis=1) for part in block)
         lanes = Block(*(_lanes(part, layout, tier + 1) for part in columns))
         source, target = layout.formats[tier], layout.formats[tier + 1]
-        return (source.demote(target, lanes), *(jnp.take_along_axis(side, index, axis=1) for side in sides))
+        return (
+            source.demote(target, lanes),
+            *(jnp.take_along_axis(side, index, axis=1) for side in sides),
+        )
 
     return _append(stored, layout, tier + 1, cumulative[:, -1], last + 1, fetch)
 
 
-def _append(stored: Stored, layout: PageLayout, tier: int, count: Array, most: int, fetch: Callable) -> Stored:
+def _append(
+    stored: Stored, layout: PageLayout, tier: int, count: Array, most: int, fetch: Callable
+) -> Stored:
     """Put `count [B] <= most` tokens at the tail of a tier.
 
-    `fetch(rank [B, n])` gives the tokens of those ranks: encoded `[B, n / tokens_per_page, blocks, rows, T]`, significance and
-    position `[B, n]`. Whole pages are read, changed and written: the tail page may be half full.
+    `fetch(rank [B, n])` gives the tokens of those ranks: encoded `[B, n / tokens_per_page, blocks,
+    rows, T]`, significance and position `[B, n]`. Whole pages are read, changed and written: the
+    tail page may be half full.
     """
     per_page = layout.tokens_per_page(tier)
     length = stored.tier_len[:, tier]
@@ -161,12 +217,21 @@ def _append(stored: Stored, layout: PageLayout, tier: int, count: Array, most: i
     return Stored(written, ring, page_table, stored.tier_len.at[:, tier].add(count))
 
 
-def _overlay(pages: Pages, layout: PageLayout, tier: int, ids: Array, fresh: Array, tokens: tuple[Block, Array, Array]) -> Pages:
+def _overlay(
+    pages: Pages,
+    layout: PageLayout,
+    tier: int,
+    ids: Array,
+    fresh: Array,
+    tokens: tuple[Block, Array, Array],
+) -> Pages:
     """Write the lanes `fresh [B, n, blocks, T]` of pages `ids [B, n]`."""
     block, significance, position = tokens
     payload, meta = (array.at[ids].get(mode="clip") for array in (pages.payload, pages.meta))
     old = layout.split(tier, payload, meta)
-    merged = Block(*(jnp.where(fresh[..., None, :], new, kept) for new, kept in zip(block, old, strict=True)))
+    merged = Block(
+        *(jnp.where(fresh[..., None, :], new, kept) for new, kept in zip(block, old, strict=True))
+    )
     payload, meta = layout.join(tier, merged, payload, meta)
     return Pages(
         payload=pages.payload.at[ids].set(payload, mode="drop"),
@@ -187,5 +252,11 @@ def _overlay_side(array: Array, ids: Array, fresh: Array, values: Array) -> Arra
 
 def _lanes(x: Array, layout: PageLayout, tier: int) -> Array:
     """Tokens `[B, n, rows]` as blocks of a tier `[B, n / tokens_per_page, blocks, rows, T]`."""
-    x = x.reshape(x.shape[0], x.shape[1] // layout.tokens_per_page(tier), layout.blocks[tier], layout.tokens, x.shape[-1])
+    x = x.reshape(
+        x.shape[0],
+        x.shape[1] // layout.tokens_per_page(tier),
+        layout.blocks[tier],
+        layout.tokens,
+        x.shape[-1],
+    )
     return jnp.swapaxes(x, -1, -2)

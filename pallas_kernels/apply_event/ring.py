@@ -1,4 +1,6 @@
-"""The free-page ring: allocation and release for many claimants at once by prefix sums (DiffKV, arXiv 2412.03131 sec. 5.2-5.3)."""
+"""The free-page ring: allocation and release for many claimants at once by prefix sums (DiffKV,
+arXiv 2412.03131 sec. 5.2-5.3).
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +15,9 @@ from ..pages import page_column, tier_page_ids
 @partial(jax.tree_util.register_dataclass, data_fields=["ids", "start", "count"], meta_fields=[])
 @dataclass(frozen=True)
 class FreeRing:
-    """Free page ids are `ids[(start + i) % num_pages]` for `i < count`; a count, so that empty and full differ."""
+    """Free page ids are `ids[(start + i) % num_pages]` for `i < count`; a count, so that empty and
+    full differ.
+    """
 
     ids: Array  # int32 [num_pages]
     start: Array  # int32 []
@@ -40,7 +44,9 @@ def allocate(ring: FreeRing, wanted: Array, most: int) -> tuple[Array, FreeRing]
 
 
 def release(ring: FreeRing, ids: Array, valid: Array) -> FreeRing:
-    """Return pages `ids` where `valid` (any equal shapes): a prefix sum gives each claimant its own range of the ring."""
+    """Return pages `ids` where `valid` (any equal shapes): a prefix sum gives each claimant its own
+    range of the ring.
+    """
     num_pages = ring.ids.shape[0]
     valid, ids = valid.ravel(), ids.ravel()
     rank = jnp.cumsum(valid) - 1
@@ -48,14 +54,24 @@ def release(ring: FreeRing, ids: Array, valid: Array) -> FreeRing:
     return FreeRing(ring.ids.at[target].set(ids, mode="drop"), ring.start, ring.count + valid.sum())
 
 
-def grow(ring: FreeRing, page_table: Array, tier: int, pages: Array, new_pages: Array, most: int) -> tuple[FreeRing, Array]:
-    """Extend the tier of each head from `pages [B]` to `new_pages [B]` pages, at most `most` more. `page_table [B, max_pages]`."""
+def grow(
+    ring: FreeRing, page_table: Array, tier: int, pages: Array, new_pages: Array, most: int
+) -> tuple[FreeRing, Array]:
+    """Extend the tier of each head from `pages [B]` to `new_pages [B]` pages, at most `most` more.
+    `page_table [B, max_pages]`.
+    """
     ids, ring = allocate(ring, jnp.maximum(new_pages - pages, 0), most)
-    return ring, _set_columns(page_table, tier, pages, ids, jnp.arange(most) < (new_pages - pages)[:, None])
+    return ring, _set_columns(
+        page_table, tier, pages, ids, jnp.arange(most) < (new_pages - pages)[:, None]
+    )
 
 
-def shrink(ring: FreeRing, page_table: Array, tier: int, pages: Array, new_pages: Array, most: int) -> tuple[FreeRing, Array]:
-    """Cut the tier of each head from `pages [B]` to `new_pages [B]` pages, at most `most` fewer, and free them."""
+def shrink(
+    ring: FreeRing, page_table: Array, tier: int, pages: Array, new_pages: Array, most: int
+) -> tuple[FreeRing, Array]:
+    """Cut the tier of each head from `pages [B]` to `new_pages [B]` pages, at most `most` fewer,
+    and free them.
+    """
     freed = jnp.arange(most) < (pages - new_pages)[:, None]
     ids = tier_page_ids(page_table, tier, new_pages, most)
     ring = release(ring, ids, freed)

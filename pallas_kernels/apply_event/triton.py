@@ -40,37 +40,64 @@ def apply_event(
     check_pool(stored.pages)
     blocks, heads = blocks or Blocks.choose(layout), entering.shape[0]
     inputs, ring = _plan(stored, layout, rule, moves, tokens, entering, admitted)
-    pool = [stored.pages.payload, stored.pages.meta, stored.pages.significance, stored.pages.position]
+    pool = [
+        stored.pages.payload,
+        stored.pages.meta,
+        stored.pages.significance,
+        stored.pages.position,
+    ]
     used = [array.size > 0 for array in pool]
-    changed = [array for array in pool if array.size] + [stored.page_table, stored.tier_len, stored.ring.ids]
+    changed = [array for array in pool if array.size] + [
+        stored.page_table,
+        stored.tier_len,
+        stored.ring.ids,
+    ]
     results = pl.pallas_call(
         partial(
-            _kernel, layout=layout, used=used, one_victim=one_victim, blocks=blocks, barrier=_nothing if interpret else plgpu.debug_barrier
+            _kernel,
+            layout=layout,
+            used=used,
+            one_victim=one_victim,
+            blocks=blocks,
+            barrier=_nothing if interpret else plgpu.debug_barrier,
         ),
         grid=(heads,),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed] + [jax.ShapeDtypeStruct((heads, blocks.width), jnp.int32)],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed]
+        + [jax.ShapeDtypeStruct((heads, blocks.width), jnp.int32)],
         input_output_aliases={len(inputs) + i: i for i in range(len(changed))},
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=1),
         interpret=bool(interpret),
         name="apply_event",
     )(*inputs, *changed)
     new = iter(results)
-    pages = Pages(*(next(new) if in_use else array for array, in_use in zip(pool, used, strict=True)))
+    pages = Pages(
+        *(next(new) if in_use else array for array, in_use in zip(pool, used, strict=True))
+    )
     page_table, tier_len, ids = next(new), next(new), next(new)
     return Stored(pages, FreeRing(ids, ring.start, ring.count), page_table, tier_len)
 
 
 def _plan(
-    stored: Stored, layout: PageLayout, rule: Rule, moves: Moves, tokens: Tokens, entering: Array, admitted: Array
+    stored: Stored,
+    layout: PageLayout,
+    rule: Rule,
+    moves: Moves,
+    tokens: Tokens,
+    entering: Array,
+    admitted: Array,
 ) -> tuple[Inputs, FreeRing]:
-    """What each head loses, gains and takes from or gives to the ring; the ring after (its ids are written by the kernel).
+    """What each head loses, gains and takes from or gives to the ring; the ring after (its ids are
+    written by the kernel).
 
-    A prefix sum gives each head its own range of the ring (DiffKV, arXiv 2412.03131 sec. 5.2). Pages taken lie in
-    `[start, start + count)`, pages given up go to `[start + count, ...)`; those are the places of pages that heads hold, so that the
-    two never meet, wherever the ring wraps around: programs may read and write them in any order.
+    A prefix sum gives each head its own range of the ring (DiffKV, arXiv 2412.03131 sec. 5.2).
+    Pages taken lie in `[start, start + count)`, pages given up go to `[start + count, ...)`; those
+    are the places of pages that heads hold, so that the two never meet, wherever the ring wraps
+    around: programs may read and write them in any order.
     """
     gate = admitted[:, None]
-    arriving = jnp.stack([((entering == tier + 1) & gate).sum(axis=-1) for tier in range(layout.tiers)], axis=-1)
+    arriving = jnp.stack(
+        [((entering == tier + 1) & gate).sum(axis=-1) for tier in range(layout.tiers)], axis=-1
+    )
     if layout.scored:
         leaving = jnp.where(gate, moves.dropped.at[:, 0].add(moves.demoted), 0)
     else:
@@ -78,24 +105,42 @@ def _plan(
     after = stored.tier_len - leaving + arriving
     if layout.scored and layout.tiers == 2:
         after = after.at[:, 1].add(jnp.where(admitted, moves.demoted, 0))
-    more = sum(layout.pages_for(t, after[:, t]) - layout.pages_for(t, stored.tier_len[:, t]) for t in range(layout.tiers))
+    more = sum(
+        layout.pages_for(t, after[:, t]) - layout.pages_for(t, stored.tier_len[:, t])
+        for t in range(layout.tiers)
+    )
     granted, given = jnp.maximum(more, 0), jnp.maximum(-more, 0)
     ring, size = stored.ring, stored.ring.ids.shape[0]
     take = ring.start + jnp.cumsum(granted) - granted
     give = lax.rem(ring.start + ring.count, size) + jnp.cumsum(given) - given
     inputs = Inputs(
-        rule.tau, rule.observed, admitted.astype(jnp.int32), leaving, moves.victim, arriving, granted, take, give, entering, *tokens
+        rule.tau,
+        rule.observed,
+        admitted.astype(jnp.int32),
+        leaving,
+        moves.victim,
+        arriving,
+        granted,
+        take,
+        give,
+        entering,
+        *tokens,
     )
     taken = granted.sum()
     return inputs, FreeRing(ring.ids, (ring.start + taken) % size, ring.count - taken + given.sum())
 
 
-def _kernel(*refs, layout: PageLayout, used: list[bool], one_victim: bool, blocks: Blocks, barrier: Any) -> None:
-    """Program `head`: tier 1, then tier 0 lose the tokens that leave, then the entering ones are encoded at the tails.
+def _kernel(
+    *refs, layout: PageLayout, used: list[bool], one_victim: bool, blocks: Blocks, barrier: Any
+) -> None:
+    """Program `head`: tier 1, then tier 0 lose the tokens that leave, then the entering ones are
+    encoded at the tails.
 
-    DiffKV, arXiv 2412.03131 sec. 5.2, 5.3 and Algorithm 1. Reads significance and position (6 or 8 bytes) of tokens up to the last
-    hole; for every token that leaves, reads and writes about one column (payload, metadata, significance, position) of its tier, and
-    one of tier 1 if it is demoted; for every entering token, reads K and V and writes one column. Nothing for heads not admitted.
+    DiffKV, arXiv 2412.03131 sec. 5.2, 5.3 and Algorithm 1. Reads significance and position (6 or 8
+    bytes) of tokens up to the last hole; for every token that leaves, reads and writes about one
+    column (payload, metadata, significance, position) of its tier, and one of tier 1 if it is
+    demoted; for every entering token, reads K and V and writes one column. Nothing for heads not
+    admitted.
 
     After `Inputs` come the aliased arrays, which the outputs `State` hold too.
     """
@@ -122,15 +167,22 @@ def _kernel(*refs, layout: PageLayout, used: list[bool], one_victim: bool, block
 
 
 def _append(head: Head, tier: int, lengths: tuple) -> tuple:
-    """Encode the tokens that enter a tier at its tail, in order; returns the lengths of the tiers after."""
+    """Encode the tokens that enter a tier at its tail, in order; returns the lengths of the tiers
+    after.
+    """
     inputs, n = head.inputs, head.inputs.entering.shape[1]
-    grown = tuple(length + inputs.arriving[head.index, tier] if t == tier else length for t, length in enumerate(lengths))
+    grown = tuple(
+        length + inputs.arriving[head.index, tier] if t == tier else length
+        for t, length in enumerate(lengths)
+    )
     if tier == 1:
         head.resize_low(lengths, grown)
 
     def body(step, length):
         nth = step * head.blocks.enter + jnp.arange(head.blocks.enter, dtype=jnp.int32)
-        code = plgpu.load(inputs.entering.at[head.index, jnp.where(nth < n, nth, n)], mask=nth < n, other=0)
+        code = plgpu.load(
+            inputs.entering.at[head.index, jnp.where(nth < n, nth, n)], mask=nth < n, other=0
+        )
         enters = code == tier + 1
         rank, count = jnp.cumsum(enters.astype(jnp.int32)) - 1, enters.astype(jnp.int32).sum()
 
@@ -149,9 +201,14 @@ def _append(head: Head, tier: int, lengths: tuple) -> tuple:
 def _encoded(head: Head, tier: int, nth: Array, valid: Array) -> Columns:
     """Entering tokens number `nth [n]` as columns of a tier."""
     inputs, fmt, head_dim = head.inputs, head.layout.formats[tier], head.layout.head_dim
-    k, v = (encoded(c, head_dim, x, head.index, nth, valid) for c, x in ((fmt.key, inputs.k), (fmt.value, inputs.v)))
+    k, v = (
+        encoded(c, head_dim, x, head.index, nth, valid)
+        for c, x in ((fmt.key, inputs.k), (fmt.value, inputs.v))
+    )
     at = (head.index, jnp.where(valid, nth, 0))
-    significance, position = (plgpu.load(x.at[at], mask=valid, other=0) for x in (inputs.significance, inputs.position))
+    significance, position = (
+        plgpu.load(x.at[at], mask=valid, other=0) for x in (inputs.significance, inputs.position)
+    )
     return Columns(k, v, significance, position)
 
 

@@ -1,6 +1,8 @@
-"""Columns (single tokens) of pages on GPUs: copied, requantised, encoded and written, as lists of tiles.
+"""Columns (single tokens) of pages on GPUs: copied, requantised, encoded and written, as lists of
+tiles.
 
-Triton cannot slice or join values, so a column is loaded and stored in pieces of rows, `n` columns side by side.
+Triton cannot slice or join values, so a column is loaded and stored in pieces of rows, `n` columns
+side by side.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,14 +48,18 @@ class Columns(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Rows of K or of V in one array of the pool: block b of a page has those from `first + b * rows` on."""
+    """Rows of K or of V in one array of the pool: block b of a page has those from `first + b *
+    rows` on.
+    """
 
     ref: Any
     first: int
     rows: int
 
     def at(self, slots: Slots, row: Array):
-        """The elements at rows `row [rows, 1]` of the part of tokens `slots [n]`: a view `[rows, n]` and its mask."""
+        """The elements at rows `row [rows, 1]` of the part of tokens `slots [n]`: a view `[rows,
+        n]` and its mask.
+        """
         rows = self.first + slots.block[None, :] * self.rows + row
         valid = jnp.broadcast_to(slots.valid[None, :], rows.shape)
         return self.ref.at[slots.page[None, :], rows, slots.lane[None, :]], valid
@@ -73,9 +79,15 @@ def _range(first: int, count: int) -> Array:
     return first + jnp.arange(count, dtype=jnp.int32)[:, None]
 
 
-def _parts(pool: Pool, layout: PageLayout, tier: int) -> tuple[tuple[_Part, _Part], tuple[_Part, _Part]]:
+def _parts(
+    pool: Pool, layout: PageLayout, tier: int
+) -> tuple[tuple[_Part, _Part], tuple[_Part, _Part]]:
     """(payload, metadata) of K and of V."""
-    fmt, (k_rows, v_rows), (start, meta_start) = layout.formats[tier], layout.formats[tier].rows(layout.head_dim), layout.value_start(tier)
+    fmt, (k_rows, v_rows), (start, meta_start) = (
+        layout.formats[tier],
+        layout.formats[tier].rows(layout.head_dim),
+        layout.value_start(tier),
+    )
     return (
         (_Part(pool.payload, 0, k_rows), _Part(pool.meta, 0, fmt.key.meta_rows)),
         (_Part(pool.payload, start, v_rows), _Part(pool.meta, meta_start, fmt.value.meta_rows)),
@@ -90,37 +102,60 @@ def copy(pool: Pool, layout: PageLayout, tier: int, source: Slots, target: Slots
                 part.store(target, first, part.load(source, first, count))
     for side in (pool.significance, pool.position):
         if side is not None:
-            value = plgpu.load(side.at[source.page, source.block, source.lane], mask=source.valid, other=0)
+            value = plgpu.load(
+                side.at[source.page, source.block, source.lane], mask=source.valid, other=0
+            )
             plgpu.store(side.at[target.page, target.block, target.lane], value, mask=target.valid)
 
 
 def write(pool: Pool, layout: PageLayout, tier: int, slots: Slots, columns: Columns) -> None:
     """Put tokens at `slots [n]` of a tier."""
-    for (payload, meta), encoded in zip(_parts(pool, layout, tier), (columns.k, columns.v), strict=True):
+    for (payload, meta), encoded in zip(
+        _parts(pool, layout, tier), (columns.k, columns.v), strict=True
+    ):
         for first, rows in encoded.payload.items():
             payload.store(slots, first, rows)
         for row, values in encoded.meta.items():
             meta.store(slots, row, values[None, :])
-    for side, values in ((pool.significance, columns.significance), (pool.position, columns.position)):
+    for side, values in (
+        (pool.significance, columns.significance),
+        (pool.position, columns.position),
+    ):
         if side is not None and values is not None:
-            plgpu.store(side.at[slots.page, slots.block, slots.lane], values.astype(side.dtype), mask=slots.valid)
+            plgpu.store(
+                side.at[slots.page, slots.block, slots.lane],
+                values.astype(side.dtype),
+                mask=slots.valid,
+            )
 
 
-def demoted(pool: Pool, layout: PageLayout, tier: int, slots: Slots, significance: Array, position: Array) -> Columns:
-    """Tokens at `slots [n]` of a tier, requantised to the next one (docs/design.md 1: on the codes alone where the groups match)."""
+def demoted(
+    pool: Pool, layout: PageLayout, tier: int, slots: Slots, significance: Array, position: Array
+) -> Columns:
+    """Tokens at `slots [n]` of a tier, requantised to the next one (docs/design.md 1: on the codes
+    alone where the groups match).
+    """
     source, target = layout.formats[tier : tier + 2]
-    pairs = zip(((source.key, target.key), (source.value, target.value)), _parts(pool, layout, tier), strict=True)
+    pairs = zip(
+        ((source.key, target.key), (source.value, target.value)),
+        _parts(pool, layout, tier),
+        strict=True,
+    )
     k, v = (_requantised(*codecs, layout.head_dim, *parts, slots) for codecs, parts in pairs)
     return Columns(k, v, significance, position)
 
 
-def _requantised(source: Codec, target: Codec, head_dim: int, payload: _Part, meta: _Part, slots: Slots) -> Encoded:
+def _requantised(
+    source: Codec, target: Codec, head_dim: int, payload: _Part, meta: _Part, slots: Slots
+) -> Encoded:
     planes: dict[tuple[int, int], Array] = {}
 
     def codes(tile: Tile) -> Array:
         for row in tile.rows:
             if (row, tile.channels) not in planes:
-                planes[row, tile.channels] = payload.load(slots, row, tile.channels).astype(jnp.int32)
+                planes[row, tile.channels] = payload.load(slots, row, tile.channels).astype(
+                    jnp.int32
+                )
         return tile.unpack([planes[row, tile.channels] for row in tile.rows])
 
     def number(row: int) -> Array:
@@ -129,14 +164,18 @@ def _requantised(source: Codec, target: Codec, head_dim: int, payload: _Part, me
     tiles, new_tiles = source.tiles(head_dim, target), target.tiles(head_dim, source)
     if isinstance(source, Uniform) and source.can_demote_to(target):
         numbers = {row: number(row) for row in range(source.meta_rows)}
-        new = source.demote_tiles(target, [codes(tile).astype(jnp.int32) for tile in tiles], numbers)
+        new = source.demote_tiles(
+            target, [codes(tile).astype(jnp.int32) for tile in tiles], numbers
+        )
     else:
         new = target.encode_tiles(new_tiles, [tile.value(codes(tile), number) for tile in tiles])
     return _packed(target, new_tiles, *new)
 
 
 def encoded(codec: Codec, head_dim: int, exact: Any, head, index: Array, valid: Array) -> Encoded:
-    """Quantise tokens `index [n]` of a head, `exact` a Ref `[B, tokens, head_dim]` (DiffKV, arXiv 2412.03131 sec. 5.1)."""
+    """Quantise tokens `index [n]` of a head, `exact` a Ref `[B, tokens, head_dim]` (DiffKV, arXiv
+    2412.03131 sec. 5.1).
+    """
     tiles, values = codec.tiles(head_dim), []
     for tile in tiles:
         channel = _range(tile.channel, tile.channels)
@@ -146,7 +185,9 @@ def encoded(codec: Codec, head_dim: int, exact: Any, head, index: Array, valid: 
     return _packed(codec, tiles, *codec.encode_tiles(tiles, values))
 
 
-def _packed(codec: Codec, tiles: Sequence[Tile], codes: Sequence[Array], meta: dict[int, Array]) -> Encoded:
+def _packed(
+    codec: Codec, tiles: Sequence[Tile], codes: Sequence[Array], meta: dict[int, Array]
+) -> Encoded:
     payload = {row: x.astype(jnp.uint8) for row, x in codec.pack_tiles(tiles, codes).items()}
     return Encoded(payload, {row: as_half(x) for row, x in meta.items()})
 
@@ -162,19 +203,30 @@ def _pieces(rows: int) -> Iterator[tuple[int, int]]:
 
 @cache
 def check_tiles(layout: PageLayout) -> None:
-    """Raise ValueError where the layout's tiles or blocks are no powers of two, which Triton asks for."""
+    """Raise ValueError where the layout's tiles or blocks are no powers of two, which Triton asks
+    for.
+    """
     formats = layout.formats
     codecs = [(codec,) for fmt in formats for codec in (fmt.key, fmt.value)]
-    codecs += [pair for high, low in zip(formats, formats[1:], strict=False) for pair in ((high.key, low.key), (high.value, low.value))]
+    codecs += [
+        pair
+        for high, low in zip(formats, formats[1:], strict=False)
+        for pair in ((high.key, low.key), (high.value, low.value))
+    ]
     names = "+".join(fmt.name for fmt in formats)
     for codec, *others in codecs:
         for tile in codec.tiles(layout.head_dim, *others):
             if tile.channels & (tile.channels - 1):
                 raise ValueError(
-                    f"formats {names} at head_dim={layout.head_dim} make a piece of {tile.channels} channels; Triton needs powers of two: "
+                    f"formats {names} at head_dim={layout.head_dim} make a piece of "
+                    f"{tile.channels} channels; Triton needs powers of two: "
                     "choose other groups or bits, or use implementation='xla'"
                 )
     if layout.meta_dtype != "float16":
-        raise ValueError(f"meta_dtype={layout.meta_dtype!r} must be float16 for Triton; use implementation='xla'")
+        raise ValueError(
+            f"meta_dtype={layout.meta_dtype!r} must be float16 for Triton; use implementation='xla'"
+        )
     if layout.tokens & (layout.tokens - 1):
-        raise ValueError(f"tokens={layout.tokens} must be a power of two for Triton; use implementation='xla'")
+        raise ValueError(
+            f"tokens={layout.tokens} must be a power of two for Triton; use implementation='xla'"
+        )

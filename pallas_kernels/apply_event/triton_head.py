@@ -1,8 +1,10 @@
 """What the parts of the event's kernel share: the Refs, the head at hand, and where its pages are.
 
-The head's pages are all in its row of the page table: those of tier 0 from the left, right behind them those that are free (granted
-or emptied), those of tier 1 from the right. A page that tier 0 gives up or takes so stays where it is; the lengths of the tiers say
-which is which. The row has room: pages in use and free ones are together as many as before or after the event, whichever is more.
+The head's pages are all in its row of the page table: those of tier 0 from the left, right behind
+them those that are free (granted or emptied), those of tier 1 from the right. A page that tier 0
+gives up or takes so stays where it is; the lengths of the tiers say which is which. The row has
+room: pages in use and free ones are together as many as before or after the event, whichever is
+more.
 """
 
 from collections.abc import Callable
@@ -68,7 +70,10 @@ class State(NamedTuple):
 
 def pages_of(layout: PageLayout, lengths: tuple) -> list:
     """Pages that tiers of `lengths` (scalars) take."""
-    return [lax.div(n + layout.tokens_per_page(t) - 1, jnp.int32(layout.tokens_per_page(t))) for t, n in enumerate(lengths)]
+    return [
+        lax.div(n + layout.tokens_per_page(t) - 1, jnp.int32(layout.tokens_per_page(t)))
+        for t, n in enumerate(lengths)
+    ]
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ class Head:
     layout: PageLayout
     blocks: Blocks
     one_victim: bool
-    barrier: Callable[[], None]  # what the program has written so far may be read by all its threads
+    # what the program has written so far may be read by all its threads
+    barrier: Callable[[], None]
     index: Any  # int32 []
     held: Any  # int32 [] pages of the head, free ones included
 
@@ -91,13 +97,17 @@ class Head:
 
     def locate(self, tier: int, slot: Array, valid: Array) -> Slots:
         """Slots number `slot [n]` of a tier."""
-        return locate(self.state.page_table, self.num_pages, self.layout, tier, self.index, slot, valid)
+        return locate(
+            self.state.page_table, self.num_pages, self.layout, tier, self.index, slot, valid
+        )
 
     def resize_low(self, before: tuple, after: tuple) -> None:
-        """Give up or take pages of tier 1, whose length alone differs in `before` and `after`; ends with a barrier.
+        """Give up or take pages of tier 1, whose length alone differs in `before` and `after`; ends
+        with a barrier.
 
-        Its ids and the free ones move at the facing ends of the two ranges: no id is overwritten before it has been read, because
-        pages given up move left from the lowest column on, and pages taken move right from the highest on.
+        Its ids and the free ones move at the facing ends of the two ranges: no id is overwritten
+        before it has been read, because pages given up move left from the lowest column on, and
+        pages taken move right from the highest on.
         """
         old, new = (pages_of(self.layout, lengths)[1] for lengths in (before, after))
         free_end, low_end = self.held - old, self.state.page_table.shape[1] - old
@@ -128,12 +138,18 @@ class Head:
             at = self._ring_at(self.inputs.give[self.index] + nth, nth < free)
             plgpu.store(self.state.ring_ids.at[at], ids, mask=nth < free)
             self.barrier()
-            plgpu.store(self._row(high + nth, nth < unused), jnp.full((IDS,), self.num_pages, jnp.int32), mask=nth < unused)
+            plgpu.store(
+                self._row(high + nth, nth < unused),
+                jnp.full((IDS,), self.num_pages, jnp.int32),
+                mask=nth < unused,
+            )
 
         lax.fori_loop(0, pl.cdiv(unused, IDS), body, None)
 
     def _move_ids(self, source, target, step: int, count) -> None:
-        """Copy `count` table entries (none if negative) from column `source` on to `target` on, in steps of 1 or -1."""
+        """Copy `count` table entries (none if negative) from column `source` on to `target` on, in
+        steps of 1 or -1.
+        """
 
         def body(chunk, _):
             nth = chunk * IDS + jnp.arange(IDS, dtype=jnp.int32)

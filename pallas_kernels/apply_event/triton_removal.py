@@ -1,4 +1,6 @@
-"""Tokens out of a tier of one head, on GPUs: the last tokens fill the holes, the demoted go to tier 1."""
+"""Tokens out of a tier of one head, on GPUs: the last tokens fill the holes, the demoted go to tier
+1.
+"""
 
 from typing import NamedTuple
 
@@ -12,7 +14,9 @@ from .triton_head import Head
 
 
 class Round(NamedTuple):
-    """What one round does; `[width]`, the order that of the top slots from the tail of the tier on."""
+    """What one round does; `[width]`, the order that of the top slots from the tail of the tier
+    on.
+    """
 
     source: Slots  # top slots of tokens that stay
     target: Slots  # the holes that they fill
@@ -21,13 +25,19 @@ class Round(NamedTuple):
 
 
 def remove(head: Head, judge: Judge, tier: int, lengths: tuple) -> tuple:
-    """Remove the tokens that leave a tier, in rounds of one page of tier 0; returns the lengths of the tiers after.
+    """Remove the tokens that leave a tier, in rounds of one page of tier 0; returns the lengths of
+    the tiers after.
 
-    A round only reads the top slots, which end at `kept`, and only writes holes, which lie below: who leaves is always decided from
-    what was there before the event, or from a token that filled a hole and stays. Full rounds free one page of tier 0 and need at
-    most one for tier 1, whose pages hold no fewer tokens: the head's pages suffice.
+    A round only reads the top slots, which end at `kept`, and only writes holes, which lie below:
+    who leaves is always decided from what was there before the event, or from a token that filled a
+    hole and stays. Full rounds free one page of tier 0 and need at most one for tier 1, whose pages
+    hold no fewer tokens: the head's pages suffice.
     """
-    total, length, width = head.inputs.leaving[head.index, tier], lengths[tier], head.layout.tokens_per_page(0)
+    total, length, width = (
+        head.inputs.leaving[head.index, tier],
+        lengths[tier],
+        head.layout.tokens_per_page(0),
+    )
     kept = length - total
     falls_too = tier == 0 and len(lengths) == 2
 
@@ -36,9 +46,18 @@ def remove(head: Head, judge: Judge, tier: int, lengths: tuple) -> tuple:
         this = _plan(head, judge, tier, length - cleared, kept, search)
         columns = falls = None
         if falls_too:
-            significance, position = read_sides(head.state.pool.significance, head.state.pool.position, this.removed)
+            significance, position = read_sides(
+                head.state.pool.significance, head.state.pool.position, this.removed
+            )
             falls = this.removed.valid & judge.leaving(judge.mean(significance, position), tier)[1]
-            columns = demoted(head.state.pool, head.layout, tier, _only(head, this.removed, falls), significance, position)
+            columns = demoted(
+                head.state.pool,
+                head.layout,
+                tier,
+                _only(head, this.removed, falls),
+                significance,
+                position,
+            )
         head.barrier()  # the demoted have been read: their slots may be filled
         copy(head.state.pool, head.layout, tier, this.source, this.target)
         left = jnp.maximum(length - cleared - width, kept)
@@ -57,7 +76,9 @@ def remove(head: Head, judge: Judge, tier: int, lengths: tuple) -> tuple:
 
 
 def _append_demoted(head: Head, lengths: tuple, columns, falls: Array) -> tuple:
-    """Put requantised tokens where `falls [width]` at the tail of tier 1; returns the lengths after."""
+    """Put requantised tokens where `falls [width]` at the tail of tier 1; returns the lengths
+    after.
+    """
     rank = jnp.cumsum(falls.astype(jnp.int32)) - 1
     grown = (lengths[0], lengths[1] + falls.astype(jnp.int32).sum())
     head.resize_low(lengths, grown)
@@ -66,7 +87,9 @@ def _append_demoted(head: Head, lengths: tuple, columns, falls: Array) -> tuple:
 
 
 def _plan(head: Head, judge: Judge, tier: int, length, kept, search) -> Round:
-    """The round that clears the top slots of a tier that still has `length` tokens, of which `kept` stay in the end."""
+    """The round that clears the top slots of a tier that still has `length` tokens, of which `kept`
+    stay in the end.
+    """
     nth = jnp.arange(head.blocks.width, dtype=jnp.int32)
     slot = length - 1 - nth
     active = (nth < head.layout.tokens_per_page(0)) & (slot >= kept)
@@ -75,13 +98,18 @@ def _plan(head: Head, judge: Judge, tier: int, length, kept, search) -> Round:
     stays = active & ~leaves
     rank = jnp.cumsum(stays.astype(jnp.int32)) - 1
     search = _list_holes(head, judge, tier, kept, search, stays.astype(jnp.int32).sum())
-    hole = plgpu.load(head.state.holes.at[head.index, jnp.where(stays, rank, head.blocks.width)], mask=stays, other=0)
+    hole = plgpu.load(
+        head.state.holes.at[head.index, jnp.where(stays, rank, head.blocks.width)],
+        mask=stays,
+        other=0,
+    )
     removed = head.locate(tier, jnp.where(stays, hole, slot), active)
     return Round(_only(head, top, stays), _only(head, removed, stays), removed, search)
 
 
 def _list_holes(head: Head, judge: Judge, tier: int, kept, search, count) -> Array:
-    """Write the next `count` slots below `kept` whose tokens leave to the list of holes; returns where to go on.
+    """Write the next `count` slots below `kept` whose tokens leave to the list of holes; returns
+    where to go on.
 
     The search begins again where the last one ended; holes filled since then hold tokens that stay.
     """
@@ -95,7 +123,11 @@ def _list_holes(head: Head, judge: Judge, tier: int, kept, search, count) -> Arr
         leaves = _leaves(head, judge, tier, slot, head.locate(tier, slot, slot < kept))
         rank = found + jnp.cumsum(leaves.astype(jnp.int32)) - 1
         listed = leaves & (rank < count)
-        plgpu.store(head.state.holes.at[head.index, jnp.where(listed, rank, head.blocks.width)], slot, mask=listed)
+        plgpu.store(
+            head.state.holes.at[head.index, jnp.where(listed, rank, head.blocks.width)],
+            slot,
+            mask=listed,
+        )
         found += leaves.astype(jnp.int32).sum()
         return found, jnp.where(found < count, first + head.blocks.scan, first)
 
@@ -108,7 +140,9 @@ def _leaves(head: Head, judge: Judge, tier: int, slot: Array, at: Slots) -> Arra
     """Mask of the tokens at `slot [n]` that leave the tier."""
     if head.one_victim:
         return at.valid & (slot == head.inputs.victim[head.index, tier])
-    dropped, falls = judge.leaving(judge.mean(*read_sides(head.state.pool.significance, head.state.pool.position, at)), tier)
+    dropped, falls = judge.leaving(
+        judge.mean(*read_sides(head.state.pool.significance, head.state.pool.position, at)), tier
+    )
     return at.valid & (dropped | falls)
 
 

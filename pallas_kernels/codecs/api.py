@@ -24,7 +24,7 @@ def encode(fmt: KVFormat, k: Array, v: Array, *, kernels: Kernels = XLA) -> Bloc
 
 @in_32_bits
 def demote(source: KVFormat, target: KVFormat, block: Block, *, kernels: Kernels = XLA) -> Block:
-    """Requantise blocks `[N, rows, T]` of one format to another without going through memory: on the integer codes where the groups of
-    both match, else through float32 (docs/design.md 1).
+    """Requantise blocks `[N, rows, T]` of one format to another without going through memory: on
+    the integer codes where the groups of both match, else through float32 (docs/design.md 1).
     """
     return kernels.function(__name__, "demote", KVFormat.demote)(source, target, block)

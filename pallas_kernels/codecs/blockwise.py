@@ -1,4 +1,6 @@
-"""One block of K or V inside a kernel, tile by tile: encoding and demotion, shared by the Triton and the TPU kernels."""
+"""One block of K or V inside a kernel, tile by tile: encoding and demotion, shared by the Triton
+and the TPU kernels.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +19,11 @@ Meta = dict[int, Array]  # {metadata row: bits int32 [T]}
 
 def head_dim_of(codec: Codec, rows: int) -> int:
     """The head_dim of a payload of `rows` rows."""
-    return rows // jnp.dtype(codec.dtype).itemsize if isinstance(codec, Full) else rows * 8 // codec.bits
+    return (
+        rows // jnp.dtype(codec.dtype).itemsize
+        if isinstance(codec, Full)
+        else rows * 8 // codec.bits
+    )
 
 
 class Parts(NamedTuple):
@@ -30,24 +36,34 @@ class Parts(NamedTuple):
 
 
 def parts_of(fmt: KVFormat, parts: Sequence) -> Parts:
-    """Those given, in the order of `Parts`, without the metadata that the codecs of `fmt` do not have."""
+    """Those given, in the order of `Parts`, without the metadata that the codecs of `fmt` do not
+    have.
+    """
     k_payload, v_payload, *metas = parts
     k_meta = metas.pop(0) if fmt.key.meta_rows else None
     return Parts(k_payload, v_payload, k_meta, metas.pop(0) if fmt.value.meta_rows else None)
 
 
-def encode_block(codec: Codec, head_dim: int, values: Callable[[Tile], Array]) -> tuple[Planes, Meta]:
+def encode_block(
+    codec: Codec, head_dim: int, values: Callable[[Tile], Array]
+) -> tuple[Planes, Meta]:
     """`Codec.encode` of a block of which `values(tile)` reads a tile as float32 `[channels, T]`."""
     tiles = codec.tiles(head_dim)
     return _packed(codec, tiles, [values(tile) for tile in tiles])
 
 
 def demote_block(
-    source: Codec, target: Codec, head_dim: int, planes: Callable[[int, int], Array], meta: Callable[[int], Array]
+    source: Codec,
+    target: Codec,
+    head_dim: int,
+    planes: Callable[[int, int], Array],
+    meta: Callable[[int], Array],
 ) -> tuple[Planes, Meta]:
-    """Requantise a block of `source` to `target`: on the integer codes where the groups match, else through float32.
+    """Requantise a block of `source` to `target`: on the integer codes where the groups match, else
+    through float32.
 
-    `planes(row, channels)` reads payload rows as int32 `[channels, T]`, `meta(row)` one metadata row `[T]` as it is stored.
+    `planes(row, channels)` reads payload rows as int32 `[channels, T]`, `meta(row)` one metadata
+    row `[T]` as it is stored.
     """
     tiles, target_tiles = source.tiles(head_dim, target), target.tiles(head_dim, source)
     codes = [tile.unpack([planes(row, tile.channels) for row in tile.rows]) for tile in tiles]
@@ -55,7 +71,11 @@ def demote_block(
     if isinstance(source, Uniform) and source.can_demote_to(target):
         lower, rows = source.demote_tiles(target, [code.astype(jnp.int32) for code in codes], rows)
         return target.pack_tiles(target_tiles, lower), rows
-    return _packed(target, target_tiles, [tile.value(code, rows.__getitem__) for tile, code in zip(tiles, codes, strict=True)])
+    return _packed(
+        target,
+        target_tiles,
+        [tile.value(code, rows.__getitem__) for tile, code in zip(tiles, codes, strict=True)],
+    )
 
 
 def _packed(codec: Codec, tiles: Sequence[Tile], values: Sequence[Array]) -> tuple[Planes, Meta]:

@@ -1,4 +1,6 @@
-"""Vector quantisation of neighbouring channels with learned codebooks (Coupled Quantization, arXiv:2405.03917)."""
+"""Vector quantisation of neighbouring channels with learned codebooks (Coupled Quantization,
+arXiv:2405.03917).
+"""
 
 from dataclasses import dataclass, field
 
@@ -14,10 +16,12 @@ BITS = (1, 2, 3, 4, 8)
 
 @dataclass(frozen=True)
 class Coupled(LookedUp):
-    """Codec of one tensor (K or V): `channels` contiguous channels become one code of `bits` bits, a row of their codebook.
+    """Codec of one tensor (K or V): `channels` contiguous channels become one code of `bits` bits,
+    a row of their codebook.
 
-    A block is `[B, ..., head_dim, T]`; its payload is uint8 `[B, ..., rows, T]`, and there is no metadata. `table` float16 or bfloat16
-    `[B, head_dim / channels, 2**bits, channels]` holds the codebooks of the `B` heads (`learned.with_table` sets it).
+    A block is `[B, ..., head_dim, T]`; its payload is uint8 `[B, ..., rows, T]`, and there is no
+    metadata. `table` float16 or bfloat16 `[B, head_dim / channels, 2**bits, channels]` holds the
+    codebooks of the `B` heads (`learned.with_table` sets it).
     """
 
     bits: int
@@ -26,7 +30,9 @@ class Coupled(LookedUp):
 
     def __post_init__(self):
         if self.bits not in BITS:
-            raise ValueError(f"bits={self.bits} of a coupled code must be one of {BITS}, which pack into bytes")
+            raise ValueError(
+                f"bits={self.bits} of a coupled code must be one of {BITS}, which pack into bytes"
+            )
         if self.channels < 1:
             raise ValueError(f"channels={self.channels} that share a code must be at least 1")
 
@@ -34,7 +40,8 @@ class Coupled(LookedUp):
         """Payload rows (bytes a token) of one block."""
         if head_dim % self.channels or not fills_bytes(self.bits, head_dim // self.channels):
             raise ValueError(
-                f"head_dim={head_dim} must be a multiple of channels={self.channels}, and its codes of {self.bits} bits must fill bytes; "
+                f"head_dim={head_dim} must be a multiple of channels={self.channels}, and its "
+                f"codes of {self.bits} bits must fill bytes; "
                 "choose another number of channels"
             )
         return packed_rows(self.bits, head_dim // self.channels)
@@ -49,30 +56,42 @@ class Coupled(LookedUp):
         return head_dim // self.channels, 2**self.bits, self.channels
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """`[B, ..., d, T]` to (payload, empty metadata): the code of the nearest row, of equally near ones the first."""
+        """`[B, ..., d, T]` to (payload, empty metadata): the code of the nearest row, of equally
+        near ones the first.
+        """
         tokens = jnp.swapaxes(x.astype(jnp.float32), -1, -2)  # [B, ..., T, d]
         vectors = tokens.reshape(x.shape[0], -1, x.shape[-2] // self.channels, self.channels)
         by_group = jnp.moveaxis(vectors, 2, 0), jnp.moveaxis(self._codebooks(), 1, 0)
-        codes = lax.map(lambda one: nearest(*one), by_group)  # [groups, B, n], one group's distances at a time
+        # [groups, B, n], one group's distances at a time
+        codes = lax.map(lambda one: nearest(*one), by_group)
         codes = jnp.moveaxis(codes, 0, 2).reshape(*tokens.shape[:-1], -1)
-        return pack_planes(jnp.swapaxes(codes, -1, -2), self.bits), jnp.zeros((*x.shape[:-2], 0, x.shape[-1]), jnp.float16)
+        return pack_planes(jnp.swapaxes(codes, -1, -2), self.bits), jnp.zeros(
+            (*x.shape[:-2], 0, x.shape[-1]), jnp.float16
+        )
 
     def decode(self, payload: Array, meta: Array) -> Array:
         """Back to float32 `[B, ..., d, T]`: the rows of the codebooks."""
         del meta
         codes = jnp.swapaxes(unpack_planes(payload, self.bits), -1, -2)  # [B, ..., T, groups]
-        by_group = jnp.swapaxes(codes.reshape(payload.shape[0], -1, codes.shape[-1]), 1, 2).astype(jnp.int32)
-        vectors = jnp.take_along_axis(self._codebooks(), by_group[..., None], axis=2)  # [B, groups, n, channels]
+        by_group = jnp.swapaxes(codes.reshape(payload.shape[0], -1, codes.shape[-1]), 1, 2).astype(
+            jnp.int32
+        )
+        # [B, groups, n, channels]
+        vectors = jnp.take_along_axis(self._codebooks(), by_group[..., None], axis=2)
         tokens = jnp.swapaxes(vectors, 1, 2).reshape(*codes.shape[:-1], -1)
         return jnp.swapaxes(tokens, -1, -2)
 
     def _codebooks(self) -> Array:
-        assert self.table is not None, "a learned codec works once `with_table` has given it its layer's tables"
+        assert self.table is not None, (
+            "a learned codec works once `with_table` has given it its layer's tables"
+        )
         return self.table.astype(jnp.float32)
 
 
 def nearest(x: Array, codebook: Array) -> Array:
-    """Index int32 `[..., n]` of the row of `codebook [..., m, c]` nearest to each of `x [..., n, c]`."""
+    """Index int32 `[..., n]` of the row of `codebook [..., m, c]` nearest to each of `x [..., n,
+    c]`.
+    """
     _, inverse = unit_of(jnp.abs(codebook).max(axis=(-1, -2), keepdims=True))
     x, codebook = x * inverse, codebook * inverse  # squares neither overflow nor vanish
     product = jnp.einsum("...nc,...mc->...nm", x, codebook, precision=lax.Precision.HIGHEST)

@@ -33,19 +33,30 @@ def demote(source: KVFormat, target: KVFormat, block: Block) -> Block:
     count, rows, tokens = block.k_payload.shape
     head_dim = head_dim_of(source.key, rows)
     run = build.call("codecs", "demote_cpu", *_shapes(target, count, head_dim, tokens))
-    return Block(*run(*block, formats=_codes(head_dim, tokens, source, target), head_dim=np.int64(head_dim)))
+    return Block(
+        *run(*block, formats=_codes(head_dim, tokens, source, target), head_dim=np.int64(head_dim))
+    )
 
 
 def _shapes(fmt: KVFormat, count: int, head_dim: int, tokens: int) -> list[jax.ShapeDtypeStruct]:
     """The shapes of `count` blocks of a format."""
     if tokens % LANES:
-        raise ValueError(f"tokens a block={tokens} must be a multiple of {LANES} for the CPU's kernels; use implementation='xla'")
+        raise ValueError(
+            f"tokens a block={tokens} must be a multiple of {LANES} for the CPU's "
+            f"kernels; use implementation='xla'"
+        )
     codecs = fmt.key, fmt.value
-    payloads = [jax.ShapeDtypeStruct((count, codec.rows(head_dim), tokens), jnp.uint8) for codec in codecs]
-    metas = [jax.ShapeDtypeStruct((count, codec.meta_rows, tokens), jnp.float16) for codec in codecs]
+    payloads = [
+        jax.ShapeDtypeStruct((count, codec.rows(head_dim), tokens), jnp.uint8) for codec in codecs
+    ]
+    metas = [
+        jax.ShapeDtypeStruct((count, codec.meta_rows, tokens), jnp.float16) for codec in codecs
+    ]
     return payloads + metas
 
 
 def _codes(head_dim: int, tokens: int, *formats: KVFormat) -> np.ndarray:
     """The codecs of formats as the kernels read them: each that of pages of its own."""
-    return np.concatenate([build.format_codes(PageLayout.solve((fmt,), head_dim, tokens=tokens)) for fmt in formats])
+    return np.concatenate(
+        [build.format_codes(PageLayout.solve((fmt,), head_dim, tokens=tokens)) for fmt in formats]
+    )

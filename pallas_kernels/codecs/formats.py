@@ -1,4 +1,6 @@
-"""`KVFormat`: how a token's K and V are stored in one tier, and the grammar of the named formats."""
+"""`KVFormat`: how a token's K and V are stored in one tier, and the grammar of the named
+formats.
+"""
 
 import re
 from collections.abc import Callable
@@ -17,14 +19,16 @@ from .outliers import Outliers
 from .per_channel import PerChannel
 from .uniform import Grouped, Uniform
 
-Codec = Uniform | Normal | Full  # and in formats of which kernels know decode attention at most `PlainXLA`, typed as Any
+# and in formats of which kernels know decode attention at most `PlainXLA`, typed as Any
+Codec = Uniform | Normal | Full
 
 
 class Kind(NamedTuple):
     """What a letter behind the bits stands for.
 
     Attributes:
-        make: the codec from its bits and, where it `takes` one, the number of groups a token or the number behind the letter.
+        make: the codec from its bits and, where it `takes` one, the number of groups a token or the
+            number behind the letter.
         outliers, fill: along which vectors `+o` keeps outliers apart, and what replaces them.
     """
 
@@ -49,7 +53,9 @@ _NAME = re.compile(rf"K{_TENSOR}V{_TENSOR}(?::(\d+),(\d+))?(?:\+o(\d+\.?\d*))?(?
 
 
 class Block(NamedTuple):
-    """Encoded tokens of one tier: payloads uint8 `[..., rows, T]`, metadata float16 `[..., meta_rows, T]`."""
+    """Encoded tokens of one tier: payloads uint8 `[..., rows, T]`, metadata float16 `[...,
+    meta_rows, T]`.
+    """
 
     k_payload: Array
     v_payload: Array
@@ -69,10 +75,11 @@ class KVFormat:
     def parse(name: str, dtype: str = "bfloat16") -> "KVFormat":
         """`K<bits>V<bits>` or `full` (kept in `dtype`).
 
-        A letter behind the bits names another codec (`KINDS`): `K4nV2n` has the levels of N(0, 1); `K2cV2g32` is two bits, the keys per
-        channel over a block, the values in groups of 32 channels; `K8v4V8v4` has a learned code of eight bits for four channels, `K4sV4t`
-        learned levels of the channel's and of the token's range. Groups a token follow a colon as in `K4V2:2,4`; `+o2` keeps two percent
-        of outliers apart, `+r4` the error in four ranks.
+        A letter behind the bits names another codec (`KINDS`): `K4nV2n` has the levels of N(0, 1);
+        `K2cV2g32` is two bits, the keys per channel over a block, the values in groups of 32
+        channels; `K8v4V8v4` has a learned code of eight bits for four channels, `K4sV4t` learned
+        levels of the channel's and of the token's range. Groups a token follow a colon as in
+        `K4V2:2,4`; `+o2` keeps two percent of outliers apart, `+r4` the error in four ranks.
 
         Raises:
             ValueError: the name has another form or other bit widths.
@@ -82,12 +89,20 @@ class KVFormat:
         match = _NAME.fullmatch(name) if len(name) <= _LONGEST else None
         if match is None or match[2] not in KINDS or match[5] not in KINDS:
             raise ValueError(
-                f"format {name[:_LONGEST]!r} must be 'full' or K<bits>V<bits> such as 'K8V4', with a letter behind the bits of "
-                f"{[kind for kind in KINDS if kind]}, groups after a colon as in 'K4V2:2,4', outliers in percent "
+                f"format {name[:_LONGEST]!r} must be 'full' or K<bits>V<bits> such as 'K8V4', "
+                f"with a letter behind the bits of "
+                f"{[kind for kind in KINDS if kind]}, groups after a colon as in 'K4V2:2,4', "
+                f"outliers in percent "
                 "as in '+o2', ranks of the error as in '+r4'"
             )
-        k, v, beside = (match[1], match[2], match[3], match[7]), (match[4], match[5], match[6], match[8]), (match[9], match[10])
-        return KVFormat(_tensor(name, *k, *beside), _tensor(name, *v, *beside, as_tokens=match[2] == "c"), name)
+        k, v, beside = (
+            (match[1], match[2], match[3], match[7]),
+            (match[4], match[5], match[6], match[8]),
+            (match[9], match[10]),
+        )
+        return KVFormat(
+            _tensor(name, *k, *beside), _tensor(name, *v, *beside, as_tokens=match[2] == "c"), name
+        )
 
     def for_block(self, head_dim: int, tokens: int) -> "KVFormat":
         """The format of blocks `[head_dim, tokens]`: some codecs' rows depend on both.
@@ -96,11 +111,15 @@ class KVFormat:
             ValueError: they cannot hold such blocks.
         """
         first, second = self.widths(head_dim)
-        return replace(self, key=self.key.for_block(first, tokens), value=self.value.for_block(second, tokens))
+        return replace(
+            self, key=self.key.for_block(first, tokens), value=self.value.for_block(second, tokens)
+        )
 
     @property
     def separable(self) -> bool:
-        """Whether a token's lane can be moved, dropped or overwritten without touching others; if not, only whole blocks are encoded."""
+        """Whether a token's lane can be moved, dropped or overwritten without touching others; if
+        not, only whole blocks are encoded.
+        """
         return self.key.separable and self.value.separable
 
     @property
@@ -129,14 +148,18 @@ class KVFormat:
 
     def decode(self, block: Block) -> tuple[Array, Array]:
         """The float32 K and V `[..., head_dim, T]` that attention reads."""
-        return self.key.decode(block.k_payload, block.k_meta), self.value.decode(block.v_payload, block.v_meta)
+        return self.key.decode(block.k_payload, block.k_meta), self.value.decode(
+            block.v_payload, block.v_meta
+        )
 
     def key_logits(self, q: Array, block: Block) -> Array:
         """`q [..., G, d]` times the keys of a block, `[..., G, T]`."""
         return self.key.key_logits(q, block.k_payload, block.k_meta)
 
     def value_mix(self, p: Array, block: Block, valid: Array) -> Array:
-        """Weights `p [..., G, T]` times the values of a block, `[..., G, d]`; tokens not `valid [..., T]` are never read."""
+        """Weights `p [..., G, T]` times the values of a block, `[..., G, d]`; tokens not `valid
+        [..., T]` are never read.
+        """
         return self.value.value_mix(p, block.v_payload, block.v_meta, valid)
 
     def values(self, k: Array, v: Array) -> Array:
@@ -155,26 +178,45 @@ class KVFormat:
         return self.key.in_decode_kernels and self.value.in_decode_kernels
 
     def demote(self, target: "KVFormat", block: Block) -> Block:
-        """Requantise a block of this format to `target`: on the integer codes where the groups match, else through float32."""
+        """Requantise a block of this format to `target`: on the integer codes where the groups
+        match, else through float32.
+        """
         k_payload, k_meta = _demote(self.key, target.key, block.k_payload, block.k_meta)
         v_payload, v_meta = _demote(self.value, target.value, block.v_payload, block.v_meta)
         return Block(k_payload, v_payload, k_meta, v_meta)
 
 
 def _tensor(
-    name: str, bits: str, letter: str, number: str, groups: str | None, share: str | None, rank: str | None, as_tokens: bool = False
+    name: str,
+    bits: str,
+    letter: str,
+    number: str,
+    groups: str | None,
+    share: str | None,
+    rank: str | None,
+    as_tokens: bool = False,
 ) -> Any:
-    """The codec of one tensor of the format `name`; `share` of outliers in percent, `as_tokens` as `Grouped` has it."""
+    """The codec of one tensor of the format `name`; `share` of outliers in percent, `as_tokens` as
+    `Grouped` has it.
+    """
     kind = KINDS[letter]
     if bool(number) != (kind.takes == "number"):
-        raise ValueError(f"format {name!r}: the letter {letter!r} {'takes no' if number else 'needs a'} number behind it, as in 'K4g32V4c'")
+        raise ValueError(
+            f"format {name!r}: the letter {letter!r} "
+            f"{'takes no' if number else 'needs a'} number behind it, as in "
+            f"'K4g32V4c'"
+        )
     if kind.takes != "groups" and groups not in (None, "1"):
-        raise ValueError(f"format {name!r}: {bits}{letter} has no groups a token, give 1 for it after the colon")
+        raise ValueError(
+            f"format {name!r}: {bits}{letter} has no groups a token, give 1 for it after the colon"
+        )
     extra = {"groups": int(groups or 1), "number": int(number or 0), None: None}[kind.takes]
     codec: Any = kind.make(int(bits)) if kind.takes is None else kind.make(int(bits), extra)
     if letter == "g":
         codec = Grouped(int(bits), extra or 0, as_tokens)
-    codec = codec if share is None else Outliers(codec, float(share) / 100, kind.outliers, kind.fill)
+    codec = (
+        codec if share is None else Outliers(codec, float(share) / 100, kind.outliers, kind.fill)
+    )
     return codec if rank is None else LowRank(codec, int(rank))
 
 

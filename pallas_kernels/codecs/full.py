@@ -1,4 +1,6 @@
-"""The identity codec: a tensor kept in a floating type, stored as byte planes so that it fits the same pages."""
+"""The identity codec: a tensor kept in a floating type, stored as byte planes so that it fits the
+same pages.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Full:
-    """Codec of one tensor (K or V) kept exactly in `dtype`. Byte plane `i` (rows `i * d` to `(i + 1) * d`) holds byte `i` of each value."""
+    """Codec of one tensor (K or V) kept exactly in `dtype`. Byte plane `i` (rows `i * d` to `(i +
+    1) * d`) holds byte `i` of each value.
+    """
 
     dtype: str
 
@@ -54,14 +58,18 @@ class Full:
         """Back to float32 `[..., d, T]`."""
         del meta
         planes = payload.reshape(*payload.shape[:-2], self._bytes, -1, payload.shape[-1])
-        return jax.lax.bitcast_convert_type(jnp.moveaxis(planes, -3, -1), jnp.dtype(self.dtype)).astype(jnp.float32)
+        return jax.lax.bitcast_convert_type(
+            jnp.moveaxis(planes, -3, -1), jnp.dtype(self.dtype)
+        ).astype(jnp.float32)
 
     def key_logits(self, q: Array, payload: Array, meta: Array) -> Array:
         """`q [..., G, d]` times the block, `[..., G, T]`."""
         return jnp.einsum("...Gc,...ct->...Gt", q, self.decode(payload, meta))
 
     def value_mix(self, p: Array, payload: Array, meta: Array, valid: Array) -> Array:
-        """Weights `p [..., G, T]` times the block, `[..., G, d]`; tokens not `valid [..., T]` are never read."""
+        """Weights `p [..., G, T]` times the block, `[..., G, d]`; tokens not `valid [..., T]` are
+        never read.
+        """
         values = jnp.where(valid[..., None, :], self.decode(payload, meta), 0)
         return jnp.einsum("...Gt,...ct->...Gc", p, values)
 
@@ -72,28 +80,49 @@ class Full:
     scale_groups = 1  # one cut of the channels: there is no scale
 
     def tiles(self, head_dim: int, *others) -> tuple[Tile, ...]:
-        """The tiles of a block, cut so that the blocks of the codecs `others` have the same channels in theirs."""
+        """The tiles of a block, cut so that the blocks of the codecs `others` have the same
+        channels in theirs.
+        """
         points = cut_points(head_dim, (self, *others))
         return tuple(
-            Tile(a, b - a, tuple(a + byte * head_dim for byte in range(self._bytes)), None, None, self._from_bytes)
+            Tile(
+                a,
+                b - a,
+                tuple(a + byte * head_dim for byte in range(self._bytes)),
+                None,
+                None,
+                self._from_bytes,
+            )
             for a, b in zip(points, points[1:], strict=False)
         )
 
-    def encode_tiles(self, tiles: Sequence[Tile], values: Sequence[Array]) -> tuple[list[Array], dict[int, Array]]:
-        """The bits of each value as int32 (upper half zero for 16-bit types), same shapes; no metadata."""
+    def encode_tiles(
+        self, tiles: Sequence[Tile], values: Sequence[Array]
+    ) -> tuple[list[Array], dict[int, Array]]:
+        """The bits of each value as int32 (upper half zero for 16-bit types), same shapes; no
+        metadata.
+        """
         del tiles
         return [self._to_bits(x) for x in values], {}
 
     def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
-        """Bits of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row once."""
-        return {row: (code >> (8 * byte)) & 255 for tile, code in zip(tiles, codes, strict=True) for byte, row in enumerate(tile.rows)}
+        """Bits of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row
+        once.
+        """
+        return {
+            row: (code >> (8 * byte)) & 255
+            for tile, code in zip(tiles, codes, strict=True)
+            for byte, row in enumerate(tile.rows)
+        }
 
     def _from_bytes(self, planes: Sequence[Array]) -> Array:
         if self.dtype == "bfloat16":
             return jax.lax.bitcast_convert_type((planes[1] << 24) | (planes[0] << 16), jnp.float32)
         if self.dtype == "float16":
             return half_to_float((planes[1] << 8) | planes[0])
-        return jax.lax.bitcast_convert_type((planes[3] << 24) | (planes[2] << 16) | (planes[1] << 8) | planes[0], jnp.float32)
+        return jax.lax.bitcast_convert_type(
+            (planes[3] << 24) | (planes[2] << 16) | (planes[1] << 8) | planes[0], jnp.float32
+        )
 
     def _to_bits(self, x: Array) -> Array:
         if self.dtype == "float16":

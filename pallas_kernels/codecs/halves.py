@@ -12,7 +12,9 @@ def round_half_even(x: Array) -> Array:
 
 
 def half_to_float(bits: Array) -> Array:
-    """float16 given as its 16 bits (int32, upper half ignored) to float32, by integer arithmetic: for backends without float16."""
+    """float16 given as its 16 bits (int32, upper half ignored) to float32, by integer arithmetic:
+    for backends without float16.
+    """
     exponent, fraction = (bits >> 10) & 31, bits & 1023
     normal = lax.bitcast_convert_type(((exponent + 112) << 23) | (fraction << 13), jnp.float32)
     special = lax.bitcast_convert_type((255 << 23) | (fraction << 13), jnp.float32)
@@ -22,7 +24,9 @@ def half_to_float(bits: Array) -> Array:
 
 
 def float_to_half(x: Array) -> Array:
-    """float32 to the 16 bits of the nearest float16 (half to even, overflow to infinity), as int32 below 65536."""
+    """float32 to the 16 bits of the nearest float16 (half to even, overflow to infinity), as int32
+    below 65536.
+    """
     bits = lax.bitcast_convert_type(x, jnp.int32)
     sign, size = (bits >> 16) & 0x8000, bits & 0x7FFFFFFF
     rounded = (size + 0xFFF + ((size >> 13) & 1)) >> 13

@@ -1,4 +1,6 @@
-"""Numbers that belong to a whole block kept in its rows of T lanes, and blocks that lie side by side taken apart."""
+"""Numbers that belong to a whole block kept in its rows of T lanes, and blocks that lie side by
+side taken apart.
+"""
 
 import jax.numpy as jnp
 from jax import Array

@@ -1,4 +1,6 @@
-"""The format of multi-head latent attention's one key a token: a latent, which is the value too, and a rotary part (arXiv:2405.04434)."""
+"""The format of multi-head latent attention's one key a token: a latent, which is the value too,
+and a rotary part (arXiv:2405.04434).
+"""
 
 from dataclasses import dataclass
 
@@ -11,9 +13,11 @@ from .full import Full
 
 @dataclass(frozen=True)
 class LatentFormat(KVFormat):
-    """`key` is the codec of the latent, the first `rank` channels of the key, `value` that of the rotary part, the others.
+    """`key` is the codec of the latent, the first `rank` channels of the key, `value` that of the
+    rotary part, the others.
 
-    A `Block` has the two in the places of K and V, and V has no channels. Plain XLA only: the kernels take a V of K's width from the pages.
+    A `Block` has the two in the places of K and V, and V has no channels. Plain XLA only: the
+    kernels take a V of K's width from the pages.
     """
 
     rank: int = 0
@@ -27,7 +31,8 @@ class LatentFormat(KVFormat):
         """
         if fmt.key != fmt.value:
             raise ValueError(
-                f"format {fmt.name!r} keeps keys and values differently, and this model has one latent for both: "
+                f"format {fmt.name!r} keeps keys and values differently, and this model has one "
+                f"latent for both: "
                 "take one codec for the two, such as 'K8V8', 'K4V4' or 'full'"
             )
         return LatentFormat(fmt.key, Full(dtype), fmt.name, rank)
@@ -57,7 +62,9 @@ class LatentFormat(KVFormat):
         return super().key_logits(q[..., : self.rank], block) + rotary
 
     def value_mix(self, p: Array, block: Block, valid: Array) -> Array:
-        """Weights `p [..., G, T]` times the latents of a block, `[..., G, rank]`; tokens not `valid [..., T]` are never read."""
+        """Weights `p [..., G, T]` times the latents of a block, `[..., G, rank]`; tokens not `valid
+        [..., T]` are never read.
+        """
         return self.key.value_mix(p, block.k_payload, block.k_meta, valid)
 
     def values(self, k: Array, v: Array) -> Array:

@@ -1,4 +1,6 @@
-"""Codecs that learn: what shape one head's array has, and the codec bound to the arrays of a layer's heads."""
+"""Codecs that learn: what shape one head's array has, and the codec bound to the arrays of a
+layer's heads.
+"""
 
 import dataclasses
 from typing import Any
@@ -12,7 +14,9 @@ from .outliers import Outliers
 
 
 def learned_part(codec: Any) -> Coupled | Levels | None:
-    """The codec that learns, also beneath what others keep beside it; None where nothing is learned."""
+    """The codec that learns, also beneath what others keep beside it; None where nothing is
+    learned.
+    """
     if isinstance(codec, Outliers | LowRank):
         return learned_part(codec.codec)
     return codec if isinstance(codec, Coupled | Levels) else None
@@ -25,7 +29,9 @@ def table_shape(codec: Any, head_dim: int) -> tuple[int, ...] | None:
 
 
 def with_table(codec: Any, table: Array | None) -> Any:
-    """The codec with the arrays `[B, *table_shape]` of `B` heads; as it is where nothing is learned."""
+    """The codec with the arrays `[B, *table_shape]` of `B` heads; as it is where nothing is
+    learned.
+    """
     if table is None:
         return codec
     if isinstance(codec, Outliers | LowRank):

@@ -1,4 +1,6 @@
-"""Learned non-uniform levels: of the range that a token has, or of the range that a channel has had (KVQuant, arXiv:2401.18079)."""
+"""Learned non-uniform levels: of the range that a token has, or of the range that a channel has had
+(KVQuant, arXiv:2401.18079).
+"""
 
 from dataclasses import dataclass, field
 
@@ -13,10 +15,12 @@ from .packing import fills_bytes, pack_planes, packed_rows, unpack_planes
 
 @dataclass(frozen=True)
 class Levels(LookedUp):
-    """Codec of one tensor (V): each channel takes the nearest of `2**bits` levels, ascending in -1 to 1, of the token's range.
+    """Codec of one tensor (V): each channel takes the nearest of `2**bits` levels, ascending in -1
+    to 1, of the token's range.
 
-    A block is `[B, ..., head_dim, T]`; its payload is uint8 `[B, ..., rows, T]`, its metadata float16 `[B, ..., 2, T]`: half of the
-    range, and its middle (`scales`). `table` float16 `[B, 2**bits]` holds the levels (`learned.with_table` sets it).
+    A block is `[B, ..., head_dim, T]`; its payload is uint8 `[B, ..., rows, T]`, its metadata
+    float16 `[B, ..., 2, T]`: half of the range, and its middle (`scales`). `table` float16 `[B,
+    2**bits]` holds the levels (`learned.with_table` sets it).
     """
 
     scale_row, zero_row = 0, 1
@@ -32,7 +36,9 @@ class Levels(LookedUp):
     def rows(self, head_dim: int) -> int:
         """Payload rows (bytes a token) of one block."""
         if not fills_bytes(self.bits, head_dim):
-            raise ValueError(f"head_dim={head_dim} at {self.bits} bits must fill bytes: choose other bits")
+            raise ValueError(
+                f"head_dim={head_dim} at {self.bits} bits must fill bytes: choose other bits"
+            )
         return packed_rows(self.bits, head_dim)
 
     @property
@@ -65,17 +71,25 @@ class Levels(LookedUp):
         half, middle = _range_of(*jnp.split(meta, 2, axis=-2))
         flat = codes.reshape(codes.shape[0], -1).astype(jnp.int32)
         assert self.table is not None
-        return jnp.take_along_axis(self.table.astype(jnp.float32), flat, axis=1).reshape(codes.shape) * half + middle
+        return (
+            jnp.take_along_axis(self.table.astype(jnp.float32), flat, axis=1).reshape(codes.shape)
+            * half
+            + middle
+        )
 
     def _levels(self, ndim: int) -> Array:
         """`[2**bits, B, 1, ...]`, as many axes as a block and one before."""
-        assert self.table is not None, "a learned codec works once `with_table` has given it its layer's tables"
+        assert self.table is not None, (
+            "a learned codec works once `with_table` has given it its layer's tables"
+        )
         levels = self.table.astype(jnp.float32).T
         return levels.reshape(*levels.shape, *(1,) * (ndim - 1))
 
 
 def token_range(x: Array) -> tuple[Array, Array]:
-    """Half of the range of each token's channels and its middle, as metadata keeps them: `[..., d, T]` to float32 `[..., 1, T]`."""
+    """Half of the range of each token's channels and its middle, as metadata keeps them: `[..., d,
+    T]` to float32 `[..., 1, T]`.
+    """
     return _range_of(*_range_bits(x))
 
 
@@ -96,16 +110,19 @@ def normalised(x: Array, half: Array, middle: Array) -> Array:
 
 @dataclass(frozen=True)
 class StaticLevels(Coupled):
-    """Codec of one tensor (K): learned levels of the range that each channel had in the calibration, no metadata.
+    """Codec of one tensor (K): learned levels of the range that each channel had in the
+    calibration, no metadata.
 
-    The layer's levels, spread over each channel's range, are a codebook a channel: `table` float16 or bfloat16
-    `[B, head_dim, 2**bits, 1]`, each ascending. Where it runs: as `Coupled`.
+    The layer's levels, spread over each channel's range, are a codebook a channel: `table` float16
+    or bfloat16 `[B, head_dim, 2**bits, 1]`, each ascending. Where it runs: as `Coupled`.
     """
 
     channels: int = field(default=1, init=False)
 
     def rank(self, x: Array) -> Array:
-        """What tells outliers `[B, ..., d, T]`: `x` on the scale of each channel's lowest and highest level."""
+        """What tells outliers `[B, ..., d, T]`: `x` on the scale of each channel's lowest and
+        highest level.
+        """
         low, high = (self._codebooks()[:, :, level, 0] for level in (0, -1))
         low, span = (y.reshape(y.shape[0], *(1,) * (x.ndim - 3), -1, 1) for y in (low, high - low))
         return (x - low) / jnp.where(span > 0, span, 1.0)

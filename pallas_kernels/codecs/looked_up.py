@@ -9,7 +9,9 @@ from .tiles import Tile, cut_points
 
 
 class LookedUp(PlainXLA):
-    """A codec of learned numbers: plain XLA runs it, and decode attention of all kernels reads it. Frozen dataclasses derive from it."""
+    """A codec of learned numbers: plain XLA runs it, and decode attention of all kernels reads it.
+    Frozen dataclasses derive from it.
+    """
 
     in_decode_kernels = True
     scale_groups = 1
@@ -21,9 +23,14 @@ class LookedUp(PlainXLA):
         return head_dim
 
     def tiles(self, head_dim: int, *others) -> tuple[Tile, ...]:
-        """The tiles of a block, cut as those of the codecs `others`: no byte planes, nothing to unpack."""
+        """The tiles of a block, cut as those of the codecs `others`: no byte planes, nothing to
+        unpack.
+        """
         points = cut_points(head_dim, (self, *others))
-        return tuple(Tile(a, b - a, (), self.scale_row, self.zero_row, _unpack) for a, b in zip(points, points[1:], strict=False))
+        return tuple(
+            Tile(a, b - a, (), self.scale_row, self.zero_row, _unpack)
+            for a, b in zip(points, points[1:], strict=False)
+        )
 
 
 def _unpack(planes: Sequence[Array]) -> Array:

@@ -1,4 +1,6 @@
-"""What a codec gets wrong of a block, kept as a product of two narrow matrices (GEAR, arXiv:2403.05527, sec. 3)."""
+"""What a codec gets wrong of a block, kept as a product of two narrow matrices (GEAR,
+arXiv:2403.05527, sec. 3).
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -19,12 +21,14 @@ FAR = 2.0**12
 
 @dataclass(frozen=True)
 class LowRank(PlainXLA):
-    """`codec` and the error E = x - decode(encode(x)) of a block as Q P^T of `rank`, Q `[T, rank]` and P `[d, rank]` in float16.
+    """`codec` and the error E = x - decode(encode(x)) of a block as Q P^T of `rank`, Q `[T, rank]`
+    and P `[d, rank]` in float16.
 
-    Q has orthonormal columns. Where float16 does not hold a column of P, that one is in bfloat16 and its column of Q is `FAR` times as
-    large, which says so: no number of the others reaches 2.
+    Q has orthonormal columns. Where float16 does not hold a column of P, that one is in bfloat16
+    and its column of Q is `FAR` times as large, which says so: no number of the others reaches 2.
 
-    Rows: the payload is the codec's; its metadata first, then Q, lane t for token t, then P (`lanes.as_rows`). Plain XLA runs it.
+    Rows: the payload is the codec's; its metadata first, then Q, lane t for token t, then P
+    (`lanes.as_rows`). Plain XLA runs it.
     """
 
     codec: "PlainXLA | Uniform"
@@ -41,8 +45,13 @@ class LowRank(PlainXLA):
     def for_block(self, head_dim: int, tokens: int) -> "LowRank":
         """The codec of blocks `[head_dim, tokens]`."""
         if not 1 <= self.rank <= min(head_dim, tokens):
-            raise ValueError(f"rank={self.rank} must be at least 1 and at most that of a block of {head_dim} channels and {tokens} tokens")
-        return dataclasses.replace(self, codec=self.codec.for_block(head_dim, tokens), head_dim=head_dim, tokens=tokens)
+            raise ValueError(
+                f"rank={self.rank} must be at least 1 and at most that of a block of "
+                f"{head_dim} channels and {tokens} tokens"
+            )
+        return dataclasses.replace(
+            self, codec=self.codec.for_block(head_dim, tokens), head_dim=head_dim, tokens=tokens
+        )
 
     def rows(self, head_dim: int) -> int:
         """Payload rows (bytes a token) of one block."""
@@ -54,14 +63,22 @@ class LowRank(PlainXLA):
         return self.codec.meta_rows + self.rank + rows_for(self.head_dim * self.rank, self.tokens)
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """`[..., d, T]` to payload uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows, T]`."""
+        """`[..., d, T]` to payload uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows,
+        T]`.
+        """
         payload, meta = self.codec.encode(x)
-        by_token, by_channel = nearest(jnp.swapaxes(x.astype(jnp.float32) - self.codec.decode(payload, meta), -1, -2), self.rank)
+        by_token, by_channel = nearest(
+            jnp.swapaxes(x.astype(jnp.float32) - self.codec.decode(payload, meta), -1, -2),
+            self.rank,
+        )
         largest = jnp.abs(by_channel).max(axis=-2, keepdims=True)  # [..., 1, rank]
         far = scales.needs_wide(largest)
         by_token = jnp.where(far, FAR * by_token, by_token).astype(jnp.float16)
         narrow, wide = float_to_half(by_channel), scales.nearest_bfloat16(by_channel / FAR)
-        numbers = [jnp.swapaxes(by_token, -1, -2), as_rows(scales.as_half(jnp.where(far, wide, narrow)), self.tokens)]
+        numbers = [
+            jnp.swapaxes(by_token, -1, -2),
+            as_rows(scales.as_half(jnp.where(far, wide, narrow)), self.tokens),
+        ]
         return payload, jnp.concatenate([meta, *numbers], axis=-2)
 
     def decode(self, payload: Array, meta: Array) -> Array:
@@ -69,15 +86,20 @@ class LowRank(PlainXLA):
         payload, meta = apart(payload, self.tokens), apart(meta, self.tokens)
         inner, numbers = meta[..., : self.codec.meta_rows, :], meta[..., self.codec.meta_rows :, :]
         by_token = numbers[..., : self.rank, :].astype(jnp.float32)
-        far = jnp.swapaxes(jnp.abs(by_token).max(axis=-1, keepdims=True) > 2, -1, -2)  # [..., 1, rank]
-        by_channel = scales.either(from_rows(numbers[..., self.rank :, :], self.head_dim, self.rank), far)
+        # [..., 1, rank]
+        far = jnp.swapaxes(jnp.abs(by_token).max(axis=-1, keepdims=True) > 2, -1, -2)
+        by_channel = scales.either(
+            from_rows(numbers[..., self.rank :, :], self.head_dim, self.rank), far
+        )
         return side_by_side(self.codec.decode(payload, inner) + by_channel @ by_token)
 
 
 def nearest(error: Array, rank: int) -> tuple[Array, Array]:
-    """Q `[..., T, rank]` with orthonormal columns and P `[..., d, rank]` whose product Q P^T is near the best of that rank.
+    """Q `[..., T, rank]` with orthonormal columns and P `[..., d, rank]` whose product Q P^T is
+    near the best of that rank.
 
-    Three power iterations on `error [..., T, d]` from a fixed start, orthonormal in the last one (GEAR, algorithm 2).
+    Three power iterations on `error [..., T, d]` from a fixed start, orthonormal in the last one
+    (GEAR, algorithm 2).
     """
     unit, inverse = scales.unit_of(jnp.abs(error).max(axis=(-1, -2), keepdims=True))
     error = error * inverse  # its fourth powers neither overflow nor vanish
@@ -91,10 +113,11 @@ def nearest(error: Array, rank: int) -> tuple[Array, Array]:
 
 
 def _orthonormal(x: Array) -> Array:
-    """`x [..., n, rank]` with orthonormal columns instead that span as much; one that adds nothing becomes 0.
+    """`x [..., n, rank]` with orthonormal columns instead that span as much; one that adds nothing
+    becomes 0.
 
-    Gram-Schmidt, each projection taken off twice. With LAPACK's QR the prompts of ten requests never came back on two cores
-    (jaxlib 0.10.2; docs/log.md).
+    Gram-Schmidt, each projection taken off twice. With LAPACK's QR the prompts of ten requests
+    never came back on two cores (jaxlib 0.10.2; docs/log.md).
     """
     columns: list[Array] = []
     for i in range(x.shape[-1]):

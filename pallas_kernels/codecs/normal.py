@@ -1,4 +1,6 @@
-"""Scalar quantisation with the best levels for a normal variable (TurboQuant, arXiv:2504.19874; docs/design.md 1)."""
+"""Scalar quantisation with the best levels for a normal variable (TurboQuant, arXiv:2504.19874;
+docs/design.md 1).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +13,8 @@ from .packing import pack_planes, pack_tiles, packed_rows, unpack_planes
 from .scales import as_half, scale_bits, scale_of, unit_of
 from .tiles import Tile, cut_points
 
-# The positive half of the Lloyd-Max levels of N(0, 1), rounded to bfloat16: kernels multiply levels as exactly as integer codes.
+# The positive half of the Lloyd-Max levels of N(0, 1), rounded to bfloat16: kernels multiply levels
+# as exactly as integer codes.
 LEVELS = {
     1: (0.796875,),
     2: (0.453125, 1.5078125),
@@ -21,12 +24,14 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Normal:
-    """Codec of one tensor (K or V) whose channels look like draws of one normal distribution, as they do once rotated: one scale a token.
+    """Codec of one tensor (K or V) whose channels look like draws of one normal distribution, as
+    they do once rotated: one scale a token.
 
-    A code is the number of a level of N(0, 1), its top bit the sign. The paper stores the token's norm and reads
-    `norm / sqrt(d) * level`; here the stored scale is `norm / |levels of the token's codes|`, so that the norm is kept exactly: codes
-    alone shrink it, which flattens attention. A block is `[..., head_dim, T]`, its payload uint8 `[..., rows, T]`, its metadata float16
-    `[..., 1, T]`, as `scales` keeps it.
+    A code is the number of a level of N(0, 1), its top bit the sign. The paper stores the token's
+    norm and reads `norm / sqrt(d) * level`; here the stored scale is `norm / |levels of the token's
+    codes|`, so that the norm is kept exactly: codes alone shrink it, which flattens attention. A
+    block is `[..., head_dim, T]`, its payload uint8 `[..., rows, T]`, its metadata float16 `[...,
+    1, T]`, as `scales` keeps it.
     """
 
     bits: int
@@ -38,7 +43,10 @@ class Normal:
 
     def __post_init__(self):
         if self.bits not in LEVELS:
-            raise ValueError(f"bits={self.bits} must be one of {tuple(LEVELS)} for levels of the normal distribution")
+            raise ValueError(
+                f"bits={self.bits} must be one of {tuple(LEVELS)} for levels of the "
+                f"normal distribution"
+            )
 
     def for_block(self, head_dim: int, tokens: int) -> "Normal":
         """Itself: rows depend on `head_dim` alone."""
@@ -48,7 +56,10 @@ class Normal:
     def rows(self, head_dim: int) -> int:
         """Payload rows (bytes a token) of one block."""
         if (head_dim * self.bits) % 8:
-            raise ValueError(f"head_dim={head_dim} must be a multiple of {8 // self.bits}, the channels in a byte at {self.bits} bits")
+            raise ValueError(
+                f"head_dim={head_dim} must be a multiple of {8 // self.bits}, the "
+                f"channels in a byte at {self.bits} bits"
+            )
         return packed_rows(self.bits, head_dim)
 
     def encode(self, x: Array) -> tuple[Array, Array]:
@@ -61,11 +72,15 @@ class Normal:
         return scale_of(meta) * self._levels(payload)
 
     def key_logits(self, q: Array, payload: Array, meta: Array) -> Array:
-        """`q [..., G, d]` times the decoded block, `[..., G, T]`; the scale applied outside the dot product."""
+        """`q [..., G, d]` times the decoded block, `[..., G, T]`; the scale applied outside the dot
+        product.
+        """
         return jnp.einsum("...Gc,...ct->...Gt", q, self._levels(payload)) * scale_of(meta)
 
     def value_mix(self, p: Array, payload: Array, meta: Array, valid: Array) -> Array:
-        """Weights `p [..., G, T]` times the decoded block, `[..., G, d]`; tokens not `valid [..., T]` are never read."""
+        """Weights `p [..., G, T]` times the decoded block, `[..., G, d]`; tokens not `valid [...,
+        T]` are never read.
+        """
         scale = jnp.where(valid[..., None, :], scale_of(meta), 0)
         return jnp.einsum("...Gt,...ct->...Gc", p * scale, self._levels(payload))
 
@@ -74,25 +89,44 @@ class Normal:
         return self.rows(head_dim)
 
     def tiles(self, head_dim: int, *others) -> tuple[Tile, ...]:
-        """The tiles of a block, cut so that the blocks of the codecs `others` have the same channels in theirs."""
+        """The tiles of a block, cut so that the blocks of the codecs `others` have the same
+        channels in theirs.
+        """
         points, width = cut_points(head_dim, (self, *others)), self.plane_channels(head_dim)
         return tuple(
-            Tile(a, b - a, (a % width,), 0, None, partial(_plane, shift=a // width * self.bits, bits=self.bits))
+            Tile(
+                a,
+                b - a,
+                (a % width,),
+                0,
+                None,
+                partial(_plane, shift=a // width * self.bits, bits=self.bits),
+            )
             for a, b in zip(points, points[1:], strict=False)
         )
 
-    def encode_tiles(self, tiles: Sequence[Tile], values: Sequence[Array]) -> tuple[list[Array], dict[int, Array]]:
-        """`encode` tile by tile: float32 `[..., channels, T]` to codes (int32, same shapes) and `{metadata row: bits int32 [..., T]}`."""
+    def encode_tiles(
+        self, tiles: Sequence[Tile], values: Sequence[Array]
+    ) -> tuple[list[Array], dict[int, Array]]:
+        """`encode` tile by tile: float32 `[..., channels, T]` to codes (int32, same shapes) and
+        `{metadata row: bits int32 [..., T]}`.
+        """
         del tiles
         unit, inverse = unit_of(reduce(jnp.maximum, (jnp.abs(x).max(axis=-2) for x in values)))
         values = [x * inverse[..., None, :] for x in values]  # squares neither overflow nor vanish
         squares = sum((x * x).sum(axis=-2) for x in values)
         to_rms = jnp.where(squares > 0, jnp.sqrt(sum(x.shape[-2] for x in values) / squares), 0.0)
-        codes, squared_levels = zip(*(_nearest(x * to_rms[..., None, :], self.bits) for x in values), strict=True)
-        return list(codes), {0: scale_bits(unit * jnp.sqrt(squares / sum(x.sum(axis=-2) for x in squared_levels)))}
+        codes, squared_levels = zip(
+            *(_nearest(x * to_rms[..., None, :], self.bits) for x in values), strict=True
+        )
+        return list(codes), {
+            0: scale_bits(unit * jnp.sqrt(squares / sum(x.sum(axis=-2) for x in squared_levels)))
+        }
 
     def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
-        """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row once."""
+        """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row
+        once.
+        """
         return pack_tiles(tiles, codes, self.bits)
 
     def _levels(self, payload: Array) -> Array:
@@ -110,11 +144,15 @@ def _nearest(x: Array, bits: int) -> tuple[Array, Array]:
 
 
 def _level(code: Array, bits: int) -> Array:
-    """The float32 levels of int32 codes, by halving the table bit after bit; bits above those of a code do not matter."""
+    """The float32 levels of int32 codes, by halving the table bit after bit; bits above those of a
+    code do not matter.
+    """
     levels = [jnp.float32(level) for level in LEVELS[bits]]
     for bit in range(bits - 1):
         odd = (code >> bit) & 1 == 1
-        levels = [jnp.where(odd, high, low) for low, high in zip(levels[::2], levels[1::2], strict=True)]
+        levels = [
+            jnp.where(odd, high, low) for low, high in zip(levels[::2], levels[1::2], strict=True)
+        ]
     return jnp.where((code >> (bits - 1)) & 1 == 1, -levels[0], levels[0])
 
 

@@ -1,4 +1,5 @@
-"""The largest and smallest values of every vector kept beside a codec, which then sees a narrower range.
+"""The largest and smallest values of every vector kept beside a codec, which then sees a narrower
+range.
 
 GEAR (arXiv:2403.05527, sec. 3) and KVQuant (arXiv:2401.18079, sec. 3.4): per-vector outliers.
 """
@@ -21,14 +22,17 @@ from .uniform import Uniform
 class Outliers(PlainXLA):
     """`codec` with the outliers of each vector stored apart, value (16 bits) and index (a byte).
 
-    A vector is one token's channels (`axis="token"`) or one channel over the tokens of a block (`axis="channel"`). Its largest and its
-    smallest values, `share` of it in all and at least one of each, are replaced by the vector's mean or median before the codec
-    encodes it. Where it runs: plain XLA, and decode attention of the kernels where `in_decode_kernels`.
+    A vector is one token's channels (`axis="token"`) or one channel over the tokens of a block
+    (`axis="channel"`). Its largest and its smallest values, `share` of it in all and at least one
+    of each, are replaced by the vector's mean or median before the codec encodes it. Where it runs:
+    plain XLA, and decode attention of the kernels where `in_decode_kernels`.
 
-    Values come in pairs, number i of the large ones and of the small ones: `scales.outlier_bits` keeps such a pair.
+    Values come in pairs, number i of the large ones and of the small ones: `scales.outlier_bits`
+    keeps such a pair.
 
-    Rows: those of the codec first, then the outliers': with "token" `count` rows of indices and of values, lane t for token t; with
-    "channel" the numbers of one channel after the other, `lanes.as_rows`.
+    Rows: those of the codec first, then the outliers': with "token" `count` rows of indices and of
+    values, lane t for token t; with "channel" the numbers of one channel after the other,
+    `lanes.as_rows`.
     """
 
     codec: "PlainXLA | Uniform"
@@ -42,11 +46,16 @@ class Outliers(PlainXLA):
         if not 0 < self.share < 1:
             raise ValueError(f"share={self.share} of outliers must lie between 0 and 1")
         if self._length > 256:
-            raise ValueError(f"outliers are counted by a byte: a vector of {self._length} values is longer than 256")
+            raise ValueError(
+                f"outliers are counted by a byte: a vector of {self._length} values "
+                f"is longer than 256"
+            )
 
     def for_block(self, head_dim: int, tokens: int) -> "Outliers":
         """The codec of blocks `[head_dim, tokens]`."""
-        return dataclasses.replace(self, codec=self.codec.for_block(head_dim, tokens), head_dim=head_dim, tokens=tokens)
+        return dataclasses.replace(
+            self, codec=self.codec.for_block(head_dim, tokens), head_dim=head_dim, tokens=tokens
+        )
 
     @property
     def separable(self) -> bool:
@@ -69,7 +78,11 @@ class Outliers(PlainXLA):
 
     @property
     def _outlier_rows(self) -> int:
-        return self.count if self.axis == "token" else rows_for(self.head_dim * self.count, self.tokens)
+        return (
+            self.count
+            if self.axis == "token"
+            else rows_for(self.head_dim * self.count, self.tokens)
+        )
 
     def rows(self, head_dim: int) -> int:
         """Payload rows (bytes a token) of one block."""
@@ -81,7 +94,9 @@ class Outliers(PlainXLA):
         return self.codec.meta_rows + self._outlier_rows
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """`[..., d, T]` to payload uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows, T]`."""
+        """`[..., d, T]` to payload uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows,
+        T]`.
+        """
         index = self._largest(x)
         values = jnp.take_along_axis(self._as_vectors(x.astype(jnp.float32)), index, axis=-1)
         index, values = _in_order(index, values)
@@ -96,21 +111,34 @@ class Outliers(PlainXLA):
     def _replaced(self, x: Array, index: Array) -> tuple[Array, Array]:
         """`without_outliers` of the outliers at `index [..., vectors, count]`."""
         vectors = self._as_vectors(x.astype(jnp.float32))
-        middle = {"mean": jnp.mean, "median": jnp.median}[self.fill](vectors, axis=-1, keepdims=True)
+        middle = {"mean": jnp.mean, "median": jnp.median}[self.fill](
+            vectors, axis=-1, keepdims=True
+        )
         taken = (jnp.arange(self._length) == index[..., None]).any(axis=-2)
         return self._as_vectors(jnp.where(taken, middle, vectors)), self._as_vectors(taken)
 
     def _largest(self, x: Array) -> Array:
-        """Index of the largest, then the smallest values `[..., vectors, count]`: on the codec's own scale where channels have theirs."""
-        vectors = self._as_vectors(self.codec.rank(x) if isinstance(self.codec, StaticLevels) else x.astype(jnp.float32))
-        return jnp.concatenate([lax.top_k(sign * vectors, self.count // 2)[1] for sign in (1, -1)], axis=-1)
+        """Index of the largest, then the smallest values `[..., vectors, count]`: on the codec's
+        own scale where channels have theirs.
+        """
+        vectors = self._as_vectors(
+            self.codec.rank(x) if isinstance(self.codec, StaticLevels) else x.astype(jnp.float32)
+        )
+        return jnp.concatenate(
+            [lax.top_k(sign * vectors, self.count // 2)[1] for sign in (1, -1)], axis=-1
+        )
 
     def decode(self, payload: Array, meta: Array) -> Array:
         """Back to float32 `[..., d, n * T]`, of one block or n that lie side by side."""
         payload, meta = apart(payload, self.tokens), apart(meta, self.tokens)
         rows, meta_rows = payload.shape[-2] - self._outlier_rows, self.codec.meta_rows
-        vectors = self._as_vectors(self.codec.decode(payload[..., :rows, :], meta[..., :meta_rows, :]))
-        index, stored = self._unpacked(payload[..., rows:, :]), self._unpacked(meta[..., meta_rows:, :])
+        vectors = self._as_vectors(
+            self.codec.decode(payload[..., :rows, :], meta[..., :meta_rows, :])
+        )
+        index, stored = (
+            self._unpacked(payload[..., rows:, :]),
+            self._unpacked(meta[..., meta_rows:, :]),
+        )
         values = jnp.concatenate(outliers_of(*jnp.split(stored, 2, axis=-1)), axis=-1)
         for i in range(self.count):
             here = jnp.arange(self._length) == index[..., i, None]
@@ -123,18 +151,28 @@ class Outliers(PlainXLA):
 
     def _packed(self, numbers: Array) -> Array:
         """`[..., vectors, count]` as rows of T lanes."""
-        return jnp.swapaxes(numbers, -1, -2) if self.axis == "token" else as_rows(numbers, self.tokens)
+        return (
+            jnp.swapaxes(numbers, -1, -2) if self.axis == "token" else as_rows(numbers, self.tokens)
+        )
 
     def _unpacked(self, rows: Array) -> Array:
-        return jnp.swapaxes(rows, -1, -2) if self.axis == "token" else from_rows(rows, self.head_dim, self.count)
+        return (
+            jnp.swapaxes(rows, -1, -2)
+            if self.axis == "token"
+            else from_rows(rows, self.head_dim, self.count)
+        )
 
 
 def _in_order(index: Array, values: Array) -> tuple[Array, Array]:
-    """Indices, the larger value of each pair first, and the values as float16 arrays keep them; `[..., count]`, float32 values."""
+    """Indices, the larger value of each pair first, and the values as float16 arrays keep them;
+    `[..., count]`, float32 values.
+    """
     (first, second), (first_at, second_at) = (jnp.split(x, 2, axis=-1) for x in (values, index))
     turned = first < second  # where a codec ranks on a scale of its own
     larger, smaller = jnp.where(turned, second, first), jnp.where(turned, first, second)
-    index = jnp.concatenate([jnp.where(turned, second_at, first_at), jnp.where(turned, first_at, second_at)], axis=-1)
+    index = jnp.concatenate(
+        [jnp.where(turned, second_at, first_at), jnp.where(turned, first_at, second_at)], axis=-1
+    )
     return index, as_half(jnp.concatenate(outlier_bits(larger, smaller), axis=-1))
 
 

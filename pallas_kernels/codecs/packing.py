@@ -1,8 +1,9 @@
 """Plane packing of sub-byte codes along channels.
 
-A `b`-bit tensor of `d` channels has `n = 8 / b` planes. Byte row `r` holds channels `r, r + d/n, r + 2d/n, ...`, the lowest plane in the
-lowest bits. Unpacking is a shift and a mask of whole rows, and each plane is a plain matrix. Three bits are the rows of the lower two, then
-those of the upper one.
+A `b`-bit tensor of `d` channels has `n = 8 / b` planes. Byte row `r` holds channels `r, r + d/n, r
++ 2d/n, ...`, the lowest plane in the lowest bits. Unpacking is a shift and a mask of whole rows,
+and each plane is a plain matrix. Three bits are the rows of the lower two, then those of the upper
+one.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,9 @@ def fills_bytes(bits: int, codes: int) -> bool:
 
 
 def pack_planes(codes: Array, bits: int) -> Array:
-    """Pack codes `[..., d, T]` (integers below `2**bits`) into uint8 rows `[..., d * bits / 8, T]`."""
+    """Pack codes `[..., d, T]` (integers below `2**bits`) into uint8 rows `[..., d * bits / 8,
+    T]`.
+    """
     if bits == 3:
         return jnp.concatenate([pack_planes(codes & 3, 2), pack_planes(codes >> 2, 1)], axis=-2)
     planes = jnp.split(codes.astype(jnp.uint8), 8 // bits, axis=-2)
@@ -46,7 +49,9 @@ def unpack_planes(packed: Array, bits: int) -> Array:
 
 
 def code_of(number: Array, bits: int, codes: int, byte: Callable[[Array], Array]) -> Array:
-    """Codes int32 `[m, n]` of the numbers `[m]` out of `codes` packed ones; `byte` reads payload rows `[m]` as int32 `[m, n]`."""
+    """Codes int32 `[m, n]` of the numbers `[m]` out of `codes` packed ones; `byte` reads payload
+    rows `[m]` as int32 `[m, n]`.
+    """
     if bits == 3:
         upper = code_of(number, 1, codes, lambda row: byte(packed_rows(2, codes) + row))
         return code_of(number, 2, codes, byte) | upper << 2
@@ -55,7 +60,9 @@ def code_of(number: Array, bits: int, codes: int, byte: Callable[[Array], Array]
 
 
 def pack_tiles(tiles: Sequence[Tile], codes: Sequence[Array], bits: int) -> dict[int, Array]:
-    """Codes (int32 `[channels, T]`) of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row once."""
+    """Codes (int32 `[channels, T]`) of all tiles to `{first payload row: bytes int32 [channels,
+    T]}`, every payload row once.
+    """
     width, packed = packed_rows(bits, tiles[-1].channel + tiles[-1].channels), {}
     for tile, code in zip(tiles, codes, strict=True):
         (row,) = tile.rows

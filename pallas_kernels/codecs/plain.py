@@ -7,7 +7,9 @@ from jax import Array
 
 
 class PlainXLA(ABC):
-    """A codec whose products are taken with what `decode` gives. Frozen dataclasses derive from it."""
+    """A codec whose products are taken with what `decode` gives. Frozen dataclasses derive from
+    it.
+    """
 
     in_kernels = False  # the native, Triton and TPU kernels do not know it
     in_decode_kernels = False  # nor does their decode attention
@@ -24,7 +26,9 @@ class PlainXLA(ABC):
 
     @abstractmethod
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """A block `[..., d, T]` to payload uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows, T]`."""
+        """A block `[..., d, T]` to payload uint8 `[..., rows, T]` and metadata float16 `[...,
+        meta_rows, T]`.
+        """
 
     @abstractmethod
     def decode(self, payload: Array, meta: Array) -> Array:
@@ -40,6 +44,8 @@ class PlainXLA(ABC):
         return jnp.einsum("...Gc,...ct->...Gt", q, self.decode(payload, meta))
 
     def value_mix(self, p: Array, payload: Array, meta: Array, valid: Array) -> Array:
-        """Weights `p [..., G, T]` times the decoded block, `[..., G, d]`; tokens not `valid [..., T]` count as zeros."""
+        """Weights `p [..., G, T]` times the decoded block, `[..., G, d]`; tokens not `valid [...,
+        T]` count as zeros.
+        """
         values = jnp.where(valid[..., None, :], self.decode(payload, meta), 0)
         return jnp.einsum("...Gt,...ct->...Gc", p, values)

@@ -1,7 +1,9 @@
-"""Scales, zero points and other numbers beside codes, 16 bits each: float16 where that holds them, else bfloat16 (docs/design.md 2).
+"""Scales, zero points and other numbers beside codes, 16 bits each: float16 where that holds them,
+else bfloat16 (docs/design.md 2).
 
-A scale is never negative, so its sign bit says what it and the zero point beside it are: clear float16, set bfloat16. Numbers come as
-float16 arrays (XLA, Triton) or as their bits in int32 (TPU kernels, which know no float16), and are made as bits.
+A scale is never negative, so its sign bit says what it and the zero point beside it are: clear
+float16, set bfloat16. Numbers come as float16 arrays (XLA, Triton) or as their bits in int32 (TPU
+kernels, which know no float16), and are made as bits.
 """
 
 import jax.numpy as jnp
@@ -11,9 +13,12 @@ from .halves import float_to_half, half_to_float
 
 TOO_LARGE = 65520.0  # rounds to infinity in float16
 TOO_SMALL = 2.0**-16  # float16 has fewer bits than bfloat16 below
-SMALL_ZERO = 2.0**-8  # beside a scale that is too small; a zero point beyond is told better in float16
+# beside a scale that is too small; a zero point beyond is told better in float16
+SMALL_ZERO = 2.0**-8
 LEAST_OUTLIER = 2.0**-100  # below, float16 zeros do
-LIMIT = 2.0**119  # finite numbers saturate there, so that sums of a block's do not overflow; a stored range is finite as float16, too
+# finite numbers saturate there, so that sums of a block's do not overflow; a stored range is finite
+# as float16, too
+LIMIT = 2.0**119
 
 
 def scale_of(stored: Array) -> Array:
@@ -63,10 +68,12 @@ def pair_bits(scale: Array, zero: Array, wide: Array) -> tuple[Array, Array]:
 
 
 def grid(low: Array, high: Array, most: int) -> tuple[Array, Array, Array, Array]:
-    """Codes 0 to `most` over the range `low` to `high`: (scale, zero point) float32 that codes are made with, then as stored.
+    """Codes 0 to `most` over the range `low` to `high`: (scale, zero point) float32 that codes are
+    made with, then as stored.
 
-    Those that are stored in float16 are rounded to nearest afterwards, as the paper has it. In bfloat16 the zero point is rounded down
-    and the scale up, so that the range is covered, before codes are made: the error stays below half a scale.
+    Those that are stored in float16 are rounded to nearest afterwards, as the paper has it. In
+    bfloat16 the zero point is rounded down and the scale up, so that the range is covered, before
+    codes are made: the error stays below half a scale.
     """
     low, high = saturated(low), saturated(high)
     scale = (high - low) / most
@@ -78,7 +85,9 @@ def grid(low: Array, high: Array, most: int) -> tuple[Array, Array, Array, Array
 
 
 def outlier_bits(larger: Array, smaller: Array) -> tuple[Array, Array]:
-    """Two numbers as they are stored beside each other: float16 with the larger one first, or bfloat16 with the smaller one first."""
+    """Two numbers as they are stored beside each other: float16 with the larger one first, or
+    bfloat16 with the smaller one first.
+    """
     larger, smaller = saturated(larger), saturated(smaller)
     size = jnp.maximum(jnp.abs(larger), jnp.abs(smaller))
     wide = too_large(size) | ((size < TOO_SMALL) & (size > LEAST_OUTLIER))
@@ -102,25 +111,39 @@ def saturated(x: Array) -> Array:
 
 
 def nearest_bfloat16(x: Array) -> Array:
-    """The 16 bits of the nearest bfloat16 (half to even) to finite float32, as int32 below 65536."""
+    """The 16 bits of the nearest bfloat16 (half to even) to finite float32, as int32 below
+    65536.
+    """
     bits = lax.bitcast_convert_type(x, jnp.int32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
 
 
 def unit_of(size: Array) -> tuple[Array, Array]:
-    """The largest power of two up to float32 `size`, from 2**-100 to 2**120, and its reciprocal: products with them round nothing."""
-    exponent = jnp.clip(lax.bitcast_convert_type(size, jnp.int32) & 0x7F800000, (127 - 100) << 23, (127 + 120) << 23)
-    return lax.bitcast_convert_type(exponent, jnp.float32), lax.bitcast_convert_type((254 << 23) - exponent, jnp.float32)
+    """The largest power of two up to float32 `size`, from 2**-100 to 2**120, and its reciprocal:
+    products with them round nothing.
+    """
+    exponent = jnp.clip(
+        lax.bitcast_convert_type(size, jnp.int32) & 0x7F800000, (127 - 100) << 23, (127 + 120) << 23
+    )
+    return lax.bitcast_convert_type(exponent, jnp.float32), lax.bitcast_convert_type(
+        (254 << 23) - exponent, jnp.float32
+    )
 
 
 def length(x: Array, axis: int = -1) -> Array:
-    """The Euclidean norm of float32 `x` along an axis, which stays; squares neither overflow nor vanish."""
+    """The Euclidean norm of float32 `x` along an axis, which stays; squares neither overflow nor
+    vanish.
+    """
     unit, inverse = unit_of(jnp.abs(x).max(axis=axis, keepdims=True))
     return unit * jnp.linalg.norm(x * inverse, axis=axis, keepdims=True)
 
 
 def _bits(stored: Array) -> Array:
-    return lax.bitcast_convert_type(stored, jnp.int16).astype(jnp.int32) if stored.dtype == jnp.float16 else stored
+    return (
+        lax.bitcast_convert_type(stored, jnp.int16).astype(jnp.int32)
+        if stored.dtype == jnp.float16
+        else stored
+    )
 
 
 def _from_half(stored: Array) -> Array:

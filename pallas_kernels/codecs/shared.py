@@ -1,4 +1,6 @@
-"""One direction for the vectors of two layers, and the norm of each (MiniCache, arXiv:2405.14366): plain XLA only."""
+"""One direction for the vectors of two layers, and the norm of each (MiniCache, arXiv:2405.14366):
+plain XLA only.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -15,10 +17,11 @@ SMALL = 1e-3  # sines below which SLERP becomes a line: float32 knows angles fro
 
 @dataclass(frozen=True)
 class Shared(PlainXLA):
-    """Codec of one tensor (K or V) of two layers: `inner` keeps the direction half-way between both, metadata the two norms (`scales`).
+    """Codec of one tensor (K or V) of two layers: `inner` keeps the direction half-way between
+    both, metadata the two norms (`scales`).
 
-    A block that is encoded is `[..., 2 * head_dim, T]`, the channels of the first layer above those of the second. What is decoded
-    `[..., head_dim, T]` is the vector of one of them.
+    A block that is encoded is `[..., 2 * head_dim, T]`, the channels of the first layer above those
+    of the second. What is decoded `[..., head_dim, T]` is the vector of one of them.
 
     Attributes:
         inner: codec of the direction.
@@ -61,9 +64,13 @@ class Shared(PlainXLA):
         return self.inner.key_logits(q, payload, inner) * norm
 
     def value_mix(self, p: Array, payload: Array, meta: Array, valid: Array) -> Array:
-        """Weights `p [..., G, T]` times the decoded block, `[..., G, d]`; tokens not `valid [..., T]` are never read."""
+        """Weights `p [..., G, T]` times the decoded block, `[..., G, d]`; tokens not `valid [...,
+        T]` are never read.
+        """
         inner, norm = self._split(meta)
-        return self.inner.value_mix(p * jnp.where(valid[..., None, :], norm, 0), payload, inner, valid)
+        return self.inner.value_mix(
+            p * jnp.where(valid[..., None, :], norm, 0), payload, inner, valid
+        )
 
     def _split(self, meta: Array) -> tuple[Array, Array]:
         """Metadata of `inner`, and the layer's norms float32 `[..., 1, T]`."""
@@ -72,19 +79,27 @@ class Shared(PlainXLA):
 
 
 def shared_format(fmt: KVFormat, t: float) -> KVFormat:
-    """How tokens of two layers are stored as one: directions as `fmt` stores one layer's tokens, at `t` between both layers."""
+    """How tokens of two layers are stored as one: directions as `fmt` stores one layer's tokens, at
+    `t` between both layers.
+    """
     key, value = (cast(Any, Shared(codec, t)) for codec in (fmt.key, fmt.value))
     return KVFormat(key, value, name=f"shared {fmt.name}")
 
 
 def read_by(fmt: KVFormat, which: int | Array) -> KVFormat:
-    """A shared format as the first (0) or the second (1) of the layers reads it; any other as it is."""
-    key, value = (replace(codec, reads=which) if isinstance(codec, Shared) else codec for codec in (fmt.key, fmt.value))
+    """A shared format as the first (0) or the second (1) of the layers reads it; any other as it
+    is.
+    """
+    key, value = (
+        replace(codec, reads=which) if isinstance(codec, Shared) else codec
+        for codec in (fmt.key, fmt.value)
+    )
     return replace(fmt, key=key, value=value)
 
 
 def between(x: Array, y: Array, t: float) -> Array:
-    """Unit vector at `t` on the arc from the direction of `x` to that of `y`, both `[..., d, T]` (SLERP).
+    """Unit vector at `t` on the arc from the direction of `x` to that of `y`, both `[..., d, T]`
+    (SLERP).
 
     On the line between the two where they are parallel or opposite.
     """
@@ -99,7 +114,9 @@ def between(x: Array, y: Array, t: float) -> Array:
 
 
 def angle(x: Array, y: Array) -> Array:
-    """Angle in radians between `x` and `y [..., d, T]`, float32 `[..., 1, T]`; a right one where one is zero."""
+    """Angle in radians between `x` and `y [..., d, T]`, float32 `[..., 1, T]`; a right one where
+    one is zero.
+    """
     return jnp.arccos(jnp.clip((_unit(x) * _unit(y)).sum(axis=-2, keepdims=True), -1.0, 1.0))
 
 

@@ -18,7 +18,9 @@ from .scales import as_half
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of one program: all channels of `tokens` (a power of two that divides T) tokens of one block, in registers."""
+    """Sizes of one program: all channels of `tokens` (a power of two that divides T) tokens of one
+    block, in registers.
+    """
 
     tokens: int
     warps: int
@@ -30,7 +32,14 @@ class Blocks:
         return Blocks(tokens, max(1, min(8, head_dim * tokens // 2**10)))
 
 
-def encode(fmt: KVFormat, k: Array, v: Array, *, interpret: bool | Literal["checked"], blocks: Blocks | None = None) -> Block:
+def encode(
+    fmt: KVFormat,
+    k: Array,
+    v: Array,
+    *,
+    interpret: bool | Literal["checked"],
+    blocks: Blocks | None = None,
+) -> Block:
     """`encode` of api.py on GPUs.
 
     Raises:
@@ -42,12 +51,16 @@ def encode(fmt: KVFormat, k: Array, v: Array, *, interpret: bool | Literal["chec
 
 
 def _encode(k_ref: Any, v_ref: Any, *refs: Any, fmt: KVFormat) -> None:
-    """Encode some tokens of one block, K then V `[d, tokens]` to a `Block` of Refs (DiffKV, arXiv 2412.03131 sec. 5.1).
+    """Encode some tokens of one block, K then V `[d, tokens]` to a `Block` of Refs (DiffKV, arXiv
+    2412.03131 sec. 5.1).
 
     Reads 2 d values a token, writes `fmt.token_bytes(d)` bytes a token.
     """
     out = parts_of(fmt, refs)
-    for codec, values, payload, meta in ((fmt.key, k_ref, out.k_payload, out.k_meta), (fmt.value, v_ref, out.v_payload, out.v_meta)):
+    for codec, values, payload, meta in (
+        (fmt.key, k_ref, out.k_payload, out.k_meta),
+        (fmt.value, v_ref, out.v_payload, out.v_meta),
+    ):
         _write(*encode_block(codec, values.shape[0], _tile_of(values)), payload, meta)
 
 
@@ -56,7 +69,12 @@ def _tile_of(values: Any) -> Callable:
 
 
 def demote(
-    source: KVFormat, target: KVFormat, block: Block, *, interpret: bool | Literal["checked"], blocks: Blocks | None = None
+    source: KVFormat,
+    target: KVFormat,
+    block: Block,
+    *,
+    interpret: bool | Literal["checked"],
+    blocks: Blocks | None = None,
 ) -> Block:
     """`demote` of api.py on GPUs.
 
@@ -65,7 +83,9 @@ def demote(
     """
     count, rows, tokens = block.k_payload.shape
     head_dim = head_dim_of(source.key, rows)
-    _check_powers_of_two((count, head_dim, tokens), (source.key, target.key), (source.value, target.value))
+    _check_powers_of_two(
+        (count, head_dim, tokens), (source.key, target.key), (source.value, target.value)
+    )
     blocks = Blocks.choose(head_dim, tokens) if blocks is None else blocks
     kernel = partial(_demote, source=source, target=target, head_dim=head_dim)
     operands = tuple(x for x in block if x.shape[1])
@@ -73,7 +93,8 @@ def demote(
 
 
 def _demote(*refs: Any, source: KVFormat, target: KVFormat, head_dim: int) -> None:
-    """Requantise some tokens of one block: Refs of a `Block` of `source` (without empty metadata), then of `target`.
+    """Requantise some tokens of one block: Refs of a `Block` of `source` (without empty metadata),
+    then of `target`.
 
     Reads `source.token_bytes(d)` and writes `target.token_bytes(d)` bytes a token.
     """
@@ -89,8 +110,14 @@ def _demote(*refs: Any, source: KVFormat, target: KVFormat, head_dim: int) -> No
             lambda row: meta[row, :],
         )
 
-    _write(*requantise(source.key, target.key, old.k_payload, old.k_meta), new.k_payload, new.k_meta)
-    _write(*requantise(source.value, target.value, old.v_payload, old.v_meta), new.v_payload, new.v_meta)
+    _write(
+        *requantise(source.key, target.key, old.k_payload, old.k_meta), new.k_payload, new.k_meta
+    )
+    _write(
+        *requantise(source.value, target.value, old.v_payload, old.v_meta),
+        new.v_payload,
+        new.v_meta,
+    )
 
 
 def _write(planes: Planes, metadata: Meta, payload: Any, meta: Any) -> None:
@@ -100,13 +127,25 @@ def _write(planes: Planes, metadata: Meta, payload: Any, meta: Any) -> None:
         meta[row, :] = as_half(value)
 
 
-def _call(kernel: Callable, fmt: KVFormat, operands: tuple, blocks: Blocks, interpret, name: str, head_dim: int | None = None) -> Block:
-    """Run a kernel over `[count, rows, T]` operands to a block of `fmt`: one program for `blocks.tokens` tokens of a block."""
+def _call(
+    kernel: Callable,
+    fmt: KVFormat,
+    operands: tuple,
+    blocks: Blocks,
+    interpret,
+    name: str,
+    head_dim: int | None = None,
+) -> Block:
+    """Run a kernel over `[count, rows, T]` operands to a block of `fmt`: one program for
+    `blocks.tokens` tokens of a block.
+    """
     count, first_rows, tokens = operands[0].shape
     head_dim = first_rows if head_dim is None else head_dim
     rows = fmt.key.rows(head_dim), fmt.value.rows(head_dim)
     meta_rows = [n for n in (fmt.key.meta_rows, fmt.value.meta_rows) if n]
-    shapes = [((count, n, tokens), jnp.uint8) for n in rows] + [((count, n, tokens), jnp.float16) for n in meta_rows]
+    shapes = [((count, n, tokens), jnp.uint8) for n in rows] + [
+        ((count, n, tokens), jnp.float16) for n in meta_rows
+    ]
 
     def of_program(rows: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, rows, blocks.tokens), lambda block, piece: (block, 0, piece))
@@ -128,9 +167,13 @@ def _call(kernel: Callable, fmt: KVFormat, operands: tuple, blocks: Blocks, inte
 def _check_powers_of_two(shape: tuple[int, ...], *codecs: tuple[Codec, ...]) -> None:
     _, head_dim, tokens = shape
     sizes = {tile.channels for first, *others in codecs for tile in first.tiles(head_dim, *others)}
-    for name, size in [("tokens a block", tokens), *(("channels of a tile", size) for size in sorted(sizes))]:
+    for name, size in [
+        ("tokens a block", tokens),
+        *(("channels of a tile", size) for size in sorted(sizes)),
+    ]:
         if size & (size - 1):
             raise ValueError(
-                f"{name}={size} (head_dim={head_dim}, {codecs}) must be a power of two for Triton; choose other groups or formats, or use "
+                f"{name}={size} (head_dim={head_dim}, {codecs}) must be a power of two for "
+                f"Triton; choose other groups or formats, or use "
                 "implementation='xla'"
             )

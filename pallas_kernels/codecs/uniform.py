@@ -1,4 +1,6 @@
-"""Uniform asymmetric quantisation per token and channel group (DiffKV, arXiv 2412.03131 sec. 5.1; docs/design.md 1)."""
+"""Uniform asymmetric quantisation per token and channel group (DiffKV, arXiv 2412.03131 sec. 5.1;
+docs/design.md 1).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +20,11 @@ BITS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Uniform:
-    """Codec of one tensor (K or V): `bits` a channel, `groups` of contiguous channels with their own scale and zero point.
+    """Codec of one tensor (K or V): `bits` a channel, `groups` of contiguous channels with their
+    own scale and zero point.
 
-    A block is `[..., head_dim, T]`; its payload is uint8 `[..., rows, T]` and its metadata float16 `[..., 2 * groups, T]`, all scales
-    first, then all zero points, as `scales` keeps them.
+    A block is `[..., head_dim, T]`; its payload is uint8 `[..., rows, T]` and its metadata float16
+    `[..., 2 * groups, T]`, all scales first, then all zero points, as `scales` keeps them.
     """
 
     bits: int
@@ -45,7 +48,8 @@ class Uniform:
         """Payload rows (bytes a token) of one block."""
         if (head_dim * self.bits) % 8 or head_dim % self.groups:
             raise ValueError(
-                f"head_dim={head_dim} must be a multiple of groups={self.groups} and of {8 // self.bits}, the channels in a byte at "
+                f"head_dim={head_dim} must be a multiple of groups={self.groups} and of "
+                f"{8 // self.bits}, the channels in a byte at "
                 f"{self.bits} bits; choose other groups or bits"
             )
         return packed_rows(self.bits, head_dim)
@@ -56,9 +60,13 @@ class Uniform:
         return 2 * self.groups
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """Quantise `[..., d, T]` to (payload, metadata). Rounds half to even with the scale and zero point of `scales.grid`."""
+        """Quantise `[..., d, T]` to (payload, metadata). Rounds half to even with the scale and
+        zero point of `scales.grid`.
+        """
         grouped = _grouped(x.astype(jnp.float32), self.groups)  # [..., groups, d / groups, T]
-        scale, zero, *stored = scales.grid(grouped.min(axis=-2), grouped.max(axis=-2), 2**self.bits - 1)
+        scale, zero, *stored = scales.grid(
+            grouped.min(axis=-2), grouped.max(axis=-2), 2**self.bits - 1
+        )
         step = jnp.where(scale > 0, scale, 1.0)
         codes = jnp.round((grouped - zero[..., None, :]) / step[..., None, :])
         codes = jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8).reshape(x.shape)
@@ -72,7 +80,9 @@ class Uniform:
         return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
     def key_logits(self, q: Array, payload: Array, meta: Array) -> Array:
-        """`q [..., G, d]` times the decoded block, `[..., G, T]`; scale and zero point applied outside the dot product."""
+        """`q [..., G, d]` times the decoded block, `[..., G, T]`; scale and zero point applied
+        outside the dot product.
+        """
         scale, zero = self._scale_zero(meta)
         codes = _grouped(unpack_planes(payload, self.bits).astype(jnp.float32), self.groups)
         q = q.reshape(*q.shape[:-1], self.groups, -1)
@@ -81,7 +91,9 @@ class Uniform:
         return (dots * scale[..., None, :] + sums[..., None] * zero[..., None, :]).sum(axis=-3)
 
     def value_mix(self, p: Array, payload: Array, meta: Array, valid: Array) -> Array:
-        """Weights `p [..., G, T]` times the decoded block, `[..., G, d]`; tokens not `valid [..., T]` are never read."""
+        """Weights `p [..., G, T]` times the decoded block, `[..., G, d]`; tokens not `valid [...,
+        T]` are never read.
+        """
         scale, zero = self._scale_zero(jnp.where(valid[..., None, :], meta, 0))
         codes = _grouped(unpack_planes(payload, self.bits).astype(jnp.float32), self.groups)
         weights = p[..., None, :, :] * scale[..., :, None, :]  # [..., groups, G, T]
@@ -90,10 +102,11 @@ class Uniform:
         return mixed.reshape(*mixed.shape[:-2], -1)
 
     def demote(self, target: "Uniform", payload: Array, meta: Array) -> tuple[Array, Array]:
-        """Requantise to `target` (same groups, no more bits) on the integer codes alone; equals quantising the decoded block.
+        """Requantise to `target` (same groups, no more bits) on the integer codes alone; equals
+        quantising the decoded block.
 
-        The extremes of a group are codes 0 and `2**bits - 1`, so both tiers share the zero point and the scales differ by the
-        whole factor `r = (2**bits - 1) / (2**target.bits - 1)`.
+        The extremes of a group are codes 0 and `2**bits - 1`, so both tiers share the zero point
+        and the scales differ by the whole factor `r = (2**bits - 1) / (2**target.bits - 1)`.
         """
         ratio = (2**self.bits - 1) // (2**target.bits - 1)
         if ratio == 1:
@@ -104,7 +117,11 @@ class Uniform:
 
     def can_demote_to(self, target) -> TypeGuard["Uniform"]:
         """Whether `demote` applies: same groups, no more bits."""
-        return isinstance(target, Uniform) and target.groups == self.groups and target.bits <= self.bits
+        return (
+            isinstance(target, Uniform)
+            and target.groups == self.groups
+            and target.bits <= self.bits
+        )
 
     def plane_channels(self, head_dim: int) -> int:
         """Channels that one byte plane holds."""
@@ -116,18 +133,29 @@ class Uniform:
         return self.groups
 
     def tiles(self, head_dim: int, *others) -> tuple[Tile, ...]:
-        """The tiles of a block, cut so that the blocks of the codecs `others` have the same channels in theirs."""
+        """The tiles of a block, cut so that the blocks of the codecs `others` have the same
+        channels in theirs.
+        """
         points = cut_points(head_dim, (self, *others))
         width, group = self.plane_channels(head_dim), head_dim // self.groups
         return tuple(
             Tile(
-                a, b - a, (a % width,), a // group, self.groups + a // group, partial(_plane, shift=a // width * self.bits, bits=self.bits)
+                a,
+                b - a,
+                (a % width,),
+                a // group,
+                self.groups + a // group,
+                partial(_plane, shift=a // width * self.bits, bits=self.bits),
             )
             for a, b in zip(points, points[1:], strict=False)
         )
 
-    def encode_tiles(self, tiles: Sequence[Tile], values: Sequence[Array]) -> tuple[list[Array], dict[int, Array]]:
-        """`encode` tile by tile: values float32 `[channels, T]` to codes (int32, same shapes) and `{metadata row: bits int32 [T]}`."""
+    def encode_tiles(
+        self, tiles: Sequence[Tile], values: Sequence[Array]
+    ) -> tuple[list[Array], dict[int, Array]]:
+        """`encode` tile by tile: values float32 `[channels, T]` to codes (int32, same shapes) and
+        `{metadata row: bits int32 [T]}`.
+        """
         most = 2**self.bits - 1
         low, high, meta = {}, {}, {}
         for tile, x in zip(tiles, values, strict=True):
@@ -136,7 +164,9 @@ class Uniform:
             high[group] = jnp.maximum(high[group], largest) if group in high else largest
         zeros, steps = {}, {}
         for group, least in low.items():
-            scale, zeros[group], meta[group], meta[self.groups + group] = scales.grid(least, high[group], most)
+            scale, zeros[group], meta[group], meta[self.groups + group] = scales.grid(
+                least, high[group], most
+            )
             steps[group] = jnp.where(scale > 0, scale, 1.0)
         codes = []
         for tile, x in zip(tiles, values, strict=True):
@@ -145,15 +175,23 @@ class Uniform:
             codes.append(jnp.clip(code, 0.0, float(most)).astype(jnp.int32))
         return codes, meta
 
-    def demote_tiles(self, target: "Uniform", codes: Sequence[Array], meta: dict[int, Array]) -> tuple[list[Array], dict[int, Array]]:
-        """`demote` tile by tile: int32 codes and `{metadata row: [T]}` of this codec to those of `target`, its metadata as bits."""
+    def demote_tiles(
+        self, target: "Uniform", codes: Sequence[Array], meta: dict[int, Array]
+    ) -> tuple[list[Array], dict[int, Array]]:
+        """`demote` tile by tile: int32 codes and `{metadata row: [T]}` of this codec to those of
+        `target`, its metadata as bits.
+        """
         ratio, numbers = (2**self.bits - 1) // (2**target.bits - 1), {}
         for row in range(self.groups):
-            numbers[row], numbers[self.groups + row] = _demoted(meta[row], meta[self.groups + row], ratio)
+            numbers[row], numbers[self.groups + row] = _demoted(
+                meta[row], meta[self.groups + row], ratio
+            )
         return [(code + ratio // 2) // ratio for code in codes], numbers
 
     def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
-        """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row once."""
+        """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row
+        once.
+        """
         return pack_tiles(tiles, codes, self.bits)
 
     def _scale_zero(self, meta: Array) -> tuple[Array, Array]:
@@ -163,10 +201,12 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Grouped:
-    """`Uniform` with groups of `channels` contiguous channels, at most all: what `for_block` gives once head_dim is known.
+    """`Uniform` with groups of `channels` contiguous channels, at most all: what `for_block` gives
+    once head_dim is known.
 
-    `as_tokens`: beside keys a channel of which T tokens share numbers (KIVI). Where the two group sizes are one number, `channels` = T, it
-    need not divide head_dim: the nearest divisor is taken (`nearest_divisor`).
+    `as_tokens`: beside keys a channel of which T tokens share numbers (KIVI). Where the two group
+    sizes are one number, `channels` = T, it need not divide head_dim: the nearest divisor is taken
+    (`nearest_divisor`).
     """
 
     bits: int
@@ -179,7 +219,9 @@ class Grouped:
     def __post_init__(self):
         Uniform(self.bits)  # checks them
         if self.channels < 1:
-            raise ValueError(f"channels={self.channels} of a group must be at least 1, as in 'K4g32V4g32'")
+            raise ValueError(
+                f"channels={self.channels} of a group must be at least 1, as in 'K4g32V4g32'"
+            )
 
     def for_block(self, head_dim: int, tokens: int) -> Uniform:
         """The codec of blocks with `head_dim` channels."""
@@ -188,14 +230,17 @@ class Grouped:
             channels = nearest_divisor(head_dim, channels)
         if head_dim % channels:
             raise ValueError(
-                f"head_dim={head_dim} must be a multiple of the groups' channels={self.channels}, as in 'K4g32V4g32'; groups of "
+                f"head_dim={head_dim} must be a multiple of the groups' channels={self.channels}, "
+                f"as in 'K4g32V4g32'; groups of "
                 f"{nearest_divisor(head_dim, channels)} would do"
             )
         return Uniform(self.bits, head_dim // channels)
 
 
 def nearest_divisor(head_dim: int, channels: int) -> int:
-    """The largest divisor of `head_dim` from half of `channels` to `channels`; where there is none, the smallest one above."""
+    """The largest divisor of `head_dim` from half of `channels` to `channels`; where there is none,
+    the smallest one above.
+    """
     divisors = [n for n in range(1, head_dim + 1) if head_dim % n == 0]
     below = [n for n in divisors if channels <= 2 * n <= 2 * channels]
     return below[-1] if below else next(n for n in divisors if n > channels or n == head_dim)
@@ -203,7 +248,11 @@ def nearest_divisor(head_dim: int, channels: int) -> int:
 
 def _demoted(scale: Array, zero: Array, ratio: int) -> tuple[Array, Array]:
     """Bits of the stored numbers of a scale that is `ratio` times as large."""
-    scale, zero, was_wide = scales.scale_of(scale) * float(ratio), scales.zero_of(scale, zero), scales.is_wide(scale)
+    scale, zero, was_wide = (
+        scales.scale_of(scale) * float(ratio),
+        scales.zero_of(scale, zero),
+        scales.is_wide(scale),
+    )
     return scales.pair_bits(scale, zero, was_wide | scales.too_large(scale))
 
 

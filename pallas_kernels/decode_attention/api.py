@@ -22,15 +22,19 @@ def decode_attention(
     sliding: Sliding | None = None,
     kernels: Kernels = XLA,
 ) -> tuple[Array, Array, Array]:
-    """Softmax attention of `q [B, G, d]` over every token its KV head holds; the pages are read and unpacked once for all G query heads.
+    """Softmax attention of `q [B, G, d]` over every token its KV head holds; the pages are read and
+    unpacked once for all G query heads.
 
     DiffKV, arXiv 2412.03131 sec. 4 (significance) and 6 (attention over two precisions).
 
     Args:
-        q: float32 or bfloat16; the kernels multiply in this type and add in float32, the reference does all in float32.
+        q: float32 or bfloat16; the kernels multiply in this type and add in float32, the reference
+            does all in float32.
         pages: the pool; only `significance` changes.
-        layout: static geometry of the pages; for plain XLA, learned codecs hold the tables of the layer's heads.
-        heads: page tables, lengths, recent windows, and the learned tables that kernels read; what lies beyond the lengths is never used.
+        layout: static geometry of the pages; for plain XLA, learned codecs hold the tables of the
+            layer's heads.
+        heads: page tables, lengths, recent windows, and the learned tables that kernels read; what
+            lies beyond the lengths is never used.
         max_len: bounds the tokens of a head.
         sm_scale: factor of the dot products.
         logits_soft_cap: `cap * tanh(logit / cap)` when given.
@@ -38,9 +42,19 @@ def decode_attention(
         kernels: which implementation runs.
 
     Returns:
-        The output float32 `[B, G, d]`, zeros where a head holds nothing; the pool's significance float32 `[num_pages, blocks, T]` with
-        this step's probabilities added (normalised over all tokens, then maximum or mean over the G query heads: `layout.group`); the
-        recent tokens' probabilities float32 `[B, window + flush]` likewise (zeros when the layout is not scored).
+        The output float32 `[B, G, d]`, zeros where a head holds nothing; the pool's significance
+        float32 `[num_pages, blocks, T]` with this step's probabilities added (normalised over all
+        tokens, then maximum or mean over the G query heads: `layout.group`); the recent tokens'
+        probabilities float32 `[B, window + flush]` likewise (zeros when the layout is not scored).
     """
     attend = kernels.function(__name__, "decode_attention", reference.decode_attention)
-    return attend(q, pages, layout, heads, max_len=max_len, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, sliding=sliding)
+    return attend(
+        q,
+        pages,
+        layout,
+        heads,
+        max_len=max_len,
+        sm_scale=sm_scale,
+        logits_soft_cap=logits_soft_cap,
+        sliding=sliding,
+    )

@@ -21,11 +21,12 @@ def decode_attention(
     logits_soft_cap: float | None = None,
     sliding: Sliding | None = None,
 ) -> tuple[Array, Array, Array]:
-    """`decode_attention` of api.py. Reads each live page once and adds to the significance in place; multiplies in bfloat16 when q is
-    bfloat16 and the CPU has AVX512-BF16, else in float32.
+    """`decode_attention` of api.py. Reads each live page once and adds to the significance in
+    place; multiplies in bfloat16 when q is bfloat16 and the CPU has AVX512-BF16, else in float32.
 
     Raises:
-        ValueError or jax.errors.JaxRuntimeError: when run, for a length or page id that leads out of an array.
+        ValueError or jax.errors.JaxRuntimeError: when run, for a length or page id that leads out
+            of an array.
     """
     del max_len
     b, group, d = q.shape

@@ -17,11 +17,13 @@ from .mosaic_tpu_kernel import attend_head
 from .mosaic_tpu_stream import Plan
 from .reference import Heads, Sliding
 
-# VMEM that the kept logits and significance pages may take: half of the 16 MiB that a kernel gets on v4 to v5p
+# VMEM that the kept logits and significance pages may take: half of the 16 MiB that a kernel gets
+# on v4 to v5p
 SCORE_BYTES = 8 << 20
 # SMEM (1 MiB) that the page table and the lengths may take
 TABLE_BYTES = 768 << 10
-# Operands of which the kernel reads a part: XLA is told to leave them in HBM, else it may copy them whole to VMEM before the call
+# Operands of which the kernel reads a part: XLA is told to leave them in HBM, else it may copy them
+# whole to VMEM before the call
 LARGE = ("recent_k", "recent_v", "payload", "meta", "position", "old_significance")
 
 
@@ -30,9 +32,11 @@ class Blocks:
     """How the work is cut.
 
     Attributes:
-        tokens: that one step of the loop over a tier reads; rounded down to whole pages, at least one page.
+        tokens: that one step of the loop over a tier reads; rounded down to whole pages, at least
+            one page.
         buffers: steps whose pages are in VMEM at a time: one being read, the others on their way.
-        splits: equal shares of the heads that the cores of one chip may take (v4 and v5p have two); more than one does not hurt on others.
+        splits: equal shares of the heads that the cores of one chip may take (v4 and v5p have two);
+            more than one does not hurt on others.
     """
 
     tokens: int
@@ -41,11 +45,15 @@ class Blocks:
 
     @staticmethod
     def choose(layout: PageLayout, batch: int) -> "Blocks":
-        """8 blocks a step, 1024 tokens where T is 128; and 1 MiB on its way: what 0.8 to 2.8 TB/s deliver during a copy's latency."""
+        """8 blocks a step, 1024 tokens where T is 128; and 1 MiB on its way: what 0.8 to 2.8 TB/s
+        deliver during a copy's latency.
+        """
         tokens = max(8 * layout.tokens, max(map(layout.tokens_per_page, range(layout.tiers))))
         pages = tokens // layout.tokens_per_page(0)
         step_bytes = pages * layout.tokens * (layout.rows + 2 * layout.meta_rows)
-        return Blocks(tokens, min(8, max(2, 1 + -(-(1 << 20) // step_bytes))), 2 if batch % 2 == 0 else 1)
+        return Blocks(
+            tokens, min(8, max(2, 1 + -(-(1 << 20) // step_bytes))), 2 if batch % 2 == 0 else 1
+        )
 
 
 def decode_attention(
@@ -61,16 +69,20 @@ def decode_attention(
     interpret: bool | Literal["checked"],
     blocks: Blocks | None = None,
 ) -> tuple[Array, Array, Array]:
-    """`decode_attention` of api.py on TPU. The pool stays in HBM; `significance` is changed in place where the caller donates it.
+    """`decode_attention` of api.py on TPU. The pool stays in HBM; `significance` is changed in
+    place where the caller donates it.
 
     Raises:
-        ValueError: `max_len` tokens' logits or the page table are more than the chip's near memory is given for.
+        ValueError: `max_len` tokens' logits or the page table are more than the chip's near memory
+            is given for.
     """
     (batch, group, _), window = q.shape, None if sliding is None else sliding.size
     blocks = Blocks.choose(layout, batch) if blocks is None else blocks
     plan = Plan(
         layout=layout,
-        pages=tuple(max(1, blocks.tokens // layout.tokens_per_page(tier)) for tier in range(layout.tiers)),
+        pages=tuple(
+            max(1, blocks.tokens // layout.tokens_per_page(tier)) for tier in range(layout.tiers)
+        ),
         buffers=blocks.buffers,
         heads=batch // blocks.splits,
         max_pages=heads.page_table.shape[1],
@@ -81,12 +93,28 @@ def decode_attention(
     _check_memory(plan, batch, group, max_len, blocks)
     scalars = [heads.page_table, heads.tier_len, heads.recent_len, heads.layer.reshape(1)]
     scalars += [] if sliding is None else [sliding.position]
-    arrays: dict = dict(q=q, recent_k=heads.recent_k, recent_v=heads.recent_v, payload=pages.payload, meta=meta_as_bits(pages.meta))
-    arrays |= dict(position=pages.position, old_significance=pages.significance, tables=_tables(layout, heads))
-    arrays |= {} if layout.rope is None else dict(frequencies=jnp.asarray(layout.rope, jnp.float32)[:, None])
+    arrays: dict = dict(
+        q=q,
+        recent_k=heads.recent_k,
+        recent_v=heads.recent_v,
+        payload=pages.payload,
+        meta=meta_as_bits(pages.meta),
+    )
+    arrays |= dict(
+        position=pages.position, old_significance=pages.significance, tables=_tables(layout, heads)
+    )
+    arrays |= (
+        {}
+        if layout.rope is None
+        else dict(frequencies=jnp.asarray(layout.rope, jnp.float32)[:, None])
+    )
     if not interpret:
-        arrays |= {name: pltpu.with_memory_space_constraint(arrays[name], pltpu.HBM) for name in LARGE}
-    names, call = _build(plan, q, pages, heads, arrays["tables"], max_len, blocks, interpret, len(scalars))
+        arrays |= {
+            name: pltpu.with_memory_space_constraint(arrays[name], pltpu.HBM) for name in LARGE
+        }
+    names, call = _build(
+        plan, q, pages, heads, arrays["tables"], max_len, blocks, interpret, len(scalars)
+    )
     output, recent, *significance = call(*scalars, *(arrays[name] for name in names))
     return output, significance[0] if layout.scored else pages.significance, recent[:, 0]
 
@@ -94,16 +122,22 @@ def decode_attention(
 def _check_memory(plan: Plan, batch: int, group: int, max_len: int, blocks: Blocks) -> None:
     if batch % blocks.splits:
         raise ValueError(f"{blocks.splits=} must divide the {batch} heads")
-    score_bytes = sum(_padded_bytes(x.shape, x.dtype) for x in _score_scratch(plan, group, max_len).values())
+    score_bytes = sum(
+        _padded_bytes(x.shape, x.dtype) for x in _score_scratch(plan, group, max_len).values()
+    )
     if score_bytes > SCORE_BYTES:
         raise ValueError(
-            f"{max_len=} with {group} query heads a group needs {score_bytes} bytes of VMEM for the logits, and at most {SCORE_BYTES} are "
+            f"{max_len=} with {group} query heads a group needs {score_bytes} bytes of VMEM for "
+            f"the logits, and at most {SCORE_BYTES} are "
             "given; use implementation='xla' or a policy that does not score"
         )
-    table_bytes = _padded_bytes((batch, plan.max_pages), jnp.int32) + _padded_bytes((batch, plan.layout.tiers), jnp.int32)
+    table_bytes = _padded_bytes((batch, plan.max_pages), jnp.int32) + _padded_bytes(
+        (batch, plan.layout.tiers), jnp.int32
+    )
     if table_bytes > TABLE_BYTES:
         raise ValueError(
-            f"the page table of {batch} heads with {plan.max_pages} pages takes {table_bytes} bytes of SMEM, and at most {TABLE_BYTES} are "
+            f"the page table of {batch} heads with {plan.max_pages} pages takes {table_bytes} "
+            f"bytes of SMEM, and at most {TABLE_BYTES} are "
             "given; use fewer requests, a smaller max_len or implementation='xla'"
         )
 
@@ -118,11 +152,15 @@ def _padded_bytes(shape: tuple[int, ...], dtype) -> int:
 
 
 def _score_scratch(plan: Plan, group: int, max_len: int) -> dict:
-    """VMEM in which a head's logits and significance pages wait for the end of its softmax; empty when the layout is not scored."""
+    """VMEM in which a head's logits and significance pages wait for the end of its softmax; empty
+    when the layout is not scored.
+    """
     layout = plan.layout
     if not layout.scored:
         return {}
-    logit_blocks = -(-max_len // layout.tokens) + sum(n * b for n, b in zip(plan.pages, layout.blocks, strict=True))
+    logit_blocks = -(-max_len // layout.tokens) + sum(
+        n * b for n, b in zip(plan.pages, layout.blocks, strict=True)
+    )
     kept_pages = plan.max_pages + max(plan.pages)
     return dict(
         logits=pltpu.VMEM((logit_blocks, group, layout.tokens), jnp.float32),
@@ -131,15 +169,21 @@ def _score_scratch(plan: Plan, group: int, max_len: int) -> dict:
 
 
 def _tables(layout: PageLayout, heads: Heads) -> dict[tuple[int, int], Array]:
-    """Learned tables by tier and tensor `[L, KV heads, d or 1, levels]`, the levels in lanes; float16 as its bits in int16."""
+    """Learned tables by tier and tensor `[L, KV heads, d or 1, levels]`, the levels in lanes;
+    float16 as its bits in int16.
+    """
     found = {}
     for tier, tables in enumerate(heads.tables):
         for tensor, table in enumerate(tables):
             if table is None:
                 continue
-            bits = table if table.dtype == jnp.bfloat16 else lax.bitcast_convert_type(table, jnp.int16)
+            bits = (
+                table if table.dtype == jnp.bfloat16 else lax.bitcast_convert_type(table, jnp.int16)
+            )
             if bits.ndim == 5:  # codebooks [L, KV heads, d / channels, levels, channels]
-                bits = jnp.swapaxes(bits, -1, -2).reshape(*bits.shape[:2], layout.head_dim, bits.shape[3])
+                bits = jnp.swapaxes(bits, -1, -2).reshape(
+                    *bits.shape[:2], layout.head_dim, bits.shape[3]
+                )
             else:
                 bits = bits[:, :, None]
             found[tier, tensor] = bits
@@ -149,22 +193,41 @@ def _tables(layout: PageLayout, heads: Heads) -> dict[tuple[int, int], Array]:
 def _of_table(plan: Plan, table: Array) -> pl.BlockSpec:
     """The table of a head's layer and KV head."""
     kv_heads, block = table.shape[1], (None, None, *table.shape[2:])
-    return pl.BlockSpec(block, lambda core, step, *s: (s[3][0], lax.rem(core * plan.heads + step, kv_heads), 0, 0))
+    return pl.BlockSpec(
+        block, lambda core, step, *s: (s[3][0], lax.rem(core * plan.heads + step, kv_heads), 0, 0)
+    )
 
 
 def _whole_registers(rows: int, levels: int) -> tuple[int, int]:
     return rows, levels + -levels % LANES
 
 
-def _build(plan: Plan, q: Array, pages: Pages, heads: Heads, tables: dict, max_len: int, blocks: Blocks, interpret, num_scalars: int):
-    """The names of the kernel's array operands and the call `(*scalars, *operands) -> (output, recent scores[, significance])`."""
+def _build(
+    plan: Plan,
+    q: Array,
+    pages: Pages,
+    heads: Heads,
+    tables: dict,
+    max_len: int,
+    blocks: Blocks,
+    interpret,
+    num_scalars: int,
+):
+    """The names of the kernel's array operands and the call `(*scalars, *operands) -> (output,
+    recent scores[, significance])`.
+    """
     layout, (batch, group, head_dim), slots = plan.layout, q.shape, heads.recent_k.shape[2]
     hbm, used = pl.BlockSpec(memory_space=pltpu.HBM), max(plan.pages)
 
     def of_head(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *shape), lambda core, step, *_: (core * plan.heads + step, *(0 for _ in shape)))
+        return pl.BlockSpec(
+            (None, *shape), lambda core, step, *_: (core * plan.heads + step, *(0 for _ in shape))
+        )
 
-    recent = pl.BlockSpec((None, None, slots, head_dim), lambda core, step, *s: (s[3][0], core * plan.heads + step, 0, 0))
+    recent = pl.BlockSpec(
+        (None, None, slots, head_dim),
+        lambda core, step, *s: (s[3][0], core * plan.heads + step, 0, 0),
+    )
     inputs: dict = dict(q=of_head(group, head_dim), recent_k=recent, recent_v=recent, payload=hbm)
     scratch: dict = dict(
         payload_buffer=pltpu.VMEM((plan.buffers, used, layout.rows, layout.tokens), jnp.uint8),
@@ -173,23 +236,35 @@ def _build(plan: Plan, q: Array, pages: Pages, heads: Heads, tables: dict, max_l
     )
     if layout.meta_rows:
         inputs["meta"] = hbm
-        scratch["meta_buffer"] = pltpu.VMEM((plan.buffers, used, layout.meta_rows, layout.tokens), jnp.int16)
+        scratch["meta_buffer"] = pltpu.VMEM(
+            (plan.buffers, used, layout.meta_rows, layout.tokens), jnp.int16
+        )
     if plan.positions:
         inputs["position"] = hbm
-        scratch["position_buffer"] = pltpu.VMEM((plan.buffers, used, layout.side_rows, layout.tokens), pages.position.dtype)
+        scratch["position_buffer"] = pltpu.VMEM(
+            (plan.buffers, used, layout.side_rows, layout.tokens), pages.position.dtype
+        )
     outputs = dict(output=of_head(group, head_dim), recent_scores=of_head(1, slots))
-    shapes: list = [jax.ShapeDtypeStruct((batch, group, head_dim), jnp.float32), jax.ShapeDtypeStruct((batch, 1, slots), jnp.float32)]
+    shapes: list = [
+        jax.ShapeDtypeStruct((batch, group, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((batch, 1, slots), jnp.float32),
+    ]
     aliases = {}
     if layout.scored:
         aliases = {num_scalars + len(inputs): len(shapes)}
         inputs["old_significance"], outputs["significance"] = hbm, hbm
         shapes.append(pltpu.HBM(pages.significance.shape, jnp.float32))
-        scratch |= _score_scratch(plan, group, max_len) | dict(scores_read=pltpu.SemaphoreType.DMA, scores_written=pltpu.SemaphoreType.DMA)
+        scratch |= _score_scratch(plan, group, max_len) | dict(
+            scores_read=pltpu.SemaphoreType.DMA, scores_written=pltpu.SemaphoreType.DMA
+        )
     if layout.rope is not None:
         inputs["frequencies"] = pl.BlockSpec((head_dim // 2, 1), lambda *_: (0, 0))
     if tables:
         inputs["tables"] = {which: _of_table(plan, table) for which, table in tables.items()}
-        scratch["levels"] = {which: pltpu.VMEM(_whole_registers(*table.shape[2:]), jnp.float32) for which, table in tables.items()}
+        scratch["levels"] = {
+            which: pltpu.VMEM(_whole_registers(*table.shape[2:]), jnp.float32)
+            for which, table in tables.items()
+        }
     scalar_names = ("page_table", "tier_len", "recent_len", "layer", "query_position")[:num_scalars]
     call = pl.pallas_call(
         partial(attend_head, names=(*scalar_names, *inputs, *outputs, *scratch), plan=plan),
@@ -202,7 +277,9 @@ def _build(plan: Plan, q: Array, pages: Pages, heads: Heads, tables: dict, max_l
             scratch_shapes=list(scratch.values()),
         ),
         input_output_aliases=aliases,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True
+        ),
         cost_estimate=_cost(plan, batch, group, max_len),
         interpret=tpu_interpreter(interpret),
         name="decode_attention",
@@ -214,7 +291,11 @@ def _cost(plan: Plan, batch: int, group: int, max_len: int) -> pl.CostEstimate:
     """Of heads that hold `max_len` tokens of the highest tier."""
     layout, tokens = plan.layout, batch * max_len
     pages = batch * plan.layout.pages_for(0, max_len)
-    page_bytes = layout.tokens * (layout.rows + 2 * layout.meta_rows + (8 if layout.scored else 0) * layout.side_rows)
+    page_bytes = layout.tokens * (
+        layout.rows + 2 * layout.meta_rows + (8 if layout.scored else 0) * layout.side_rows
+    )
     return pl.CostEstimate(
-        flops=4 * group * layout.head_dim * tokens, transcendentals=(1 + layout.scored) * group * tokens, bytes_accessed=pages * page_bytes
+        flops=4 * group * layout.head_dim * tokens,
+        transcendentals=(1 + layout.scored) * group * tokens,
+        bytes_accessed=pages * page_bytes,
     )

@@ -15,32 +15,47 @@ from .stream import group_score, soft_cap
 
 
 class Softmax(NamedTuple):
-    """Softmax over part of the keys: maximum and sum of exponentials `[G, 1]`, output without its divisor `[G, d]`, float32."""
+    """Softmax over part of the keys: maximum and sum of exponentials `[G, 1]`, output without its
+    divisor `[G, d]`, float32.
+    """
 
     maximum: Array
     total: Array
     output: Array
 
     def add(self, logits: Array, mix: Callable[[Array], Array]) -> "Softmax":
-        """Take in keys with `logits [G, n]`, masked ones -inf; `mix(weights)` multiplies weights of that shape with the values."""
+        """Take in keys with `logits [G, n]`, masked ones -inf; `mix(weights)` multiplies weights of
+        that shape with the values.
+        """
         maximum = jnp.maximum(self.maximum, logits.max(axis=1, keepdims=True))
         safe = jnp.where(maximum == -jnp.inf, 0.0, maximum)
         weights, rescale = jnp.exp(logits - safe), jnp.exp(self.maximum - safe)
-        return Softmax(maximum, self.total * rescale + weights.sum(axis=1, keepdims=True), self.output * rescale + mix(weights))
+        return Softmax(
+            maximum,
+            self.total * rescale + weights.sum(axis=1, keepdims=True),
+            self.output * rescale + mix(weights),
+        )
 
     def normalised(self) -> tuple[Array, Array]:
-        """Output `[G, d]` and log-sum-exp `[G, 1]`; zeros and +inf where there was no key, so that `exp(logit - lse)` is 0."""
+        """Output `[G, d]` and log-sum-exp `[G, 1]`; zeros and +inf where there was no key, so that
+        `exp(logit - lse)` is 0.
+        """
         some = self.total > 0
         total = jnp.where(some, self.total, 1.0)
-        return self.output / total, jnp.where(some, jnp.where(some, self.maximum, 0.0) + jnp.log(total), jnp.inf)
+        return self.output / total, jnp.where(
+            some, jnp.where(some, self.maximum, 0.0) + jnp.log(total), jnp.inf
+        )
 
 
 def attend_head(*refs, names: tuple[str, ...], plan: Plan) -> None:
-    """One head: softmax attention of its G query heads over its window and its pages, then the significance of its pages.
+    """One head: softmax attention of its G query heads over its window and its pages, then the
+    significance of its pages.
 
-    DiffKV, arXiv 2412.03131 sec. 4 and 6. Of the pool it reads the head's live pages whole and once: payload, metadata, where needed
-    positions; when scored it reads their significance and writes it back, lanes that are not live with the bits they had.
-    Bytes of a page: T (rows + 2 meta_rows), when scored + 8 T blocks. Pages of later heads are on their way meanwhile (`Stream`).
+    DiffKV, arXiv 2412.03131 sec. 4 and 6. Of the pool it reads the head's live pages whole and
+    once: payload, metadata, where needed positions; when scored it reads their significance and
+    writes it back, lanes that are not live with the bits they had. Bytes of a page: T (rows + 2
+    meta_rows), when scored + 8 T blocks. Pages of later heads are on their way meanwhile
+    (`Stream`).
     """
     r = Refs(**dict(zip(names, refs, strict=True)))
     first = pl.program_id(0) * plan.heads
@@ -49,15 +64,23 @@ def attend_head(*refs, names: tuple[str, ...], plan: Plan) -> None:
     pl.when(head == first)(lambda: stream.open(first))
     for which, table in r.tables.items():
         numbers = table[...]
-        numbers = half_to_float(numbers.astype(jnp.int32)) if numbers.dtype == jnp.int16 else numbers.astype(jnp.float32)
+        numbers = (
+            half_to_float(numbers.astype(jnp.int32))
+            if numbers.dtype == jnp.int16
+            else numbers.astype(jnp.float32)
+        )
         r.levels[which][:, : table.shape[1]] = numbers  # no code names the lanes behind
 
     group, head_dim = r.q.shape
-    state = Softmax(jnp.full((group, 1), -jnp.inf), jnp.zeros((group, 1)), jnp.zeros((group, head_dim)))
+    state = Softmax(
+        jnp.full((group, 1), -jnp.inf), jnp.zeros((group, 1)), jnp.zeros((group, head_dim))
+    )
     recent_logits, mix = _recent(r, plan, head)
     state = state.add(recent_logits, mix)
     for tier in range(plan.layout.tiers):
-        state = lax.fori_loop(0, stream.chunks(head, tier), _chunk_step(r, plan, stream, head, tier), state)
+        state = lax.fori_loop(
+            0, stream.chunks(head, tier), _chunk_step(r, plan, stream, head, tier), state
+        )
     r.output[...], lse = state.normalised()
     if plan.layout.scored:
         r.recent_scores[...] = group_score(recent_logits, lse, plan.layout, keepdims=True)
@@ -76,7 +99,9 @@ def _recent(r: Refs, plan: Plan, head) -> tuple[Array, Callable[[Array], Array]]
     logits = soft_cap(matmul(r.q[...], r.recent_k[...], (1, 1)) * plan.sm_scale, plan.soft_cap)
     live = lax.broadcasted_iota(jnp.int32, (slots, 1), 0) < length
     values = jnp.where(live, r.recent_v[...].astype(jnp.float32), 0.0)
-    return jnp.where(seen, logits, -jnp.inf), lambda weights: matmul(weights.astype(r.q.dtype), values, (1, 0))
+    return jnp.where(seen, logits, -jnp.inf), lambda weights: matmul(
+        weights.astype(r.q.dtype), values, (1, 0)
+    )
 
 
 def _live(r: Refs, plan: Plan, head, tier: int, chunk) -> Array:
@@ -110,8 +135,13 @@ def _chunk_step(r: Refs, plan: Plan, stream: Stream, head, tier: int) -> Callabl
         if layout.scored:
             _read_scores(r, stream, head, tier, chunk)
         live = _live(r, plan, head, tier, chunk)
-        blocks = [StoredBlock(r, plan, tier, buffer, page, block) for page, block, _ in _blocks(plan, tier)]
-        logits = jnp.concatenate([logits_of(block, k_runs, queries, sums) for block in blocks], axis=1)
+        blocks = [
+            StoredBlock(r, plan, tier, buffer, page, block)
+            for page, block, _ in _blocks(plan, tier)
+        ]
+        logits = jnp.concatenate(
+            [logits_of(block, k_runs, queries, sums) for block in blocks], axis=1
+        )
         logits = jnp.where(live, soft_cap(logits * plan.sm_scale, plan.soft_cap), -jnp.inf)
         if plan.window is not None:
             position = jnp.concatenate([block.position() for block in blocks], axis=1)
@@ -123,9 +153,12 @@ def _chunk_step(r: Refs, plan: Plan, stream: Stream, head, tier: int) -> Callabl
 
         def mix(weights: Array) -> Array:
             parts = [
-                mix_of(b, v_runs, weights[:, t], live[:, t], r.q.dtype) for b, (_, _, t) in zip(blocks, _blocks(plan, tier), strict=True)
+                mix_of(b, v_runs, weights[:, t], live[:, t], r.q.dtype)
+                for b, (_, _, t) in zip(blocks, _blocks(plan, tier), strict=True)
             ]
-            return jnp.concatenate([sum(part[1:], start=part[0]) for part in zip(*parts, strict=True)], axis=1)
+            return jnp.concatenate(
+                [sum(part[1:], start=part[0]) for part in zip(*parts, strict=True)], axis=1
+            )
 
         return state.add(logits, mix)
 
@@ -137,14 +170,21 @@ def _read_scores(r: Refs, stream: Stream, head, tier: int, chunk) -> None:
     near = r.scores.at[lax.rem(head, 2)]
     first = stream.first_page(head, tier) + chunk * stream.plan.pages[tier]
     stream.each_page(
-        head, tier, chunk, lambda i, page: pltpu.make_async_copy(r.significance.at[page], near.at[first + i], r.scores_read).start()
+        head,
+        tier,
+        chunk,
+        lambda i, page: pltpu.make_async_copy(
+            r.significance.at[page], near.at[first + i], r.scores_read
+        ).start(),
     )
 
 
 def _score_pages(r: Refs, plan: Plan, stream: Stream, head, lse: Array) -> None:
-    """Add the probabilities of the kept logits to the significance of the head's pages and send it back to the pool.
+    """Add the probabilities of the kept logits to the significance of the head's pages and send it
+    back to the pool.
 
-    The head waits for what the head before it has sent, and only the last head of a core for its own.
+    The head waits for what the head before it has sent, and only the last head of a core for its
+    own.
     """
     near = r.scores.at[lax.rem(head, 2)]
 
@@ -159,7 +199,10 @@ def _score_pages(r: Refs, plan: Plan, stream: Stream, head, lse: Array) -> None:
 
     def score_chunk(tier: int):
         def body(chunk, _):
-            first_block, live = _first_block(plan, stream, head, tier, chunk), _live(r, plan, head, tier, chunk)
+            first_block, live = (
+                _first_block(plan, stream, head, tier, chunk),
+                _live(r, plan, head, tier, chunk),
+            )
             first_page = stream.first_page(head, tier) + chunk * plan.pages[tier]
             for i, (page, block, tokens) in enumerate(_blocks(plan, tier)):
                 at = (first_page + page, pl.ds(block, 1))
@@ -169,7 +212,9 @@ def _score_pages(r: Refs, plan: Plan, stream: Stream, head, lse: Array) -> None:
                 head,
                 tier,
                 chunk,
-                lambda i, page: pltpu.make_async_copy(near.at[first_page + i], r.significance.at[page], r.scores_written).start(),
+                lambda i, page: pltpu.make_async_copy(
+                    near.at[first_page + i], r.significance.at[page], r.scores_written
+                ).start(),
             )
             return 0
 

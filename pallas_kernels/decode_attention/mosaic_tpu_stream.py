@@ -1,4 +1,6 @@
-"""What feeds the TPU kernel of decode attention: its plan, its references and the stream of pages into VMEM."""
+"""What feeds the TPU kernel of decode attention: its plan, its references and the stream of pages
+into VMEM.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,9 @@ from ..pages import PageLayout, page_column
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known before the kernel runs. A chunk is `pages[tier]` pages of a tier of a head, which one step of the loop takes."""
+    """What is known before the kernel runs. A chunk is `pages[tier]` pages of a tier of a head,
+    which one step of the loop takes.
+    """
 
     layout: PageLayout
     pages: tuple[int, ...]
@@ -27,7 +31,9 @@ class Plan:
 
     @property
     def positions(self) -> bool:
-        """Whether positions are read: for a sliding window, or for keys that are stored without their rotary embedding."""
+        """Whether positions are read: for a sliding window, or for keys that are stored without
+        their rotary embedding.
+        """
         return self.window is not None or self.layout.rope is not None
 
     def chunk_tokens(self, tier: int) -> int:
@@ -36,7 +42,9 @@ class Plan:
 
 
 class Refs(NamedTuple):
-    """The kernel's references. B heads, G query heads each, P pages in the pool, N slots of the window, C pages a chunk."""
+    """The kernel's references. B heads, G query heads each, P pages in the pool, N slots of the
+    window, C pages a chunk.
+    """
 
     # scalars in SMEM
     page_table: Any  # int32 [B, max_pages]
@@ -65,8 +73,8 @@ class Refs(NamedTuple):
     position_buffer: Any = None  # [buffers, C, blocks, T]
     # where keys are stored without their rotary embedding
     frequencies: Any = None  # float32 [d / 2, 1]
-    # of tier and tensor (K = 0, V = 1), where codes are looked up: int16 (bits of float16) or bfloat16 [d or 1, levels], and float32 in
-    # whole registers
+    # of tier and tensor (K = 0, V = 1), where codes are looked up: int16 (bits of float16) or
+    # bfloat16 [d or 1, levels], and float32 in whole registers
     tables: Any = {}
     levels: Any = {}
     # when the layout is scored
@@ -79,9 +87,11 @@ class Refs(NamedTuple):
 
 
 class Stream:
-    """The chunks of all heads of a core in order, `buffers - 1` of them on their way to VMEM while one is being read.
+    """The chunks of all heads of a core in order, `buffers - 1` of them on their way to VMEM while
+    one is being read.
 
-    A head has the chunks of tier 0, then those of tier 1; a head without any has an empty chunk of tier 0.
+    A head has the chunks of tier 0, then those of tier 1; a head without any has an empty chunk of
+    tier 0.
     """
 
     def __init__(self, refs: Refs, plan: Plan, end: Array):
@@ -98,7 +108,9 @@ class Stream:
         return pl.cdiv(self.refs.tier_len[head, tier], self.plan.layout.tokens_per_page(tier))
 
     def each_page(self, head, tier: int, chunk, visit: Callable) -> None:
-        """`visit(index in the chunk, page id)` of every page that a chunk has; unrolled for a full chunk, as most are."""
+        """`visit(index in the chunk, page id)` of every page that a chunk has; unrolled for a full
+        chunk, as most are.
+        """
         count = self.plan.pages[tier]
         first = chunk * count
         live = jnp.minimum(self.pages(head, tier) - first, count)
@@ -130,7 +142,12 @@ class Stream:
         """Ask for one chunk more and wait for the next one; returns its buffer."""
         self._ask()
         buffer = lax.rem(self.refs.cursor[2], self.plan.buffers)
-        self.each_page(head, tier, chunk, lambda i, page: [copy.wait() for copy in self._copies(buffer, i, page)])
+        self.each_page(
+            head,
+            tier,
+            chunk,
+            lambda i, page: [copy.wait() for copy in self._copies(buffer, i, page)],
+        )
         return buffer
 
     def _ask(self) -> None:
@@ -147,7 +164,12 @@ class Stream:
 
                 @pl.when((number >= begin) & (number < begin + count))
                 def _(tier=tier, chunk=number - begin):
-                    self.each_page(head, tier, chunk, lambda i, page: [copy.start() for copy in self._copies(buffer, i, page)])
+                    self.each_page(
+                        head,
+                        tier,
+                        chunk,
+                        lambda i, page: [copy.start() for copy in self._copies(buffer, i, page)],
+                    )
 
                 begin += count
             last = number + 1 == begin
@@ -156,7 +178,13 @@ class Stream:
     def _copies(self, buffer, index, page) -> list:
         """The copies that bring a page to place `index` of a buffer."""
         r = self.refs
-        arrays = ((r.payload, r.payload_buffer), (r.meta, r.meta_buffer), (r.position, r.position_buffer))
+        arrays = (
+            (r.payload, r.payload_buffer),
+            (r.meta, r.meta_buffer),
+            (r.position, r.position_buffer),
+        )
         return [
-            pltpu.make_async_copy(pool.at[page], near.at[buffer, index], r.arrived.at[buffer]) for pool, near in arrays if near is not None
+            pltpu.make_async_copy(pool.at[page], near.at[buffer, index], r.arrived.at[buffer])
+            for pool, near in arrays
+            if near is not None
         ]

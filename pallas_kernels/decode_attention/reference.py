@@ -31,11 +31,17 @@ class Heads(NamedTuple):
     recent_v: Array  # [L, B, window + flush, d], no channels where keys serve as values
     recent_len: Array  # int32 [B]
     layer: Array  # int32 [] which layer of recent_k and recent_v
-    tables: tuple[tuple[Array | None, Array | None], ...] = ()  # float16 or bfloat16 [L, KV heads, ...] learned for K and V of each tier
+    # float16 or bfloat16 [L, KV heads, ...] learned for K and V of each tier
+    tables: tuple[tuple[Array | None, Array | None], ...] = ()
 
     def recent(self) -> tuple[Array, Array, Array]:
-        """The layer's recent K and V in float32 `[B, window + flush, d]`, dead slots zeroed, and the mask of live ones."""
-        k, v = (lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.recent_k, self.recent_v))
+        """The layer's recent K and V in float32 `[B, window + flush, d]`, dead slots zeroed, and
+        the mask of live ones.
+        """
+        k, v = (
+            lax.dynamic_index_in_dim(x, self.layer, keepdims=False)
+            for x in (self.recent_k, self.recent_v)
+        )
         live = jnp.arange(k.shape[1]) < self.recent_len[:, None]
         k, v = (jnp.where(live[..., None], x, 0).astype(jnp.float32) for x in (k, v))
         return k, v, live
@@ -63,13 +69,17 @@ def decode_attention(
     q = q.astype(jnp.float32)
     recent_k, recent_v, live = heads.recent()
     recent_logits = soft_cap(jnp.einsum("bgd,btd->bgt", q, recent_k) * sm_scale, logits_soft_cap)
-    recent_logits = jnp.where((live & _recent_seen(heads, sliding))[:, None], recent_logits, -jnp.inf)
+    recent_logits = jnp.where(
+        (live & _recent_seen(heads, sliding))[:, None], recent_logits, -jnp.inf
+    )
     values = layout.formats[0].values(recent_k, recent_v)
     partial = Partial.empty(q.shape[:2], values.shape[2])
     partial = partial.add(recent_logits, lambda p: jnp.einsum("bgt,btd->bgd", p, values))
     logits = []
     for tier in range(layout.tiers):
-        partial, tier_logits = _attend_tier(q, partial, pages, layout, tier, heads, max_len, sm_scale, logits_soft_cap, sliding)
+        partial, tier_logits = _attend_tier(
+            q, partial, pages, layout, tier, heads, max_len, sm_scale, logits_soft_cap, sliding
+        )
         logits.append(tier_logits)
     output, lse = partial.normalised()
     if not layout.scored:
@@ -81,17 +91,30 @@ def decode_attention(
 
 
 def _recent_seen(heads: Heads, sliding: Sliding | None) -> Array:
-    """Which recent slots `[B, window + flush]` a sliding window lets the query see; the query's own token is the last live one."""
+    """Which recent slots `[B, window + flush]` a sliding window lets the query see; the query's own
+    token is the last live one.
+    """
     slots = jnp.arange(heads.recent_k.shape[2])
     if sliding is None:
         return jnp.ones((1, slots.shape[0]), bool)
     return heads.recent_len[:, None] - 1 - slots < sliding.size
 
 
-def _attend_tier(q, partial, pages, layout, tier, heads, max_len, sm_scale, cap, sliding) -> tuple[Partial, Array]:
-    """Take a tier into `partial`; the logits of its chunks `[chunks, B, G, chunk tokens]` are kept for the significance when scored."""
+def _attend_tier(
+    q, partial, pages, layout, tier, heads, max_len, sm_scale, cap, sliding
+) -> tuple[Partial, Array]:
+    """Take a tier into `partial`; the logits of its chunks `[chunks, B, G, chunk tokens]` are kept
+    for the significance when scored.
+    """
     chunk = read_chunk(pages, layout, tier, heads.page_table, heads.tier_len, jnp.int32(0))
-    kept = jnp.zeros((num_chunks(layout, tier, max_len) if layout.scored else 0, *q.shape[:2], chunk.valid.shape[1]), jnp.float32)
+    kept = jnp.zeros(
+        (
+            num_chunks(layout, tier, max_len) if layout.scored else 0,
+            *q.shape[:2],
+            chunk.valid.shape[1],
+        ),
+        jnp.float32,
+    )
 
     def body(i, state):
         partial, kept = state
@@ -110,6 +133,8 @@ def _attend_tier(q, partial, pages, layout, tier, heads, max_len, sm_scale, cap,
 def _score_tier(significance, logits, lse, pages, layout, tier, heads) -> Array:
     def body(i, significance):
         chunk = read_chunk(pages, layout, tier, heads.page_table, heads.tier_len, i)
-        return add_significance(significance, chunk, layout, tier, group_score(logits[i], lse[..., None], layout))
+        return add_significance(
+            significance, chunk, layout, tier, group_score(logits[i], lse[..., None], layout)
+        )
 
     return over_chunks(layout, tier, heads.tier_len, body, significance)

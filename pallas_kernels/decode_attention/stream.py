@@ -10,11 +10,14 @@ from ..codecs import Block
 from ..pages import PageLayout, Pages, tier_page_ids
 from ..rope import at_positions
 
-CHUNK_TOKENS = 512  # tokens of one head that one step of the loop reads: about a cache's worth of decoded keys
+# tokens of one head that one step of the loop reads: about a cache's worth of decoded keys
+CHUNK_TOKENS = 512
 
 
 class Partial(NamedTuple):
-    """Softmax over part of the keys: running maximum, sum of exponentials and unnormalised output, float32."""
+    """Softmax over part of the keys: running maximum, sum of exponentials and unnormalised output,
+    float32.
+    """
 
     maximum: Array  # [..., G]
     total: Array  # [..., G]
@@ -23,22 +26,36 @@ class Partial(NamedTuple):
     @staticmethod
     def empty(shape: tuple[int, ...], head_dim: int) -> "Partial":
         """No keys yet."""
-        return Partial(jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, head_dim), jnp.float32))
+        return Partial(
+            jnp.full(shape, -jnp.inf, jnp.float32),
+            jnp.zeros(shape, jnp.float32),
+            jnp.zeros((*shape, head_dim), jnp.float32),
+        )
 
     def add(self, logits: Array, mix: Callable[[Array], Array]) -> "Partial":
-        """Take in keys with `logits [..., G, n]`, masked ones -inf; `mix(p)` multiplies weights of that shape with the values."""
+        """Take in keys with `logits [..., G, n]`, masked ones -inf; `mix(p)` multiplies weights of
+        that shape with the values.
+        """
         maximum = jnp.maximum(self.maximum, logits.max(axis=-1))
         safe = jnp.where(jnp.isfinite(maximum), maximum, 0.0)
         weights = jnp.exp(logits - safe[..., None])
         rescale = jnp.exp(self.maximum - safe)
-        return Partial(maximum, self.total * rescale + weights.sum(axis=-1), self.output * rescale[..., None] + mix(weights))
+        return Partial(
+            maximum,
+            self.total * rescale + weights.sum(axis=-1),
+            self.output * rescale[..., None] + mix(weights),
+        )
 
     def normalised(self) -> tuple[Array, Array]:
-        """Output `[..., G, d]` and log-sum-exp `[..., G]`; zeros and +inf where there was no key, so that `exp(logit - lse)` is 0."""
+        """Output `[..., G, d]` and log-sum-exp `[..., G]`; zeros and +inf where there was no key,
+        so that `exp(logit - lse)` is 0.
+        """
         some = self.total > 0
         output = self.output / jnp.where(some, self.total, 1.0)[..., None]
         safe_max = jnp.where(some, self.maximum, 0.0)
-        return output, jnp.where(some, safe_max + jnp.log(jnp.where(some, self.total, 1.0)), jnp.inf)
+        return output, jnp.where(
+            some, safe_max + jnp.log(jnp.where(some, self.total, 1.0)), jnp.inf
+        )
 
 
 class Scale(NamedTuple):
@@ -83,25 +100,46 @@ def num_chunks(layout: PageLayout, tier: int, tokens):
     return -(-layout.pages_for(tier, tokens) // chunk_pages(layout, tier))
 
 
-def read_chunk(pages: Pages, layout: PageLayout, tier: int, page_table: Array, tier_len: Array, chunk: Array) -> PageChunk:
-    """Chunk number `chunk` of a tier of each head. `page_table [B, max_pages]`, `tier_len [B, tiers]`."""
+def read_chunk(
+    pages: Pages, layout: PageLayout, tier: int, page_table: Array, tier_len: Array, chunk: Array
+) -> PageChunk:
+    """Chunk number `chunk` of a tier of each head. `page_table [B, max_pages]`, `tier_len [B,
+    tiers]`.
+    """
     n = chunk_pages(layout, tier)
     return read_pages(pages, layout, tier, page_table, tier_len, chunk * n, n)
 
 
-def read_pages(pages: Pages, layout: PageLayout, tier: int, page_table: Array, tier_len: Array, first: Array, n: int) -> PageChunk:
+def read_pages(
+    pages: Pages,
+    layout: PageLayout,
+    tier: int,
+    page_table: Array,
+    tier_len: Array,
+    first: Array,
+    n: int,
+) -> PageChunk:
     """`n` pages of a tier of each head, from number `first` int32 [] on."""
     lanes = n * layout.tokens_per_page(tier)
     ids = tier_page_ids(page_table, tier, jnp.full(page_table.shape[:1], first, jnp.int32), n)
     payload, meta = (array.at[ids].get(mode="clip") for array in (pages.payload, pages.meta))
     block = layout.split(tier, payload, meta)
-    rows_first = (jnp.moveaxis(part, 3, 1).reshape(part.shape[0], part.shape[3], lanes) for part in block)
-    position = pages.position.at[ids].get(mode="clip")[:, :, : layout.blocks[tier]].astype(jnp.int32).reshape(-1, lanes)
+    rows_first = (
+        jnp.moveaxis(part, 3, 1).reshape(part.shape[0], part.shape[3], lanes) for part in block
+    )
+    position = (
+        pages.position.at[ids]
+        .get(mode="clip")[:, :, : layout.blocks[tier]]
+        .astype(jnp.int32)
+        .reshape(-1, lanes)
+    )
     slot = first * layout.tokens_per_page(tier) + jnp.arange(lanes)
     return PageChunk(ids, Block(*rows_first), slot < tier_len[:, tier, None], position)
 
 
-def chunk_logits(q: Array, chunk: PageChunk, layout: PageLayout, tier: int, sm_scale: float, cap: float | None) -> Array:
+def chunk_logits(
+    q: Array, chunk: PageChunk, layout: PageLayout, tier: int, sm_scale: float, cap: float | None
+) -> Array:
     """Logits `[B, G, lanes]` of `q [B, G, d]` against a chunk, -inf where not valid."""
     if layout.rope is None:
         logits = layout.formats[tier].key_logits(q, chunk.block)
@@ -111,7 +149,9 @@ def chunk_logits(q: Array, chunk: PageChunk, layout: PageLayout, tier: int, sm_s
 
 
 def chunk_tokens(chunk: PageChunk, layout: PageLayout, tier: int) -> tuple[Array, Array]:
-    """K and V of a chunk as attention reads them, float32 `[B, lanes, d]`; what is not valid is meaningless."""
+    """K and V of a chunk as attention reads them, float32 `[B, lanes, d]`; what is not valid is
+    meaningless.
+    """
     k, v = (jnp.swapaxes(x, -1, -2) for x in layout.formats[tier].decode(chunk.block))
     return k if layout.rope is None else at_positions(k, chunk.position, layout.rope), v
 
@@ -121,11 +161,15 @@ def chunk_mix(weights: Array, chunk: PageChunk, layout: PageLayout, tier: int) -
     return layout.formats[tier].value_mix(weights, chunk.block, chunk.valid)
 
 
-def add_significance(significance: Array, chunk: PageChunk, layout: PageLayout, tier: int, scores: Array) -> Array:
+def add_significance(
+    significance: Array, chunk: PageChunk, layout: PageLayout, tier: int, scores: Array
+) -> Array:
     """Add `scores [B, lanes]` (0 where not valid) to the significance of a chunk's pages."""
     shape = (*chunk.ids.shape, layout.blocks[tier], layout.tokens)
     ids = jnp.where(chunk.valid.reshape(shape).any(axis=(-1, -2)), chunk.ids, significance.shape[0])
-    padded = jnp.pad(scores.reshape(shape), ((0, 0), (0, 0), (0, significance.shape[1] - shape[2]), (0, 0)))
+    padded = jnp.pad(
+        scores.reshape(shape), ((0, 0), (0, 0), (0, significance.shape[1] - shape[2]), (0, 0))
+    )
     return significance.at[ids].add(padded, mode="drop")
 
 

@@ -1,4 +1,6 @@
-"""Decode attention as two Triton kernels: one attends, split over the tokens of a head, one scores once the splits are joined."""
+"""Decode attention as two Triton kernels: one attends, split over the tokens of a head, one scores
+once the splits are joined.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +37,8 @@ class Blocks:
     """Sizes of one program."""
 
     rows: int  # query heads of a group, filled up to a power of two of at least 16
-    keys: int  # tokens of one step, a power of two of at least 16 and of at least the tokens of a block
+    # tokens of one step, a power of two of at least 16 and of at least the tokens of a block
+    keys: int
     splits: int  # programs that share the tokens of a head
     steps: int  # most steps of a head: the room for its logits
     logits: str  # dtype in which they are kept between the kernels
@@ -44,13 +47,16 @@ class Blocks:
 
     @staticmethod
     def choose(layout: PageLayout, group: int, max_len: int, itemsize: int) -> "Blocks":
-        """The defaults for heads of `group` query heads and up to `max_len` tokens; q has `itemsize` bytes.
+        """The defaults for heads of `group` query heads and up to `max_len` tokens; q has
+        `itemsize` bytes.
 
-        How many heads there are does not matter: the order in which a head's tokens are added must not depend on the batch.
-        Logits of bfloat16 queries are kept in float16, relative to the largest of their step: half a per cent of a probability at most.
+        How many heads there are does not matter: the order in which a head's tokens are added must
+        not depend on the batch. Logits of bfloat16 queries are kept in float16, relative to the
+        largest of their step: half a per cent of a probability at most.
         """
         exact, small = itemsize > 2, layout.head_dim < 128
-        few = exact or small or layout.head_dim > 128 or not layout.in_kernels  # look-ups and rotary embeddings take registers
+        # look-ups and rotary embeddings take registers
+        few = exact or small or layout.head_dim > 128 or not layout.in_kernels
         keys = max(layout.tokens, 32 if few else 64)
         splits = min(MOST_SPLITS, pl.cdiv(max_len, TOKENS_A_SPLIT))
         return Blocks(
@@ -75,7 +81,8 @@ class Inputs(NamedTuple):
     recent_len: Any  # int32 [B]
     layer: Any  # int32 [1]
     query_position: Any  # int32 [B]; read with a sliding window only
-    position: Any  # uint16 or int32 [num_pages, blocks, T]; read with a sliding window, or to embed keys
+    # uint16 or int32 [num_pages, blocks, T]; read with a sliding window, or to embed keys
+    position: Any
     payload: Any  # uint8 [num_pages, rows, T]
     meta: Any  # float16 [num_pages, meta_rows, T]
     tables: Any  # `Heads.tables`
@@ -116,10 +123,12 @@ def decode_attention(
     interpret: Any = False,
     blocks: Blocks | None = None,
 ) -> tuple[Array, Array, Array]:
-    """`decode_attention` of api.py: two launches and a few XLA operations on the partial results; the significance is changed in place.
+    """`decode_attention` of api.py: two launches and a few XLA operations on the partial results;
+    the significance is changed in place.
 
-    Besides what must move, the logits of a scored layout go to device memory and back once (4 bytes a token and query head for bfloat16
-    queries, 8 for float32), and the partial results, 8 + 4 * d bytes a split and query head.
+    Besides what must move, the logits of a scored layout go to device memory and back once (4 bytes
+    a token and query head for bfloat16 queries, 8 for float32), and the partial results, 8 + 4 * d
+    bytes a split and query head.
     """
     b, g, d = q.shape
     slots = heads.recent_k.shape[2]
@@ -127,11 +136,24 @@ def decode_attention(
     for refuse in (key_pieces, value_pieces):  # what Triton cannot do, before it is called
         refuse(layout)
     check_pool(pages)
-    task = Task(layout, Scale(sm_scale, logits_soft_cap), None if sliding is None else sliding.size, blocks)
-    meta = pages.meta if pages.meta.size else jnp.zeros((1, 1, layout.tokens), pages.meta.dtype)  # an empty array is no Ref
+    task = Task(
+        layout, Scale(sm_scale, logits_soft_cap), None if sliding is None else sliding.size, blocks
+    )
+    # an empty array is no Ref
+    meta = pages.meta if pages.meta.size else jnp.zeros((1, 1, layout.tokens), pages.meta.dtype)
     seen = heads.recent_len if sliding is None else sliding.position
     frequencies = None if layout.rope is None else jnp.asarray(layout.rope, jnp.float32)
-    inputs = Inputs(q, *heads[:5], jnp.reshape(heads.layer, 1), seen, pages.position, pages.payload, meta, heads.tables, frequencies)
+    inputs = Inputs(
+        q,
+        *heads[:5],
+        jnp.reshape(heads.layer, 1),
+        seen,
+        pages.position,
+        pages.payload,
+        meta,
+        heads.tables,
+        frequencies,
+    )
     float32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     steps, kept = (blocks.steps, g) if layout.scored else (1, 1)
     partials = Partials(
@@ -145,7 +167,11 @@ def decode_attention(
     call = partial(pl.pallas_call, interpret=bool(interpret))
     params = plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
     left = call(
-        partial(_attend_kernel, task=task), grid=(b, blocks.splits), out_shape=partials, compiler_params=params, name="decode_attend"
+        partial(_attend_kernel, task=task),
+        grid=(b, blocks.splits),
+        out_shape=partials,
+        compiler_params=params,
+        name="decode_attend",
     )(*inputs)
     out, lse = _merged(left)
     if not layout.scored:
@@ -157,12 +183,22 @@ def decode_attention(
         input_output_aliases={8: 1},
         compiler_params=params,
         name="decode_score",
-    )(inputs.page_table, inputs.tier_len, inputs.recent_len, lse, *left[3:], inputs.payload, pages.significance)
+    )(
+        inputs.page_table,
+        inputs.tier_len,
+        inputs.recent_len,
+        lse,
+        *left[3:],
+        inputs.payload,
+        pages.significance,
+    )
     return out, significance, recent
 
 
 def _merged(left: Partials) -> tuple[Array, Array]:
-    """Join the splits by their log-sum-exp: output float32 `[B, G, d]` and base-2 log-sum-exp `[B, G]`, +inf without keys."""
+    """Join the splits by their log-sum-exp: output float32 `[B, G, d]` and base-2 log-sum-exp `[B,
+    G]`, +inf without keys.
+    """
     maximum = left.maximum.max(axis=1)
     safe = jnp.where(maximum == -jnp.inf, 0.0, maximum)
     weight = jnp.exp2(left.maximum - safe[:, None])
@@ -174,11 +210,13 @@ def _merged(left: Partials) -> tuple[Array, Array]:
 
 
 def _attend_kernel(*refs, task: Task):
-    """Program (head, split): the query heads of one KV head against its share of the stored tokens; the last split takes the window.
+    """Program (head, split): the query heads of one KV head against its share of the stored tokens;
+    the last split takes the window.
 
-    Reads q, the page ids, K and V rows and metadata of its share of the live pages once, and the live recent slots of the layer
-    (positions with a sliding window, or to embed keys; what learned tables have for its codes); writes `Partials`. DiffKV, arXiv
-    2412.03131 sec. 6; split and merge as in flash decoding.
+    Reads q, the page ids, K and V rows and metadata of its share of the live pages once, and the
+    live recent slots of the layer (positions with a sliding window, or to embed keys; what learned
+    tables have for its codes); writes `Partials`. DiffKV, arXiv 2412.03131 sec. 6; split and merge
+    as in flash decoding.
     """
     count = len(Inputs._fields)
     inputs, out = Inputs(*refs[:count]), Partials(*refs[count:])
@@ -193,40 +231,66 @@ def _attend_kernel(*refs, task: Task):
         tuple(jnp.zeros((blocks.rows, size), jnp.float32) for _, size in value_pieces(layout)),
     )
     for tier, (first, stop) in enumerate(_shares(inputs.tier_len, task, head, split)):
-        state = lax.fori_loop(first, stop, partial(_add_step, q=q, inputs=inputs, out=out, task=task, tier=tier, head=head), state)
+        state = lax.fori_loop(
+            first,
+            stop,
+            partial(_add_step, q=q, inputs=inputs, out=out, task=task, tier=tier, head=head),
+            state,
+        )
     state = _add_recent(state, q, inputs, out, task, head, split)
     _store_partials(state, out, task, head, split)
 
 
 def _shares(tier_len, task: Task, head, split) -> list[tuple[Array, Array]]:
-    """Range of steps of each tier that a split of a head takes: equal parts of all its steps, tier after tier."""
+    """Range of steps of each tier that a split of a head takes: equal parts of all its steps, tier
+    after tier.
+    """
     steps = [pl.cdiv(tier_len[head, tier], task.blocks.keys) for tier in range(task.layout.tiers)]
     each = pl.cdiv(sum(steps), task.blocks.splits)
     shares, before = [], 0
     for count in steps:
-        shares.append((jnp.clip(split * each - before, 0, count), jnp.clip((split + 1) * each - before, 0, count)))
+        shares.append(
+            (
+                jnp.clip(split * each - before, 0, count),
+                jnp.clip((split + 1) * each - before, 0, count),
+            )
+        )
         before = before + count
     return shares
 
 
 def _place(tier: int, step, blocks: Blocks):
-    """Where the logits of a step are kept: tier 0 from the left, tier 1 from the right, as in the page table."""
+    """Where the logits of a step are kept: tier 0 from the left, tier 1 from the right, as in the
+    page table.
+    """
     return step if tier == 0 else blocks.steps - 1 - step
 
 
-def _add_step(step, state: State, *, q, inputs: Inputs, out: Partials, task: Task, tier: int, head) -> State:
+def _add_step(
+    step, state: State, *, q, inputs: Inputs, out: Partials, task: Task, tier: int, head
+) -> State:
     """`blocks.keys` stored tokens of a tier."""
-    stored = stored_blocks(inputs, task.layout, tier, head, inputs.tier_len[head, tier], step, task.blocks.keys)
+    stored = stored_blocks(
+        inputs, task.layout, tier, head, inputs.tier_len[head, tier], step, task.blocks.keys
+    )
     bias = stored.bias()
     if task.window is not None:
-        bias = jnp.where(stored.positions() > inputs.query_position[head] - task.window, bias, -jnp.inf)
+        bias = jnp.where(
+            stored.positions() > inputs.query_position[head] - task.window, bias, -jnp.inf
+        )
     logits = logits_of(q, stored.keys(), bias, task.scale)
     if task.layout.scored:
         at, largest = (head, _place(tier, step, task.blocks)), logits.max(axis=1)
         largest = jnp.where(largest == -jnp.inf, 0.0, largest)
         member = jnp.arange(task.blocks.rows, dtype=jnp.int32)
         plgpu.store(gathered(out.base, *at, member), largest, mask=member < out.base.shape[2])
-        _keep(out.logits, at, logits - largest[:, None], jnp.arange(task.blocks.keys, dtype=jnp.int32), None)
+        _keep(
+            out.logits,
+            at,
+            logits - largest[:, None],
+            jnp.arange(task.blocks.keys, dtype=jnp.int32),
+            None,
+        )
     return state.add(logits, stored.mix)
 
 
@@ -249,14 +313,20 @@ def _add_recent(state: State, q, inputs: Inputs, out: Partials, task: Task, head
         live = slot < length
         seen = live if task.window is None else live & (length - 1 - slot < task.window)
         at = (layer, head, jnp.minimum(slot, slots - 1))
-        tiles = [CodeTile(load_rows(inputs.recent_k, at, piece, live, dtype).T) for piece in key_pieces(task.layout)]
+        tiles = [
+            CodeTile(load_rows(inputs.recent_k, at, piece, live, dtype).T)
+            for piece in key_pieces(task.layout)
+        ]
         logits = logits_of(q, tiles, jnp.where(seen, 0.0, -jnp.inf), task.scale)
         if task.layout.scored:
             _keep(out.recent_logits, (head,), logits, slot, live)
 
         def mix(weights: Array) -> list[Array]:
             weights = weights.astype(dtype)
-            return [matmul(weights, load_rows(inputs.recent_v, at, piece, live, dtype)) for piece in value_pieces(task.layout)]
+            return [
+                matmul(weights, load_rows(inputs.recent_v, at, piece, live, dtype))
+                for piece in value_pieces(task.layout)
+            ]
 
         return state.add(logits, mix)
 
@@ -275,29 +345,49 @@ def _store_partials(state: State, out: Partials, task: Task, head, split) -> Non
 
 
 def _score_kernel(
-    page_table, tier_len, recent_len, lse, logits, base, recent_logits, payload, significance_in, recent, significance, *, task: Task
+    page_table,
+    tier_len,
+    recent_len,
+    lse,
+    logits,
+    base,
+    recent_logits,
+    payload,
+    significance_in,
+    recent,
+    significance,
+    *,
+    task: Task,
 ):
-    """Program (head, split): the probabilities of its share of the tokens, reduced over the group, added to their significance in place.
+    """Program (head, split): the probabilities of its share of the tokens, reduced over the group,
+    added to their significance in place.
 
-    Reads the base-2 log-sum-exp float32 `[B, G]` and the kept logits (2 or 4 bytes a token and query head); reads and writes the
-    significance of live tokens (8 bytes a token). The first split also writes the recent tokens' probabilities.
+    Reads the base-2 log-sum-exp float32 `[B, G]` and the kept logits (2 or 4 bytes a token and
+    query head); reads and writes the significance of live tokens (8 bytes a token). The first split
+    also writes the recent tokens' probabilities.
     """
     del significance_in
     blocks, layout, group, slots = task.blocks, task.layout, logits.shape[2], recent.shape[1]
     head, split = pl.program_id(0), pl.program_id(1)
     number = jnp.arange(blocks.rows, dtype=jnp.int32)
     member = jnp.minimum(number, group - 1)
-    shift = plgpu.load(gathered(lse, head, member), mask=number < group, other=jnp.inf)  # what fills up the group has probability 0
+    # what fills up the group has probability 0
+    shift = plgpu.load(gathered(lse, head, member), mask=number < group, other=jnp.inf)
     inputs = Inputs(*(None,) * len(Inputs._fields))._replace(page_table=page_table, payload=payload)
 
     def score(step, _, tier: int):
         stored = stored_blocks(inputs, layout, tier, head, tier_len[head, tier], step, blocks.keys)
         column = jnp.arange(blocks.keys, dtype=jnp.int32)[None, :]
         place = _place(tier, step, blocks)
-        kept = plgpu.load(gathered(logits, head, place, member[:, None], column)).astype(jnp.float32)
+        kept = plgpu.load(gathered(logits, head, place, member[:, None], column)).astype(
+            jnp.float32
+        )
         largest = plgpu.load(gathered(base, head, place, member))
-        scores = _over_group(jnp.exp2(kept + (largest - shift)[:, None]), layout, group).reshape(stored.valid.shape)
-        page = jnp.where(stored.live, stored.page, significance.shape[0])  # blocks past the end name no page
+        scores = _over_group(jnp.exp2(kept + (largest - shift)[:, None]), layout, group).reshape(
+            stored.valid.shape
+        )
+        # blocks past the end name no page
+        page = jnp.where(stored.live, stored.page, significance.shape[0])
         lanes = jnp.arange(layout.tokens, dtype=jnp.int32)[None, :]
         at = gathered(significance, page[:, None], stored.block[:, None], lanes)
         plgpu.store(at, plgpu.load(at, mask=stored.valid, other=0.0) + scores, mask=stored.valid)
@@ -310,10 +400,20 @@ def _score_kernel(
         slot = jnp.arange(pl.next_power_of_2(slots), dtype=jnp.int32)
         live = slot < jnp.minimum(recent_len[head], slots)
         mask = jnp.broadcast_to(live[None, :], (blocks.rows, live.size))
-        kept = plgpu.load(gathered(recent_logits, head, member[:, None], jnp.minimum(slot, slots - 1)[None, :]), mask=mask, other=-jnp.inf)
-        plgpu.store(gathered(recent, head, slot), _over_group(jnp.exp2(kept - shift[:, None]), layout, group), mask=slot < slots)
+        kept = plgpu.load(
+            gathered(recent_logits, head, member[:, None], jnp.minimum(slot, slots - 1)[None, :]),
+            mask=mask,
+            other=-jnp.inf,
+        )
+        plgpu.store(
+            gathered(recent, head, slot),
+            _over_group(jnp.exp2(kept - shift[:, None]), layout, group),
+            mask=slot < slots,
+        )
 
 
 def _over_group(probabilities: Array, layout: PageLayout, group: int) -> Array:
-    """One score of each key from `[rows, n]`, of which `group` rows are query heads and the others zeros: `[n]`."""
+    """One score of each key from `[rows, n]`, of which `group` rows are query heads and the others
+    zeros: `[n]`.
+    """
     return probabilities.max(axis=0) if layout.group == "max" else probabilities.sum(axis=0) / group

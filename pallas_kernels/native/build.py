@@ -1,7 +1,9 @@
-"""Native CPU kernels: C++ built on first use with the system's compiler, called through XLA's foreign function interface.
+"""Native CPU kernels: C++ built on first use with the system's compiler, called through XLA's
+foreign function interface.
 
-Each operation's `cpu.cc` (with the headers beside it and in `native/`) becomes one shared library in a cache directory, keyed by all that
-the machine code depends on: the sources, the compiler, the flags, what `-march=native` means on this CPU, and jaxlib's headers.
+Each operation's `cpu.cc` (with the headers beside it and in `native/`) becomes one shared library
+in a cache directory, keyed by all that the machine code depends on: the sources, the compiler, the
+flags, what `-march=native` means on this CPU, and jaxlib's headers.
 """
 
 import ctypes
@@ -23,8 +25,18 @@ from ..once import once
 from ..pages import PageLayout
 
 HEADERS = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi")
-LOCK_SECONDS = 600.0  # that a process waits for another one's build; a build takes one minute at most
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fPIC",
+    "-shared",
+    "-Wno-psabi",
+)
+# that a process waits for another one's build; a build takes one minute at most
+LOCK_SECONDS = 600.0
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +58,8 @@ def why_unavailable() -> str | None:
 
 
 def call(operation: str, target: str, *outputs, aliases: dict[int, int] | None = None):
-    """A function that calls the handler `target` of an operation's library on arrays; attributes are its keyword arguments.
+    """A function that calls the handler `target` of an operation's library on arrays; attributes
+    are its keyword arguments.
 
     Args:
         operation: the folder that holds cpu.cc.
@@ -54,7 +67,9 @@ def call(operation: str, target: str, *outputs, aliases: dict[int, int] | None =
         aliases: result that takes over the memory of an operand, `{operand: result}`.
     """
     _register(operation, target)
-    return jax.ffi.ffi_call(f"diffkv_jax.{target}", outputs, input_output_aliases=aliases, vmap_method="sequential")
+    return jax.ffi.ffi_call(
+        f"diffkv_jax.{target}", outputs, input_output_aliases=aliases, vmap_method="sequential"
+    )
 
 
 def format_codes(layout: PageLayout) -> np.ndarray:
@@ -74,7 +89,9 @@ def format_codes(layout: PageLayout) -> np.ndarray:
         return [64 + one.bits, 1] if isinstance(one, Normal) else [one.bits, one.groups]
 
     tiers = zip(layout.formats, layout.blocks, strict=True)
-    return np.array([x for fmt, blocks in tiers for x in (*codec(fmt.key), *codec(fmt.value), blocks)], np.int64)
+    return np.array(
+        [x for fmt, blocks in tiers for x in (*codec(fmt.key), *codec(fmt.value), blocks)], np.int64
+    )
 
 
 @once
@@ -97,7 +114,9 @@ def _source(operation: str) -> Path:
 
 
 def _place(operation: str) -> Path:
-    """Where the operation's library lies once it is built: its name changes with all that the machine code depends on."""
+    """Where the operation's library lies once it is built: its name changes with all that the
+    machine code depends on.
+    """
     source = _source(operation)
     sources = [source, *sorted(source.parent.glob("*.h")), *sorted(HEADERS.glob("*.h"))]
     parts = [_toolchain().identity, *(path.read_text() for path in sources)]
@@ -106,9 +125,15 @@ def _place(operation: str) -> Path:
 
 
 def cache_directory() -> Path:
-    """Where built libraries lie: $DIFFKV_JAX_CACHE, else diffkv_jax in the user's cache directory."""
+    """Where built libraries lie: $DIFFKV_JAX_CACHE, else diffkv_jax in the user's cache
+    directory.
+    """
     given = os.environ.get("DIFFKV_JAX_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffkv_jax"
+    return (
+        Path(given)
+        if given
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffkv_jax"
+    )
 
 
 def _check_writable(directory: Path) -> None:
@@ -120,14 +145,19 @@ def _check_writable(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
-        raise Unavailable(f"built kernels cannot be kept in {directory} ({error}); set DIFFKV_JAX_CACHE to another folder") from error
+        raise Unavailable(
+            f"built kernels cannot be kept in {directory} ({error}); set "
+            f"DIFFKV_JAX_CACHE to another folder"
+        ) from error
 
 
 def _build(source: Path, built: Path) -> None:
-    """Build a library unless another process does: then wait for that one, whose lock ends with it, however it ends.
+    """Build a library unless another process does: then wait for that one, whose lock ends with it,
+    however it ends.
 
     Raises:
-        Unavailable: the compiler fails, nothing can be written, or the other process takes longer than `LOCK_SECONDS`.
+        Unavailable: the compiler fails, nothing can be written, or the other process takes longer
+            than `LOCK_SECONDS`.
     """
     _check_writable(built.parent)
     lock = built.with_suffix(".lock")
@@ -139,13 +169,16 @@ def _build(source: Path, built: Path) -> None:
             lock.unlink(missing_ok=True)  # still held, and whoever waits for it finds the library
     except Timeout as error:
         raise Unavailable(
-            f"{lock} has been held for {LOCK_SECONDS:g} s: end the process that builds, remove the file if there is none, "
+            f"{lock} has been held for {LOCK_SECONDS:g} s: end the process that builds, remove "
+            f"the file if there is none, "
             "or set DIFFKV_JAX_CACHE to another folder"
         ) from error
 
 
 def _compile(source: Path, built: Path) -> None:
-    """Compile into a temporary file, then move it: nobody sees half a library, also where file systems know no locks."""
+    """Compile into a temporary file, then move it: nobody sees half a library, also where file
+    systems know no locks.
+    """
     handle, temporary = tempfile.mkstemp(dir=built.parent, suffix=".so")
     os.close(handle)
     try:
@@ -161,16 +194,23 @@ class _Toolchain:
     def __init__(self, compiler: str):
         self.compiler = compiler
         described = _run([compiler, "--version"])
-        macros = _run([compiler, *_flags(), "-dM", "-E", "-x", "c++", os.devnull])  # what -march=native stands for on this CPU
+        # what -march=native stands for on this CPU
+        macros = _run([compiler, *_flags(), "-dM", "-E", "-x", "c++", os.devnull])
         self.identity = "\0".join([compiler, described, macros, *_flags(), version("jaxlib")])
 
 
 @once
 def _toolchain() -> _Toolchain:
     wanted = os.environ.get("CXX")
-    compiler = shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    compiler = (
+        shutil.which(wanted)
+        if wanted
+        else next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    )
     if compiler is None:
-        raise Unavailable(f"no C++ compiler was found ({wanted or 'g++, clang++, c++'}); install one or set CXX")
+        raise Unavailable(
+            f"no C++ compiler was found ({wanted or 'g++, clang++, c++'}); install one or set CXX"
+        )
     return _Toolchain(compiler)
 
 
@@ -188,4 +228,6 @@ def _run(command: list[str]) -> str:
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise Unavailable(f"{' '.join(command)} failed: {getattr(error, 'stderr', '') or error}") from error
+        raise Unavailable(
+            f"{' '.join(command)} failed: {getattr(error, 'stderr', '') or error}"
+        ) from error

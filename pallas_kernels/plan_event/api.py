@@ -21,20 +21,28 @@ def count_moves(
     max_len: int,
     kernels: Kernels = XLA,
 ) -> Moves:
-    """Classify every stored token of `B` heads by its mean significance and count those that leave their tier.
+    """Classify every stored token of `B` heads by its mean significance and count those that leave
+    their tier.
 
-    DiffKV, arXiv 2412.03131 sec. 4 and Algorithm 1. A token below the low threshold is dropped from any tier; one of tier 0 below the
-    high threshold alone is demoted to tier 1 where there is one; comparisons are strict. `apply_event` decides the same way.
+    DiffKV, arXiv 2412.03131 sec. 4 and Algorithm 1. A token below the low threshold is dropped from
+    any tier; one of tier 0 below the high threshold alone is demoted to tier 1 where there is one;
+    comparisons are strict. `apply_event` decides the same way.
 
     Args:
-        pages: the pool; significance and position are read through `page_table [B, max_pages]`, nothing changes.
+        pages: the pool; significance and position are read through `page_table [B, max_pages]`,
+            nothing changes.
         layout: static geometry of the pages; when it is not scored nothing leaves.
-        page_table, tier_len: int32 `[B, max_pages]`, `[B, tiers]`; what lies beyond the lengths is never used.
+        page_table, tier_len: int32 `[B, max_pages]`, `[B, tiers]`; what lies beyond the lengths is
+            never used.
         rule: thresholds and clocks.
-        one_victim: at most one token leaves each tier: the least significant one (the oldest of equals), if it must leave and a token
-            enters its tier (`rule.joined`).
+        one_victim: at most one token leaves each tier: the least significant one (the oldest of
+            equals), if it must leave and a token enters its tier (`rule.joined`).
         max_len: bounds the tokens of a head.
         kernels: which implementation runs.
     """
-    count = kernels.function(__name__, "count_moves", reference.count_moves) if layout.scored else reference.count_moves
+    count = (
+        kernels.function(__name__, "count_moves", reference.count_moves)
+        if layout.scored
+        else reference.count_moves
+    )
     return count(pages, layout, page_table, tier_len, rule, one_victim=one_victim, max_len=max_len)

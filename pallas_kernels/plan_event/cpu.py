@@ -10,12 +10,20 @@ from .reference import Moves, Rule
 
 
 def count_moves(
-    pages: Pages, layout: PageLayout, page_table: Array, tier_len: Array, rule: Rule, *, one_victim: bool, max_len: int
+    pages: Pages,
+    layout: PageLayout,
+    page_table: Array,
+    tier_len: Array,
+    rule: Rule,
+    *,
+    one_victim: bool,
+    max_len: int,
 ) -> Moves:
     """`count_moves` of api.py, for a scored layout.
 
     Raises:
-        ValueError or jax.errors.JaxRuntimeError: when run, for a length or page id that leads out of an array.
+        ValueError or jax.errors.JaxRuntimeError: when run, for a length or page id that leads out
+            of an array.
     """
     del max_len  # lengths are read
     per_tier = jax.ShapeDtypeStruct(tier_len.shape, jnp.int32)

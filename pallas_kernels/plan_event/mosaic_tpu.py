@@ -1,4 +1,6 @@
-"""Which stored tokens leave their tier, as one Pallas kernel for TPU; the compression event (apply_event/mosaic_tpu.py) decides with it too."""
+"""Which stored tokens leave their tier, as one Pallas kernel for TPU; the compression event
+(apply_event/mosaic_tpu.py) decides with it too.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,21 +68,31 @@ class Thresholds(NamedTuple):
     def leaving(self, mean: Array, tier: int, tiers: int) -> tuple[Array, Array]:
         """Masks of the tokens that are dropped and of those that fall from tier 0 to tier 1."""
         dropped = mean < self.low
-        falls = (mean < self.high) & ~dropped if tier == 0 and tiers == 2 else jnp.zeros_like(dropped)
+        falls = (
+            (mean < self.high) & ~dropped if tier == 0 and tiers == 2 else jnp.zeros_like(dropped)
+        )
         return dropped, falls
 
 
 def scan_pages(sides: Sides, cut: Blocks, count: Array, page_id: Callable, visit: Callable, carry):
-    """`carry = visit(index of the first page, significance, int32 position, carry)` for each step over pages 0 to `count` of a tier.
+    """`carry = visit(index of the first page, significance, int32 position, carry)` for each step
+    over pages 0 to `count` of a tier.
 
-    The arrays are `[pages of a step, blocks, T]`; pages beyond `count` hold rubbish. `page_id(index)` gives a page's id.
+    The arrays are `[pages of a step, blocks, T]`; pages beyond `count` hold rubbish.
+    `page_id(index)` gives a page's id.
     """
     steps = pl.cdiv(count, cut.pages)
 
     def copies(step, i, page) -> list:
         buffer = lax.rem(step, cut.buffers)
-        pairs = ((sides.significance, sides.near_significance), (sides.position, sides.near_position))
-        return [pltpu.make_async_copy(far.at[page], near.at[buffer, i], sides.arrived.at[buffer]) for far, near in pairs]
+        pairs = (
+            (sides.significance, sides.near_significance),
+            (sides.position, sides.near_position),
+        )
+        return [
+            pltpu.make_async_copy(far.at[page], near.at[buffer, i], sides.arrived.at[buffer])
+            for far, near in pairs
+        ]
 
     def pages_of(step):
         return jnp.clip(count - step * cut.pages, 0, cut.pages)
@@ -100,7 +112,12 @@ def scan_pages(sides: Sides, cut: Blocks, count: Array, page_id: Callable, visit
                 copy.wait()
 
         buffer = lax.rem(step, cut.buffers)
-        return visit(step * cut.pages, sides.near_significance[buffer], sides.near_position[buffer].astype(jnp.int32), carry)
+        return visit(
+            step * cut.pages,
+            sides.near_significance[buffer],
+            sides.near_position[buffer].astype(jnp.int32),
+            carry,
+        )
 
     for step in range(cut.buffers - 1):
         ask(jnp.int32(step))
@@ -108,9 +125,13 @@ def scan_pages(sides: Sides, cut: Blocks, count: Array, page_id: Callable, visit
 
 
 def slots(layout: PageLayout, tier: int, first, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """Slots of the tokens of pages `first ...`, int32 of `shape [pages, blocks, T]`, and a mask of the blocks that the tier has."""
+    """Slots of the tokens of pages `first ...`, int32 of `shape [pages, blocks, T]`, and a mask of
+    the blocks that the tier has.
+    """
     page, block, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
-    return ((first + page) * layout.blocks[tier] + block) * layout.tokens + lane, block < layout.blocks[tier]
+    return (
+        (first + page) * layout.blocks[tier] + block
+    ) * layout.tokens + lane, block < layout.blocks[tier]
 
 
 def count_moves(
@@ -125,11 +146,17 @@ def count_moves(
     interpret: bool | Literal["checked"],
     blocks: Blocks | None = None,
 ) -> Moves:
-    """`count_moves` of api.py on TPU, of a layout that is scored. Significance and positions of live pages are read once."""
+    """`count_moves` of api.py on TPU, of a layout that is scored. Significance and positions of
+    live pages are read once.
+    """
     del max_len  # lengths are read
     (heads, max_pages), tiers = page_table.shape, layout.tiers
     cut = Blocks() if blocks is None else blocks
-    numbers = [jnp.where(rule.stirred[:, None], tier_len, 0), rule.joined.astype(jnp.int32), rule.observed.reshape(heads, -1)]
+    numbers = [
+        jnp.where(rule.stirred[:, None], tier_len, 0),
+        rule.joined.astype(jnp.int32),
+        rule.observed.reshape(heads, -1),
+    ]
     numbers = jnp.concatenate(numbers, axis=1)
 
     def of_head(width: int) -> pl.BlockSpec:
@@ -146,19 +173,33 @@ def count_moves(
         scratch_shapes=Sides.scratch(layout, cut),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         cost_estimate=pl.CostEstimate(
-            flops=16 * heads * max_pages * layout.tokens, transcendentals=0, bytes_accessed=heads * max_pages * page_bytes
+            flops=16 * heads * max_pages * layout.tokens,
+            transcendentals=0,
+            bytes_accessed=heads * max_pages * page_bytes,
         ),
         interpret=tpu_interpreter(interpret),
         name="count_moves",
-    )(*(x[:, None] for x in (numbers, rule.tau, page_table)), pages.significance, pages.position)[:, 0]
+    )(*(x[:, None] for x in (numbers, rule.tau, page_table)), pages.significance, pages.position)[
+        :, 0
+    ]
     return Moves(found[:, :tiers], found[:, tiers], found[:, tiers + 1 :])
 
 
-def _count(numbers, tau, page_table, *refs, layout: PageLayout, cut: Blocks, one_victim: bool, max_pages: int) -> None:
+def _count(
+    numbers,
+    tau,
+    page_table,
+    *refs,
+    layout: PageLayout,
+    cut: Blocks,
+    one_victim: bool,
+    max_pages: int,
+) -> None:
     """One head: count what leaves each tier (DiffKV, arXiv 2412.03131 sec. 4, Algorithm 1).
 
-    Scalars int32 [1, n] in SMEM: lengths (0 where nothing may leave), tiers joined, spans; thresholds float32 [1, 2]; table [1, max_pages].
-    Reads T * blocks * (4 + position bytes) bytes of each live page, writes int32 [1, 2 tiers + 1]: dropped, demoted, victims.
+    Scalars int32 [1, n] in SMEM: lengths (0 where nothing may leave), tiers joined, spans;
+    thresholds float32 [1, 2]; table [1, max_pages]. Reads T * blocks * (4 + position bytes) bytes
+    of each live page, writes int32 [1, 2 tiers + 1]: dropped, demoted, victims.
     """
     significance, position, found, *near = refs
     sides, tiers = Sides(significance, position, *near), layout.tiers
@@ -171,7 +212,9 @@ def _count(numbers, tau, page_table, *refs, layout: PageLayout, cut: Blocks, one
         def scan(visit: Callable, carry, tier=tier, length=length):
             def live(first, total, position, carry):
                 slot, own = slots(layout, tier, first, total.shape)
-                return visit(rule.mean(total, position), position, slot, own & (slot < length), carry)
+                return visit(
+                    rule.mean(total, position), position, slot, own & (slot < length), carry
+                )
 
             def page_id(index):
                 return page_table[0, page_column(tier, index, max_pages)]
@@ -184,32 +227,51 @@ def _count(numbers, tau, page_table, *refs, layout: PageLayout, cut: Blocks, one
             found[0, tiers] = demoted
 
 
-def _all_of_tier(scan: Callable, rule: Thresholds, tier: int, layout: PageLayout, cut: Blocks, joined: Array):
+def _all_of_tier(
+    scan: Callable, rule: Thresholds, tier: int, layout: PageLayout, cut: Blocks, joined: Array
+):
     """How many tokens of a tier are dropped and demoted."""
     del joined
     zero = jnp.zeros((cut.pages, layout.side_rows, layout.tokens), jnp.int32)
 
     def visit(mean, position, slot, live, carry):
         leaves = rule.leaving(mean, tier, layout.tiers)
-        return tuple(count + jnp.where(live & leave, 1, 0) for count, leave in zip(carry, leaves, strict=True))
+        return tuple(
+            count + jnp.where(live & leave, 1, 0)
+            for count, leave in zip(carry, leaves, strict=True)
+        )
 
     return *(jnp.sum(count) for count in scan(visit, (zero, zero))), jnp.int32(-1)
 
 
-def _least_of_tier(scan: Callable, rule: Thresholds, tier: int, layout: PageLayout, cut: Blocks, joined: Array):
-    """The same where only the least significant token of the tier, the oldest of equals, may leave; and its slot."""
+def _least_of_tier(
+    scan: Callable, rule: Thresholds, tier: int, layout: PageLayout, cut: Blocks, joined: Array
+):
+    """The same where only the least significant token of the tier, the oldest of equals, may leave;
+    and its slot.
+    """
     shape = (cut.pages, layout.side_rows, layout.tokens)
 
     def visit(mean, position, slot, live, carry):
         best = carry
         less = live & ((mean < best[0]) | ((mean == best[0]) & (position < best[1])))
-        return tuple(jnp.where(less, new, old) for new, old in zip((mean, position, slot), best, strict=True))
+        return tuple(
+            jnp.where(less, new, old) for new, old in zip((mean, position, slot), best, strict=True)
+        )
 
-    start = (jnp.full(shape, jnp.inf, jnp.float32), jnp.full(shape, OLDEST, jnp.int32), jnp.full(shape, OLDEST, jnp.int32))
+    start = (
+        jnp.full(shape, jnp.inf, jnp.float32),
+        jnp.full(shape, OLDEST, jnp.int32),
+        jnp.full(shape, OLDEST, jnp.int32),
+    )
     mean, position, slot = scan(visit, start)
     least = jnp.min(mean)
     oldest = jnp.min(jnp.where(mean == least, position, OLDEST))
     victim = jnp.min(jnp.where((mean == least) & (position == oldest), slot, OLDEST))
     some = joined & (victim != OLDEST)
     dropped, falls = (some & leave for leave in rule.leaving(least, tier, layout.tiers))
-    return dropped.astype(jnp.int32), falls.astype(jnp.int32), jnp.where(dropped | falls, victim, -1)
+    return (
+        dropped.astype(jnp.int32),
+        falls.astype(jnp.int32),
+        jnp.where(dropped | falls, victim, -1),
+    )

@@ -1,4 +1,6 @@
-"""Which tier a token belongs to, from its mean significance (DiffKV, arXiv 2412.03131 sec. 4 and Algorithm 1; docs/design.md 1)."""
+"""Which tier a token belongs to, from its mean significance (DiffKV, arXiv 2412.03131 sec. 4 and
+Algorithm 1; docs/design.md 1).
+"""
 
 from typing import NamedTuple
 
@@ -14,7 +16,8 @@ class Rule(NamedTuple):
     """Which stored tokens of the `B` heads leave their tier in a compression event."""
 
     tau: Array  # float32 [B, 2] thresholds of the mean significance (high, low)
-    observed: Array  # int32 [B, spans, 2] (end, length) of the spans of positions whose queries have scored
+    # int32 [B, spans, 2] (end, length) of the spans of positions whose queries have scored
+    observed: Array
     stirred: Array  # bool [B] heads that some token enters; nothing leaves the others
     joined: Array  # bool [B, tiers] tiers that a token enters; read with `one_victim` only
 
@@ -24,28 +27,38 @@ class Moves(NamedTuple):
 
     dropped: Array  # int32 [B, tiers]
     demoted: Array  # int32 [B] from tier 0 to tier 1
-    victim: Array  # int32 [B, tiers] slot of the one token that leaves the tier, -1 when none does or without `one_victim`
+    # int32 [B, tiers] slot of the one token that leaves the tier, -1 when none does or without
+    # `one_victim`
+    victim: Array
 
 
 def mean_significance(total: Array, position: Array, observed: Array) -> Array:
-    """`S / n`, `n` the queries that scored the token: those at or after its position in the spans `observed [B, spans, 2]` (end, length).
+    """`S / n`, `n` the queries that scored the token: those at or after its position in the spans
+    `observed [B, spans, 2]` (end, length).
 
     `total`, `position [B, tokens]`.
     """
     position = position.astype(jnp.int32)
-    scored_by = sum(jnp.clip(end[:, None] - position, 0, length[:, None]) for end, length in jnp.moveaxis(observed, 0, -1))
+    scored_by = sum(
+        jnp.clip(end[:, None] - position, 0, length[:, None])
+        for end, length in jnp.moveaxis(observed, 0, -1)
+    )
     return total / jnp.maximum(scored_by, 1).astype(jnp.float32)
 
 
 def classify(mean: Array, tau: Array, tiers: int) -> Array:
-    """Tier code of tokens of mean significance `mean [B, n]` under thresholds `tau [B, 2]` (high, low); strict comparisons."""
+    """Tier code of tokens of mean significance `mean [B, n]` under thresholds `tau [B, 2]` (high,
+    low); strict comparisons.
+    """
     below_high, below_low = mean < tau[:, :1], mean < tau[:, 1:]
     kept = jnp.where(below_high, LOW, HIGH) if tiers == 2 else jnp.full(mean.shape, HIGH)
     return jnp.where(below_low, DROPPED, kept)
 
 
 def least_significant(mean: Array, position: Array, candidate: Array) -> Array:
-    """Mask `[B, n]` of the candidate with the least mean in each row, the oldest of equals; none where a row has no candidate."""
+    """Mask `[B, n]` of the candidate with the least mean in each row, the oldest of equals; none
+    where a row has no candidate.
+    """
     masked = jnp.where(candidate, mean, jnp.inf)
     least = candidate & (masked == masked.min(axis=-1, keepdims=True))
     age = jnp.where(least, position.astype(jnp.int32), jnp.iinfo(jnp.int32).max)
@@ -53,9 +66,19 @@ def least_significant(mean: Array, position: Array, candidate: Array) -> Array:
 
 
 def stored_victims(
-    pages: Pages, layout: PageLayout, page_table: Array, tier_len: Array, rule: Rule, tier: int, *, one_victim: bool, max_len: int
+    pages: Pages,
+    layout: PageLayout,
+    page_table: Array,
+    tier_len: Array,
+    rule: Rule,
+    tier: int,
+    *,
+    one_victim: bool,
+    max_len: int,
 ) -> tuple[Array, Array]:
-    """Masks `[B, capacity]` (slot order) of a tier's tokens that leave it, and of those among them that fall to the low tier."""
+    """Masks `[B, capacity]` (slot order) of a tier's tokens that leave it, and of those among them
+    that fall to the low tier.
+    """
     total, position, live = read_sides(pages, layout, page_table, tier_len, tier, max_len)
     if not layout.scored:
         return jnp.zeros_like(live), jnp.zeros_like(live)
@@ -69,12 +92,21 @@ def stored_victims(
 
 
 def count_moves(
-    pages: Pages, layout: PageLayout, page_table: Array, tier_len: Array, rule: Rule, *, one_victim: bool, max_len: int
+    pages: Pages,
+    layout: PageLayout,
+    page_table: Array,
+    tier_len: Array,
+    rule: Rule,
+    *,
+    one_victim: bool,
+    max_len: int,
 ) -> Moves:
     """`count_moves` of api.py in plain jax.numpy."""
     dropped, slots, demoted = [], [], jnp.zeros(page_table.shape[0], jnp.int32)
     for tier in range(layout.tiers):
-        victim, falls = stored_victims(pages, layout, page_table, tier_len, rule, tier, one_victim=one_victim, max_len=max_len)
+        victim, falls = stored_victims(
+            pages, layout, page_table, tier_len, rule, tier, one_victim=one_victim, max_len=max_len
+        )
         dropped.append((victim & ~falls).sum(axis=-1))
         slots.append(jnp.where(victim.any(axis=-1) & one_victim, jnp.argmax(victim, axis=-1), -1))
         if tier == 0:

@@ -1,4 +1,6 @@
-"""Which stored tokens leave their tier, on GPUs (Triton): one program a head; and what `apply_event` shares with it."""
+"""Which stored tokens leave their tier, on GPUs (Triton): one program a head; and what
+`apply_event` shares with it.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +25,9 @@ class Blocks:
 
 
 class Slots(NamedTuple):
-    """Where tokens of one tier of one head lie, int32 `[n]` each. Those not `valid` are on page `num_pages`, which is nowhere: every
-    access masks them, and the interpreter drops what is written outside of an array.
+    """Where tokens of one tier of one head lie, int32 `[n]` each. Those not `valid` are on page
+    `num_pages`, which is nowhere: every access masks them, and the interpreter drops what is
+    written outside of an array.
     """
 
     page: Array
@@ -33,7 +36,9 @@ class Slots(NamedTuple):
     valid: Array  # bool [n]
 
 
-def locate(page_table: Any, num_pages: int, layout: PageLayout, tier: int, head, slot: Array, valid: Array) -> Slots:
+def locate(
+    page_table: Any, num_pages: int, layout: PageLayout, tier: int, head, slot: Array, valid: Array
+) -> Slots:
     """Slots number `slot [n]` of a tier; `page_table` is a Ref int32 `[B, max_pages]`."""
     per_page, lanes, max_pages = layout.tokens_per_page(tier), layout.tokens, page_table.shape[1]
     slot = jnp.where(valid, slot, 0)
@@ -46,19 +51,27 @@ def locate(page_table: Any, num_pages: int, layout: PageLayout, tier: int, head,
 
 
 def read_sides(significance: Any, position: Any, slots: Slots) -> tuple[Array, Array]:
-    """Significance float32 and position int32 `[n]` of tokens, 0 where not valid; Refs as in `Pages`."""
+    """Significance float32 and position int32 `[n]` of tokens, 0 where not valid; Refs as in
+    `Pages`.
+    """
     at = (slots.page, slots.block, slots.lane)
-    total, where = (plgpu.load(ref.at[at], mask=slots.valid, other=0) for ref in (significance, position))
+    total, where = (
+        plgpu.load(ref.at[at], mask=slots.valid, other=0) for ref in (significance, position)
+    )
     return total, where.astype(jnp.int32)
 
 
 def divide(total: Array, count: Array) -> Array:
-    """float32 `total / count`, rounded as IEEE 754 asks: the quotient of Triton may be 2 ulp off, so what it leaves over is divided again.
+    """float32 `total / count`, rounded as IEEE 754 asks: the quotient of Triton may be 2 ulp off,
+    so what it leaves over is divided again.
 
-    `count` int32 in `[1, 2**24)`. Quotient and count are cut in halves of 12 bits, so that the products are exact (Dekker 1971).
+    `count` int32 in `[1, 2**24)`. Quotient and count are cut in halves of 12 bits, so that the
+    products are exact (Dekker 1971).
     """
     quotient = total / count.astype(jnp.float32)
-    high = lax.bitcast_convert_type(lax.bitcast_convert_type(quotient, jnp.int32) & ~0xFFF, jnp.float32)
+    high = lax.bitcast_convert_type(
+        lax.bitcast_convert_type(quotient, jnp.int32) & ~0xFFF, jnp.float32
+    )
     low = quotient - high
     count_high, count_low = ((count & mask).astype(jnp.float32) for mask in (~0xFFF, 0xFFF))
     rest = total - high * count_high - high * count_low - low * count_high - low * count_low
@@ -75,7 +88,9 @@ class Judge(NamedTuple):
     @staticmethod
     def of(tau: Any, observed: Any, head, tiers: int) -> "Judge":
         """Read from the Refs of a `Rule`."""
-        spans = tuple((observed[head, span, 0], observed[head, span, 1]) for span in range(observed.shape[1]))
+        spans = tuple(
+            (observed[head, span, 0], observed[head, span, 1]) for span in range(observed.shape[1])
+        )
         return Judge((tau[head, 0], tau[head, 1]), spans, tiers)
 
     def mean(self, total: Array, position: Array) -> Array:
@@ -130,15 +145,27 @@ def count_moves(
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=1),
         interpret=bool(interpret),
         name="count_moves",
-    )(*_Inputs(rule.tau, rule.observed, stirred, joined, page_table, tier_len, pages.significance, pages.position))
+    )(
+        *_Inputs(
+            rule.tau,
+            rule.observed,
+            stirred,
+            joined,
+            page_table,
+            tier_len,
+            pages.significance,
+            pages.position,
+        )
+    )
     return Moves(dropped, demoted, victim)
 
 
 def _kernel(*refs, layout: PageLayout, one_victim: bool, blocks: Blocks) -> None:
-    """Program `head`: classify the head's stored tokens (DiffKV, arXiv 2412.03131, Algorithm 1) and count those that leave.
+    """Program `head`: classify the head's stored tokens (DiffKV, arXiv 2412.03131, Algorithm 1) and
+    count those that leave.
 
-    Reads 4 bytes of significance and 2 or 4 of position of every live token and one table entry a token (from cache); writes
-    `dropped`, `victim` int32 `[B, tiers]` and `demoted` int32 `[B]`.
+    Reads 4 bytes of significance and 2 or 4 of position of every live token and one table entry a
+    token (from cache); writes `dropped`, `victim` int32 `[B, tiers]` and `demoted` int32 `[B]`.
     """
     inputs, (dropped, demoted, victim) = _Inputs(*refs[:-3]), refs[-3:]
     head = pl.program_id(0)
@@ -155,29 +182,40 @@ def _kernel(*refs, layout: PageLayout, one_victim: bool, blocks: Blocks) -> None
             demoted[head] = falls
 
 
-def _tokens(inputs: _Inputs, layout: PageLayout, tier: int, head, judge: Judge, slot: Array, live: Array) -> tuple[Array, Array]:
+def _tokens(
+    inputs: _Inputs, layout: PageLayout, tier: int, head, judge: Judge, slot: Array, live: Array
+) -> tuple[Array, Array]:
     """Mean significance and position of the tokens at `slot [n]`."""
     slots = locate(inputs.page_table, inputs.position.shape[0], layout, tier, head, slot, live)
     total, position = read_sides(inputs.significance, inputs.position, slots)
     return judge.mean(total, position), position
 
 
-def _count(inputs: _Inputs, layout: PageLayout, tier: int, head, judge: Judge, length, n: int) -> tuple[Array, Array]:
+def _count(
+    inputs: _Inputs, layout: PageLayout, tier: int, head, judge: Judge, length, n: int
+) -> tuple[Array, Array]:
     """How many of the first `length` tokens are dropped and demoted, `n` at a time."""
 
     def body(step, counts):
         slot = step * n + jnp.arange(n, dtype=jnp.int32)
         live = slot < length
         mean, _ = _tokens(inputs, layout, tier, head, judge, slot, live)
-        return tuple(count + (live & leaves).astype(jnp.int32) for count, leaves in zip(counts, judge.leaving(mean, tier), strict=True))
+        return tuple(
+            count + (live & leaves).astype(jnp.int32)
+            for count, leaves in zip(counts, judge.leaving(mean, tier), strict=True)
+        )
 
     none = jnp.zeros((n,), jnp.int32)
     dropped, demoted = lax.fori_loop(0, pl.cdiv(length, n), body, (none, none))
     return dropped.sum(), demoted.sum()
 
 
-def _least(inputs: _Inputs, layout: PageLayout, tier: int, head, judge: Judge, length, n: int) -> tuple[Array, Array, Array]:
-    """Whether the least significant token (the oldest of equals) is dropped, whether demoted, and its slot; -1 when it stays."""
+def _least(
+    inputs: _Inputs, layout: PageLayout, tier: int, head, judge: Judge, length, n: int
+) -> tuple[Array, Array, Array]:
+    """Whether the least significant token (the oldest of equals) is dropped, whether demoted, and
+    its slot; -1 when it stays.
+    """
     last = jnp.iinfo(jnp.int32).max
 
     def body(step, best):
@@ -185,9 +223,15 @@ def _least(inputs: _Inputs, layout: PageLayout, tier: int, head, judge: Judge, l
         live = slot < length
         mean, position = _tokens(inputs, layout, tier, head, judge, slot, live)
         less = live & ((mean < best[0]) | ((mean == best[0]) & (position < best[1])))
-        return tuple(jnp.where(less, new, old) for new, old in zip((mean, position, slot), best, strict=True))
+        return tuple(
+            jnp.where(less, new, old) for new, old in zip((mean, position, slot), best, strict=True)
+        )
 
-    start = (jnp.full((n,), jnp.inf, jnp.float32), jnp.full((n,), last, jnp.int32), jnp.full((n,), last, jnp.int32))
+    start = (
+        jnp.full((n,), jnp.inf, jnp.float32),
+        jnp.full((n,), last, jnp.int32),
+        jnp.full((n,), last, jnp.int32),
+    )
     mean, position, slot = lax.fori_loop(0, pl.cdiv(length, n), body, start)
     least = mean.min()
     oldest = jnp.where(mean == least, position, last).min()

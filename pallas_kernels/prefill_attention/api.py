@@ -13,12 +13,20 @@ from .sums_reference import ColumnSums
 
 @in_32_bits
 def prefill_attention(
-    chunk: Chunk, pages: Pages, layout: PageLayout, heads: Heads, scale: Scale, *, kernels: Kernels = XLA
+    chunk: Chunk,
+    pages: Pages,
+    layout: PageLayout,
+    heads: Heads,
+    scale: Scale,
+    *,
+    kernels: Kernels = XLA,
 ) -> tuple[Array, Array]:
-    """Attention of each row of a chunk over the stored pages, the recent window and, causally, the chunk itself.
+    """Attention of each row of a chunk over the stored pages, the recent window and, causally, the
+    chunk itself.
 
     Args:
-        chunk: C right-aligned tokens of each of B heads, G query heads each; the kernels multiply in its type and add in float32.
+        chunk: C right-aligned tokens of each of B heads, G query heads each; the kernels multiply
+            in its type and add in float32.
         pages: the pool, read through `heads.page_table`.
         layout: static geometry of the pages.
         heads: what the heads held before the chunk; what lies beyond the lengths is never used.
@@ -26,8 +34,9 @@ def prefill_attention(
         kernels: which implementation runs.
 
     Returns:
-        Output float32 `[B, G, C, d]` and log-sum-exp of the logits float32 `[B, G, C]`. Padded rows (the first `C - length`) hold
-        anything finite. No array of the size of rows times keys exists.
+        Output float32 `[B, G, C, d]` and log-sum-exp of the logits float32 `[B, G, C]`. Padded rows
+        (the first `C - length`) hold anything finite. No array of the size of rows times keys
+        exists.
     """
     attend = kernels.function(__name__, "prefill_attention", reference.prefill_attention)
     return attend(chunk, pages, layout, heads, scale)
@@ -45,15 +54,17 @@ def column_sums(
     *,
     kernels: Kernels = XLA,
 ) -> ColumnSums:
-    """Score every key by the last `observe` rows of the chunk: probabilities summed over those rows, then one score of the group.
+    """Score every key by the last `observe` rows of the chunk: probabilities summed over those
+    rows, then one score of the group.
 
-    That is the maximum over the query heads (DiffKV, arXiv 2412.03131 sec. 4) or their mean: `layout.group`. Arguments as in
-    `prefill_attention`; `observe` is static, at most C, padded rows do not count; `lse [B, G, C]` is the log-sum-exp that
-    `prefill_attention` returned.
+    That is the maximum over the query heads (DiffKV, arXiv 2412.03131 sec. 4) or their mean:
+    `layout.group`. Arguments as in `prefill_attention`; `observe` is static, at most C, padded rows
+    do not count; `lse [B, G, C]` is the log-sum-exp that `prefill_attention` returned.
 
     Returns:
-        `ColumnSums`: the pool's significance with the sums of stored tokens added, and the sums of recent and of chunk tokens (zeros
-        where there is no token). No array of the size of rows times keys exists.
+        `ColumnSums`: the pool's significance with the sums of stored tokens added, and the sums of
+        recent and of chunk tokens (zeros where there is no token). No array of the size of rows
+        times keys exists.
     """
     sums = kernels.function(__name__, "column_sums", sums_reference.column_sums, module="{}_sums")
     return sums(chunk, lse, observe, pages, layout, heads, scale)

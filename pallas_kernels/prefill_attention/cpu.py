@@ -11,12 +11,15 @@ from ..pages import PageLayout, Pages
 from .reference import Chunk, Scale
 
 
-def prefill_attention(chunk: Chunk, pages: Pages, layout: PageLayout, heads: Heads, scale: Scale) -> tuple[Array, Array]:
-    """`prefill_attention` of api.py. Unpacks 256 keys at a time; multiplies in bfloat16 when q is bfloat16 and the CPU has AVX512-BF16,
-    else in float32.
+def prefill_attention(
+    chunk: Chunk, pages: Pages, layout: PageLayout, heads: Heads, scale: Scale
+) -> tuple[Array, Array]:
+    """`prefill_attention` of api.py. Unpacks 256 keys at a time; multiplies in bfloat16 when q is
+    bfloat16 and the CPU has AVX512-BF16, else in float32.
 
     Raises:
-        ValueError or jax.errors.JaxRuntimeError: when run, for a length or page id that leads out of an array.
+        ValueError or jax.errors.JaxRuntimeError: when run, for a length or page id that leads out
+            of an array.
     """
     q, k, v, length = readable(chunk)
     run = build.call(

@@ -13,11 +13,21 @@ from .reference import Chunk, Scale
 from .sums_reference import ColumnSums
 
 
-def column_sums(chunk: Chunk, lse: Array, observe: int, pages: Pages, layout: PageLayout, heads: Heads, scale: Scale) -> ColumnSums:
-    """`column_sums` of api.py. Adds to the significance in place; multiplies like `prefill_attention`.
+def column_sums(
+    chunk: Chunk,
+    lse: Array,
+    observe: int,
+    pages: Pages,
+    layout: PageLayout,
+    heads: Heads,
+    scale: Scale,
+) -> ColumnSums:
+    """`column_sums` of api.py. Adds to the significance in place; multiplies like
+    `prefill_attention`.
 
     Raises:
-        ValueError or jax.errors.JaxRuntimeError: when run, for a length or page id that leads out of an array.
+        ValueError or jax.errors.JaxRuntimeError: when run, for a length or page id that leads out
+            of an array.
     """
     q, k, _, length = readable(chunk)
     run = build.call(

@@ -1,4 +1,6 @@
-"""Attention of a prompt chunk as one Pallas kernel for TPU: pages, recent window and the chunk itself in one online softmax."""
+"""Attention of a prompt chunk as one Pallas kernel for TPU: pages, recent window and the chunk
+itself in one online softmax.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,14 +37,20 @@ from .reference import Chunk, Scale
 class Blocks:
     """Sizes of one program."""
 
-    rows: int  # of the chunk, each with all query heads of the group; divides the chunk, a multiple of 128 or all of it
+    # of the chunk, each with all query heads of the group; divides the chunk, a multiple of 128 or
+    # all of it
+    rows: int
     keys: int  # of one step; whole pages, and a divisor of the chunk
 
     @staticmethod
     def choose(layout: PageLayout, group: int, rows: int) -> "Blocks":
-        """About 512 pairs of row and query head, and at most four blocks of tokens whose logits take at most 1 MiB."""
+        """About 512 pairs of row and query head, and at most four blocks of tokens whose logits
+        take at most 1 MiB.
+        """
         rows = largest_divisor(rows, max(128, 512 // group))
-        return Blocks(rows, max(1, min(4, (1 << 18) // (group * rows * layout.tokens))) * layout.tokens)
+        return Blocks(
+            rows, max(1, min(4, (1 << 18) // (group * rows * layout.tokens))) * layout.tokens
+        )
 
 
 class Inputs(NamedTuple):
@@ -89,7 +97,9 @@ def prefill_attention(
     def of_head(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape), lambda head, block, *_: (head, *(0 for _ in shape)))
 
-    recent = pl.BlockSpec((None, None, slots, d), lambda head, block, *scalars: (scalars[3][0], head, 0, 0))
+    recent = pl.BlockSpec(
+        (None, None, slots, d), lambda head, block, *scalars: (scalars[3][0], head, 0, 0)
+    )
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     rows = pl.BlockSpec((None, g, blocks.rows, d), lambda head, block, *_: (head, 0, block, 0))
     totals = pl.BlockSpec((None, g, blocks.rows), lambda head, block, *_: (head, 0, block))
@@ -98,10 +108,17 @@ def prefill_attention(
         *(chunk.q, chunk.k, chunk.v, heads.recent_k, heads.recent_v),
         *pool_inputs(pages, interpret),
     )
-    scratch = Scratch(pltpu.VMEM((pairs, 1), jnp.float32), pltpu.VMEM((pairs, 1), jnp.float32), pltpu.VMEM((pairs, d), jnp.float32))
+    scratch = Scratch(
+        pltpu.VMEM((pairs, 1), jnp.float32),
+        pltpu.VMEM((pairs, 1), jnp.float32),
+        pltpu.VMEM((pairs, d), jnp.float32),
+    )
     return pl.pallas_call(
         partial(_kernel, layout=layout, scale=scale, blocks=blocks),
-        out_shape=(jax.ShapeDtypeStruct((b, g, c, d), jnp.float32), jax.ShapeDtypeStruct((b, g, c), jnp.float32)),
+        out_shape=(
+            jax.ShapeDtypeStruct((b, g, c, d), jnp.float32),
+            jax.ShapeDtypeStruct((b, g, c), jnp.float32),
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(b, c // blocks.rows),
@@ -121,11 +138,13 @@ def pages_of_step(layout: PageLayout, keys: int) -> list[int]:
 
 
 def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks):
-    """Program (head, block): `blocks.rows` rows of the chunk, for all G query heads, against every key they see.
+    """Program (head, block): `blocks.rows` rows of the chunk, for all G query heads, against every
+    key they see.
 
-    Pair m is row m % rows of query head m // rows, so that a page is read and unpacked once for all G heads. Reads the head's live
-    pages (payload and metadata, once a program, by double-buffered copies from HBM); q, the head's chunk K and V (once a head) and the
-    layer's recent window arrive in VMEM. Writes output float32 [G, rows, d] and log-sum-exp float32 [G, rows].
+    Pair m is row m % rows of query head m // rows, so that a page is read and unpacked once for all
+    G heads. Reads the head's live pages (payload and metadata, once a program, by double-buffered
+    copies from HBM); q, the head's chunk K and V (once a head) and the layer's recent window arrive
+    in VMEM. Writes output float32 [G, rows, d] and log-sum-exp float32 [G, rows].
     """
     inputs, (out, lse) = Inputs(*refs[:12]), refs[12:14]
     state, buffers = Scratch(*refs[14:17]), Buffers(*refs[17:])
@@ -139,7 +158,17 @@ def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks):
 
     for number, pages in enumerate(pages_of_step(layout, blocks.keys)):
         length = jnp.where(attends, inputs.tier_len[head, number], 0)
-        tier = Tier(layout, number, head, length, pages, inputs.page_table, inputs.payload, inputs.meta, buffers)
+        tier = Tier(
+            layout,
+            number,
+            head,
+            length,
+            pages,
+            inputs.page_table,
+            inputs.payload,
+            inputs.meta,
+            buffers,
+        )
 
         def add_stored(step, slot, tier=tier):
             valid = tier.valid(step)
@@ -168,11 +197,15 @@ def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks):
     for member in range(g):
         for first in range(0, rows, 128):
             size = min(128, rows - first)
-            lse[member : member + 1, first : first + size] = row_of(column[member * rows + first :][:size])
+            lse[member : member + 1, first : first + size] = row_of(
+                column[member * rows + first :][:size]
+            )
 
 
 def queries(ref, layout: PageLayout) -> Callable[[Group], tuple[Array, Array]]:
-    """Queries `ref [G, rows, d]` as pairs: `q_of(group)` gives channels `[G * rows, size]` and float32 sums over them `[G * rows, 1]`."""
+    """Queries `ref [G, rows, d]` as pairs: `q_of(group)` gives channels `[G * rows, size]` and
+    float32 sums over them `[G * rows, 1]`.
+    """
     g, rows, d = ref.shape
     groups = {group[:2] for fmt in layout.formats for group in groups_of(fmt.key, d)} | {(0, d)}
     loaded = {}
@@ -183,7 +216,9 @@ def queries(ref, layout: PageLayout) -> Callable[[Group], tuple[Array, Array]]:
 
 
 def _weights(state: Scratch, logits: Array) -> Array:
-    """Take `logits [M, n]` (masked ones -inf) into maximum and total, rescale the output, and give the weights of the values `[M, n]`."""
+    """Take `logits [M, n]` (masked ones -inf) into maximum and total, rescale the output, and give
+    the weights of the values `[M, n]`.
+    """
     old = state.maximum[...]
     maximum = jnp.maximum(old, logits.max(axis=1, keepdims=True))
     safe = jnp.where(maximum == -jnp.inf, 0.0, maximum)
@@ -194,30 +229,48 @@ def _weights(state: Scratch, logits: Array) -> Array:
     return weights
 
 
-def _add_recent(state: Scratch, q: Array, inputs: Inputs, length, scale: Scale, blocks: Blocks) -> None:
+def _add_recent(
+    state: Scratch, q: Array, inputs: Inputs, length, scale: Scale, blocks: Blocks
+) -> None:
     """The live slots of the recent window; dead ones may hold NaN."""
     slots = inputs.recent_k.shape[0]
     for first in range(0, slots, blocks.keys):
         size = min(blocks.keys, slots - first)
         live = first + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < length
-        k, v = (jnp.where(live, ref[first : first + size, :], 0).astype(q.dtype) for ref in (inputs.recent_k, inputs.recent_v))
+        k, v = (
+            jnp.where(live, ref[first : first + size, :], 0).astype(q.dtype)
+            for ref in (inputs.recent_k, inputs.recent_v)
+        )
         logits = capped(matmul(q, k, (1, 1)) * scale.sm_scale, scale)
         slot = first + lax.broadcasted_iota(jnp.int32, (1, size), 1)
         weights = _weights(state, jnp.where(slot < length, logits, -jnp.inf))
         state.output[...] = state.output[...] + matmul(weights.astype(q.dtype), v)
 
 
-def _add_own(state: Scratch, q: Array, inputs: Inputs, length, first_row, rows: int, scale: Scale, blocks: Blocks) -> None:
+def _add_own(
+    state: Scratch,
+    q: Array,
+    inputs: Inputs,
+    length,
+    first_row,
+    rows: int,
+    scale: Scale,
+    blocks: Blocks,
+) -> None:
     """The chunk's own keys, from its first token to the diagonal block; causal."""
     c = inputs.k.shape[0]
     width = largest_divisor(c, blocks.keys)
 
     def add(i, _):
-        logits = capped(matmul(q, inputs.k[pl.ds(i * width, width), :], (1, 1)) * scale.sm_scale, scale)
+        logits = capped(
+            matmul(q, inputs.k[pl.ds(i * width, width), :], (1, 1)) * scale.sm_scale, scale
+        )
         row = first_row + lax.rem(lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0), rows)
         key = i * width + lax.broadcasted_iota(jnp.int32, (1, width), 1)
         weights = _weights(state, jnp.where((key <= row) & (key >= c - length), logits, -jnp.inf))
-        state.output[...] = state.output[...] + matmul(weights.astype(q.dtype), inputs.v[pl.ds(i * width, width), :])
+        state.output[...] = state.output[...] + matmul(
+            weights.astype(q.dtype), inputs.v[pl.ds(i * width, width), :]
+        )
         return None
 
     lax.fori_loop(lax.div(c - length, width), pl.cdiv(first_row + rows, width), add, None)

@@ -1,4 +1,6 @@
-"""What the TPU kernels of this operation share: stored tokens streamed from HBM, page by page, and their keys and values."""
+"""What the TPU kernels of this operation share: stored tokens streamed from HBM, page by page, and
+their keys and values.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +25,8 @@ def check_table(page_table: Array) -> None:
     size = 4 * (heads + -heads % 8) * (columns + -columns % 128)
     if size > TABLE_BYTES:
         raise ValueError(
-            f"the page table of {heads} heads with {columns} pages takes {size} bytes of SMEM, and at most {TABLE_BYTES} are given; use "
+            f"the page table of {heads} heads with {columns} pages takes {size} bytes of SMEM, "
+            f"and at most {TABLE_BYTES} are given; use "
             "fewer requests, a smaller max_len or implementation='xla'"
         )
 
@@ -34,7 +37,9 @@ def pool_inputs(pages: Pages, interpret) -> tuple[Array, Array]:
     payload, meta = pages.payload, meta_as_bits(pages.meta) if pages.meta.size else empty
     if interpret:
         return payload, meta
-    return pltpu.with_memory_space_constraint(payload, pltpu.HBM), pltpu.with_memory_space_constraint(meta, pltpu.HBM)
+    return pltpu.with_memory_space_constraint(
+        payload, pltpu.HBM
+    ), pltpu.with_memory_space_constraint(meta, pltpu.HBM)
 
 
 def largest_divisor(n: int, most: int) -> int:
@@ -43,7 +48,9 @@ def largest_divisor(n: int, most: int) -> int:
 
 
 def matmul(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
-    """`a` times `b` over axes `contract`, in float32 sums; float32 factors are multiplied in full precision."""
+    """`a` times `b` over axes `contract`, in float32 sums; float32 factors are multiplied in full
+    precision.
+    """
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
@@ -51,7 +58,9 @@ def matmul(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
 
 def capped(dots: Array, scale: Scale) -> Array:
     """Logits of scaled dot products."""
-    return dots if scale.soft_cap is None else scale.soft_cap * jnp.tanh(dots * (1 / scale.soft_cap))
+    return (
+        dots if scale.soft_cap is None else scale.soft_cap * jnp.tanh(dots * (1 / scale.soft_cap))
+    )
 
 
 def row_of(column: Array) -> Array:
@@ -74,7 +83,8 @@ class Buffers(NamedTuple):
     """VMEM that the pages arrive in."""
 
     payload: Any  # uint8 [BUFFERS, pages of a step, rows, T]
-    meta: Any  # int16 [BUFFERS, pages of a step, meta_rows, T]; the bits of float16, which Mosaic lacks
+    # int16 [BUFFERS, pages of a step, meta_rows, T]; the bits of float16, which Mosaic lacks
+    meta: Any
     arrived: Any  # DMA semaphores [BUFFERS]
 
     @staticmethod
@@ -100,7 +110,10 @@ def groups_of(codec: Codec, head_dim: int) -> list[Group]:
     by_row: dict[int | None, list[Tile]] = {}
     for tile in codec.tiles(head_dim):
         by_row.setdefault(tile.scale_row, []).append(tile)
-    return [Group(tiles[0].channel, sum(t.channels for t in tiles), tuple(tiles)) for tiles in by_row.values()]
+    return [
+        Group(tiles[0].channel, sum(t.channels for t in tiles), tuple(tiles))
+        for tiles in by_row.values()
+    ]
 
 
 class Tier(NamedTuple):
@@ -124,17 +137,27 @@ class Tier(NamedTuple):
     def page_id(self, page):
         """Id of page number `page`, or of the last live one where there are fewer."""
         last = self.layout.pages_for(self.number, self.length) - 1
-        return self.page_table[self.head, page_column(self.number, jnp.minimum(page, last), self.page_table.shape[1])]
+        return self.page_table[
+            self.head, page_column(self.number, jnp.minimum(page, last), self.page_table.shape[1])
+        ]
 
     def copies(self, step, slot, rows: int) -> list:
-        """The copies that bring a step's metadata and the first `rows` payload rows of its pages to `slot`."""
+        """The copies that bring a step's metadata and the first `rows` payload rows of its pages to
+        `slot`.
+        """
         copies = []
         for page in range(self.pages):
             source, arrived = self.page_id(step * self.pages + page), self.buffers.arrived.at[slot]
             to = self.buffers.payload.at[slot, page, pl.ds(0, rows)]
-            copies.append(pltpu.make_async_copy(self.payload.at[source, pl.ds(0, rows)], to, arrived))
+            copies.append(
+                pltpu.make_async_copy(self.payload.at[source, pl.ds(0, rows)], to, arrived)
+            )
             if self.layout.meta_rows:
-                copies.append(pltpu.make_async_copy(self.meta.at[source], self.buffers.meta.at[slot, page], arrived))
+                copies.append(
+                    pltpu.make_async_copy(
+                        self.meta.at[source], self.buffers.meta.at[slot, page], arrived
+                    )
+                )
         return copies
 
     def valid(self, step) -> Array:
@@ -142,21 +165,42 @@ class Tier(NamedTuple):
         lane = lax.broadcasted_iota(jnp.int32, (1, self.step_tokens), 1)
         return step * self.step_tokens + lane < self.length
 
-    def keys(self, slot, valid: Array, dtype) -> list[tuple[Group, Array, Array | None, Array | None]]:
-        """Of each group of channels: codes `[channels, n]` of the keys in `slot`, float32 scale and zero point `[1, n]` or None."""
+    def keys(
+        self, slot, valid: Array, dtype
+    ) -> list[tuple[Group, Array, Array | None, Array | None]]:
+        """Of each group of channels: codes `[channels, n]` of the keys in `slot`, float32 scale and
+        zero point `[1, n]` or None.
+        """
         return self._read(self.layout.formats[self.number].key, slot, valid, dtype, 0, 0)
 
-    def values(self, slot, valid: Array, dtype) -> list[tuple[Group, Array, Array | None, Array | None]]:
+    def values(
+        self, slot, valid: Array, dtype
+    ) -> list[tuple[Group, Array, Array | None, Array | None]]:
         """The same of the values."""
-        return self._read(self.layout.formats[self.number].value, slot, valid, dtype, *self.layout.value_start(self.number))
+        return self._read(
+            self.layout.formats[self.number].value,
+            slot,
+            valid,
+            dtype,
+            *self.layout.value_start(self.number),
+        )
 
-    def _read(self, codec: Codec, slot, valid: Array, dtype, first_row: int, first_meta: int) -> list:
-        blocks = [(page, block) for page in range(self.pages) for block in range(self.layout.blocks[self.number])]
+    def _read(
+        self, codec: Codec, slot, valid: Array, dtype, first_row: int, first_meta: int
+    ) -> list:
+        blocks = [
+            (page, block)
+            for page in range(self.pages)
+            for block in range(self.layout.blocks[self.number])
+        ]
         rows, head_dim = codec.rows(self.layout.head_dim), self.layout.head_dim
         meta = []
         if codec.meta_rows:
             bits = [self.buffers.meta[slot, page].astype(jnp.int32) for page in range(self.pages)]
-            meta = [bits[page][first_meta + block * codec.meta_rows :][: codec.meta_rows] for page, block in blocks]
+            meta = [
+                bits[page][first_meta + block * codec.meta_rows :][: codec.meta_rows]
+                for page, block in blocks
+            ]
 
         def number(row: int) -> Array:
             return jnp.where(valid, side_by_side([block[row : row + 1] for block in meta], 1), 0)
@@ -164,15 +208,23 @@ class Tier(NamedTuple):
         def codes(tile: Tile) -> Array:
             def unpacked(page: int, block: int) -> Array:
                 start = first_row + block * rows
-                planes = [self.buffers.payload[slot, page, start + row : start + row + tile.channels] for row in tile.rows]
+                planes = [
+                    self.buffers.payload[slot, page, start + row : start + row + tile.channels]
+                    for row in tile.rows
+                ]
                 return tile.unpack([plane.astype(jnp.int32) for plane in planes])
 
             x = side_by_side([unpacked(*block) for block in blocks], 1)
-            x = x if tile.scale_row is not None else jnp.where(valid, x, 0.0)  # an exact number of a dead lane may be NaN
+            # an exact number of a dead lane may be NaN
+            x = x if tile.scale_row is not None else jnp.where(valid, x, 0.0)
             return x.astype(dtype)
 
         return [
-            (group, side_by_side(list(map(codes, group.tiles)), 0), *group.tiles[0].scale_zero(number))
+            (
+                group,
+                side_by_side(list(map(codes, group.tiles)), 0),
+                *group.tiles[0].scale_zero(number),
+            )
             for group in groups_of(codec, head_dim)
         ]
 
@@ -183,7 +235,9 @@ def side_by_side(parts: Sequence[Array], axis: int) -> Array:
 
 
 def over_steps(tier: Tier, rows: int, body: Callable) -> None:
-    """`body(step, slot)` for every step of a tier, its pages' first `rows` payload rows in `slot`, the next step's on their way."""
+    """`body(step, slot)` for every step of a tier, its pages' first `rows` payload rows in `slot`,
+    the next step's on their way.
+    """
     steps = pl.cdiv(tier.length, tier.step_tokens)
 
     @pl.when(steps > 0)
@@ -207,8 +261,12 @@ def over_steps(tier: Tier, rows: int, body: Callable) -> None:
     lax.fori_loop(0, steps, one, None)
 
 
-def dots_of(q_of: Callable[[Group], tuple[Array, Array]], keys: Sequence[tuple], factor: float) -> Array:
-    """`factor` times the dot products `[M, n]` of queries with keys; `q_of(group)` gives their channels `[M, c]` and the sums `[M, 1]`."""
+def dots_of(
+    q_of: Callable[[Group], tuple[Array, Array]], keys: Sequence[tuple], factor: float
+) -> Array:
+    """`factor` times the dot products `[M, n]` of queries with keys; `q_of(group)` gives their
+    channels `[M, c]` and the sums `[M, 1]`.
+    """
     total = None
     for group, codes, scale, zero in keys:
         q, sums = q_of(group)

@@ -32,21 +32,30 @@ from .mosaic_tpu_pages import (
 from .reference import Chunk, Scale
 from .sums_reference import ColumnSums
 
-QUERY_BYTES = 4 << 20  # of VMEM that the observing rows of one head may take; they are there twice, the next head's on their way
+# of VMEM that the observing rows of one head may take; they are there twice, the next head's on
+# their way
+QUERY_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class Blocks:
     """Sizes of one step."""
 
-    observed: int  # rows at the end of the chunk that are brought to VMEM: at least the observing ones, divides the chunk
-    rows: int  # of these that are multiplied at a time, with all query heads of the group; divides `observed`
+    # rows at the end of the chunk that are brought to VMEM: at least the observing ones, divides
+    # the chunk
+    observed: int
+    # of these that are multiplied at a time, with all query heads of the group; divides `observed`
+    rows: int
     keys: int  # of one step; whole pages
 
     @staticmethod
     def choose(layout: PageLayout, group: int, chunk_len: int, observe: int) -> "Blocks":
         """About 512 pairs of row and query head, and four blocks of tokens."""
-        observed = next(n for n in range(observe, chunk_len + 1) if chunk_len % n == 0 and (n % 16 == 0 or n == chunk_len))
+        observed = next(
+            n
+            for n in range(observe, chunk_len + 1)
+            if chunk_len % n == 0 and (n % 16 == 0 or n == chunk_len)
+        )
         rows = largest_divisor(observed, max(16, 512 // group))
         return Blocks(observed, rows, 4 * layout.tokens)
 
@@ -92,7 +101,8 @@ def column_sums(
     """`column_sums` of api.py on TPU. The pool stays in HBM; the significance is changed in place.
 
     Raises:
-        ValueError: the observing rows or the page table are more than the chip's near memory is given for.
+        ValueError: the observing rows or the page table are more than the chip's near memory is
+            given for.
     """
     b, g, c, d = chunk.q.shape
     blocks = blocks or Blocks.choose(layout, g, c, observe)
@@ -100,19 +110,35 @@ def column_sums(
     query_bytes = g * blocks.observed * max(d, 128) * chunk.q.dtype.itemsize
     if query_bytes > QUERY_BYTES:
         raise ValueError(
-            f"{observe=} rows of {g} query heads take {query_bytes} bytes of VMEM, and at most {QUERY_BYTES} are given; let fewer rows "
+            f"{observe=} rows of {g} query heads take {query_bytes} bytes of VMEM, and at most "
+            f"{QUERY_BYTES} are given; let fewer rows "
             "observe, take a smaller prefill_chunk or use implementation='xla'"
         )
     slots, step_pages = heads.recent_k.shape[2], max(pages_of_step(layout, blocks.keys))
 
     def of_head(*shape: int, last: int = 0) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *shape), lambda head, *_: (head, *(last if axis == 1 else 0 for axis in range(len(shape)))))
+        return pl.BlockSpec(
+            (None, *shape),
+            lambda head, *_: (head, *(last if axis == 1 else 0 for axis in range(len(shape)))),
+        )
 
-    recent = pl.BlockSpec((None, None, slots, d), lambda head, *scalars: (scalars[3][0], head, 0, 0))
+    recent = pl.BlockSpec(
+        (None, None, slots, d), lambda head, *scalars: (scalars[3][0], head, 0, 0)
+    )
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     rows = of_head(g, blocks.observed, d, last=c // blocks.observed - 1)
     inputs = Inputs(
-        *(heads.page_table, heads.tier_len, heads.recent_len, heads.layer.reshape(1), chunk.length, chunk.q, lse, chunk.k, heads.recent_k),
+        *(
+            heads.page_table,
+            heads.tier_len,
+            heads.recent_len,
+            heads.layer.reshape(1),
+            chunk.length,
+            chunk.q,
+            lse,
+            chunk.k,
+            heads.recent_k,
+        ),
         *pool_inputs(pages, interpret),
         pages.significance,
     )
@@ -121,7 +147,8 @@ def column_sums(
         pltpu.VMEM((BUFFERS, step_pages, *pages.significance.shape[1:]), jnp.float32),
         *(pltpu.SemaphoreType.DMA((BUFFERS,)), pltpu.SemaphoreType.DMA((BUFFERS,))),
     )
-    in_place = jax.ShapeDtypeStruct if interpret else pltpu.HBM  # else XLA carries a small pool to VMEM and back
+    # else XLA carries a small pool to VMEM and back
+    in_place = jax.ShapeDtypeStruct if interpret else pltpu.HBM
     significance, of_recent, of_chunk = pl.pallas_call(
         partial(_kernel, layout=layout, scale=scale, blocks=blocks, observe=observe),
         out_shape=[
@@ -144,10 +171,12 @@ def column_sums(
 
 
 def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks, observe: int):
-    """Program (head): every key of one head, scored by the chunk's last `observe` rows that are tokens.
+    """Program (head): every key of one head, scored by the chunk's last `observe` rows that are
+    tokens.
 
-    Reads K payload and metadata of the head's live pages once and its q, log-sum-exp, chunk K and recent K; adds to the significance
-    of live tokens (pages of float32 [blocks, T], read and written back by copies) and writes sums float32 [1, slots] and [1, C].
+    Reads K payload and metadata of the head's live pages once and its q, log-sum-exp, chunk K and
+    recent K; adds to the significance of live tokens (pages of float32 [blocks, T], read and
+    written back by copies) and writes sums float32 [1, slots] and [1, C].
     """
     inputs, (significance, recent, own) = Inputs(*refs[:12]), refs[12:15]
     scratch, buffers = Scratch(*refs[15:19]), Buffers(*refs[19:])
@@ -159,7 +188,17 @@ def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks, observe: in
 
     for number, pages in enumerate(pages_of_step(layout, blocks.keys)):
         stored = jnp.where(count > 0, inputs.tier_len[head, number], 0)
-        tier = Tier(layout, number, head, stored, pages, inputs.page_table, inputs.payload, inputs.meta, buffers)
+        tier = Tier(
+            layout,
+            number,
+            head,
+            stored,
+            pages,
+            inputs.page_table,
+            inputs.payload,
+            inputs.meta,
+            buffers,
+        )
         k_rows, _ = layout.value_start(number)
         _score_tier(tier, k_rows, scratch, significance, sums, scale, dtype)
 
@@ -169,25 +208,39 @@ def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks, observe: in
         live = first + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < inputs.recent_len[head]
         k = jnp.where(live, inputs.recent_k[first : first + size, :], 0).astype(dtype)
         seen = first + lax.broadcasted_iota(jnp.int32, (1, size), 1) < inputs.recent_len[head]
-        recent[:, first : first + size] = sums(size, partial(_exact_dots, k, scale), lambda row, seen=seen: seen)
+        recent[:, first : first + size] = sums(
+            size, partial(_exact_dots, k, scale), lambda row, seen=seen: seen
+        )
 
     width = largest_divisor(c, max(128, blocks.keys))
     for first in range(0, c, width):
-        key, k = first + lax.broadcasted_iota(jnp.int32, (1, width), 1), inputs.k[first : first + width, :]
+        key, k = (
+            first + lax.broadcasted_iota(jnp.int32, (1, width), 1),
+            inputs.k[first : first + width, :],
+        )
         own[:, first : first + width] = sums(
-            width, partial(_exact_dots, k, scale), lambda row, key=key: (key <= row) & (key >= c - length), first_seen_by=first
+            width,
+            partial(_exact_dots, k, scale),
+            lambda row, key=key: (key <= row) & (key >= c - length),
+            first_seen_by=first,
         )
 
 
 def _load_shift(shift, lse, count) -> None:
-    """The log-sum-exp `[G, C]` of the last rows as columns, +inf in all but the last `count` rows, so that their weights are 0."""
+    """The log-sum-exp `[G, C]` of the last rows as columns, +inf in all but the last `count` rows,
+    so that their weights are 0.
+    """
     (g, observed, _), c = shift.shape, lse.shape[1]
     for member in range(g):
         for first in range(0, observed, 128):
             size = min(128, observed - first)
-            column = column_of(lse[member : member + 1, c - observed + first : c - observed + first + size])
+            column = column_of(
+                lse[member : member + 1, c - observed + first : c - observed + first + size]
+            )
             row = first + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
-            shift[member, first : first + size, :] = jnp.where(row >= observed - count, column, jnp.inf)
+            shift[member, first : first + size, :] = jnp.where(
+                row >= observed - count, column, jnp.inf
+            )
 
 
 def _exact_dots(k: Array, scale: Scale, q_of: Callable[[Group], tuple[Array, Array]]) -> Array:
@@ -207,10 +260,12 @@ def _sums(
     seen: Callable[[Array], Array],
     first_seen_by=0,
 ) -> Array:
-    """`exp(logit - lse)` summed over the observing rows of a query head, then maximum or mean over the group: `[1, n]`.
+    """`exp(logit - lse)` summed over the observing rows of a query head, then maximum or mean over
+    the group: `[1, n]`.
 
-    `dots(q_of)` gives scaled dot products `[G * rows, n]`; `seen(row)` which keys `[.., n]` rows `[G * rows, 1]` of the chunk see; no
-    row before `first_counted` counts, none before `first_seen_by` sees any of the keys.
+    `dots(q_of)` gives scaled dot products `[G * rows, n]`; `seen(row)` which keys `[.., n]` rows
+    `[G * rows, 1]` of the chunk see; no row before `first_counted` counts, none before
+    `first_seen_by` sees any of the keys.
     """
     (g, observed, _), c, rows = inputs.q.shape, inputs.k.shape[0], blocks.rows
     before = c - observed
@@ -219,7 +274,10 @@ def _sums(
         first = pl.multiple_of(i * rows, rows)
         logits = capped(dots(queries(inputs.q.at[:, pl.ds(first, rows), :], layout)), scale)
         row = before + first + lax.rem(lax.broadcasted_iota(jnp.int32, (g * rows, 1), 0), rows)
-        weights = jnp.exp(jnp.where(seen(row), logits, -jnp.inf) - shift[:, pl.ds(first, rows), :].reshape(g * rows, 1))
+        weights = jnp.exp(
+            jnp.where(seen(row), logits, -jnp.inf)
+            - shift[:, pl.ds(first, rows), :].reshape(g * rows, 1)
+        )
         parts = (weights[m * rows : (m + 1) * rows].sum(axis=0, keepdims=True) for m in range(g))
         return tuple(total + part for total, part in zip(totals, parts, strict=True))
 
@@ -228,18 +286,32 @@ def _sums(
     return reduce(jnp.maximum, totals) if layout.group == "max" else reduce(jnp.add, totals) / g
 
 
-def _score_tier(tier: Tier, k_rows: int, scratch: Scratch, significance, sums: Callable[..., Array], scale: Scale, dtype) -> None:
+def _score_tier(
+    tier: Tier,
+    k_rows: int,
+    scratch: Scratch,
+    significance,
+    sums: Callable[..., Array],
+    scale: Scale,
+    dtype,
+) -> None:
     """Add the column sums of the stored tokens of a tier to their significance, page by page."""
     layout, blocks = tier.layout, tier.layout.blocks[tier.number]
     total = layout.pages_for(tier.number, tier.length)
 
     def each_live(step, slot, act: Callable) -> None:
-        """`act(page in the pool, its place in VMEM, slot)` for every live page of a step; a step before the first has none."""
+        """`act(page in the pool, its place in VMEM, slot)` for every live page of a step; a step
+        before the first has none.
+        """
         for page in range(tier.pages):
 
             @pl.when((step >= 0) & (step * tier.pages + page < total))
             def _(page=page):
-                act(significance.at[tier.page_id(step * tier.pages + page)], scratch.scores.at[slot, page], slot)
+                act(
+                    significance.at[tier.page_id(step * tier.pages + page)],
+                    scratch.scores.at[slot, page],
+                    slot,
+                )
 
     def read(pool, here, slot):
         return pltpu.make_async_copy(pool, here, scratch.read.at[slot])
@@ -252,17 +324,23 @@ def _score_tier(tier: Tier, k_rows: int, scratch: Scratch, significance, sums: C
         each_live(step, slot, lambda *at: read(*at).start())
         valid = tier.valid(step)
         keys = tier.keys(slot, valid, dtype)
-        scores = sums(tier.step_tokens, lambda q_of: dots_of(q_of, keys, scale.sm_scale), lambda row: valid)
+        scores = sums(
+            tier.step_tokens, lambda q_of: dots_of(q_of, keys, scale.sm_scale), lambda row: valid
+        )
         each_live(step, slot, lambda *at: read(*at).wait())
         for number in range(tier.pages * blocks):
             first = number * layout.tokens
             lane = first + lax.broadcasted_iota(jnp.int32, (1, layout.tokens), 1)
             at = (slot, number // blocks, pl.ds(number % blocks, 1))
             old, new = scratch.scores[at], scores[:, first : first + layout.tokens]
-            scratch.scores[at] = jnp.where(step * tier.step_tokens + lane < tier.length, old + new, old)
+            scratch.scores[at] = jnp.where(
+                step * tier.step_tokens + lane < tier.length, old + new, old
+            )
         each_live(step, slot, lambda *at: written(*at).start())
 
     over_steps(tier, k_rows, add)
     steps = pl.cdiv(tier.length, tier.step_tokens)
     for back in range(BUFFERS, 0, -1):
-        each_live(steps - back, lax.rem(steps - back + BUFFERS, BUFFERS), lambda *at: written(*at).wait())
+        each_live(
+            steps - back, lax.rem(steps - back + BUFFERS, BUFFERS), lambda *at: written(*at).wait()
+        )

@@ -1,4 +1,6 @@
-"""Attention of a prompt chunk over the stored prefix, the recent window and itself, and the column sums of its observing rows."""
+"""Attention of a prompt chunk over the stored prefix, the recent window and itself, and the column
+sums of its observing rows.
+"""
 
 from typing import NamedTuple
 
@@ -17,11 +19,14 @@ from ..decode_attention.stream import (
 )
 from ..pages import PageLayout, Pages
 
-BLOCK_Q, BLOCK_KV = 512, 512  # rows of queries and of chunk keys that one step holds; BLOCK_Q divides or exceeds the chunk
+# rows of queries and of chunk keys that one step holds; BLOCK_Q divides or exceeds the chunk
+BLOCK_Q, BLOCK_KV = 512, 512
 
 
 class Chunk(NamedTuple):
-    """A prompt chunk of C tokens of each of the `B` heads, right-aligned: the last `length` rows are tokens."""
+    """A prompt chunk of C tokens of each of the `B` heads, right-aligned: the last `length` rows
+    are tokens.
+    """
 
     q: Array  # float32 or bfloat16 [B, G, C, d]
     k: Array  # like q [B, C, d], zeros where padded
@@ -47,23 +52,31 @@ def recent_keys(heads: Heads) -> Exact:
     return Exact(*heads.recent())
 
 
-def prefill_attention(chunk: Chunk, pages: Pages, layout: PageLayout, heads: Heads, scale: Scale) -> tuple[Array, Array]:
+def prefill_attention(
+    chunk: Chunk, pages: Pages, layout: PageLayout, heads: Heads, scale: Scale
+) -> tuple[Array, Array]:
     """`prefill_attention` of api.py in plain jax.numpy.
 
-    Works in blocks of rows, so that no `C x C` matrix exists; the chunk's own keys above the diagonal blocks are never visited.
+    Works in blocks of rows, so that no `C x C` matrix exists; the chunk's own keys above the
+    diagonal blocks are never visited.
     """
     chunk = chunk.float32()
     b, g, c, d = chunk.q.shape
     rows = min(BLOCK_Q, c)
     recent, values = recent_keys(heads), layout.formats[0].values
-    chunk, recent = chunk._replace(v=values(chunk.k, chunk.v)), recent._replace(v=values(recent.k, recent.v))
+    chunk, recent = (
+        chunk._replace(v=values(chunk.k, chunk.v)),
+        recent._replace(v=values(recent.k, recent.v)),
+    )
 
     def block(i):
         q = lax.dynamic_slice_in_dim(chunk.q, i * rows, rows, axis=2).reshape(b, g * rows, d)
         partial = Partial.empty(q.shape[:2], chunk.v.shape[-1])
         for tier in range(layout.tiers):
             partial = _add_tier(partial, q, pages, layout, tier, heads, scale)
-        partial = partial.add(exact_logits(q, recent, scale), lambda p: jnp.einsum("bqt,btd->bqd", p, recent.v))
+        partial = partial.add(
+            exact_logits(q, recent, scale), lambda p: jnp.einsum("bqt,btd->bqd", p, recent.v)
+        )
         partial = _add_own(partial, q, chunk, i * rows, rows, scale)
         out, lse = partial.normalised()
         return out.reshape(b, g, rows, -1), lse.reshape(b, g, rows)
@@ -78,7 +91,9 @@ def exact_logits(q: Array, keys: Exact, scale: Scale) -> Array:
     return jnp.where(keys.valid[:, None], logits, -jnp.inf)
 
 
-def _add_tier(partial: Partial, q: Array, pages, layout, tier, heads: Heads, scale: Scale) -> Partial:
+def _add_tier(
+    partial: Partial, q: Array, pages, layout, tier, heads: Heads, scale: Scale
+) -> Partial:
     def body(i, partial):
         part = read_chunk(pages, layout, tier, heads.page_table, heads.tier_len, i)
         logits = chunk_logits(q, part, layout, tier, scale.sm_scale, scale.soft_cap)
@@ -87,8 +102,12 @@ def _add_tier(partial: Partial, q: Array, pages, layout, tier, heads: Heads, sca
     return over_chunks(layout, tier, heads.tier_len, body, partial)
 
 
-def _add_own(partial: Partial, q: Array, chunk: Chunk, first_row, rows: int, scale: Scale) -> Partial:
-    """Causal attention of rows `first_row ...` over the chunk's own keys, block by block up to the diagonal."""
+def _add_own(
+    partial: Partial, q: Array, chunk: Chunk, first_row, rows: int, scale: Scale
+) -> Partial:
+    """Causal attention of rows `first_row ...` over the chunk's own keys, block by block up to the
+    diagonal.
+    """
     c = chunk.k.shape[1]
     width = min(BLOCK_KV, c)
 
@@ -100,11 +119,16 @@ def _add_own(partial: Partial, q: Array, chunk: Chunk, first_row, rows: int, sca
     return lax.fori_loop(0, (first_row + rows + width - 1) // width, body, partial)
 
 
-def own_logits(q: Array, k: Array, first_key, first_row, rows: int, chunk: Chunk, scale: Scale) -> Array:
-    """Logits of `q [B, G * rows, d]` (rows `first_row ...`) against chunk keys `first_key ...`, causal and padding masked."""
+def own_logits(
+    q: Array, k: Array, first_key, first_row, rows: int, chunk: Chunk, scale: Scale
+) -> Array:
+    """Logits of `q [B, G * rows, d]` (rows `first_row ...`) against chunk keys `first_key ...`,
+    causal and padding masked.
+    """
     logits = soft_cap(jnp.einsum("bqd,btd->bqt", q, k) * scale.sm_scale, scale.soft_cap)
     row = first_row + jnp.arange(rows)
     key = first_key + jnp.arange(k.shape[1])
-    valid = (key <= row[:, None]) & (key >= chunk.k.shape[1] - chunk.length[:, None, None])  # [B, rows, keys]
+    # [B, rows, keys]
+    valid = (key <= row[:, None]) & (key >= chunk.k.shape[1] - chunk.length[:, None, None])
     valid = jnp.broadcast_to(valid[:, None], (q.shape[0], q.shape[1] // rows, *valid.shape[1:]))
     return jnp.where(valid.reshape(logits.shape), logits, -jnp.inf)

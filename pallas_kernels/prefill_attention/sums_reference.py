@@ -1,4 +1,6 @@
-"""Significance from a prompt: probability mass that each key gets from the observing rows (DiffKV, arXiv 2412.03131 sec. 4)."""
+"""Significance from a prompt: probability mass that each key gets from the observing rows (DiffKV,
+arXiv 2412.03131 sec. 4).
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,7 +24,15 @@ class ColumnSums(NamedTuple):
     chunk: Array  # float32 [B, C]
 
 
-def column_sums(chunk: Chunk, lse: Array, observe: int, pages: Pages, layout: PageLayout, heads: Heads, scale: Scale) -> ColumnSums:
+def column_sums(
+    chunk: Chunk,
+    lse: Array,
+    observe: int,
+    pages: Pages,
+    layout: PageLayout,
+    heads: Heads,
+    scale: Scale,
+) -> ColumnSums:
     """`column_sums` of api.py in plain jax.numpy."""
     chunk = chunk.float32()
     b, g, c, d = chunk.q.shape
@@ -31,14 +41,22 @@ def column_sums(chunk: Chunk, lse: Array, observe: int, pages: Pages, layout: Pa
     recent = recent_keys(heads)
 
     def summed(keys: int, logits_of: Callable) -> Array:
-        """`sum_rows exp(logit - lse)` block of rows by block, then maximum or mean over the group: `[B, keys]`."""
+        """`sum_rows exp(logit - lse)` block of rows by block, then maximum or mean over the group:
+        `[B, keys]`.
+        """
 
         def body(i, total):
-            first = jnp.maximum(c - (i + 1) * rows, 0)  # blocks from the end; the first may overlap the second: masked
+            # blocks from the end; the first may overlap the second: masked
+            first = jnp.maximum(c - (i + 1) * rows, 0)
             q = lax.dynamic_slice_in_dim(chunk.q, first, rows, axis=2).reshape(b, g * rows, d)
             row = first + jnp.arange(rows)
-            counted = (row >= c - observe) & (row < c - i * rows) & (row >= c - chunk.length[:, None])
-            p = jnp.exp(logits_of(q, first).reshape(b, g, rows, keys) - lax.dynamic_slice_in_dim(lse, first, rows, axis=2)[..., None])
+            counted = (
+                (row >= c - observe) & (row < c - i * rows) & (row >= c - chunk.length[:, None])
+            )
+            p = jnp.exp(
+                logits_of(q, first).reshape(b, g, rows, keys)
+                - lax.dynamic_slice_in_dim(lse, first, rows, axis=2)[..., None]
+            )
             return total + jnp.where(counted[:, None, :, None], p, 0).sum(axis=2)
 
         sums = lax.fori_loop(0, blocks, body, jnp.zeros((b, g, keys), jnp.float32))
@@ -49,7 +67,12 @@ def column_sums(chunk: Chunk, lse: Array, observe: int, pages: Pages, layout: Pa
 
         def add_chunk(i, significance, tier=tier):
             part = read_chunk(pages, layout, tier, heads.page_table, heads.tier_len, i)
-            sums = summed(part.valid.shape[1], lambda q, first: chunk_logits(q, part, layout, tier, scale.sm_scale, scale.soft_cap))
+            sums = summed(
+                part.valid.shape[1],
+                lambda q, first: chunk_logits(
+                    q, part, layout, tier, scale.sm_scale, scale.soft_cap
+                ),
+            )
             return add_significance(significance, part, layout, tier, sums)
 
         significance = over_chunks(layout, tier, heads.tier_len, add_chunk, significance)

@@ -1,4 +1,6 @@
-"""Attention of a prompt chunk as one Triton kernel: pages, recent window and the chunk itself in one online softmax."""
+"""Attention of a prompt chunk as one Triton kernel: pages, recent window and the chunk itself in
+one online softmax.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,19 +38,23 @@ class Blocks:
     """Sizes of one program."""
 
     rows: int  # pairs of row and query head, a power of two of at least 16
-    keys: int  # keys of one step, a power of two of at least 16 and of at least the tokens of a block
+    # keys of one step, a power of two of at least 16 and of at least the tokens of a block
+    keys: int
     warps: int
     stages: int
 
     @staticmethod
     def choose(layout: PageLayout, group: int, rows: int, itemsize: int) -> "Blocks":
-        """The defaults for a chunk of `rows` rows of `group` query heads, whose values take `itemsize` bytes.
+        """The defaults for a chunk of `rows` rows of `group` query heads, whose values take
+        `itemsize` bytes.
 
         64 keys a step fit the registers of an H100 too, but spill on A100 and L40.
         """
         wide = layout.head_dim > 128 or itemsize > 2
         pairs = max(16, min(64 if wide else 128, pl.next_power_of_2(group * rows)))
-        return Blocks(rows=pairs, keys=max(layout.tokens, 32), warps=8 if pairs > 32 else 4, stages=2)
+        return Blocks(
+            rows=pairs, keys=max(layout.tokens, 32), warps=8 if pairs > 32 else 4, stages=2
+        )
 
 
 class Inputs(NamedTuple):
@@ -69,14 +75,28 @@ class Inputs(NamedTuple):
 
     @staticmethod
     def of(chunk: Chunk, pages: Pages, heads: Heads) -> "Inputs":
-        """The arrays in the order of the Refs. Raises ValueError where a pool's size is beyond Triton."""
+        """The arrays in the order of the Refs. Raises ValueError where a pool's size is beyond
+        Triton.
+        """
         check_pool(pages)
-        meta = pages.meta if pages.meta.size else jnp.zeros((1, 1, pages.meta.shape[2]), pages.meta.dtype)  # an empty array is no Ref
+        # an empty array is no Ref
+        meta = (
+            pages.meta
+            if pages.meta.size
+            else jnp.zeros((1, 1, pages.meta.shape[2]), pages.meta.dtype)
+        )
         return Inputs(*chunk, *heads[:5], jnp.reshape(heads.layer, 1), pages.payload, meta)
 
 
 def prefill_attention(
-    chunk: Chunk, pages: Pages, layout: PageLayout, heads: Heads, scale: Scale, *, interpret: Any = False, blocks: Blocks | None = None
+    chunk: Chunk,
+    pages: Pages,
+    layout: PageLayout,
+    heads: Heads,
+    scale: Scale,
+    *,
+    interpret: Any = False,
+    blocks: Blocks | None = None,
 ) -> tuple[Array, Array]:
     """`prefill_attention` of api.py."""
     b, g, c, d = chunk.q.shape
@@ -86,7 +106,10 @@ def prefill_attention(
     return pl.pallas_call(
         partial(_kernel, layout=layout, scale=scale, blocks=blocks),
         grid=(b, pl.cdiv(g * c, blocks.rows)),
-        out_shape=(jax.ShapeDtypeStruct((b, g, c, d), jnp.float32), jax.ShapeDtypeStruct((b, g, c), jnp.float32)),
+        out_shape=(
+            jax.ShapeDtypeStruct((b, g, c, d), jnp.float32),
+            jax.ShapeDtypeStruct((b, g, c), jnp.float32),
+        ),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=bool(interpret),
         name="prefill_attention",
@@ -94,11 +117,13 @@ def prefill_attention(
 
 
 def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks):
-    """Program (head, block): `blocks.rows` pairs (row, query head) of one head against every key they see.
+    """Program (head, block): `blocks.rows` pairs (row, query head) of one head against every key
+    they see.
 
-    Pair f is row f // G of query head f % G, so that a page is read and unpacked once for all G heads. Reads the head's live blocks of
-    pages (payload and metadata, once a program), live recent slots of its layer, the chunk's K and V up to its last row; writes its
-    rows of the output (4 * d bytes each) and of the log-sum-exp. The latest rows, which see most, go first.
+    Pair f is row f // G of query head f % G, so that a page is read and unpacked once for all G
+    heads. Reads the head's live blocks of pages (payload and metadata, once a program), live recent
+    slots of its layer, the chunk's K and V up to its last row; writes its rows of the output (4 * d
+    bytes each) and of the log-sum-exp. The latest rows, which see most, go first.
     """
     inputs = Inputs(*refs[: len(Inputs._fields)])
     out, lse = refs[len(Inputs._fields) :]
@@ -124,12 +149,26 @@ def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks):
     some = state.total > 0
     total = jnp.where(some, state.total, 1.0)
     for channels, piece in zip(value_pieces(layout), state.output, strict=True):
-        plgpu.store(row_channels(out, at, channels), piece / total[:, None], mask=jnp.broadcast_to(real[:, None], piece.shape))
+        plgpu.store(
+            row_channels(out, at, channels),
+            piece / total[:, None],
+            mask=jnp.broadcast_to(real[:, None], piece.shape),
+        )
     logsumexp = jnp.where(some, state.maximum * LN_2 + jnp.log(total), jnp.inf)
     plgpu.store(gathered(lse, *at), logsumexp, mask=real)
 
 
-def _add_tier(state: State, q, inputs: Inputs, layout: PageLayout, tier: int, head, scale: Scale, blocks: Blocks, attends) -> State:
+def _add_tier(
+    state: State,
+    q,
+    inputs: Inputs,
+    layout: PageLayout,
+    tier: int,
+    head,
+    scale: Scale,
+    blocks: Blocks,
+    attends,
+) -> State:
     """The stored tokens of a tier, `blocks.keys` at a time."""
     length = jnp.where(attends, inputs.tier_len[head, tier], 0)
 
@@ -141,30 +180,52 @@ def _add_tier(state: State, q, inputs: Inputs, layout: PageLayout, tier: int, he
     return lax.fori_loop(0, pl.cdiv(length, blocks.keys), body, state)
 
 
-def _add_recent(state: State, q, inputs: Inputs, layout: PageLayout, head, scale: Scale, blocks: Blocks, attends) -> State:
+def _add_recent(
+    state: State, q, inputs: Inputs, layout: PageLayout, head, scale: Scale, blocks: Blocks, attends
+) -> State:
     """The live slots of the recent window; dead ones are never read."""
     slots, dtype = inputs.recent_k.shape[2], inputs.q.dtype
-    length, layer = jnp.where(attends, jnp.minimum(inputs.recent_len[head], slots), 0), inputs.layer[0]
+    length, layer = (
+        jnp.where(attends, jnp.minimum(inputs.recent_len[head], slots), 0),
+        inputs.layer[0],
+    )
 
     def body(step, state: State) -> State:
         slot = step * blocks.keys + jnp.arange(blocks.keys, dtype=jnp.int32)
         live = slot < length
         at = (layer, head, jnp.minimum(slot, slots - 1))
-        keys = [CodeTile(load_rows(inputs.recent_k, at, piece, live, dtype).T) for piece in key_pieces(layout)]
+        keys = [
+            CodeTile(load_rows(inputs.recent_k, at, piece, live, dtype).T)
+            for piece in key_pieces(layout)
+        ]
         logits = logits_of(q, keys, jnp.where(live, 0.0, -jnp.inf), scale)
         return state.add(logits, _mix_rows(inputs.recent_v, at, live, layout, dtype))
 
     return lax.fori_loop(0, pl.cdiv(length, blocks.keys), body, state)
 
 
-def _add_own(state: State, q, inputs: Inputs, layout: PageLayout, head, scale, blocks: Blocks, row, last_row, attends) -> State:
+def _add_own(
+    state: State,
+    q,
+    inputs: Inputs,
+    layout: PageLayout,
+    head,
+    scale,
+    blocks: Blocks,
+    row,
+    last_row,
+    attends,
+) -> State:
     """The chunk's own keys, from its first token to the block of the last row; causal."""
     c, dtype = inputs.k.shape[1], inputs.q.dtype
     first_key = c - inputs.length[head]
 
     def body(step, state: State) -> State:
         key, at = chunk_key_index(step * blocks.keys, blocks.keys, head, c)
-        keys = [CodeTile(load_rows(inputs.k, at, piece, key < c, dtype).T) for piece in key_pieces(layout)]
+        keys = [
+            CodeTile(load_rows(inputs.k, at, piece, key < c, dtype).T)
+            for piece in key_pieces(layout)
+        ]
         logits = logits_of(q, keys, jnp.where(key >= first_key, 0.0, -jnp.inf), scale)
         logits = jnp.where(key[None, :] <= row[:, None], logits, -jnp.inf)
         return state.add(logits, _mix_rows(inputs.v, at, key < c, layout, dtype))
@@ -178,6 +239,9 @@ def _mix_rows(ref, at, live: Array, layout: PageLayout, dtype) -> Callable[[Arra
 
     def mix(weights: Array) -> list[Array]:
         weights = weights.astype(dtype)
-        return [matmul(weights, load_rows(ref, at, piece, live, dtype)) for piece in value_pieces(layout)]
+        return [
+            matmul(weights, load_rows(ref, at, piece, live, dtype))
+            for piece in value_pieces(layout)
+        ]
 
     return mix

@@ -9,9 +9,17 @@ from . import reference
 
 @in_32_bits
 def append_recent(
-    recent_k: Array, recent_v: Array, layer: Array, k: Array, v: Array, slot: Array, *, kernels: Kernels = XLA
+    recent_k: Array,
+    recent_v: Array,
+    layer: Array,
+    k: Array,
+    v: Array,
+    slot: Array,
+    *,
+    kernels: Kernels = XLA,
 ) -> tuple[Array, Array]:
-    """Write one new token of each of B heads into the recent window of a layer, in place when the caller's arrays are donated.
+    """Write one new token of each of B heads into the recent window of a layer, in place when the
+    caller's arrays are donated.
 
     Args:
         recent_k, recent_v: the windows of all layers `[L, B, N, d]`.
@@ -26,9 +34,16 @@ def append_recent(
 
 @in_32_bits
 def shift_recent(
-    recent_k: Array, recent_v: Array, significance: Array, layer: Array, shift: Array, *, kernels: Kernels = XLA
+    recent_k: Array,
+    recent_v: Array,
+    significance: Array,
+    layer: Array,
+    shift: Array,
+    *,
+    kernels: Kernels = XLA,
 ) -> tuple[Array, Array, Array]:
-    """Remove the oldest tokens of each of B heads from the recent window of a layer, in place; the others move up, zeros follow.
+    """Remove the oldest tokens of each of B heads from the recent window of a layer, in place; the
+    others move up, zeros follow.
 
     Args:
         recent_k, recent_v: the windows of all layers `[L, B, N, d]`.

@@ -1,4 +1,6 @@
-"""The recent window on TPUs (Mosaic): one token in, the oldest out, in place. Rows and windows go through VMEM by DMA."""
+"""The recent window on TPUs (Mosaic): one token in, the oldest out, in place. Rows and windows go
+through VMEM by DMA.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..dispatch import tpu_interpreter
 
-TILE_ROWS = 8  # rows of a tile in HBM (bfloat16: pairs of rows in a word); a DMA to or from HBM moves whole tiles
+# rows of a tile in HBM (bfloat16: pairs of rows in a word); a DMA to or from HBM moves whole tiles
+TILE_ROWS = 8
 BUFFER_BYTES = 4 << 20  # VMEM that the windows of the heads in flight may take
 
 
@@ -78,7 +81,9 @@ def append_recent(
     """`append_recent` of api.py on TPUs."""
     (_, batch, slots, head_dim), dtype = recent_k.shape, recent_k.dtype
     rows = TILE_ROWS if slots % TILE_ROWS == 0 else slots
-    blocks = Blocks.choose(batch, 2 * rows * head_dim * dtype.itemsize) if blocks is None else blocks
+    blocks = (
+        Blocks.choose(batch, 2 * rows * head_dim * dtype.itemsize) if blocks is None else blocks
+    )
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     token = pl.BlockSpec((blocks.heads, head_dim), lambda step, *_: (step, 0))
     return pl.pallas_call(
@@ -88,22 +93,33 @@ def append_recent(
             grid=(pl.cdiv(batch, blocks.heads),),
             in_specs=[token, token, hbm, hbm],
             out_specs=[hbm, hbm],
-            scratch_shapes=[pltpu.VMEM((blocks.heads, rows, head_dim), dtype)] * 2 + [pltpu.SemaphoreType.DMA] * 2,
+            scratch_shapes=[pltpu.VMEM((blocks.heads, rows, head_dim), dtype)] * 2
+            + [pltpu.SemaphoreType.DMA] * 2,
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (recent_k, recent_v)],
         input_output_aliases={4: 0, 5: 1},
-        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=4 * batch * rows * head_dim * dtype.itemsize),
+        cost_estimate=pl.CostEstimate(
+            flops=0, transcendentals=0, bytes_accessed=4 * batch * rows * head_dim * dtype.itemsize
+        ),
         interpret=tpu_interpreter(interpret),
         name="append_recent",
-    )(layer.reshape(1), slot, *(x.astype(dtype).astype(jnp.float32) for x in (k, v)), recent_k, recent_v)
+    )(
+        layer.reshape(1),
+        slot,
+        *(x.astype(dtype).astype(jnp.float32) for x in (k, v)),
+        recent_k,
+        recent_v,
+    )
 
 
 def _append(*refs: Any, heads: int) -> None:
-    """Put one token `[d]` of K and V of each head of a grid step into slot `slot[head]` of layer `layer` of the windows.
+    """Put one token `[d]` of K and V of each head of a grid step into slot `slot[head]` of layer
+    `layer` of the windows.
 
-    A DMA moves whole tiles, so the tile (8 slots; the whole window where N is no multiple of 8) that holds the slot is read, changed in
-    VMEM and written. All reads are in flight at once, then all writes. Bytes a head: 2 (K, V) * 2 * rows * d * itemsize; none where the
-    slot is not in `[0, N)`.
+    A DMA moves whole tiles, so the tile (8 slots; the whole window where N is no multiple of 8)
+    that holds the slot is read, changed in VMEM and written. All reads are in flight at once, then
+    all writes. Bytes a head: 2 (K, V) * 2 * rows * d * itemsize; none where the slot is not in `[0,
+    N)`.
     """
     r = _Append(*refs)
     layer, first, (_, batch, slots, _) = r.layer[0], pl.program_id(0) * heads, r.recent_k.shape
@@ -124,14 +140,22 @@ def _append(*refs: Any, heads: int) -> None:
         lax.fori_loop(0, heads, one, None)
 
     def read(i: Array, tiles: list) -> list:
-        return [pltpu.make_async_copy(tile, rows.at[i], r.arrived) for tile, rows in zip(tiles, (r.k_rows, r.v_rows), strict=True)]
+        return [
+            pltpu.make_async_copy(tile, rows.at[i], r.arrived)
+            for tile, rows in zip(tiles, (r.k_rows, r.v_rows), strict=True)
+        ]
 
     def written(i: Array, tiles: list) -> list:
-        return [pltpu.make_async_copy(rows.at[i], tile, r.left) for tile, rows in zip(tiles, (r.k_rows, r.v_rows), strict=True)]
+        return [
+            pltpu.make_async_copy(rows.at[i], tile, r.left)
+            for tile, rows in zip(tiles, (r.k_rows, r.v_rows), strict=True)
+        ]
 
     def change(i: Array, at: Array, tiles: list) -> None:
         for token, rows in ((r.k, r.k_rows), (r.v, r.v_rows)):
-            rows[i] = jnp.where(row == at, token[pl.ds(i, 1), :], rows[i].astype(jnp.float32)).astype(rows.dtype)
+            rows[i] = jnp.where(
+                row == at, token[pl.ds(i, 1), :], rows[i].astype(jnp.float32)
+            ).astype(rows.dtype)
         for copy in written(i, tiles):
             copy.start()
 
@@ -152,14 +176,35 @@ def shift_recent(
     blocks: Blocks | None = None,
 ) -> tuple[Array, Array, Array]:
     """`shift_recent` of api.py on TPUs."""
-    (_, batch, slots, head_dim), dtype, scored = recent_k.shape, recent_k.dtype, significance.shape[2] > 0
-    blocks = Blocks.choose(batch, 4 * slots * head_dim * dtype.itemsize) if blocks is None else blocks
+    (_, batch, slots, head_dim), dtype, scored = (
+        recent_k.shape,
+        recent_k.dtype,
+        significance.shape[2] > 0,
+    )
+    blocks = (
+        Blocks.choose(batch, 4 * slots * head_dim * dtype.itemsize) if blocks is None else blocks
+    )
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     column = pl.BlockSpec((batch, 1), lambda *_: (0, 0))
     scores = pl.BlockSpec((None, batch, slots), lambda step, layer, _: (layer[0], 0, 0))
     windows = [recent_k, recent_v, significance] if scored else [recent_k, recent_v]
-    names = ("layer", "shift", *(("shift_column",) if scored else ()), "old_k", "old_v", *(("old_significance",) if scored else ()))
-    names += ("recent_k", "recent_v", *(("significance",) if scored else ()), "k_window", "v_window", "arrived", "left")
+    names = (
+        "layer",
+        "shift",
+        *(("shift_column",) if scored else ()),
+        "old_k",
+        "old_v",
+        *(("old_significance",) if scored else ()),
+    )
+    names += (
+        "recent_k",
+        "recent_v",
+        *(("significance",) if scored else ()),
+        "k_window",
+        "v_window",
+        "arrived",
+        "left",
+    )
     shifted = pl.pallas_call(
         partial(_shift, names=names, heads=blocks.heads),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -167,12 +212,15 @@ def shift_recent(
             grid=(pl.cdiv(batch, blocks.heads),),
             in_specs=[column, hbm, hbm, scores] if scored else [hbm, hbm],
             out_specs=[hbm, hbm, scores] if scored else [hbm, hbm],
-            scratch_shapes=[pltpu.VMEM((2, blocks.heads, slots, head_dim), dtype)] * 2 + [pltpu.SemaphoreType.DMA((2,))] * 2,
+            scratch_shapes=[pltpu.VMEM((2, blocks.heads, slots, head_dim), dtype)] * 2
+            + [pltpu.SemaphoreType.DMA((2,))] * 2,
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in windows],
         input_output_aliases={2 + scored + i: i for i in range(len(windows))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
-        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=4 * batch * slots * head_dim * dtype.itemsize),
+        cost_estimate=pl.CostEstimate(
+            flops=0, transcendentals=0, bytes_accessed=4 * batch * slots * head_dim * dtype.itemsize
+        ),
         interpret=tpu_interpreter(interpret),
         name="shift_recent",
     )(layer.reshape(1), shift, *([shift[:, None]] if scored else []), *windows)
@@ -180,13 +228,20 @@ def shift_recent(
 
 
 def _shift(*refs: Any, names: tuple[str, ...], heads: int) -> None:
-    """Move the windows of the heads of a grid step up by `shift[head]` slots, zeros behind; `_Shift` says what there is.
+    """Move the windows of the heads of a grid step up by `shift[head]` slots, zeros behind;
+    `_Shift` says what there is.
 
-    The windows `[N, d]` come into VMEM by DMA while those of the step before are moved (two buffers). Bytes a head: 2 (K, V) * 2 * N * d *
-    itemsize, none where the shift is 0; significance, 8 N bytes a head, is always rewritten.
+    The windows `[N, d]` come into VMEM by DMA while those of the step before are moved (two
+    buffers). Bytes a head: 2 (K, V) * 2 * N * d * itemsize, none where the shift is 0;
+    significance, 8 N bytes a head, is always rewritten.
     """
     r = _Shift(**dict(zip(names, refs, strict=True)))
-    step, steps, layer, batch = pl.program_id(0), pl.num_programs(0), r.layer[0], r.recent_k.shape[1]
+    step, steps, layer, batch = (
+        pl.program_id(0),
+        pl.num_programs(0),
+        r.layer[0],
+        r.recent_k.shape[1],
+    )
 
     def each_head(step: Array, act) -> None:
         def one(i: Array, none: None) -> None:
@@ -201,11 +256,17 @@ def _shift(*refs: Any, names: tuple[str, ...], heads: int) -> None:
 
     def read(step: Array, i: Array, windows: list) -> list:
         near = [x.at[step % 2, i] for x in (r.k_window, r.v_window)]
-        return [pltpu.make_async_copy(far, to, r.arrived.at[step % 2]) for far, to in zip(windows, near, strict=True)]
+        return [
+            pltpu.make_async_copy(far, to, r.arrived.at[step % 2])
+            for far, to in zip(windows, near, strict=True)
+        ]
 
     def written(step: Array, i: Array, windows: list) -> list:
         near = [x.at[step % 2, i] for x in (r.k_window, r.v_window)]
-        return [pltpu.make_async_copy(to, far, r.left.at[step % 2]) for far, to in zip(windows, near, strict=True)]
+        return [
+            pltpu.make_async_copy(to, far, r.left.at[step % 2])
+            for far, to in zip(windows, near, strict=True)
+        ]
 
     def start_reads(step: Array) -> None:
         each_head(step, lambda i, _, windows: [copy.start() for copy in read(step, i, windows)])
@@ -215,7 +276,9 @@ def _shift(*refs: Any, names: tuple[str, ...], heads: int) -> None:
 
     def move(i: Array, shift: Array, windows: list) -> None:
         for window in (r.k_window, r.v_window):
-            window[step % 2, i] = _up(window[step % 2, i].astype(jnp.float32), shift).astype(window.dtype)
+            window[step % 2, i] = _up(window[step % 2, i].astype(jnp.float32), shift).astype(
+                window.dtype
+            )
         for copy in written(step, i, windows):
             copy.start()
 
@@ -241,11 +304,15 @@ def _up(window: Array, shift: Array) -> Array:
 
 
 def _left(scores: Array, shift: Array) -> Array:
-    """float32 `[B, N]` with the lanes of each row moved left by `shift [B, 1]`, zeros behind, one bit of the shift after another."""
+    """float32 `[B, N]` with the lanes of each row moved left by `shift [B, 1]`, zeros behind, one
+    bit of the shift after another.
+    """
     slots = scores.shape[1]
     for bit in range(slots.bit_length()):
         step = min(1 << bit, slots)
-        parts = ([scores[:, step:]] if step < slots else []) + [jnp.zeros((scores.shape[0], step), scores.dtype)]
+        parts = ([scores[:, step:]] if step < slots else []) + [
+            jnp.zeros((scores.shape[0], step), scores.dtype)
+        ]
         moved = jnp.concatenate(parts, axis=1)
         scores = jnp.where((shift >> bit) & 1 == 1, moved, scores)
     return scores

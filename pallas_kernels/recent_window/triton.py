@@ -13,14 +13,18 @@ from jax.experimental.pallas import triton as plgpu
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of one program of `shift_recent`: `channels` (a power of two) of one head's window, all slots, in registers."""
+    """Sizes of one program of `shift_recent`: `channels` (a power of two) of one head's window, all
+    slots, in registers.
+    """
 
     channels: int
     warps: int
 
     @staticmethod
     def choose(slots: int, itemsize: int) -> "Blocks":
-        """The defaults: 64 bytes of a slot, fewer where the window is long, with at most 64 values a thread."""
+        """The defaults: 64 bytes of a slot, fewer where the window is long, with at most 64 values
+        a thread.
+        """
         padded = pl.next_power_of_2(slots)
         channels = max(4, min(64 // itemsize, 2**14 // padded))
         return Blocks(channels, max(1, min(8, padded * channels // 2**10)))
@@ -69,9 +73,11 @@ def append_recent(
 
 
 def _append(*refs) -> None:
-    """Copy one head's K and V `[d]` to slot `slot[head]` of layer `layer` of the windows `[L, B, N, d]`, cast to their dtype.
+    """Copy one head's K and V `[d]` to slot `slot[head]` of layer `layer` of the windows `[L, B, N,
+    d]`, cast to their dtype.
 
-    Reads and writes 2 d values a head; nothing where the slot is not in `[0, N)`. The aliased inputs `refs[4:6]` are the outputs.
+    Reads and writes 2 d values a head; nothing where the slot is not in `[0, N)`. The aliased
+    inputs `refs[4:6]` are the outputs.
     """
     token, windows = _Token(*refs[:4]), _Windows(*refs[6:])
     head, (_, _, slots, head_dim) = pl.program_id(0), windows.k.shape
@@ -82,7 +88,11 @@ def _append(*refs) -> None:
     def _():
         for new, window in ((token.k, windows.k), (token.v, windows.v)):
             value = plgpu.load(new.at[head, channels], mask=channels < head_dim, other=0)
-            plgpu.store(window.at[layer, head, slot, channels], value.astype(window.dtype), mask=channels < head_dim)
+            plgpu.store(
+                window.at[layer, head, slot, channels],
+                value.astype(window.dtype),
+                mask=channels < head_dim,
+            )
 
 
 def shift_recent(
@@ -112,13 +122,17 @@ def shift_recent(
 
 
 def _shift(layer_ref: Any, shift_ref: Any, *refs: Any, channels: int, interpret: bool) -> None:
-    """Move a range of channels of one head's window up by `shift[head]` slots, zeros behind; the first range moves significance, too.
+    """Move a range of channels of one head's window up by `shift[head]` slots, zeros behind; the
+    first range moves significance, too.
 
-    `layer_ref` int32 [1], `shift_ref` int32 [B]. Reads and writes 2 N values a channel and 4 N bytes of significance; nothing where the
-    shift is 0. A program loads all it will overwrite before it stores: no other program touches those bytes.
+    `layer_ref` int32 [1], `shift_ref` int32 [B]. Reads and writes 2 N values a channel and 4 N
+    bytes of significance; nothing where the shift is 0. A program loads all it will overwrite
+    before it stores: no other program touches those bytes.
     """
-    wait_for_all_loads = (lambda: None) if interpret else plgpu.debug_barrier  # the interpreter runs a program's operations in order
-    windows = _Windows(*refs[len(refs) // 2 :])  # the outputs, which hold what the aliased inputs before them held
+    # the interpreter runs a program's operations in order
+    wait_for_all_loads = (lambda: None) if interpret else plgpu.debug_barrier
+    # the outputs, which hold what the aliased inputs before them held
+    windows = _Windows(*refs[len(refs) // 2 :])
     head, piece, (_, _, slots, head_dim) = pl.program_id(0), pl.program_id(1), windows.k.shape
     layer, shift = layer_ref[0], shift_ref[head]
     slot = jnp.arange(pl.next_power_of_2(slots))
@@ -138,6 +152,8 @@ def _shift(layer_ref: Any, shift_ref: Any, *refs: Any, channels: int, interpret:
 
     @pl.when((shift != 0) & (piece == 0))
     def _():
-        value = plgpu.load(windows.significance.at[layer, head, slot + shift], mask=slot + shift < slots, other=0)
+        value = plgpu.load(
+            windows.significance.at[layer, head, slot + shift], mask=slot + shift < slots, other=0
+        )
         wait_for_all_loads()
         plgpu.store(windows.significance.at[layer, head, slot], value, mask=slot < slots)

@@ -1,4 +1,6 @@
-"""Ahead-of-time compilation for chips that are not here. `make test-compile` installs what it needs and runs these; see CONTRIBUTING.md."""
+"""Ahead-of-time compilation for chips that are not here. `make test-compile` installs what it needs
+and runs these; see CONTRIBUTING.md.
+"""
 
 import platform
 
@@ -14,10 +16,15 @@ jax.config.update("jax_enable_compilation_cache", False)  # a cached program dum
 
 @pytest.fixture(params=CHIPS)
 def chip(request) -> chips.Chip:
-    """A chip whose compiler is installed. Skips where no packages for this machine exist, fails where they are just missing."""
+    """A chip whose compiler is installed. Skips where no packages for this machine exist, fails
+    where they are just missing.
+    """
     chip = chips.CHIPS[request.param]
     missing = chips.missing_packages(chip.platform)
     if missing and (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        pytest.skip(f"no compiler for {chip.name} on {platform.system()} {platform.machine()}: {missing} exist for Linux x86_64 only")
+        pytest.skip(
+            f"no compiler for {chip.name} on {platform.system()} {platform.machine()}: "
+            f"{missing} exist for Linux x86_64 only"
+        )
     assert not missing, f"{missing} are not installed: run `make test-compile`, which installs them"
     return chip

@@ -1,4 +1,6 @@
-"""Shapes of Llama-3-8B with a compressed cache: 16 requests of 8k tokens. Shapes only: nothing is allocated."""
+"""Shapes of Llama-3-8B with a compressed cache: 16 requests of 8k tokens. Shapes only: nothing is
+allocated.
+"""
 
 import dataclasses
 from functools import partial
@@ -26,10 +28,24 @@ def int32(*shape: int) -> Shape:
     return Shape(shape, jnp.int32)
 
 
-def layout(kernels: Kernels, formats=("K8V4", "K4V2"), head_dim: int = HEAD_DIM, over="max", rope: bool = False) -> PageLayout:
-    """The pages of the cache as the kernels want them; with `rope` keys are stored without their rotary embedding."""
-    options = dict(tokens=kernels.tokens_per_block, max_len=CONTEXT, meta_dtype=kernels.meta_dtype, group=over)
-    options |= dict(rope=tuple(10000.0 ** (-2 * i / head_dim) for i in range(head_dim // 2))) if rope else {}
+def layout(
+    kernels: Kernels,
+    formats=("K8V4", "K4V2"),
+    head_dim: int = HEAD_DIM,
+    over="max",
+    rope: bool = False,
+) -> PageLayout:
+    """The pages of the cache as the kernels want them; with `rope` keys are stored without their
+    rotary embedding.
+    """
+    options = dict(
+        tokens=kernels.tokens_per_block, max_len=CONTEXT, meta_dtype=kernels.meta_dtype, group=over
+    )
+    options |= (
+        dict(rope=tuple(10000.0 ** (-2 * i / head_dim) for i in range(head_dim // 2)))
+        if rope
+        else {}
+    )
     return PageLayout.solve(tuple(map(KVFormat.parse, formats)), head_dim, **options)
 
 
@@ -54,7 +70,15 @@ def heads(of: PageLayout) -> Heads:
         return None if shape is None else Shape((LAYERS, KV_HEADS, *shape), jnp.float16)
 
     tables = tuple((table(fmt.key), table(fmt.value)) for fmt in of.formats)
-    return Heads(int32(HEADS, max_pages(of)), int32(HEADS, of.tiers), window, window, int32(HEADS), int32(), tables)
+    return Heads(
+        int32(HEADS, max_pages(of)),
+        int32(HEADS, of.tiers),
+        window,
+        window,
+        int32(HEADS),
+        int32(),
+        tables,
+    )
 
 
 def stored(of: PageLayout, count: int) -> Stored:
@@ -66,7 +90,12 @@ def stored(of: PageLayout, count: int) -> Stored:
 
 def rule(of: PageLayout, count: int) -> Rule:
     flags = partial(Shape, dtype=bool)
-    return Rule(Shape((count, 2), jnp.float32), int32(count, 8, 2), flags((count,)), flags((count, of.tiers)))
+    return Rule(
+        Shape((count, 2), jnp.float32),
+        int32(count, 8, 2),
+        flags((count,)),
+        flags((count, of.tiers)),
+    )
 
 
 def moves(of: PageLayout, count: int) -> Moves:
@@ -88,15 +117,23 @@ def model(layers: int = LAYERS):
         tie_word_embeddings=False,
     )
     built = build_model(config, "bfloat16")
-    params = jax.eval_shape(built.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.eval_shape(
+        built.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
+    )["params"]
     return built, jax.tree.map(lambda x: Shape(x.shape, jnp.bfloat16), params)
 
 
-def cache(built, kernels: Kernels, requests: int = REQUESTS, policy: CompressionPolicy | None = None) -> KVCache:
+def cache(
+    built, kernels: Kernels, requests: int = REQUESTS, policy: CompressionPolicy | None = None
+) -> KVCache:
     """The shapes of a cache of `built`, DiffKV's where no policy is given."""
     policy = policy or diffkv(alpha_high=1.0, alpha_low=0.02)
-    options = dict(num_requests=requests, max_len=CONTEXT, num_pages=0, dtype="bfloat16", kernels=kernels)
+    options = dict(
+        num_requests=requests, max_len=CONTEXT, num_pages=0, dtype="bfloat16", kernels=kernels
+    )
     spec = CacheSpec.build(built.attention, policy, **options)
     layers = len(spec.paged_layers)
     spec = dataclasses.replace(spec, num_pages=pool(spec.layout, layers * spec.num_heads).num_pages)
-    return jax.eval_shape(partial(empty_cache, spec), Shape((layers, requests, KV_HEADS, 2), jnp.float32))
+    return jax.eval_shape(
+        partial(empty_cache, spec), Shape((layers, requests, KV_HEADS, 2), jnp.float32)
+    )

@@ -1,4 +1,6 @@
-"""Every kernel at the shapes of Llama-3-8B, compiled for real chips: it lowers, fits, does not spill and copies no array of the pool."""
+"""Every kernel at the shapes of Llama-3-8B, compiled for real chips: it lowers, fits, does not
+spill and copies no array of the pool.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,7 +32,9 @@ LEVELS = ("K4nV4n", "K2nV2n")  # of the normal distribution
 
 
 class Program(NamedTuple):
-    """A function to compile, its arguments' shapes, which of them it may overwrite, and the most temporary bytes it may take."""
+    """A function to compile, its arguments' shapes, which of them it may overwrite, and the most
+    temporary bytes it may take.
+    """
 
     run: Callable
     arguments: tuple
@@ -38,32 +42,52 @@ class Program(NamedTuple):
     temporary: int
 
 
-def attention(kernels: Kernels, formats=("K8V4", "K4V2"), head_dim=llama8b.HEAD_DIM, group=GROUP, over="max", rope=False) -> Program:
+def attention(
+    kernels: Kernels,
+    formats=("K8V4", "K4V2"),
+    head_dim=llama8b.HEAD_DIM,
+    group=GROUP,
+    over="max",
+    rope=False,
+) -> Program:
     layout = llama8b.layout(kernels, formats, head_dim, over, rope)
     q = Shape((HEADS, group, head_dim), jnp.bfloat16)
 
     def run(q, pages, heads):
-        out, significance, recent = decode_attention(q, pages, layout, heads, max_len=CONTEXT, sm_scale=0.1, kernels=kernels)
+        out, significance, recent = decode_attention(
+            q, pages, layout, heads, max_len=CONTEXT, sm_scale=0.1, kernels=kernels
+        )
         return out, dataclasses.replace(pages, significance=significance), recent
 
-    scratch = HEADS * 4 * (CONTEXT + 4096) * max(group, 4)  # logits between the two passes, partial outputs
-    if head_dim < 128 and kernels.implementation == "mosaic_tpu":  # XLA lays windows of 64 channels out the other way round
+    # logits between the two passes, partial outputs
+    scratch = HEADS * 4 * (CONTEXT + 4096) * max(group, 4)
+    # XLA lays windows of 64 channels out the other way round
+    if head_dim < 128 and kernels.implementation == "mosaic_tpu":
         scratch += 2 * LAYERS * HEADS * SLOTS * 128 * 2
-    return Program(run, (q, llama8b.pool(layout), llama8b.heads(layout)), (1,), scratch + (32 << 20))
+    return Program(
+        run, (q, llama8b.pool(layout), llama8b.heads(layout)), (1,), scratch + (32 << 20)
+    )
 
 
 def new_tokens(kernels: Kernels) -> Program:
     heads = llama8b.heads(llama8b.layout(kernels))
     token = Shape((HEADS, llama8b.HEAD_DIM), jnp.bfloat16)
     windows = (heads.recent_k, heads.recent_v)
-    return Program(partial(append_recent, kernels=kernels), (*windows, int32(), token, token, int32(HEADS)), (0, 1), 8 << 20)
+    return Program(
+        partial(append_recent, kernels=kernels),
+        (*windows, int32(), token, token, int32(HEADS)),
+        (0, 1),
+        8 << 20,
+    )
 
 
 def shift(kernels: Kernels) -> Program:
     window = Shape((1, LAYERS * HEADS, SLOTS, llama8b.HEAD_DIM), jnp.bfloat16)
     scores = Shape(window.shape[:3], jnp.float32)
     run = partial(shift_recent, kernels=kernels)
-    return Program(run, (window, window, scores, int32(), int32(LAYERS * HEADS)), (0, 1, 2), 8 << 20)
+    return Program(
+        run, (window, window, scores, int32(), int32(LAYERS * HEADS)), (0, 1, 2), 8 << 20
+    )
 
 
 def quantise(kernels: Kernels, name="K8V4") -> Program:
@@ -83,9 +107,23 @@ def count(kernels: Kernels) -> Program:
     stored = llama8b.stored(layout, heads)
 
     def run(pages, page_table, tier_len, rule):
-        return count_moves(pages, layout, page_table, tier_len, rule, one_victim=False, max_len=CONTEXT, kernels=kernels)
+        return count_moves(
+            pages,
+            layout,
+            page_table,
+            tier_len,
+            rule,
+            one_victim=False,
+            max_len=CONTEXT,
+            kernels=kernels,
+        )
 
-    return Program(run, (stored.pages, stored.page_table, stored.tier_len, llama8b.rule(layout, heads)), (), 16 << 20)
+    return Program(
+        run,
+        (stored.pages, stored.page_table, stored.tier_len, llama8b.rule(layout, heads)),
+        (),
+        16 << 20,
+    )
 
 
 def event(kernels: Kernels, formats=("K8V4", "K4V2")) -> Program:
@@ -97,13 +135,20 @@ def event(kernels: Kernels, formats=("K8V4", "K4V2")) -> Program:
     def run(stored, rule, moves, tokens, entering, admitted):
         return apply_event(stored, layout, rule, moves, tokens, entering, admitted, **options)
 
-    arguments = (llama8b.stored(layout, heads), llama8b.rule(layout, heads), llama8b.moves(layout, heads), tokens)
+    arguments = (
+        llama8b.stored(layout, heads),
+        llama8b.rule(layout, heads),
+        llama8b.moves(layout, heads),
+        tokens,
+    )
     return Program(run, (*arguments, int32(heads, FLUSH), Shape((heads,), bool)), (0,), 256 << 20)
 
 
 def _chunk() -> Chunk:
     keys = Shape((HEADS, CHUNK, llama8b.HEAD_DIM), jnp.bfloat16)
-    return Chunk(Shape((HEADS, GROUP, CHUNK, llama8b.HEAD_DIM), jnp.bfloat16), keys, keys, int32(HEADS))
+    return Chunk(
+        Shape((HEADS, GROUP, CHUNK, llama8b.HEAD_DIM), jnp.bfloat16), keys, keys, int32(HEADS)
+    )
 
 
 def prefill(kernels: Kernels, formats=("K8V4", "K4V2")) -> Program:
@@ -123,7 +168,9 @@ def sums(kernels: Kernels, over="max") -> Program:
         return sums._replace(pages=dataclasses.replace(pages, significance=sums.pages))
 
     lse = Shape((HEADS, GROUP, CHUNK), jnp.float32)
-    return Program(run, (_chunk(), lse, llama8b.pool(layout), llama8b.heads(layout)), (2,), 64 << 20)
+    return Program(
+        run, (_chunk(), lse, llama8b.pool(layout), llama8b.heads(layout)), (2,), 64 << 20
+    )
 
 
 PROGRAMS = {
@@ -135,9 +182,15 @@ PROGRAMS = {
     "decode attention, levels": partial(attention, formats=LEVELS),
     "decode attention, mean of G=3": partial(attention, group=3, over="mean"),
     "decode attention, codebooks": partial(attention, formats=("K8v4V8v4",), rope=True),
-    "decode attention, learned levels and outliers, d=64": partial(attention, formats=("K4sV4t+o1",), head_dim=64, group=3, rope=True),
-    "decode attention, few learned levels and outliers": partial(attention, formats=("K3sV3t+o1", "K2sV1t"), rope=True),
-    "decode attention, turned integers and outliers": partial(attention, formats=("K8V4+o1", "K4V4"), head_dim=64, rope=True),
+    "decode attention, learned levels and outliers, d=64": partial(
+        attention, formats=("K4sV4t+o1",), head_dim=64, group=3, rope=True
+    ),
+    "decode attention, few learned levels and outliers": partial(
+        attention, formats=("K3sV3t+o1", "K2sV1t"), rope=True
+    ),
+    "decode attention, turned integers and outliers": partial(
+        attention, formats=("K8V4+o1", "K4V4"), head_dim=64, rope=True
+    ),
     "append": new_tokens,
     "shift": shift,
     "encode": quantise,
@@ -159,8 +212,14 @@ def test_compiles(chip: chips.Chip, name: str):
     program = PROGRAMS[name](KERNELS[chip.platform])
     compiled = chips.compile_for(chip, program.run, *program.arguments, donate=program.donate)
     assert compiled.memory.temp_size_in_bytes <= program.temporary
-    donated = sum(x.size * x.dtype.itemsize for i in program.donate for x in jax.tree.leaves(program.arguments[i]))
+    donated = sum(
+        x.size * x.dtype.itemsize
+        for i in program.donate
+        for x in jax.tree.leaves(program.arguments[i])
+    )
     if donated:
         assert compiled.memory.alias_size_in_bytes >= donated
     for kernel, takes in compiled.kernels.items():
-        assert takes.spill_stores <= MOST_SPILLED, f"{kernel} spills {takes.spill_stores} bytes a thread: {takes}"
+        assert takes.spill_stores <= MOST_SPILLED, (
+            f"{kernel} spills {takes.spill_stores} bytes a thread: {takes}"
+        )

@@ -1,4 +1,6 @@
-"""One whole decode step and one whole prompt chunk of Llama-3-8B with a DiffKV cache, compiled for real chips: nothing copies the pool."""
+"""One whole decode step and one whole prompt chunk of Llama-3-8B with a DiffKV cache, compiled for
+real chips: nothing copies the pool.
+"""
 
 import re
 from functools import partial
@@ -20,10 +22,14 @@ pytestmark = pytest.mark.compile
 
 KERNELS = {"cuda": Kernels("triton"), "tpu": Kernels("mosaic_tpu")}
 CHUNK = 1024
-FITS = {"v5e": 16}  # layers where the whole model does not fit the chip's memory; the programs are the same but for the loop's end
+# layers where the whole model does not fit the chip's memory; the programs are the same but for the
+# loop's end
+FITS = {"v5e": 16}
 
 
-def compiled(chip: chips.Chip, step: str, policy: CompressionPolicy | None = None) -> tuple[Compiled, Pages]:
+def compiled(
+    chip: chips.Chip, step: str, policy: CompressionPolicy | None = None
+) -> tuple[Compiled, Pages]:
     """The compiled step and the shapes of the pool."""
     model, params = llama8b.model(FITS.get(chip.name, llama8b.LAYERS))
     cache = llama8b.cache(model, KERNELS[chip.platform], policy=policy)
@@ -37,24 +43,46 @@ def compiled(chip: chips.Chip, step: str, policy: CompressionPolicy | None = Non
         return prefill_chunk.__wrapped__(model, params, cache, tokens, length, last)
 
     if step == "decode":
-        program = compile_for(chip, decode, params, cache, ints((requests,)), flags((requests,)), donate=(1,))
+        program = compile_for(
+            chip, decode, params, cache, ints((requests,)), flags((requests,)), donate=(1,)
+        )
     else:
-        program = compile_for(chip, prefill, params, cache, ints((requests, CHUNK)), ints((requests,)), flags(()), donate=(1,))
+        program = compile_for(
+            chip,
+            prefill,
+            params,
+            cache,
+            ints((requests, CHUNK)),
+            ints((requests,)),
+            flags(()),
+            donate=(1,),
+        )
     return program, cache.pages
 
 
 def pool_copies(program: Compiled, shapes: list[tuple[int, ...]], *, plain_xla: bool) -> list[str]:
-    """Instructions of the optimised HLO that copy, transpose or fuse something of the shape of an array of the pool.
+    """Instructions of the optimised HLO that copy, transpose or fuse something of the shape of an
+    array of the pool.
 
     Plain XLA's fusions that scatter into the pool are no copies: copies stand before them.
     """
     kinds = "copy|transpose|copy-start" if plain_xla else "copy|transpose|fusion|copy-start"
-    patterns = [rf"= \(?\w+\[{','.join(map(str, shape))}\]\S* (?:{kinds})\(" for shape in shapes if 0 not in shape]
-    return [line.strip()[:160] for line in program.hlo.splitlines() if any(re.search(pattern, line) for pattern in patterns)]
+    patterns = [
+        rf"= \(?\w+\[{','.join(map(str, shape))}\]\S* (?:{kinds})\("
+        for shape in shapes
+        if 0 not in shape
+    ]
+    return [
+        line.strip()[:160]
+        for line in program.hlo.splitlines()
+        if any(re.search(pattern, line) for pattern in patterns)
+    ]
 
 
 @pytest.mark.parametrize(
-    ("step", "policy"), [("decode", None), ("prefill", None), ("decode", kvquant(4))], ids=["decode", "prefill", "decode KVQuant"]
+    ("step", "policy"),
+    [("decode", None), ("prefill", None), ("decode", kvquant(4))],
+    ids=["decode", "prefill", "decode KVQuant"],
 )
 def test_pool_is_updated_in_place(chip: chips.Chip, step: str, policy: CompressionPolicy | None):
     """KVQuant's events are plain XLA, which encodes what enters a whole layer at once."""
@@ -63,10 +91,13 @@ def test_pool_is_updated_in_place(chip: chips.Chip, step: str, policy: Compressi
     pool_bytes, memory = sum(x.size * x.dtype.itemsize for x in arrays), program.memory
     assert memory.alias_size_in_bytes > pool_bytes
     largest = LARGEST_TEMPORARY[step] * (1 if policy is None else 3)
-    assert memory.temp_size_in_bytes < min(largest, pool_bytes)  # so that none of it is a copy of the pool
+    # so that none of it is a copy of the pool
+    assert memory.temp_size_in_bytes < min(largest, pool_bytes)
     assert not pool_copies(program, [x.shape for x in arrays], plain_xla=policy is not None)
     for name, kernel in program.kernels.items():
-        assert kernel.spill_stores <= MOST_SPILLED, f"{name} spills {kernel.spill_stores} bytes a thread"
+        assert kernel.spill_stores <= MOST_SPILLED, (
+            f"{name} spills {kernel.spill_stores} bytes a thread"
+        )
 
 
 LARGEST_TEMPORARY = {"decode": 256 << 20, "prefill": 2 << 30}

@@ -17,7 +17,9 @@ def parse(name: str) -> KVFormat:
 
 
 def ordinary(tokens: int, head_dim: int, seed: int = 0) -> np.ndarray:
-    """Keys or values float32 [tokens, head_dim]: normal draws with an offset a channel, one constant token and one of zeros."""
+    """Keys or values float32 [tokens, head_dim]: normal draws with an offset a channel, one
+    constant token and one of zeros.
+    """
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(tokens, head_dim)) * 3 + rng.normal(size=head_dim) * 5
     x[5], x[6] = -1.37, 0.0
@@ -25,7 +27,9 @@ def ordinary(tokens: int, head_dim: int, seed: int = 0) -> np.ndarray:
 
 
 def of_any_size(tokens: int, head_dim: int, seed: int = 0) -> np.ndarray:
-    """`ordinary` tokens times anything from 1e-30 to 1e30; a few with one huge channel, constant, or at the ends of float32."""
+    """`ordinary` tokens times anything from 1e-30 to 1e30; a few with one huge channel, constant,
+    or at the ends of float32.
+    """
     rng = np.random.default_rng(seed)
     x = ordinary(tokens, head_dim, seed) * 10.0 ** rng.uniform(-30, 30, (tokens, 1))
     x[0::8, 3], x[1::8] = 1e6 * rng.normal(size=len(x[0::8])), 3e38 * np.sign(x[1::8])
@@ -50,22 +54,35 @@ def expected(codec, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def same_codes(codec, x: np.ndarray, payload: np.ndarray, wanted: np.ndarray) -> None:
     """The payload equals the oracle's, but for codes that lie half-way between two.
 
-    XLA divides by the constant 2^b - 1 by multiplying with its reciprocal, so the scale may be one unit in the last place off the
-    true quotient, and a ratio within rounding of a half may go to the other neighbour.
+    XLA divides by the constant 2^b - 1 by multiplying with its reciprocal, so the scale may be one
+    unit in the last place off the true quotient, and a ratio within rounding of a half may go to
+    the other neighbour.
     """
     if isinstance(codec, Full):
         np.testing.assert_array_equal(payload, wanted)
         return
     got, codes = unpack(payload, codec.bits).astype(int).T, unpack(wanted, codec.bits).astype(int).T
     if isinstance(codec, Normal):
-        size, levels = np.sqrt((x.astype(np.float64) ** 2).mean(axis=1, keepdims=True)), rounded_levels(codec.bits)
+        size, levels = (
+            np.sqrt((x.astype(np.float64) ** 2).mean(axis=1, keepdims=True)),
+            rounded_levels(codec.bits),
+        )
         ratio = np.abs(x / np.where(size > 0, size, 1))
-        doubtful = np.any([np.abs(ratio - (a + b) / 2) < HALF_WAY for a, b in zip(levels, levels[1:], strict=False)] or [ratio < 0], axis=0)
+        doubtful = np.any(
+            [
+                np.abs(ratio - (a + b) / 2) < HALF_WAY
+                for a, b in zip(levels, levels[1:], strict=False)
+            ]
+            or [ratio < 0],
+            axis=0,
+        )
         np.testing.assert_array_equal(got[~doubtful], codes[~doubtful])
         assert np.abs(got - codes).max() <= 1 and doubtful.mean() < 0.01
         return
     grouped = x.astype(np.float32).reshape(len(x), codec.groups, -1)
-    scale, zero, *_ = grid(grouped.min(-1, keepdims=True), grouped.max(-1, keepdims=True), 2**codec.bits - 1)
+    scale, zero, *_ = grid(
+        grouped.min(-1, keepdims=True), grouped.max(-1, keepdims=True), 2**codec.bits - 1
+    )
     ratio = (grouped.astype(np.float64) - zero) / np.where(scale > 0, scale, 1)
     doubtful = (np.abs(ratio % 1 - 0.5) < HALF_WAY).reshape(x.shape)
     np.testing.assert_array_equal(got[~doubtful], codes[~doubtful])
@@ -73,12 +90,19 @@ def same_codes(codec, x: np.ndarray, payload: np.ndarray, wanted: np.ndarray) ->
 
 
 def same_meta(got: np.ndarray, wanted: np.ndarray) -> None:
-    """float16 metadata equal but for one number in a hundred, which may be one unit in the last place off (see same_codes)."""
+    """float16 metadata equal but for one number in a hundred, which may be one unit in the last
+    place off (see same_codes).
+    """
     assert got.dtype == np.float16 and got.shape == wanted.shape
     off = np.abs(got.astype(np.float64) - wanted.astype(np.float64))
-    assert np.all(off <= np.spacing(np.abs(wanted)).astype(np.float64)) and (off > 0).sum() <= 0.01 * off.size + 1
+    assert (
+        np.all(off <= np.spacing(np.abs(wanted)).astype(np.float64))
+        and (off > 0).sum() <= 0.01 * off.size + 1
+    )
 
 
-def codes_of(codec: Uniform, payload: np.ndarray, meta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def codes_of(
+    codec: Uniform, payload: np.ndarray, meta: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes `[T, d]`, scale and zero `[T, groups]` of a block of integer codes."""
     return unpack(payload, codec.bits).T, meta[: codec.groups].T, meta[codec.groups :].T

@@ -1,4 +1,6 @@
-"""What a compression event does, token by token in plain NumPy: a transcription of api.py's rule over the tokens read back."""
+"""What a compression event does, token by token in plain NumPy: a transcription of api.py's rule
+over the tokens read back.
+"""
 
 from typing import Any, NamedTuple
 
@@ -40,9 +42,13 @@ class Token(NamedTuple):
     v: Tensor
 
 
-def sides(layout: PageLayout, pages, table_row: np.ndarray, tier: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+def sides(
+    layout: PageLayout, pages, table_row: np.ndarray, tier: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
     at = slot_addresses(layout, table_row, tier, int(length))
-    return pages["significance"][at] if layout.scored else np.zeros(len(at[0]), np.float32), pages["position"][at].astype(np.int32)
+    return pages["significance"][at] if layout.scored else np.zeros(len(at[0]), np.float32), pages[
+        "position"
+    ][at].astype(np.int32)
 
 
 def mean_of(total: np.ndarray, position: np.ndarray, observed: np.ndarray) -> np.ndarray:
@@ -56,10 +62,16 @@ def read(layout: PageLayout, pages, table_row: np.ndarray, tier: int, length: in
     page, block, lane = slot_addresses(layout, table_row, tier, int(length))
     columns = []
     for name, first, rows in tensor_rows(layout, tier):
-        columns.append(pages[name][page[:, None], first + block[:, None] * rows + np.arange(rows), lane[:, None]])
+        columns.append(
+            pages[name][
+                page[:, None], first + block[:, None] * rows + np.arange(rows), lane[:, None]
+            ]
+        )
     total, position = sides(layout, pages, table_row, tier, length)
     fmt = layout.formats[tier]
-    k, v = (tensors(codec, columns[i], columns[i + 2]) for i, codec in enumerate((fmt.key, fmt.value)))
+    k, v = (
+        tensors(codec, columns[i], columns[i + 2]) for i, codec in enumerate((fmt.key, fmt.value))
+    )
     return [Token(int(p), s, *kv) for p, s, *kv in zip(position, total, k, v, strict=True)]
 
 
@@ -70,7 +82,9 @@ def tensors(codec, payload: np.ndarray, meta: np.ndarray) -> list[Tensor]:
     codes = unpack(payload.T, codec.bits).T
     if not hasattr(codec, "groups"):
         return [Tensor(c, m) for c, m in zip(codes, meta, strict=True)]
-    return [Tensor(c, m[: codec.groups], m[codec.groups :]) for c, m in zip(codes, meta, strict=True)]
+    return [
+        Tensor(c, m[: codec.groups], m[codec.groups :]) for c, m in zip(codes, meta, strict=True)
+    ]
 
 
 def requantised(source, target, tensor: Tensor) -> Tensor:
@@ -81,7 +95,13 @@ def requantised(source, target, tensor: Tensor) -> Tensor:
         return Tensor(exact=dequantise_normal(tensor.codes, tensor.scale, source.bits))
     if source.groups == getattr(target, "groups", None) and target.bits <= source.bits:
         numbers = (tensor.codes, tensor.scale, tensor.zero)
-        return Tensor(*(numbers if source.bits == target.bits else demote_nested(*numbers, source.bits, target.bits)))
+        return Tensor(
+            *(
+                numbers
+                if source.bits == target.bits
+                else demote_nested(*numbers, source.bits, target.bits)
+            )
+        )
     return Tensor(exact=dequantise(tensor.codes, tensor.scale, tensor.zero))
 
 
@@ -89,7 +109,9 @@ def expected(world: World, head: int, one_victim: bool) -> list[list[Token]]:
     """The tokens of each tier of a head after the event, in slot order."""
     layout, stored, rule = world.layout, world.stored, world.rule
     table_row, lengths = stored.page_table[head], stored.tier_len[head]
-    tiers = [read(layout, stored.pages, table_row, tier, lengths[tier]) for tier in range(layout.tiers)]
+    tiers = [
+        read(layout, stored.pages, table_row, tier, lengths[tier]) for tier in range(layout.tiers)
+    ]
     if not world.admitted[head]:
         return tiers
     if layout.scored and rule.stirred[head]:
@@ -99,7 +121,12 @@ def expected(world: World, head: int, one_victim: bool) -> list[list[Token]]:
             fallen = [token for token, falls in gone if falls]
         if layout.tiers == 2:
             high, low = layout.formats
-            tiers[1] += [t._replace(k=requantised(high.key, low.key, t.k), v=requantised(high.value, low.value, t.v)) for t in fallen]
+            tiers[1] += [
+                t._replace(
+                    k=requantised(high.key, low.key, t.k), v=requantised(high.value, low.value, t.v)
+                )
+                for t in fallen
+            ]
     for i, code in enumerate(world.entering[head]):
         if code:
             k, v, significance, position = (np.asarray(x)[head, i] for x in world.tokens)
@@ -108,15 +135,28 @@ def expected(world: World, head: int, one_victim: bool) -> list[list[Token]]:
     return tiers
 
 
-def remove(rule: Rule, head: int, tier: int, tokens: list[Token], tiers: int, one_victim: bool) -> tuple[list, list]:
-    """(tokens that stay, in slot order; (token, whether it falls) of those that leave, in the order in which the top is cleared)."""
+def remove(
+    rule: Rule, head: int, tier: int, tokens: list[Token], tiers: int, one_victim: bool
+) -> tuple[list, list]:
+    """(tokens that stay, in slot order; (token, whether it falls) of those that leave, in the order
+    in which the top is cleared).
+    """
     (high, low), observed = rule.tau[head], rule.observed[head]
-    mean = mean_of(np.array([t.significance for t in tokens]), np.array([t.position for t in tokens], int), observed)
+    mean = mean_of(
+        np.array([t.significance for t in tokens]),
+        np.array([t.position for t in tokens], int),
+        observed,
+    )
     falls = [bool(low <= m < high) and tier == 0 and tiers == 2 for m in mean]
     leaves = [bool(m < low) or falls[slot] for slot, m in enumerate(mean)]
     if one_victim:
-        least = min(range(len(tokens)), key=lambda slot: (mean[slot], tokens[slot].position), default=None)
-        leaves = [leaves[slot] and slot == least and rule.joined[head, tier] for slot in range(len(tokens))]
+        least = min(
+            range(len(tokens)), key=lambda slot: (mean[slot], tokens[slot].position), default=None
+        )
+        leaves = [
+            leaves[slot] and slot == least and rule.joined[head, tier]
+            for slot in range(len(tokens))
+        ]
     slots, gone = list(tokens), []
     holes = iter([slot for slot in range(len(tokens)) if leaves[slot]])
     for _ in range(sum(leaves)):
@@ -132,15 +172,18 @@ def remove(rule: Rule, head: int, tier: int, tokens: list[Token], tiers: int, on
 
 
 def check_tensor(codec, want: Tensor, got: Tensor) -> None:
-    """What was moved, or demoted on its codes, is the same to the bit. What was quantised from values has the nearest codes (to a
-    thousandth of a step) for the exact scale and zero, which are stored to a unit in the last place of float16.
+    """What was moved, or demoted on its codes, is the same to the bit. What was quantised from
+    values has the nearest codes (to a thousandth of a step) for the exact scale and zero, which are
+    stored to a unit in the last place of float16.
     """
     if want.codes is not None:
         for a, b in zip(want, got, strict=True):
             np.testing.assert_array_equal(a, b)
         return
     if not hasattr(codec, "bits"):
-        np.testing.assert_array_equal(want.exact.astype(jnp.dtype(codec.dtype)).astype(np.float32), got.exact)
+        np.testing.assert_array_equal(
+            want.exact.astype(jnp.dtype(codec.dtype)).astype(np.float32), got.exact
+        )
         return
     if not hasattr(codec, "groups"):
         return check_levels(codec.bits, want.exact.astype(np.float64), got)
@@ -149,14 +192,21 @@ def check_tensor(codec, want: Tensor, got: Tensor) -> None:
     steps = (x - zero[:, None]) / (span / (2**codec.bits - 1))[:, None]
     assert np.abs(got.codes.reshape(x.shape) - steps).max() <= 0.501
     for number, stored in ((span / (2**codec.bits - 1), got.scale), (zero, got.zero)):
-        assert (np.abs(stored.astype(np.float64) - number) <= np.spacing(np.abs(stored)).astype(np.float64)).all()
+        assert (
+            np.abs(stored.astype(np.float64) - number)
+            <= np.spacing(np.abs(stored)).astype(np.float64)
+        ).all()
 
 
 def check_levels(bits: int, x: np.ndarray, got: Tensor) -> None:
-    """The same of levels of the normal distribution: no other level is nearer by a thousandth of the token's size; the norm is kept."""
+    """The same of levels of the normal distribution: no other level is nearer by a thousandth of
+    the token's size; the norm is kept.
+    """
     size = np.linalg.norm(x) / np.sqrt(len(x))
     chosen = dequantise_normal(got.codes, np.ones(1), bits)
     levels = np.concatenate([rounded_levels(bits), -rounded_levels(bits)])
-    assert (np.abs(chosen - x / size) <= np.abs(levels[:, None] - x / size).min(axis=0) + 1e-3).all()
+    assert (
+        np.abs(chosen - x / size) <= np.abs(levels[:, None] - x / size).min(axis=0) + 1e-3
+    ).all()
     scale = np.linalg.norm(x) / np.linalg.norm(chosen)
     assert np.abs(got.scale.astype(np.float64) - scale) <= np.spacing(got.scale).astype(np.float64)

@@ -16,7 +16,9 @@ INFINITE = np.float32(np.inf)
 
 
 class Scenario(NamedTuple):
-    """What a head holds and what happens to it; thresholds as quantiles of its mean significances, or infinite."""
+    """What a head holds and what happens to it; thresholds as quantiles of its mean significances,
+    or infinite.
+    """
 
     pages: tuple[float, float]  # stored in each tier, in pages
     high: float
@@ -50,32 +52,49 @@ class Case(NamedTuple):
 
     def layout(self) -> PageLayout:
         formats = tuple(map(KVFormat.parse, self.formats.split("+")))
-        return PageLayout.solve(formats, self.head_dim, tokens=self.tokens, max_len=MAX_LEN, scored=self.scored)
+        return PageLayout.solve(
+            formats, self.head_dim, tokens=self.tokens, max_len=MAX_LEN, scored=self.scored
+        )
 
 
 def lengths_of(layout: PageLayout) -> np.ndarray:
     """Tokens of each tier of each head; a page of tier 1 counts as one of tier 0."""
     per_page = layout.tokens_per_page(0)
-    wanted = [[round(min(pages * per_page, MAX_LEN / 2.5)) for pages in s.pages[: layout.tiers]] for s in SCENARIOS.values()]
+    wanted = [
+        [round(min(pages * per_page, MAX_LEN / 2.5)) for pages in s.pages[: layout.tiers]]
+        for s in SCENARIOS.values()
+    ]
     if layout.tiers == 2:
-        wanted[list(SCENARIOS).index("full pages demoted, none free")] = [2 * per_page, layout.tokens_per_page(1)]
+        wanted[list(SCENARIOS).index("full pages demoted, none free")] = [
+            2 * per_page,
+            layout.tokens_per_page(1),
+        ]
     return np.array(wanted, np.int32)
 
 
 def build(case: Case, seed: int = 0) -> World:
-    """Heads of all scenarios; dead lanes and pages hold rubbish, and the ring has exactly the pages that are needed, around its end."""
+    """Heads of all scenarios; dead lanes and pages hold rubbish, and the ring has exactly the pages
+    that are needed, around its end.
+    """
     rng, layout = np.random.default_rng(seed), case.layout()
     lengths = lengths_of(layout)
-    pool = random_pool(layout, lengths, np.zeros(len(lengths), np.int32), max_len=MAX_LEN, slots=1, seed=seed)
+    pool = random_pool(
+        layout, lengths, np.zeros(len(lengths), np.int32), max_len=MAX_LEN, slots=1, seed=seed
+    )
     for head, row in enumerate(lengths):
         for tier, length in enumerate(row):
             at = slot_addresses(layout, pool.page_table[head], tier, int(length))
             pool.pages["position"][at] = rng.permutation(MAX_LEN)[:length]
             if layout.scored:  # tokens of no significance are ties
-                pool.pages["significance"][at] = rng.uniform(0, 2, length) * (rng.random(length) > 0.1)
+                pool.pages["significance"][at] = rng.uniform(0, 2, length) * (
+                    rng.random(length) > 0.1
+                )
     rule, entering = draw_rule(rng, layout, pool, lengths)
     tokens = Tokens(
-        *(rng.normal(size=(len(lengths), SLOTS, layout.head_dim)).astype(np.float32) for _ in range(2)),
+        *(
+            rng.normal(size=(len(lengths), SLOTS, layout.head_dim)).astype(np.float32)
+            for _ in range(2)
+        ),
         rng.uniform(0, 2, (len(lengths), SLOTS)).astype(np.float32),
         rng.integers(MAX_LEN, 2 * MAX_LEN, (len(lengths), SLOTS)).astype(np.int32),
     )
@@ -88,27 +107,41 @@ def build(case: Case, seed: int = 0) -> World:
 def draw_rule(rng, layout: PageLayout, pool, lengths: np.ndarray) -> tuple[Rule, np.ndarray]:
     """Thresholds at the quantiles that the scenarios name, and codes of the new tokens."""
     heads = len(lengths)
-    observed = np.stack([rng.integers(300, 900, (heads, 2)), rng.integers(5, 400, (heads, 2))], axis=-1).astype(np.int32)
+    observed = np.stack(
+        [rng.integers(300, 900, (heads, 2)), rng.integers(5, 400, (heads, 2))], axis=-1
+    ).astype(np.int32)
     tau, entering = np.zeros((heads, 2), np.float32), np.zeros((heads, NEW), np.int32)
     for head, scenario in enumerate(SCENARIOS.values()):
-        mean = mean_of(*sides(layout, pool.pages, pool.page_table[head], 0, lengths[head, 0]), observed[head])
+        mean = mean_of(
+            *sides(layout, pool.pages, pool.page_table[head], 0, lengths[head, 0]), observed[head]
+        )
         for i, share in enumerate((scenario.high, scenario.low)):
-            inside = np.quantile(mean, share, method="lower") if 0 <= share <= 1 and len(mean) else 0.01  # a token's own: it stays
+            # a token's own: it stays
+            inside = (
+                np.quantile(mean, share, method="lower") if 0 <= share <= 1 and len(mean) else 0.01
+            )
             tau[head, i] = INFINITE if share > 1 else -INFINITE if share < 0 else inside
         odds = [1 - sum(scenario.enters[: layout.tiers]), *scenario.enters[: layout.tiers]]
         entering[head] = rng.choice(len(odds), NEW, p=odds)
-    joined = np.stack([(entering == tier + 1).any(axis=-1) for tier in range(layout.tiers)], axis=-1)
+    joined = np.stack(
+        [(entering == tier + 1).any(axis=-1) for tier in range(layout.tiers)], axis=-1
+    )
     return Rule(tau, observed, np.array([s.stirred for s in SCENARIOS.values()]), joined), entering
 
 
 def with_ring(world: World, one_victim: bool, rng) -> Stored:
-    """The state with clean table columns and a ring of just enough free pages, in random order, that wraps around."""
+    """The state with clean table columns and a ring of just enough free pages, in random order,
+    that wraps around.
+    """
     layout, stored = world.layout, world.stored
     per_page = [layout.tokens_per_page(tier) for tier in range(layout.tiers)]
     needed, table, used = 0, np.array(stored.page_table), []
     for head, lengths in enumerate(stored.tier_len):
         before = [-(-int(n) // size) for n, size in zip(lengths, per_page, strict=True)]
-        after = [-(-len(tokens) // size) for tokens, size in zip(expected(world, head, one_victim), per_page, strict=True)]
+        after = [
+            -(-len(tokens) // size)
+            for tokens, size in zip(expected(world, head, one_victim), per_page, strict=True)
+        ]
         needed += max(sum(after) - sum(before), 0)
         used += [*table[head, : before[0]], *table[head, table.shape[1] - sum(before[1:]) :]]
         table[head, before[0] : table.shape[1] - sum(before[1:])] = -1
@@ -119,9 +152,15 @@ def with_ring(world: World, one_victim: bool, rng) -> Stored:
     for name, array in stored.pages.items():
         pages[name] = np.full((num_pages, *array.shape[1:]), rubbish[name], array.dtype)
         pages[name][places] = array[used]
-    table = np.vectorize({**dict(zip(used, places, strict=True)), -1: num_pages}.__getitem__)(table).astype(np.int32)
+    table = np.vectorize({**dict(zip(used, places, strict=True)), -1: num_pages}.__getitem__)(
+        table
+    ).astype(np.int32)
     free = rng.permutation(sorted(set(range(num_pages)) - set(places.tolist())))
     ids, start = np.full(num_pages, 10**6, np.int32), num_pages - needed // 2
     ids[(start + np.arange(needed)) % num_pages] = free
     assert needed > 1  # the ring wraps around
-    return stored._replace(pages=pages, page_table=table, ring=FreeRing(ids, np.int32(start % num_pages), np.int32(needed)))
+    return stored._replace(
+        pages=pages,
+        page_table=table,
+        ring=FreeRing(ids, np.int32(start % num_pages), np.int32(needed)),
+    )

@@ -10,14 +10,18 @@ INTERPRETED = {
     "xla": Kernels("xla"),
     "triton": Kernels("triton", True),
     "mosaic_tpu": Kernels("mosaic_tpu", True),
-    "mosaic_tpu_checked": Kernels("mosaic_tpu", "checked"),  # the interpreter that looks for races and reads outside of arrays
+    # the interpreter that looks for races and reads outside of arrays
+    "mosaic_tpu_checked": Kernels("mosaic_tpu", "checked"),
 }
 ON_DEVICE = {
     "gpu": {"triton_device": Kernels("triton")},
     "tpu": {"mosaic_tpu_device": Kernels("mosaic_tpu")},
     "cpu": {} if why_unavailable() else {"cpu": Kernels("cpu")},
 }
-IMPLEMENTATIONS = [pytest.param(k, id=name) for name, k in (INTERPRETED | ON_DEVICE.get(jax.default_backend(), {})).items()]
+IMPLEMENTATIONS = [
+    pytest.param(k, id=name)
+    for name, k in (INTERPRETED | ON_DEVICE.get(jax.default_backend(), {})).items()
+]
 
 
 NATIVE = [] if why_unavailable() else [pytest.param(Kernels("cpu"), id="cpu")]

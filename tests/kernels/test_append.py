@@ -1,4 +1,6 @@
-"""Appending to and shifting the recent window, every implementation against NumPy loops, bit by bit."""
+"""Appending to and shifting the recent window, every implementation against NumPy loops, bit by
+bit.
+"""
 
 import itertools
 from functools import cache, partial
@@ -24,11 +26,17 @@ SHAPES = (
 @cache
 def compiled(operation, kernels: Kernels):
     """An operation under jit that donates the windows."""
-    donated = ("recent_k", "recent_v") if operation is append_recent else ("recent_k", "recent_v", "significance")
+    donated = (
+        ("recent_k", "recent_v")
+        if operation is append_recent
+        else ("recent_k", "recent_v", "significance")
+    )
     return jax.jit(partial(operation, kernels=kernels), donate_argnames=donated)
 
 
-def windows(shape: tuple[int, int, int], dtype: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def windows(
+    shape: tuple[int, int, int], dtype: str, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """K and V windows [LAYERS, B, N, d] with NaN in every third slot, as dead slots may hold."""
     rng = np.random.default_rng(seed)
     made = []
@@ -66,12 +74,21 @@ def shifted(window: np.ndarray, layer: int, shift: np.ndarray) -> np.ndarray:
     return out
 
 
-def new_tokens(shape: tuple[int, int, int], dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """k, v [B, d] in another dtype than the window's, and slots that include the first, the last and such as must not be written."""
+def new_tokens(
+    shape: tuple[int, int, int], dtype: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """k, v [B, d] in another dtype than the window's, and slots that include the first, the last
+    and such as must not be written.
+    """
     heads, slots, head_dim = shape
     rng = np.random.default_rng(1)
     k, v = (rng.normal(size=(heads, head_dim)).astype(np.float32) for _ in range(2))
-    slot = np.fromiter(itertools.islice(itertools.cycle((slots - 1, 1, -1, 0, slots, slots // 2, -(10**6), 10**6)), heads), np.int32)
+    slot = np.fromiter(
+        itertools.islice(
+            itertools.cycle((slots - 1, 1, -1, 0, slots, slots // 2, -(10**6), 10**6)), heads
+        ),
+        np.int32,
+    )
     other = jnp.bfloat16 if dtype == "float32" else np.float32
     return k.astype(other), v.astype(other), slot
 
@@ -80,20 +97,26 @@ def run_append(kernels: Kernels, shape: tuple[int, int, int], dtype: str, layer:
     """(results, expected) of one append."""
     old, (k, v, slot) = windows(shape, dtype), new_tokens(shape, dtype)
     got = compiled(append_recent, kernels)(*map(jnp.asarray, old), jnp.int32(layer), k, v, slot)
-    return got, [appended(window, layer, token, slot) for window, token in zip(old, (k, v), strict=True)]
+    return got, [
+        appended(window, layer, token, slot) for window, token in zip(old, (k, v), strict=True)
+    ]
 
 
 @pytest.mark.daily(7)
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_append_writes_one_slot_of_one_layer(kernels: Kernels, shape: tuple[int, int, int], dtype: str):
+def test_append_writes_one_slot_of_one_layer(
+    kernels: Kernels, shape: tuple[int, int, int], dtype: str
+):
     got, wanted = run_append(kernels, shape, dtype, layer=1)
     for one, other in zip(got, wanted, strict=True):
         same_bits(one, other)
 
 
-@pytest.mark.parametrize("kernels", [p for p in IMPLEMENTATIONS if p.values[0].implementation != "mosaic_tpu"])
+@pytest.mark.parametrize(
+    "kernels", [p for p in IMPLEMENTATIONS if p.values[0].implementation != "mosaic_tpu"]
+)
 def test_append_to_float16(kernels: Kernels):
     """float16 windows, which Mosaic does not have."""
     got, wanted = run_append(kernels, (3, 24, 64), "float16", layer=0)
@@ -104,15 +127,28 @@ def test_append_to_float16(kernels: Kernels):
 def shifts(shape: tuple[int, int, int]) -> np.ndarray:
     """None, all, one and some of the slots."""
     heads, slots, _ = shape
-    return np.fromiter(itertools.islice(itertools.cycle((1, 0, slots, slots // 2, slots - 1, 3)), heads), np.int32)
+    return np.fromiter(
+        itertools.islice(itertools.cycle((1, 0, slots, slots // 2, slots - 1, 3)), heads), np.int32
+    )
 
 
-def run_shift(kernels: Kernels, shape: tuple[int, int, int], dtype: str, layer: int, *, scored: bool = True):
+def run_shift(
+    kernels: Kernels, shape: tuple[int, int, int], dtype: str, layer: int, *, scored: bool = True
+):
     """(results, expected) of one shift."""
     old, shift = windows(shape, dtype), shifts(shape)
-    scores = np.random.default_rng(2).normal(size=(LAYERS, *shape[:2])).astype(np.float32)[:, :, : None if scored else 0]
-    got = compiled(shift_recent, kernels)(*map(jnp.asarray, old), jnp.asarray(scores), jnp.int32(layer), shift)
-    return got, [*(shifted(window, layer, shift) for window in old), shifted(scores, layer, shift) if scored else scores]
+    scores = (
+        np.random.default_rng(2)
+        .normal(size=(LAYERS, *shape[:2]))
+        .astype(np.float32)[:, :, : None if scored else 0]
+    )
+    got = compiled(shift_recent, kernels)(
+        *map(jnp.asarray, old), jnp.asarray(scores), jnp.int32(layer), shift
+    )
+    return got, [
+        *(shifted(window, layer, shift) for window in old),
+        shifted(scores, layer, shift) if scored else scores,
+    ]
 
 
 @pytest.mark.daily(7)
@@ -140,9 +176,15 @@ NATIVE = [p for p in IMPLEMENTATIONS if p.id == "cpu"]
 def test_native_windows_keep_their_axes(kernels: Kernels):
     """Heads on two axes, as the cache has them."""
     shape, split = (6, 24, 64), (LAYERS, 2, 3, 24)
-    old, (k, v, slot), shift = windows(shape, "bfloat16"), new_tokens(shape, "bfloat16"), shifts(shape)
+    old, (k, v, slot), shift = (
+        windows(shape, "bfloat16"),
+        new_tokens(shape, "bfloat16"),
+        shifts(shape),
+    )
     scores = np.random.default_rng(2).normal(size=(LAYERS, *shape[:2])).astype(np.float32)
-    k_window, v_window, score_window = (jnp.asarray(x.reshape(*split, *x.shape[3:])) for x in (*old, scores))
+    k_window, v_window, score_window = (
+        jnp.asarray(x.reshape(*split, *x.shape[3:])) for x in (*old, scores)
+    )
     got = compiled(append_recent, kernels)(k_window, v_window, jnp.int32(1), k, v, slot)
     for one, window, token in zip(got, old, (k, v), strict=True):
         same_bits(np.asarray(one).reshape(window.shape), appended(window, 1, token, slot))
@@ -153,27 +195,42 @@ def test_native_windows_keep_their_axes(kernels: Kernels):
 
 
 @pytest.mark.parametrize("kernels", NATIVE)
-@pytest.mark.parametrize("layer, by, message", [(LAYERS, 1, "layer outside"), (-1, 1, "layer outside"), (0, 25, "shift"), (0, -1, "shift")])
-def test_native_shifts_outside_of_a_window_are_refused(kernels: Kernels, layer: int, by: int, message: str):
+@pytest.mark.parametrize(
+    "layer, by, message",
+    [(LAYERS, 1, "layer outside"), (-1, 1, "layer outside"), (0, 25, "shift"), (0, -1, "shift")],
+)
+def test_native_shifts_outside_of_a_window_are_refused(
+    kernels: Kernels, layer: int, by: int, message: str
+):
     old, scores = windows((2, 24, 64), "float32"), np.zeros((LAYERS, 2, 24), np.float32)
     with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=message):
         jax.block_until_ready(
-            compiled(shift_recent, kernels)(*map(jnp.asarray, (*old, scores)), jnp.int32(layer), np.array([0, by], np.int32))
+            compiled(shift_recent, kernels)(
+                *map(jnp.asarray, (*old, scores)), jnp.int32(layer), np.array([0, by], np.int32)
+            )
         )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("interpret", [True, "checked"])
 def test_several_grid_steps_on_tpu(interpret):
-    """11 heads in steps of 8: the second step has heads that do not exist, and its copies overlap those of the first."""
+    """11 heads in steps of 8: the second step has heads that do not exist, and its copies overlap
+    those of the first.
+    """
     shape, blocks = (11, 24, 64), mosaic_tpu.Blocks(8)
-    old, (k, v, slot), shift = windows(shape, "bfloat16"), new_tokens(shape, "bfloat16"), shifts(shape)
+    old, (k, v, slot), shift = (
+        windows(shape, "bfloat16"),
+        new_tokens(shape, "bfloat16"),
+        shifts(shape),
+    )
     call = partial(mosaic_tpu.append_recent, interpret=interpret, blocks=blocks)
     got = jax.jit(call)(*old, jnp.int32(1), k, v, slot)
     for one, window, token in zip(got, old, (k, v), strict=True):
         same_bits(one, appended(window, 1, token, slot))
     scores = np.random.default_rng(2).normal(size=(LAYERS, *shape[:2])).astype(np.float32)
-    got = jax.jit(partial(mosaic_tpu.shift_recent, interpret=interpret, blocks=blocks))(*old, scores, jnp.int32(0), shift)
+    got = jax.jit(partial(mosaic_tpu.shift_recent, interpret=interpret, blocks=blocks))(
+        *old, scores, jnp.int32(0), shift
+    )
     for one, window in zip(got, (*old, scores), strict=True):
         same_bits(one, shifted(window, 0, shift))
 
@@ -186,7 +243,17 @@ def test_blocks_bound_the_memory_of_a_step():
         assert heads % 8 == 0 and (heads == 8 or heads * head_bytes <= mosaic_tpu.BUFFER_BYTES)
 
 
-@pytest.mark.parametrize("kind", ["next slot", "other layer", "K and V swapped", "nothing written", "out of range written", "not cast"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "next slot",
+        "other layer",
+        "K and V swapped",
+        "nothing written",
+        "out of range written",
+        "not cast",
+    ],
+)
 def test_the_comparison_sees_wrong_appends(kind: str):
     """Results of an append with one thing wrong are rejected."""
     old, (k, v, slot) = windows((11, 24, 64), "bfloat16"), new_tokens((11, 24, 64), "bfloat16")
@@ -204,7 +271,9 @@ def test_the_comparison_sees_wrong_appends(kind: str):
         same_bits(wrong, right)
 
 
-@pytest.mark.parametrize("kind", ["rotated", "one more", "downwards", "not zeroed", "NaN of a resting head lost"])
+@pytest.mark.parametrize(
+    "kind", ["rotated", "one more", "downwards", "not zeroed", "NaN of a resting head lost"]
+)
 def test_the_comparison_sees_wrong_shifts(kind: str):
     """Results of a shift with one thing wrong are rejected."""
     (old, _), shift = windows((11, 24, 64), "bfloat16"), shifts((11, 24, 64))

@@ -16,7 +16,17 @@ from oracles.quantiser import demote_nested, pack
 from readback import decode_tensor
 
 COUNT = 3  # blocks
-EVERY_FORMAT = ("K1V1:1,2", "K1V2:4,1", "K2V2:2,4", "K4V4:1,2", "K4V8:4,1", "K8V8:2,4", "full:bfloat16", "full:float32", "full:float16")
+EVERY_FORMAT = (
+    "K1V1:1,2",
+    "K1V2:4,1",
+    "K2V2:2,4",
+    "K4V4:1,2",
+    "K4V8:4,1",
+    "K8V8:2,4",
+    "full:bfloat16",
+    "full:float32",
+    "full:float16",
+)
 EVERY_FORMAT += ("K4nV2n", "K1nV8")
 DEMOTIONS = (
     ("K8V4", "K4V2"),
@@ -27,7 +37,8 @@ DEMOTIONS = (
     ("full:float32", "K4V2:2,4"),
     ("full:float16", "K1V8:1,4"),
 )
-TO_LEVELS = (("K8V4", "K4nV2n"), ("K4nV4n", "K2nV2"))  # sums of squares, whose rounding depends on their order
+# sums of squares, whose rounding depends on their order
+TO_LEVELS = (("K8V4", "K4nV2n"), ("K4nV4n", "K2nV2"))
 
 
 def values(tokens: int, head_dim: int, seed: int, of=ordinary) -> np.ndarray:
@@ -47,11 +58,15 @@ def same_blocks(fmt: KVFormat, got: Block, k: np.ndarray, v: np.ndarray) -> None
             same_meta(meta[i], wanted_meta)
 
 
-def check_encode(kernels: Kernels, name: str, tokens: int, head_dim: int, dtype="float32", of=ordinary) -> None:
+def check_encode(
+    kernels: Kernels, name: str, tokens: int, head_dim: int, dtype="float32", of=ordinary
+) -> None:
     """Encode values of a dtype and compare."""
     fmt = parse(name)
     k, v = (values(tokens, head_dim, seed, of).astype(jnp.dtype(dtype)) for seed in (1, 2))
-    got = jax.jit(lambda k, v: codecs.encode(fmt, k, v, kernels=kernels))(k.swapaxes(1, 2), v.swapaxes(1, 2))
+    got = jax.jit(lambda k, v: codecs.encode(fmt, k, v, kernels=kernels))(
+        k.swapaxes(1, 2), v.swapaxes(1, 2)
+    )
     same_blocks(fmt, got, k.astype(np.float32), v.astype(np.float32))
 
 
@@ -79,11 +94,15 @@ def test_encode_numbers_of_any_size(kernels: Kernels, name: str):
 def encoded(fmt: KVFormat, k: np.ndarray, v: np.ndarray) -> Block:
     """The oracle's blocks of `[N, T, d]`."""
     parts = [[expected(codec, one) for one in x] for codec, x in ((fmt.key, k), (fmt.value, v))]
-    (k_payload, k_meta), (v_payload, v_meta) = ([np.stack(part) for part in zip(*side, strict=True)] for side in parts)
+    (k_payload, k_meta), (v_payload, v_meta) = (
+        [np.stack(part) for part in zip(*side, strict=True)] for side in parts
+    )
     return Block(k_payload, v_payload, k_meta, v_meta)
 
 
-def check_demotion(kernels: Kernels, source: str, target: str, tokens: int, head_dim: int, of=ordinary) -> None:
+def check_demotion(
+    kernels: Kernels, source: str, target: str, tokens: int, head_dim: int, of=ordinary
+) -> None:
     """Demote the oracle's blocks and compare with its own demotion."""
     high, low = parse(source), parse(target)
     block = encoded(high, values(tokens, head_dim, 3, of), values(tokens, head_dim, 4, of))
@@ -91,14 +110,24 @@ def check_demotion(kernels: Kernels, source: str, target: str, tokens: int, head
         np.asarray,
         jax.jit(lambda block: codecs.demote(high, low, block, kernels=kernels))(block),
     )
-    for a, b, parts, back in ((high.key, low.key, block[0::2], got[0::2]), (high.value, low.value, block[1::2], got[1::2])):
+    for a, b, parts, back in (
+        (high.key, low.key, block[0::2], got[0::2]),
+        (high.value, low.value, block[1::2], got[1::2]),
+    ):
         for i in range(COUNT):
             same_demotion(a, b, [part[i] for part in parts], [part[i] for part in back])
 
 
 def same_demotion(a, b, old: list[np.ndarray], new: list[np.ndarray]) -> None:
-    """One tensor of one block: nested demotion exactly, the way through the values as near as `same_codes` asks."""
-    if isinstance(a, Uniform) and isinstance(b, Uniform) and a.groups == b.groups and a.bits >= b.bits:
+    """One tensor of one block: nested demotion exactly, the way through the values as near as
+    `same_codes` asks.
+    """
+    if (
+        isinstance(a, Uniform)
+        and isinstance(b, Uniform)
+        and a.groups == b.groups
+        and a.bits >= b.bits
+    ):
         codes = codes_of(a, *old)
         codes, scale, zero = codes if a.bits == b.bits else demote_nested(*codes, a.bits, b.bits)
         np.testing.assert_array_equal(new[0], pack(codes.T, b.bits))
@@ -126,7 +155,9 @@ def test_demote_other_shapes(kernels: Kernels, tokens: int, head_dim: int):
 
 @pytest.mark.daily(3)
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
-@pytest.mark.parametrize("source, target", [("K8V8:1,2", "K4V2:1,2"), ("full:float32", "K4V4"), ("K8V4", "K4nV2:1,2")])
+@pytest.mark.parametrize(
+    "source, target", [("K8V8:1,2", "K4V2:1,2"), ("full:float32", "K4V4"), ("K8V4", "K4nV2:1,2")]
+)
 def test_demote_numbers_of_any_size(kernels: Kernels, source: str, target: str):
     check_demotion(kernels, source, target, 32, 64, of_any_size)
 
@@ -135,7 +166,9 @@ NATIVE = [p for p in IMPLEMENTATIONS if p.id == "cpu"]
 
 
 def hard_values() -> np.ndarray:
-    """float32 [COUNT, T, d] on a coarse grid, where many codes lie half-way; some tokens are constant, huge or infinite."""
+    """float32 [COUNT, T, d] on a coarse grid, where many codes lie half-way; some tokens are
+    constant, huge or infinite.
+    """
     x = values(32, 64, 9).astype(jnp.bfloat16).astype(np.float32)
     x[0, 1], x[0, 3, 5], x[1, 4] = 2.5, np.inf, 1e38 * np.sign(x[1, 4])
     x[1, 5], x[2, 6] = x[1, 5] * 1e-8, x[2, 6] * 1e5
@@ -144,7 +177,9 @@ def hard_values() -> np.ndarray:
 
 @pytest.mark.daily(3)
 @pytest.mark.parametrize("kernels", NATIVE)
-@pytest.mark.parametrize("source, target", [*DEMOTIONS, ("K2V1:2,4", "full:bfloat16"), ("K4V2", "K8V8")])
+@pytest.mark.parametrize(
+    "source, target", [*DEMOTIONS, ("K2V1:2,4", "full:bfloat16"), ("K4V2", "K8V8")]
+)
 def test_native_kernels_round_as_xla_does(kernels: Kernels, source: str, target: str):
     high, low, x = parse(source), parse(target), hard_values().swapaxes(1, 2)
     wanted = jax.jit(high.encode)(x, x)
@@ -163,7 +198,9 @@ def finite(fmt: KVFormat, block: Block) -> np.ndarray:
 def same_tokens(got: Block, wanted: Block, which: np.ndarray) -> None:
     """The same bytes of the tokens `which [N, T]`."""
     for one, other in zip(got, wanted, strict=True):
-        np.testing.assert_array_equal(np.asarray(one).swapaxes(1, 2)[which], np.asarray(other).swapaxes(1, 2)[which])
+        np.testing.assert_array_equal(
+            np.asarray(one).swapaxes(1, 2)[which], np.asarray(other).swapaxes(1, 2)[which]
+        )
 
 
 @pytest.mark.parametrize("kernels", NATIVE)
@@ -202,7 +239,10 @@ def test_other_block_sizes():
 
 def test_triton_refuses_what_is_no_power_of_two():
     fmt = KVFormat.parse("K8V4")
-    for tokens, head_dim, message in ((24, 64, "tokens a block=24"), (32, 96, "channels of a tile=")):
+    for tokens, head_dim, message in (
+        (24, 64, "tokens a block=24"),
+        (32, 96, "channels of a tile="),
+    ):
         x = jnp.zeros((1, head_dim, tokens))
         with pytest.raises(ValueError, match=f"{message}.*power of two.*implementation='xla'"):
             triton.encode(fmt, x, x, interpret=True)
@@ -211,7 +251,16 @@ def test_triton_refuses_what_is_no_power_of_two():
             triton.demote(fmt, KVFormat.parse("K4V2"), block, interpret=True)
 
 
-@pytest.mark.parametrize("kind", ["planes swapped", "zero point dropped", "blocks swapped", "one block left out", "K and V swapped"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "planes swapped",
+        "zero point dropped",
+        "blocks swapped",
+        "one block left out",
+        "K and V swapped",
+    ],
+)
 def test_the_comparison_sees_mistakes(kind: str):
     fmt = KVFormat.parse("K4V4:1,1")
     k, v = values(32, 64, 7), values(32, 64, 8)

@@ -1,4 +1,6 @@
-"""Decode attention over pages full of rubbish outside the live tokens, against a dense softmax in float64."""
+"""Decode attention over pages full of rubbish outside the live tokens, against a dense softmax in
+float64.
+"""
 
 from functools import cache, partial
 from typing import Literal, NamedTuple
@@ -16,7 +18,8 @@ from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from readback import Pool, on_device, random_pool, read_tier, slot_addresses
 
 SLOTS, MAX_LEN = 9, 640
-LENGTHS = [(0, 0), (0, 70), (130, 0), (33, 65), (540, 5), (0, 0), (1, 520)]  # 540 and 520: more than one chunk of the loop
+# 540 and 520: more than one chunk of the loop
+LENGTHS = [(0, 0), (0, 70), (130, 0), (33, 65), (540, 5), (0, 0), (1, 520)]
 RECENT = [0, 3, 9, 1, 8, 5, 0]
 
 
@@ -57,11 +60,14 @@ BFLOAT16 = (
     "full+K4V2, G=6",
     "K4nV4n+K2nV1n, G=3, d=128",
 )
-CHECKED = ("K8V4+K4V2, G=4, d=128, T=128", "full float32, T=128", "sliding, capped, T=128")  # cases for the slow interpreter
+# cases for the slow interpreter
+CHECKED = ("K8V4+K4V2, G=4, d=128, T=128", "full float32, T=128", "sliding, capped, T=128")
 
 
 class Attended(NamedTuple):
-    """What decode attention gives: output [B, G, d], the pool's significance, scores of the recent slots [B, SLOTS]."""
+    """What decode attention gives: output [B, G, d], the pool's significance, scores of the recent
+    slots [B, SLOTS].
+    """
 
     output: np.ndarray
     significance: np.ndarray
@@ -85,43 +91,85 @@ class Case:
         self.over = shape.over
         self.scale, self.cap, self.window = 1.5 * shape.head_dim**-0.5, shape.cap, shape.window
         lengths = [sizes[: self.layout.tiers] for sizes in LENGTHS]
-        self.pool = random_pool(self.layout, lengths, RECENT, max_len=MAX_LEN, slots=SLOTS, seed=shape.group)
-        held = np.array([sum(sizes) + recent for sizes, recent in zip(lengths, RECENT, strict=True)], np.int32)
+        self.pool = random_pool(
+            self.layout, lengths, RECENT, max_len=MAX_LEN, slots=SLOTS, seed=shape.group
+        )
+        held = np.array(
+            [sum(sizes) + recent for sizes, recent in zip(lengths, RECENT, strict=True)], np.int32
+        )
         self.position = held - 1  # of the query: the recent tokens are the latest ones
-        self.q = np.random.default_rng(9).normal(size=(len(LENGTHS), shape.group, shape.head_dim)).astype(np.float32)
-        options = dict(layout=self.layout, max_len=MAX_LEN, sm_scale=self.scale, logits_soft_cap=shape.cap, kernels=kernels)
-        sliding = None if shape.window is None else Sliding(shape.window, jnp.asarray(self.position))
+        self.q = (
+            np.random.default_rng(9)
+            .normal(size=(len(LENGTHS), shape.group, shape.head_dim))
+            .astype(np.float32)
+        )
+        options = dict(
+            layout=self.layout,
+            max_len=MAX_LEN,
+            sm_scale=self.scale,
+            logits_soft_cap=shape.cap,
+            kernels=kernels,
+        )
+        sliding = (
+            None if shape.window is None else Sliding(shape.window, jnp.asarray(self.position))
+        )
         self._kernel = jax.jit(partial(decode_attention, sliding=sliding, **options))
 
     def run(self, pool: Pool, q: np.ndarray | jax.Array | None = None) -> Attended:
         pages, heads = on_device(pool, Pages, Heads)
-        return Attended(*jax.device_get(self._kernel(self.q if q is None else q, pages=pages, heads=heads)))
+        return Attended(
+            *jax.device_get(self._kernel(self.q if q is None else q, pages=pages, heads=heads))
+        )
 
     def dense(self, pool: Pool, swap: bool = False, over: str | None = None) -> Attended:
-        """The same by a softmax over all live tokens; `swap` takes keys for values, `over` another score of a group."""
+        """The same by a softmax over all live tokens; `swap` takes keys for values, `over` another
+        score of a group.
+        """
         significance = pool.pages["significance"].copy()
         output, recent = np.zeros(self.q.shape), np.zeros((len(LENGTHS), SLOTS))
         for head, sizes in enumerate(pool.tier_len):
             live = int(pool.recent_len[head])
-            read = [read_tier(Pages(**pool.pages), self.layout, pool.page_table[head], tier, n) for tier, n in enumerate(sizes)]
-            k = np.concatenate([pool.recent_k[head, :live], *(tier.k for tier in read)]).astype(np.float64)
-            v = np.concatenate([pool.recent_v[head, :live], *(tier.v for tier in read)]).astype(np.float64)
+            read = [
+                read_tier(Pages(**pool.pages), self.layout, pool.page_table[head], tier, n)
+                for tier, n in enumerate(sizes)
+            ]
+            k = np.concatenate([pool.recent_k[head, :live], *(tier.k for tier in read)]).astype(
+                np.float64
+            )
+            v = np.concatenate([pool.recent_v[head, :live], *(tier.v for tier in read)]).astype(
+                np.float64
+            )
             k, v = (v, k) if swap else (k, v)
             if not len(k):
                 continue
-            position = np.concatenate([self.position[head] - live + 1 + np.arange(live), *(tier.position for tier in read)])
-            seen = np.ones(len(k), bool) if self.window is None else position > self.position[head] - self.window
+            position = np.concatenate(
+                [
+                    self.position[head] - live + 1 + np.arange(live),
+                    *(tier.position for tier in read),
+                ]
+            )
+            seen = (
+                np.ones(len(k), bool)
+                if self.window is None
+                else position > self.position[head] - self.window
+            )
             if not seen.any():
                 continue
             p = softmax(np.asarray(self.q[head], np.float64) @ k.T * self.scale, self.cap, seen)
             output[head] = p @ v
-            of_group = p.max(axis=0) if (over or self.over) == "max" else p.sum(axis=0) / len(self.q[head])
+            of_group = (
+                p.max(axis=0) if (over or self.over) == "max" else p.sum(axis=0) / len(self.q[head])
+            )
             scores = np.split(of_group, np.cumsum([live, *sizes])[:-1])
             recent[head, :live] = scores[0]
             for tier, (n, score) in enumerate(zip(sizes, scores[1:], strict=True)):
                 if self.layout.scored:
-                    significance[slot_addresses(self.layout, pool.page_table[head], tier, n)] += score
-        return Attended(output, significance, recent if self.layout.scored else np.zeros_like(recent))
+                    significance[slot_addresses(self.layout, pool.page_table[head], tier, n)] += (
+                        score
+                    )
+        return Attended(
+            output, significance, recent if self.layout.scored else np.zeros_like(recent)
+        )
 
 
 def softmax(logits: np.ndarray, cap: float | None, seen: np.ndarray) -> np.ndarray:
@@ -131,7 +179,9 @@ def softmax(logits: np.ndarray, cap: float | None, seen: np.ndarray) -> np.ndarr
 
 
 def same(got: Attended, wanted: Attended, old: np.ndarray) -> None:
-    """Equal within float32 rounding; the significance of everything that is not a live token has the bits it had."""
+    """Equal within float32 rounding; the significance of everything that is not a live token has
+    the bits it had.
+    """
     np.testing.assert_allclose(got.output, wanted.output, rtol=1e-5, atol=2e-5)
     np.testing.assert_allclose(got.recent, wanted.recent, rtol=2e-5, atol=1e-9)
     touched = ~((wanted.significance == old) | np.isnan(old))
@@ -167,7 +217,9 @@ def test_probabilities_of_a_group_of_one_sum_to_one():
 
 
 def test_logits_of_any_size():
-    """Logits in the hundreds: the softmax is taken relative to the maximum over all tiers and the window."""
+    """Logits in the hundreds: the softmax is taken relative to the maximum over all tiers and the
+    window.
+    """
     this = case("K8V4+K4V2, G=3, d=128")
     q = this.q * 60
     hot = Case.__new__(Case)
@@ -188,7 +240,9 @@ def test_other_heads_do_not_matter():
     """A head's result has the same bits whatever the other heads hold."""
     this = case("K8V4+K4V2, G=3, d=128")
     got = this.run(this.pool)
-    alone = this.pool._replace(tier_len=this.pool.tier_len * (np.arange(len(LENGTHS)) == 3)[:, None])
+    alone = this.pool._replace(
+        tier_len=this.pool.tier_len * (np.arange(len(LENGTHS)) == 3)[:, None]
+    )
     np.testing.assert_array_equal(this.run(alone).output[3], got.output[3])
 
 
@@ -199,7 +253,9 @@ def test_a_head_alone(kernels: Kernels):
     got = this.run(this.pool)
     for head in (3, 6):
         one = slice(head, head + 1)
-        pool = this.pool._replace(**{name: getattr(this.pool, name)[one] for name in this.pool._fields if name != "pages"})
+        pool = this.pool._replace(
+            **{name: getattr(this.pool, name)[one] for name in this.pool._fields if name != "pages"}
+        )
         alone = this.run(pool, this.q[one])
         np.testing.assert_array_equal(alone.output[0], got.output[head])
         np.testing.assert_array_equal(alone.recent[0], got.recent[head])
@@ -207,7 +263,16 @@ def test_a_head_alone(kernels: Kernels):
 
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS[:3])
-@pytest.mark.parametrize("mistake", ["table shifted by one", "a token too many", "a token too few", "recent too few", "tiers swapped"])
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "table shifted by one",
+        "a token too many",
+        "a token too few",
+        "recent too few",
+        "tiers swapped",
+    ],
+)
 def test_the_comparison_sees_mistakes(mistake: str, kernels: Kernels):
     this = case("K8V4+K4V2, G=3, d=128", kernels)
     pool, old = this.pool, this.pool.pages["significance"]
@@ -224,7 +289,9 @@ def test_the_comparison_sees_mistakes(mistake: str, kernels: Kernels):
 
 
 @pytest.mark.parametrize("kernels", NATIVE)
-@pytest.mark.parametrize("mistake", ["a token too many", "a token too few", "recent too few", "other pages"])
+@pytest.mark.parametrize(
+    "mistake", ["a token too many", "a token too few", "recent too few", "other pages"]
+)
 def test_the_comparison_sees_mistakes_of_native_kernels(mistake: str, kernels: Kernels):
     this = case("K8V4+K4V2, G=3, d=128", kernels)
     pool, old = this.pool, this.pool.pages["significance"]
@@ -233,22 +300,33 @@ def test_the_comparison_sees_mistakes_of_native_kernels(mistake: str, kernels: K
         "a token too many": pool._replace(tier_len=pool.tier_len + off),
         "a token too few": pool._replace(tier_len=pool.tier_len - off),
         "recent too few": pool._replace(recent_len=np.maximum(pool.recent_len - 1, 0)),
-        "other pages": pool._replace(page_table=np.where(pool.page_table == pool.page_table[3, 0], pool.page_table[4, 0], pool.page_table)),
+        "other pages": pool._replace(
+            page_table=np.where(
+                pool.page_table == pool.page_table[3, 0], pool.page_table[4, 0], pool.page_table
+            )
+        ),
     }[mistake]
     with pytest.raises(AssertionError):
         same(this.run(bad), this.dense(pool), old)
 
 
 @pytest.mark.parametrize("kernels", NATIVE)
-@pytest.mark.parametrize("mistake", ["page beyond the pool", "negative page", "tier too long", "negative tier", "window too long"])
+@pytest.mark.parametrize(
+    "mistake",
+    ["page beyond the pool", "negative page", "tier too long", "negative tier", "window too long"],
+)
 def test_what_leads_out_of_an_array_is_refused(mistake: str, kernels: Kernels):
     this = case("K8V4+K4V2, G=3, d=128", kernels)
     pool, first = this.pool, this.pool.page_table[3, 0]
     bad = {
         "page beyond the pool": pool._replace(
-            page_table=np.where(pool.page_table == first, pool.pages["payload"].shape[0], pool.page_table)
+            page_table=np.where(
+                pool.page_table == first, pool.pages["payload"].shape[0], pool.page_table
+            )
         ),
-        "negative page": pool._replace(page_table=np.where(pool.page_table == first, -1, pool.page_table)),
+        "negative page": pool._replace(
+            page_table=np.where(pool.page_table == first, -1, pool.page_table)
+        ),
         "tier too long": pool._replace(tier_len=pool.tier_len + np.int32(100_000)),
         "negative tier": pool._replace(tier_len=pool.tier_len - np.int32(10_000)),
         "window too long": pool._replace(recent_len=pool.recent_len + SLOTS + 1),
@@ -267,7 +345,11 @@ def test_the_comparison_sees_swapped_keys_and_values(name: str):
 @pytest.mark.parametrize("kernels", [*IMPLEMENTATIONS[:3], *NATIVE])
 def test_the_comparison_sees_a_maximum_where_the_mean_is_asked(kernels: Kernels):
     this = case("K8V4+K4V2, G=3, d=128", kernels)
-    got, asked, old = this.run(this.pool), this.dense(this.pool, over="mean"), this.pool.pages["significance"]
+    got, asked, old = (
+        this.run(this.pool),
+        this.dense(this.pool, over="mean"),
+        this.pool.pages["significance"],
+    )
     for scores in ("recent", "significance"):  # either alone
         with pytest.raises(AssertionError):
             same(asked._replace(**{scores: getattr(got, scores)}), asked, old)
@@ -277,7 +359,9 @@ def test_the_comparison_sees_a_maximum_where_the_mean_is_asked(kernels: Kernels)
 @pytest.mark.parametrize("kernels", [*IMPLEMENTATIONS[1:3], *NATIVE])
 @pytest.mark.parametrize("name", BFLOAT16)
 def test_bfloat16_queries(name: str, kernels: Kernels):
-    """The kernels multiply in bfloat16: eight bits of the weights. A missing token is further away than that."""
+    """The kernels multiply in bfloat16: eight bits of the weights. A missing token is further away
+    than that.
+    """
     this = case(name, kernels)
     q = jnp.asarray(this.q, jnp.bfloat16)
     rounded = Case.__new__(Case)
@@ -289,7 +373,9 @@ def test_bfloat16_queries(name: str, kernels: Kernels):
         live = (wanted.significance != old) & ~np.isnan(old)
         np.testing.assert_array_equal(got.significance[~live], old[~live])
         added = (x.significance[live].astype(np.float64) - old[live] for x in (got, wanted))
-        return float(np.abs(got.output - wanted.output).max()), float(np.abs(np.subtract(*added)).max())
+        return float(np.abs(got.output - wanted.output).max()), float(
+            np.abs(np.subtract(*added)).max()
+        )
 
     output, significance = errors(this.pool)
     assert output < 0.02 and significance < 0.005

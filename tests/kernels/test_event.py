@@ -1,4 +1,6 @@
-"""The compression event of many heads at once, against a NumPy transcription of the rule over the tokens read back, and against XLA."""
+"""The compression event of many heads at once, against a NumPy transcription of the rule over the
+tokens read back, and against XLA.
+"""
 
 import dataclasses
 from functools import cache
@@ -32,7 +34,9 @@ PLAIN = CASES[0]
 
 
 def check(world: World, one_victim: bool, after: Stored) -> None:
-    """Every head holds what the rule says, in its order; heads that are not admitted are untouched; the pool is consistent."""
+    """Every head holds what the rule says, in its order; heads that are not admitted are untouched;
+    the pool is consistent.
+    """
     layout, before = world.layout, world.stored
     check_pool(layout, after.page_table, after.tier_len, after.ring)
     for head in range(len(before.tier_len)):
@@ -58,7 +62,9 @@ def compiled(case: Case, kernels: Kernels):
     def event(stored: Stored, rule: Rule, tokens: Tokens, entering, admitted):
         how = dict(one_victim=case.one_victim, max_len=MAX_LEN, kernels=kernels)
         moves = count_moves(stored.pages, layout, stored.page_table, stored.tier_len, rule, **how)
-        return moves, apply_event(stored, layout, rule, moves, tokens, entering, admitted, pages_a_round=1, **how)
+        return moves, apply_event(
+            stored, layout, rule, moves, tokens, entering, admitted, pages_a_round=1, **how
+        )
 
     return jax.jit(event)
 
@@ -67,9 +73,16 @@ def run(case: Case, world: World, kernels: Kernels):
     """(moves, state after) in NumPy."""
     bits = world.stored.pages | {"meta": world.stored.pages["meta"].view(kernels.meta_dtype)}
     pages = Pages(**jax.tree.map(jnp.asarray, bits))
-    arguments = jax.tree.map(jnp.asarray, (world.rule, world.tokens, world.entering, world.admitted))
-    moves, after = compiled(case, kernels)(jax.tree.map(jnp.asarray, world.stored._replace(pages=pages)), *arguments)
-    arrays = {name: np.asarray(getattr(after.pages, name)).view(array.dtype) for name, array in world.stored.pages.items()}
+    arguments = jax.tree.map(
+        jnp.asarray, (world.rule, world.tokens, world.entering, world.admitted)
+    )
+    moves, after = compiled(case, kernels)(
+        jax.tree.map(jnp.asarray, world.stored._replace(pages=pages)), *arguments
+    )
+    arrays = {
+        name: np.asarray(getattr(after.pages, name)).view(array.dtype)
+        for name, array in world.stored.pages.items()
+    }
     return jax.tree.map(np.asarray, moves), jax.tree.map(np.asarray, after._replace(pages=arrays))
 
 
@@ -91,11 +104,17 @@ def test_an_event(case: Case, kernels: Kernels):
     layout, codes = world.layout, []
     for head, lengths in enumerate(after.tier_len):
         for tier, length in enumerate(lengths):
-            both = (read(layout, s.pages, s.page_table[head], tier, length) for s in (after, reference))
+            both = (
+                read(layout, s.pages, s.page_table[head], tier, length) for s in (after, reference)
+            )
             for mine, theirs in zip(*both, strict=True):
                 assert mine[:2] == theirs[:2]
                 for a, b in zip(mine[2:], theirs[2:], strict=True):
-                    codes += [np.abs(a.codes.astype(int) - b.codes)] if a.codes is not None else [a.exact != b.exact]
+                    codes += (
+                        [np.abs(a.codes.astype(int) - b.codes)]
+                        if a.codes is not None
+                        else [a.exact != b.exact]
+                    )
     codes = np.concatenate(codes)
     assert codes.max() <= 1 and codes.mean() < 1e-4  # a code at a tie may fall to the other side
     assert int(after.ring.count) == int(reference.ring.count)
@@ -104,15 +123,28 @@ def test_an_event(case: Case, kernels: Kernels):
 def test_the_scenarios_do_what_they_say():
     world, moves, after = world_and_reference(PLAIN)
     names = list(SCENARIOS)
-    dropped, demoted = dict(zip(names, moves.dropped, strict=True)), dict(zip(names, moves.demoted, strict=True))
+    dropped, demoted = (
+        dict(zip(names, moves.dropped, strict=True)),
+        dict(zip(names, moves.demoted, strict=True)),
+    )
     lengths = dict(zip(names, world.stored.tier_len, strict=True))
-    assert (dropped["all dropped"] == lengths["all dropped"]).all() and demoted["all demoted"] == lengths["all demoted"][0] > 96
+    assert (dropped["all dropped"] == lengths["all dropped"]).all() and demoted[
+        "all demoted"
+    ] == lengths["all demoted"][0] > 96
     assert demoted["mixed"] > 5 < dropped["mixed"].min() and (moves.victim == -1).all()
-    assert not dropped["nothing leaves"].any() and not dropped["not stirred"].any() and not demoted["nothing leaves"]
+    assert (
+        not dropped["nothing leaves"].any()
+        and not dropped["not stirred"].any()
+        and not demoted["nothing leaves"]
+    )
     assert int(world.stored.ring.start) + int(world.stored.ring.count) > len(world.stored.ring.ids)
     assert after.tier_len.sum() > 300
     _, moves, _ = world_and_reference(CASES[1])
-    assert moves.victim.max() > 32 and (moves.victim == -1).any() and moves.demoted.sum() > 0 < moves.dropped.sum()
+    assert (
+        moves.victim.max() > 32
+        and (moves.victim == -1).any()
+        and moves.demoted.sum() > 0 < moves.dropped.sum()
+    )
 
 
 NATIVE = [p for p in IMPLEMENTATIONS if p.id == "cpu"]
@@ -120,7 +152,10 @@ NATIVE = [p for p in IMPLEMENTATIONS if p.id == "cpu"]
 
 def live_columns(layout: PageLayout, stored: Stored) -> np.ndarray:
     """Which columns of the page tables `[B, max_pages]` are in use."""
-    column, (high, low) = np.arange(stored.page_table.shape[1]), (layout.pages_for(t, stored.tier_len[:, t, None]) for t in (0, 1))
+    column, (high, low) = (
+        np.arange(stored.page_table.shape[1]),
+        (layout.pages_for(t, stored.tier_len[:, t, None]) for t in (0, 1)),
+    )
     return (column < high) | (column >= len(column) - low)
 
 
@@ -129,7 +164,9 @@ def test_dead_columns_are_never_read(kernels: Kernels):
     world, _, _ = world_and_reference(PLAIN)
     stored = world.stored
     rubbish = np.random.default_rng(0).choice([-7, 0, 3, 10**6, -(2**31)], stored.page_table.shape)
-    table = np.where(live_columns(world.layout, stored), stored.page_table, rubbish).astype(np.int32)
+    table = np.where(live_columns(world.layout, stored), stored.page_table, rubbish).astype(
+        np.int32
+    )
     dirty = world._replace(stored=stored._replace(page_table=table))
     _, after = run(PLAIN, dirty, kernels)
     clean = np.where(live_columns(world.layout, after), after.page_table, len(stored.ring.ids))
@@ -154,7 +191,9 @@ def broken(stored: Stored, kind: str) -> Stored:
         "ring begins outside": FreeRing(ring.ids, np.int32(-1), ring.count),
         "ring is too long": FreeRing(ring.ids, ring.start, np.int32(len(ring.ids) + 1)),
         "pages do not suffice": FreeRing(ring.ids, ring.start, np.int32(ring.count - 1)),
-        "ring names a held page": FreeRing(np.full_like(ring.ids, table[0, 0]), ring.start, ring.count),
+        "ring names a held page": FreeRing(
+            np.full_like(ring.ids, table[0, 0]), ring.start, ring.count
+        ),
         "ring names no page": FreeRing(np.full_like(ring.ids, -1), ring.start, ring.count),
     }.get(kind, ring)
     return stored._replace(tier_len=lengths, page_table=table, ring=ring)
@@ -183,16 +222,25 @@ def test_native_kernels_refuse_to_leave_an_array(kernels: Kernels, kind: str):
 
 
 MISTAKES = {
-    "another threshold": lambda w: w._replace(rule=w.rule._replace(tau=w.rule.tau * np.float32(1.01))),
-    "not strict": lambda w: w._replace(rule=w.rule._replace(tau=np.nextafter(w.rule.tau, INFINITE))),
+    "another threshold": lambda w: w._replace(
+        rule=w.rule._replace(tau=w.rule.tau * np.float32(1.01))
+    ),
+    "not strict": lambda w: w._replace(
+        rule=w.rule._replace(tau=np.nextafter(w.rule.tau, INFINITE))
+    ),
     "a query more": lambda w: w._replace(rule=w.rule._replace(observed=w.rule.observed + 1)),
     "all stirred": lambda w: w._replace(rule=w.rule._replace(stirred=w.rule.stirred | True)),
     "all admitted": lambda w: w._replace(admitted=w.admitted | True),
-    "an entering token less": lambda w: w._replace(entering=np.where(np.arange(NEW) == 20, 0, w.entering)),
+    "an entering token less": lambda w: w._replace(
+        entering=np.where(np.arange(NEW) == 20, 0, w.entering)
+    ),
 }
 
 
-@pytest.mark.parametrize("mistake", [*MISTAKES, "victims in another order", "a bit of a payload", "a scale", "a page lost"])
+@pytest.mark.parametrize(
+    "mistake",
+    [*MISTAKES, "victims in another order", "a bit of a payload", "a scale", "a page lost"],
+)
 def test_the_check_sees_mistakes(mistake: str):
     world, _, after = world_and_reference(PLAIN)
     check(world, False, after)
@@ -218,5 +266,7 @@ def spoil(layout: PageLayout, after: Stored, mistake: str) -> Stored:
     else:
         two = np.array([30, 31])
         for name in ("significance", "position"):
-            pages[name][page[two], block[two], lane[two]] = pages[name][page[two[::-1]], block[two[::-1]], lane[two[::-1]]]
+            pages[name][page[two], block[two], lane[two]] = pages[name][
+                page[two[::-1]], block[two[::-1]], lane[two[::-1]]
+            ]
     return after._replace(pages=pages)

@@ -10,18 +10,27 @@ from diffkv_jax.pallas_kernels.linear import linear, sum_of_rows
 from diffkv_jax.pallas_kernels.native.build import why_unavailable
 
 LAYERS, WIDTH = 3, 70  # no multiple of a vector
-TYPES = [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]  # of x and the weights
+# of x and the weights
+TYPES = [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]
 KERNELS = [Kernels("xla")] + ([] if why_unavailable() else [Kernels("cpu")])
 
 
-def inputs(rows: int, columns: int, dtype: str, weights_dtype: str, transposed: bool) -> tuple[jax.Array, jax.Array]:
+def inputs(
+    rows: int, columns: int, dtype: str, weights_dtype: str, transposed: bool
+) -> tuple[jax.Array, jax.Array]:
     rng = np.random.default_rng(rows)
     shape = (LAYERS, columns, WIDTH) if transposed else (LAYERS, WIDTH, columns)
-    return jnp.asarray(rng.normal(size=(rows, 1, WIDTH)), dtype), jnp.asarray(rng.normal(size=shape), weights_dtype)
+    return jnp.asarray(rng.normal(size=(rows, 1, WIDTH)), dtype), jnp.asarray(
+        rng.normal(size=shape), weights_dtype
+    )
 
 
 def exact(x: jax.Array, w: jax.Array, layer: int, transposed: bool) -> np.ndarray:
-    return np.einsum("rti,oi->rto" if transposed else "rti,io->rto", np.asarray(x, np.float64), np.asarray(w[layer], np.float64))
+    return np.einsum(
+        "rti,oi->rto" if transposed else "rti,io->rto",
+        np.asarray(x, np.float64),
+        np.asarray(w[layer], np.float64),
+    )
 
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.implementation)
@@ -31,13 +40,17 @@ def test_equals_float64(rows: int, types: tuple[str, str], kernels: Kernels):
     for columns, transposed in [(150, False), (16, False), (5, False), (131, True)]:
         x, w = inputs(rows, columns, *types, transposed)
         stacked = jax.jit(
-            lambda x, w, t=transposed: linear(x, [w, w[:, ::-1]], jnp.int32(1), transposed=t, dtype="float32", kernels=kernels)
+            lambda x, w, t=transposed: linear(
+                x, [w, w[:, ::-1]], jnp.int32(1), transposed=t, dtype="float32", kernels=kernels
+            )
         )
         got = stacked(x, w)
         alone = linear(x, [w[1]], transposed=transposed, dtype="float32", kernels=kernels)[0]
         for y in (got[0], alone):
             np.testing.assert_allclose(y, exact(x, w, 1, transposed), rtol=1e-5, atol=1e-4)
-        np.testing.assert_allclose(got[1], exact(x, w[:, ::-1], 1, transposed), rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(
+            got[1], exact(x, w[:, ::-1], 1, transposed), rtol=1e-5, atol=1e-4
+        )
         with pytest.raises(AssertionError):  # the comparison sees another layer
             np.testing.assert_allclose(got[0], exact(x, w, 2, transposed), rtol=1e-5, atol=1e-4)
 
@@ -54,11 +67,15 @@ def test_a_row_does_not_depend_on_the_others(types: tuple[str, str], transposed:
     w = jnp.asarray(rng.normal(size=(columns, width) if transposed else (width, columns)), types[1])
 
     def product(x: jax.Array) -> np.ndarray:
-        return np.asarray(linear(x, [w], transposed=transposed, dtype="float32", kernels=Kernels("cpu"))[0])
+        return np.asarray(
+            linear(x, [w], transposed=transposed, dtype="float32", kernels=Kernels("cpu"))[0]
+        )
 
     together = product(x)
     for first, rows in [(0, 1), (599, 1), (3, 2), (7, 8), (100, 31), (50, 32), (50, 33), (90, 510)]:
-        np.testing.assert_array_equal(product(x[first : first + rows]), together[first : first + rows], err_msg=f"{rows} rows")
+        np.testing.assert_array_equal(
+            product(x[first : first + rows]), together[first : first + rows], err_msg=f"{rows} rows"
+        )
     assert (product(x[:, ::-1])[0] != together[0]).any(), "the comparison sees another order"
 
 

@@ -1,4 +1,6 @@
-"""The geometry of a page: the library's own choice, and the official DiffKV one through the same search."""
+"""The geometry of a page: the library's own choice, and the official DiffKV one through the same
+search.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,14 @@ from diffkv_jax.pallas_kernels.pages import (
 
 # --- the library's pages ---
 
-PAIRS = (("K8V4", "K4V2"), ("K8V4:1,2", "K4V2:2,4"), ("K8V8", "K4V1"), ("K8V4",), ("full",), ("full", "K4V2"))
+PAIRS = (
+    ("K8V4", "K4V2"),
+    ("K8V4:1,2", "K4V2:2,4"),
+    ("K8V8", "K4V1"),
+    ("K8V4",),
+    ("full",),
+    ("full", "K4V2"),
+)
 
 
 def solve(names, head_dim: int = 128, **options) -> PageLayout:
@@ -27,7 +36,9 @@ def rows_of(fmt: KVFormat, head_dim: int) -> int:
 
 
 def test_default_page_by_hand():
-    """d = 128: K8V4 takes 128 + 64 rows, K4V2 64 + 32, so 192 rows hold one block of the one or two of the other."""
+    """d = 128: K8V4 takes 128 + 64 rows, K4V2 64 + 32, so 192 rows hold one block of the one or two
+    of the other.
+    """
     layout = solve(("K8V4", "K4V2"))
     assert (layout.rows, layout.blocks, layout.meta_rows, layout.tokens) == (192, (1, 2), 8, 32)
     assert [layout.tokens_per_page(tier) for tier in (0, 1)] == [32, 64]
@@ -46,8 +57,14 @@ def test_no_other_number_of_rows_wastes_less(names, head_dim: int):
 
     def worst(rows: int) -> float:
         blocks = [rows // n for n in need]
-        lane = rows + 2 * max(n * m for n, m in zip(blocks, metas, strict=True)) + 6 * max(blocks)  # bytes
-        return round(max(1 - b * (n + 2 * m + 6) / lane for b, n, m in zip(blocks, need, metas, strict=True)), 9)
+        # bytes
+        lane = rows + 2 * max(n * m for n, m in zip(blocks, metas, strict=True)) + 6 * max(blocks)
+        return round(
+            max(
+                1 - b * (n + 2 * m + 6) / lane for b, n, m in zip(blocks, need, metas, strict=True)
+            ),
+            9,
+        )
 
     candidates = range(max(need), 4 * max(need) + 1)
     assert layout.rows in candidates and layout.blocks == tuple(layout.rows // n for n in need)
@@ -78,12 +95,23 @@ def test_side_metadata_is_at_most_14_bytes_a_token(name: str):
 @pytest.mark.parametrize("tier", [0, 1])
 def test_split_and_join_are_inverse(tier: int):
     layout = solve(("K8V4:1,2", "K4V2:2,4"), 64, tokens=8)
-    payload = jnp.arange(2 * 3 * layout.rows * 8, dtype=jnp.uint32).astype(jnp.uint8).reshape(2, 3, layout.rows, 8)
-    meta = jnp.arange(2 * 3 * layout.meta_rows * 8, dtype=jnp.float32).astype(jnp.float16).reshape(2, 3, layout.meta_rows, 8)
+    payload = (
+        jnp.arange(2 * 3 * layout.rows * 8, dtype=jnp.uint32)
+        .astype(jnp.uint8)
+        .reshape(2, 3, layout.rows, 8)
+    )
+    meta = (
+        jnp.arange(2 * 3 * layout.meta_rows * 8, dtype=jnp.float32)
+        .astype(jnp.float16)
+        .reshape(2, 3, layout.meta_rows, 8)
+    )
     block = layout.split(tier, payload, meta)
     fmt, n = layout.formats[tier], layout.blocks[tier]
     shapes = [x.shape[2:] for x in block]
-    assert shapes == [(n, rows, 8) for rows in (fmt.key.rows(64), fmt.value.rows(64), fmt.key.meta_rows, fmt.value.meta_rows)]
+    assert shapes == [
+        (n, rows, 8)
+        for rows in (fmt.key.rows(64), fmt.value.rows(64), fmt.key.meta_rows, fmt.value.meta_rows)
+    ]
     for got, wanted in zip(layout.join(tier, block, payload, meta), (payload, meta), strict=True):
         np.testing.assert_array_equal(got, wanted)
     changed = Block(*(x + 1 for x in block))
@@ -93,7 +121,9 @@ def test_split_and_join_are_inverse(tier: int):
 
 
 def test_rows_that_no_block_uses_stay():
-    layout = PageLayout((KVFormat.parse("K8V8"), KVFormat.parse("K4V4")), 8, 4, 18, (1, 2), 8, "uint16", True)
+    layout = PageLayout(
+        (KVFormat.parse("K8V8"), KVFormat.parse("K4V4")), 8, 4, 18, (1, 2), 8, "uint16", True
+    )
     payload, meta = jnp.full((18, 4), 7, jnp.uint8), jnp.full((8, 4), 3, jnp.float16)
     zeros = Block(*(jnp.zeros_like(x) for x in layout.split(0, payload, meta)))
     new_payload, new_meta = layout.join(0, zeros, payload, meta)
@@ -103,14 +133,21 @@ def test_rows_that_no_block_uses_stay():
 
 def test_the_two_tiers_of_a_table_grow_towards_each_other():
     table = jnp.arange(10, 20)[None].repeat(2, axis=0)
-    assert [page_column(0, i, 10) for i in range(3)] == [0, 1, 2] and [page_column(1, i, 10) for i in range(3)] == [9, 8, 7]
-    np.testing.assert_array_equal(tier_page_ids(table, 0, jnp.array([0, 3]), 2), [[10, 11], [13, 14]])
-    np.testing.assert_array_equal(tier_page_ids(table, 1, jnp.array([0, 3]), 2), [[19, 18], [16, 15]])
+    assert [page_column(0, i, 10) for i in range(3)] == [0, 1, 2] and [
+        page_column(1, i, 10) for i in range(3)
+    ] == [9, 8, 7]
+    np.testing.assert_array_equal(
+        tier_page_ids(table, 0, jnp.array([0, 3]), 2), [[10, 11], [13, 14]]
+    )
+    np.testing.assert_array_equal(
+        tier_page_ids(table, 1, jnp.array([0, 3]), 2), [[19, 18], [16, 15]]
+    )
 
 
 # --- the official geometry: sizes in bytes, six segments a page ---
 
-HETERO = ((8, 4, 1, 1), (8, 4, 1, 2), (4, 2, 1, 1), (4, 2, 2, 4))  # bits of K and V, groups of K and V
+# bits of K and V, groups of K and V
+HETERO = ((8, 4, 1, 1), (8, 4, 1, 2), (4, 2, 1, 1), (4, 2, 2, 4))
 ALL = {"K8V8": (8, 8, 1, 1), "K8V2": (8, 2, 1, 1), "K4V4": (4, 4, 1, 1), "K4V1": (4, 1, 1, 1)}
 SIZES = range(800, 8001, 32)
 
@@ -122,7 +159,8 @@ def aligned(offset: int, multiple: int) -> int:
 def segments(tier: tuple[int, ...], head_dim: int, tokens: int) -> list[int]:
     """Byte offsets of keys, key metadata, values, value metadata, scores and births, and the end.
 
-    Starts are multiples of 32, that of the values of 128; the births follow the scores directly. Values are stored in pairs of tokens.
+    Starts are multiples of 32, that of the values of 128; the births follow the scores directly.
+    Values are stored in pairs of tokens.
     """
     k_bits, v_bits, k_groups, v_groups = tier
     k_meta = aligned(tokens * head_dim * k_bits // 8, 32)
@@ -133,9 +171,13 @@ def segments(tier: tuple[int, ...], head_dim: int, tokens: int) -> list[int]:
 
 
 def tokens_in(tier: tuple[int, ...], head_dim: int, size: int) -> int:
-    """Tokens that a page of `size` bytes holds: the footprint is rounded up to a multiple of 128."""
+    """Tokens that a page of `size` bytes holds: the footprint is rounded up to a multiple of
+    128.
+    """
     most = size // token_bytes(tier, head_dim)
-    return next((n for n in range(most, 0, -1) if aligned(segments(tier, head_dim, n)[-1], 128) <= size), 0)
+    return next(
+        (n for n in range(most, 0, -1) if aligned(segments(tier, head_dim, n)[-1], 128) <= size), 0
+    )
 
 
 def token_bytes(tier: tuple[int, ...], head_dim: int) -> int:
@@ -143,10 +185,14 @@ def token_bytes(tier: tuple[int, ...], head_dim: int) -> int:
 
 
 def waste(head_dim: int, size: int) -> list[float]:
-    return [1 - tokens_in(tier, head_dim, size) * token_bytes(tier, head_dim) / size for tier in HETERO]
+    return [
+        1 - tokens_in(tier, head_dim, size) * token_bytes(tier, head_dim) / size for tier in HETERO
+    ]
 
 
-@pytest.mark.parametrize("head_dim, size, tokens", [(128, 6784, (32, 32, 60, 52)), (64, 6144, None), (256, 5760, None)])
+@pytest.mark.parametrize(
+    "head_dim, size, tokens", [(128, 6784, (32, 32, 60, 52)), (64, 6144, None), (256, 5760, None)]
+)
 def test_official_page_size(head_dim: int, size: int, tokens: tuple[int, ...] | None):
     assert least_waste(SIZES, lambda size: waste(head_dim, size)) == size
     held = [tokens_in(tier, head_dim, size) for tier in HETERO]
@@ -155,7 +201,12 @@ def test_official_page_size(head_dim: int, size: int, tokens: tuple[int, ...] | 
 
 
 def test_official_page_of_128_channels():
-    assert {name: tokens_in(tier, 128, 6784) for name, tier in ALL.items()} == {"K8V8": 24, "K8V2": 37, "K4V4": 46, "K4V1": 69}
+    assert {name: tokens_in(tier, 128, 6784) for name, tier in ALL.items()} == {
+        "K8V8": 24,
+        "K8V2": 37,
+        "K4V4": 46,
+        "K4V1": 69,
+    }
     assert f"{max(waste(128, 6784)):.3%}" == "1.887%"
 
 
@@ -174,4 +225,7 @@ def test_official_segments(tier: tuple[int, ...], tokens: int, offsets: list[int
 
 def test_least_waste_takes_the_smallest_of_equals_and_the_worst_tier():
     assert least_waste([4, 3, 2], lambda size: [0.5, 0.1]) == 2
-    assert least_waste([2, 3, 4], lambda size: {2: [0.0, 0.4], 3: [0.3, 0.3], 4: [0.3, 0.2]}[size]) == 3
+    assert (
+        least_waste([2, 3, 4], lambda size: {2: [0.0, 0.4], 3: [0.3, 0.3], 4: [0.3, 0.2]}[size])
+        == 3
+    )

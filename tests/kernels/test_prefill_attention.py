@@ -1,4 +1,6 @@
-"""Attention of a prompt chunk and its column sums, over pages full of rubbish outside the live tokens, against float64 NumPy."""
+"""Attention of a prompt chunk and its column sums, over pages full of rubbish outside the live
+tokens, against float64 NumPy.
+"""
 
 from functools import cache, partial
 from typing import Literal, NamedTuple
@@ -40,10 +42,14 @@ PAIR, GROUPED = ("K8V4", "K4V2"), ("K8V4:1,2", "K4V2:2,4")
 CASES = {
     "chunk of 32, all observe": Setting(PAIR, 64, 3, 32, 32),
     "groups, d=128, T=64": Setting(GROUPED, 128, 4, 64, 16, tokens=64),
-    "full tier above, d=256, T=128, chunk shorter than a block": Setting(("full", "K4V2"), 256, 1, 16, 16, tokens=128),
-    "chunk of 128, 100 observe, capped, G=8": Setting(PAIR, 64, 8, 128, 100, 4.0, tokens=128),  # blocks of rows overlap
+    "full tier above, d=256, T=128, chunk shorter than a block": Setting(
+        ("full", "K4V2"), 256, 1, 16, 16, tokens=128
+    ),
+    # blocks of rows overlap
+    "chunk of 128, 100 observe, capped, G=8": Setting(PAIR, 64, 8, 128, 100, 4.0, tokens=128),
     "one full tier, chunk of 64": Setting(("full",), 64, 1, 64, 64),
-    "chunk of 1024": Setting(("K4V4",), 64, 1, 1024, 64, tokens=128),  # several blocks of queries and of keys
+    # several blocks of queries and of keys
+    "chunk of 1024": Setting(("K4V4",), 64, 1, 1024, 64, tokens=128),
     "bfloat16": Setting(PAIR, 64, 1, 32, 20, tokens=128, dtype="bfloat16"),
     "levels of the normal distribution": Setting(("K4nV4n", "K2nV2n"), 64, 2, 32, 32),
     "mean of G=3": Setting(("K4V4",), 64, 3, 16, 16, tokens=128, over="mean"),
@@ -52,9 +58,13 @@ CHECKED = Setting(PAIR, 64, 2, 16, 16)
 NATIVE_CASES = {
     "bfloat16, several blocks of rows and keys": Setting(PAIR, 64, 3, 700, 64, dtype="bfloat16"),
     "bfloat16, groups, G=5, d=128": Setting(GROUPED, 128, 5, 100, 70, dtype="bfloat16", tokens=64),
-    "bfloat16, full tier above, capped, G=16, d=256": Setting(("full", "K2V1"), 256, 16, 40, 40, 3.0, dtype="bfloat16"),
+    "bfloat16, full tier above, capped, G=16, d=256": Setting(
+        ("full", "K2V1"), 256, 16, 40, 40, 3.0, dtype="bfloat16"
+    ),
     "bfloat16, K1V1, G=7": Setting(("K1V1",), 64, 7, 33, 33, dtype="bfloat16"),
-    "bfloat16, levels of the normal distribution": Setting(("K4nV4n", "K1nV2n"), 64, 3, 40, 40, dtype="bfloat16"),
+    "bfloat16, levels of the normal distribution": Setting(
+        ("K4nV4n", "K1nV2n"), 64, 3, 40, 40, dtype="bfloat16"
+    ),
     "head size 80 in bfloat16": Setting(PAIR, 80, 2, 50, 20, dtype="bfloat16"),
     "head size 24": Setting(PAIR, 24, 3, 50, 20, tokens=128),
     "groups of odd width in bfloat16": Setting(("K8V4:2,2",), 6, 2, 300, 20, dtype="bfloat16"),
@@ -66,18 +76,39 @@ class Case:
     """Random stored tokens and a random chunk, and the compiled kernels."""
 
     def __init__(self, setting: Setting, kernels: Kernels):
-        tiers, head_dim, group, chunk_len, self.observe, cap, tokens, self.dtype, self.over = setting
+        tiers, head_dim, group, chunk_len, self.observe, cap, tokens, self.dtype, self.over = (
+            setting
+        )
         formats = tuple(KVFormat.parse(tier) for tier in tiers)
-        self.layout = PageLayout.solve(formats, head_dim, tokens=tokens, max_len=MAX_LEN, meta_dtype=kernels.meta_dtype, group=self.over)
+        self.layout = PageLayout.solve(
+            formats,
+            head_dim,
+            tokens=tokens,
+            max_len=MAX_LEN,
+            meta_dtype=kernels.meta_dtype,
+            group=self.over,
+        )
         self.scale = Scale(1.3 * head_dim**-0.5, cap)
         stored = [sizes[: self.layout.tiers] for sizes in STORED]
-        pool = random_pool(self.layout, stored, RECENT, max_len=MAX_LEN, slots=SLOTS, seed=chunk_len)
-        self.pool = pool._replace(recent_k=self.rounded(pool.recent_k), recent_v=self.rounded(pool.recent_v))
+        pool = random_pool(
+            self.layout, stored, RECENT, max_len=MAX_LEN, slots=SLOTS, seed=chunk_len
+        )
+        self.pool = pool._replace(
+            recent_k=self.rounded(pool.recent_k), recent_v=self.rounded(pool.recent_v)
+        )
         lengths = [chunk_len, 5, 0, chunk_len // 2 + 1, chunk_len, 1]
         rng = np.random.default_rng(5)
-        q, k, v = (self.rounded(rng.normal(size=(len(STORED), n, chunk_len, head_dim))) for n in (group, 1, 1))
-        self.chunk = Chunk(q, k[:, 0], v[:, 0], np.array(lengths, np.int32))  # padded rows hold draws like the others
-        self._kernel = jax.jit(partial(_both, layout=self.layout, observe=self.observe, scale=self.scale, kernels=kernels))
+        q, k, v = (
+            self.rounded(rng.normal(size=(len(STORED), n, chunk_len, head_dim)))
+            for n in (group, 1, 1)
+        )
+        # padded rows hold draws like the others
+        self.chunk = Chunk(q, k[:, 0], v[:, 0], np.array(lengths, np.int32))
+        self._kernel = jax.jit(
+            partial(
+                _both, layout=self.layout, observe=self.observe, scale=self.scale, kernels=kernels
+            )
+        )
 
     def rounded(self, x: np.ndarray) -> np.ndarray:
         """Numbers that the case's type holds exactly, in float32."""
@@ -90,13 +121,22 @@ class Case:
         return jax.device_get(self._kernel(Chunk(q, k, v, chunk.length), pages, heads=heads))
 
     def dense(self, head: int, swap: bool = False, over: str | None = None):
-        """Output [G, n, d] and log-sum-exp [G, n] of the chunk's n tokens, and the column sums of stored, recent and chunk keys."""
+        """Output [G, n, d] and log-sum-exp [G, n] of the chunk's n tokens, and the column sums of
+        stored, recent and chunk keys.
+        """
         pool, n = self.pool, int(self.chunk.length[head])
         live, sizes = int(pool.recent_len[head]), pool.tier_len[head]
-        read = [read_tier(Pages(**pool.pages), self.layout, pool.page_table[head], tier, size) for tier, size in enumerate(sizes)]
+        read = [
+            read_tier(Pages(**pool.pages), self.layout, pool.page_table[head], tier, size)
+            for tier, size in enumerate(sizes)
+        ]
         own = slice(self.chunk.k.shape[1] - n, None)
-        k = np.concatenate([*(tier.k for tier in read), pool.recent_k[head, :live], self.chunk.k[head, own]]).astype(np.float64)
-        v = np.concatenate([*(tier.v for tier in read), pool.recent_v[head, :live], self.chunk.v[head, own]]).astype(np.float64)
+        k = np.concatenate(
+            [*(tier.k for tier in read), pool.recent_k[head, :live], self.chunk.k[head, own]]
+        ).astype(np.float64)
+        v = np.concatenate(
+            [*(tier.v for tier in read), pool.recent_v[head, :live], self.chunk.v[head, own]]
+        ).astype(np.float64)
         k, v = (v, k) if swap else (k, v)
         logits = self.chunk.q[head, :, own].astype(np.float64) @ k.T * self.scale.sm_scale
         if self.scale.soft_cap:
@@ -116,13 +156,20 @@ class Case:
         for head, n in enumerate(self.chunk.length):
             own = slice(self.chunk.k.shape[1] - n, None)
             output, total, (*tiers, recent, mine) = self.dense(head, swap, over)
-            loose = dict(rtol=1e-5, atol=3e-5) if self.dtype == "float32" else dict(rtol=4e-3, atol=2e-2)  # weights are rounded, logits not
+            # weights are rounded, logits not
+            loose = (
+                dict(rtol=1e-5, atol=3e-5)
+                if self.dtype == "float32"
+                else dict(rtol=4e-3, atol=2e-2)
+            )
             np.testing.assert_allclose(out[head, :, own], output, **loose)
             np.testing.assert_allclose(lse[head, :, own], total, rtol=1e-5, atol=1e-5)
             same_sums(sums.recent[head], recent, slice(0, len(recent)))
             same_sums(sums.chunk[head], mine, own)
             for tier, score in enumerate(tiers):
-                wanted[slot_addresses(self.layout, self.pool.page_table[head], tier, len(score))] += score
+                wanted[
+                    slot_addresses(self.layout, self.pool.page_table[head], tier, len(score))
+                ] += score
         old = self.pool.pages["significance"]
         untouched = (wanted == old) | np.isnan(old)
         np.testing.assert_array_equal(sums.pages[untouched], old[untouched])
@@ -136,7 +183,16 @@ def same_sums(got: np.ndarray, wanted: np.ndarray, where: slice) -> None:
     np.testing.assert_allclose(got, full, rtol=3e-5, atol=1e-9)
 
 
-def _both(chunk: Chunk, pages: Pages, heads: Heads, *, layout, observe: int, scale: Scale, kernels: Kernels):
+def _both(
+    chunk: Chunk,
+    pages: Pages,
+    heads: Heads,
+    *,
+    layout,
+    observe: int,
+    scale: Scale,
+    kernels: Kernels,
+):
     out, lse = prefill_attention(chunk, pages, layout, heads, scale, kernels=kernels)
     return out, lse, column_sums(chunk, lse, observe, pages, layout, heads, scale, kernels=kernels)
 
@@ -163,9 +219,13 @@ def _native_case(name: str) -> Case:
     return Case(NATIVE_CASES[name], Kernels("cpu"))
 
 
-@pytest.fixture(params=[param for param in IMPLEMENTATIONS if param.values[0].interpret != "checked"])
+@pytest.fixture(
+    params=[param for param in IMPLEMENTATIONS if param.values[0].interpret != "checked"]
+)
 def kernels(request) -> Kernels:
-    """Every implementation; the interpreter that checks every access is slow and has a test of its own."""
+    """Every implementation; the interpreter that checks every access is slow and has a test of its
+    own.
+    """
     return request.param
 
 
@@ -185,7 +245,9 @@ def test_no_race_and_no_read_outside():
 
 
 def test_column_sums_are_those_of_the_observing_rows(kernels: Kernels):
-    """All masses of the observing rows, summed over one head's keys, with one query head a group: one a row."""
+    """All masses of the observing rows, summed over one head's keys, with one query head a group:
+    one a row.
+    """
     this = case("one full tier, chunk of 64", kernels)
     _, _, sums = this.run(this.chunk, this.pool)
     for head, n in enumerate(this.chunk.length):
@@ -195,9 +257,13 @@ def test_column_sums_are_those_of_the_observing_rows(kernels: Kernels):
         assert mass == pytest.approx(min(n, this.observe), abs=2e-3)
 
 
-@pytest.mark.parametrize("name", ["bfloat16, several blocks of rows and keys", "several blocks of rows and keys"])
+@pytest.mark.parametrize(
+    "name", ["bfloat16, several blocks of rows and keys", "several blocks of rows and keys"]
+)
 def test_the_length_of_the_chunk_does_not_matter(name: str):
-    """Rows behind more padding, as beside a longer prompt, come out bit for bit the same: other rows then share a block with them."""
+    """Rows behind more padding, as beside a longer prompt, come out bit for bit the same: other
+    rows then share a block with them.
+    """
     this = native_case(name)
     alone = this.run(this.chunk, this.pool)
     for more in (1, 68, 324):
@@ -223,7 +289,10 @@ def test_padding_and_later_rows_do_not_matter(kernels: Kernels):
     k, v = k.copy(), v.copy()
     k[:, -1] += 3
     v[:, -1] -= 3
-    (one, *_), (other, *_) = this.run(this.chunk, this.pool), this.run(this.chunk._replace(k=k, v=v), this.pool)
+    (one, *_), (other, *_) = (
+        this.run(this.chunk, this.pool),
+        this.run(this.chunk._replace(k=k, v=v), this.pool),
+    )
     for head, n in enumerate(this.chunk.length):
         np.testing.assert_array_equal(one[head, :, 32 - n : -1], other[head, :, 32 - n : -1])
 
@@ -237,7 +306,16 @@ def test_a_chunk_without_tokens_scores_nothing(kernels: Kernels):
 
 
 @pytest.mark.parametrize("name", ["chunk of 32, all observe", "bfloat16"])
-@pytest.mark.parametrize("mistake", ["table shifted by one", "a token too many", "recent too few", "a row too few", "rows shifted by one"])
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "table shifted by one",
+        "a token too many",
+        "recent too few",
+        "a row too few",
+        "rows shifted by one",
+    ],
+)
 def test_the_comparison_sees_mistakes(mistake: str, name: str, kernels: Kernels):
     this = case(name, kernels)
     chunk, pool = this.chunk, this.pool
@@ -255,23 +333,36 @@ def test_the_comparison_sees_mistakes(mistake: str, name: str, kernels: Kernels)
 
 @pytest.mark.parametrize("name", NATIVE_CASES)
 def test_native_kernels(name: str):
-    """Sizes and codecs that only the native kernels handle in ways of their own; a missing token is noticed."""
+    """Sizes and codecs that only the native kernels handle in ways of their own; a missing token is
+    noticed.
+    """
     this = native_case(name)
     this.check(this.chunk, this.pool)
     with pytest.raises(AssertionError):
-        this.check(this.chunk, this.pool._replace(tier_len=this.pool.tier_len - (this.pool.tier_len > 0)))
+        this.check(
+            this.chunk, this.pool._replace(tier_len=this.pool.tier_len - (this.pool.tier_len > 0))
+        )
 
 
-@pytest.mark.parametrize("name", ["bfloat16, several blocks of rows and keys", "groups of odd width in bfloat16"])
+@pytest.mark.parametrize(
+    "name", ["bfloat16, several blocks of rows and keys", "groups of odd width in bfloat16"]
+)
 def test_other_heads_do_not_matter_to_native_kernels(name: str):
     """A head's results have the same bits whatever the other heads hold."""
     this = native_case(name)
     out, lse, sums = this.run(this.chunk, this.pool)
     for head in (1, 4):
         mine = np.arange(len(STORED)) == head
-        alone = this.pool._replace(tier_len=this.pool.tier_len * mine[:, None], recent_len=this.pool.recent_len * mine)
+        alone = this.pool._replace(
+            tier_len=this.pool.tier_len * mine[:, None], recent_len=this.pool.recent_len * mine
+        )
         only = this.run(this.chunk._replace(length=this.chunk.length * mine), alone)
-        for got, wanted in ((only[0], out), (only[1], lse), (only[2].recent, sums.recent), (only[2].chunk, sums.chunk)):
+        for got, wanted in (
+            (only[0], out),
+            (only[1], lse),
+            (only[2].recent, sums.recent),
+            (only[2].chunk, sums.chunk),
+        ):
             np.testing.assert_array_equal(got[head], wanted[head])
         for tier, n in enumerate(this.pool.tier_len[head]):
             at = slot_addresses(this.layout, this.pool.page_table[head], tier, n)
@@ -297,9 +388,17 @@ def test_native_kernels_refuse_what_leads_out_of_an_array(operation: str, what: 
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="INVALID_ARGUMENT"):
         chunk, heads = bad
         if operation == "prefill_attention":
-            jax.block_until_ready(prefill_attention(chunk, pages, this.layout, heads, this.scale, kernels=Kernels("cpu")))
+            jax.block_until_ready(
+                prefill_attention(
+                    chunk, pages, this.layout, heads, this.scale, kernels=Kernels("cpu")
+                )
+            )
         else:
-            jax.block_until_ready(column_sums(chunk, lse, 8, pages, this.layout, heads, this.scale, kernels=Kernels("cpu")))
+            jax.block_until_ready(
+                column_sums(
+                    chunk, lse, 8, pages, this.layout, heads, this.scale, kernels=Kernels("cpu")
+                )
+            )
 
 
 def test_the_comparison_sees_swapped_keys_and_values(kernels: Kernels):
@@ -317,22 +416,69 @@ def test_the_comparison_sees_a_maximum_where_the_mean_is_asked(kernels: Kernels)
 @pytest.mark.parametrize(
     "implementation, setting, pages, table, message",
     [
-        ("triton", Setting(("K4V2:4,8",), 64, 1, 16, 16), 9, 3, "formats K4V2:4,8 at head_dim=64 .* 8 channels.*implementation='xla'"),
-        ("triton", Setting(("K8V8",), 96, 1, 16, 16), 9, 3, "piece of 96 channels.*implementation='xla'"),
-        ("triton", Setting(PAIR, 128, 1, 16, 16), 400_000, 3, "between 2 and 4 GiB.*implementation='xla'"),
-        ("mosaic_tpu", Setting(PAIR, 128, 1, 16, 16, tokens=128), 9, 2000, "SMEM.*implementation='xla'"),
+        (
+            "triton",
+            Setting(("K4V2:4,8",), 64, 1, 16, 16),
+            9,
+            3,
+            "formats K4V2:4,8 at head_dim=64 .* 8 channels.*implementation='xla'",
+        ),
+        (
+            "triton",
+            Setting(("K8V8",), 96, 1, 16, 16),
+            9,
+            3,
+            "piece of 96 channels.*implementation='xla'",
+        ),
+        (
+            "triton",
+            Setting(PAIR, 128, 1, 16, 16),
+            400_000,
+            3,
+            "between 2 and 4 GiB.*implementation='xla'",
+        ),
+        (
+            "mosaic_tpu",
+            Setting(PAIR, 128, 1, 16, 16, tokens=128),
+            9,
+            2000,
+            "SMEM.*implementation='xla'",
+        ),
     ],
 )
-def test_what_a_backend_cannot_do_is_refused(implementation: str, setting: Setting, pages: int, table: int, message: str):
+def test_what_a_backend_cannot_do_is_refused(
+    implementation: str, setting: Setting, pages: int, table: int, message: str
+):
     kernels, heads, d = Kernels(implementation), 128, setting.head_dim
-    layout = PageLayout.solve(tuple(map(KVFormat.parse, setting.tiers)), d, tokens=setting.tokens, meta_dtype=kernels.meta_dtype)
-    numbers, ints = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16), partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    layout = PageLayout.solve(
+        tuple(map(KVFormat.parse, setting.tiers)),
+        d,
+        tokens=setting.tokens,
+        meta_dtype=kernels.meta_dtype,
+    )
+    numbers, ints = (
+        partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16),
+        partial(jax.ShapeDtypeStruct, dtype=jnp.int32),
+    )
     window = numbers((1, heads, SLOTS, d))
     arguments = (
-        Chunk(numbers((heads, setting.group, setting.chunk, d)), *[numbers((heads, setting.chunk, d))] * 2, ints((heads,))),
+        Chunk(
+            numbers((heads, setting.group, setting.chunk, d)),
+            *[numbers((heads, setting.chunk, d))] * 2,
+            ints((heads,)),
+        ),
         jax.eval_shape(partial(Pages.zeros, layout, pages)),
-        Heads(ints((heads, table)), ints((heads, layout.tiers)), window, window, ints((heads,)), ints(())),
+        Heads(
+            ints((heads, table)),
+            ints((heads, layout.tiers)),
+            window,
+            window,
+            ints((heads,)),
+            ints(()),
+        ),
     )
-    attend = partial(_both, layout=layout, observe=setting.observe, scale=Scale(1.0, None), kernels=kernels)
+    attend = partial(
+        _both, layout=layout, observe=setting.observe, scale=Scale(1.0, None), kernels=kernels
+    )
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda chunk, pages, heads: attend(chunk, pages, heads=heads), *arguments)

@@ -1,4 +1,6 @@
-"""Tiles, the pieces in which kernels read and write blocks, against whole-block codecs and NumPy."""
+"""Tiles, the pieces in which kernels read and write blocks, against whole-block codecs and
+NumPy.
+"""
 
 from dataclasses import replace
 
@@ -14,16 +16,24 @@ from diffkv_jax.pallas_kernels.codecs.tiles import Tile
 from readback import decode_tensor
 
 TOKENS = 8
-CODECS = [Uniform(bits, groups) for bits in (1, 2, 4, 8) for groups in (1, 2, 4)] + [Full(d) for d in ("float32", "bfloat16", "float16")]
+CODECS = [Uniform(bits, groups) for bits in (1, 2, 4, 8) for groups in (1, 2, 4)] + [
+    Full(d) for d in ("float32", "bfloat16", "float16")
+]
 CODECS += [Normal(bits) for bits in (1, 2, 4)]
 
 
 def read_by_tiles(tiles: tuple[Tile, ...], payload: np.ndarray, meta: np.ndarray) -> np.ndarray:
-    """float32 `[T, d]` of a block, put together from its tiles; every channel comes from exactly one."""
+    """float32 `[T, d]` of a block, put together from its tiles; every channel comes from exactly
+    one.
+    """
     head_dim = sum(tile.channels for tile in tiles)
     out = np.full((head_dim, payload.shape[1]), np.nan, np.float32)
     for tile in tiles:
-        x = np.asarray(tile.unpack([jnp.asarray(payload[row : row + tile.channels], jnp.int32) for row in tile.rows]))
+        x = np.asarray(
+            tile.unpack(
+                [jnp.asarray(payload[row : row + tile.channels], jnp.int32) for row in tile.rows]
+            )
+        )
         if tile.scale_row is not None:
             x = x * meta[tile.scale_row].astype(np.float32)
         if tile.zero_row is not None:
@@ -33,11 +43,17 @@ def read_by_tiles(tiles: tuple[Tile, ...], payload: np.ndarray, meta: np.ndarray
     return out.T
 
 
-def written_by_tiles(codec, tiles: tuple[Tile, ...], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Payload and metadata of `[T, d]`, put together from tiles; every payload row is written once."""
+def written_by_tiles(
+    codec, tiles: tuple[Tile, ...], x: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Payload and metadata of `[T, d]`, put together from tiles; every payload row is written
+    once.
+    """
 
     def encode(x):
-        codes, meta = codec.encode_tiles(tiles, [x[tile.channel : tile.channel + tile.channels] for tile in tiles])
+        codes, meta = codec.encode_tiles(
+            tiles, [x[tile.channel : tile.channel + tile.channels] for tile in tiles]
+        )
         return codec.pack_tiles(tiles, codes), meta
 
     planes, metadata = jax.jit(encode)(jnp.asarray(x.T))
@@ -56,7 +72,9 @@ def written_by_tiles(codec, tiles: tuple[Tile, ...], x: np.ndarray) -> tuple[np.
 def same_reading(tiles: tuple[Tile, ...], codec, payload: np.ndarray, meta: np.ndarray) -> None:
     """Tiles read what the oracle reads, within float32 rounding."""
     wanted = decode_tensor(codec, payload, meta)
-    np.testing.assert_allclose(read_by_tiles(tiles, payload, meta), wanted, rtol=3e-7, atol=1e-6 * np.abs(wanted).max())
+    np.testing.assert_allclose(
+        read_by_tiles(tiles, payload, meta), wanted, rtol=3e-7, atol=1e-6 * np.abs(wanted).max()
+    )
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -72,10 +90,14 @@ def test_tiles_read_and_write_what_the_codec_does(codec, head_dim: int):
 
 
 @pytest.mark.daily(3)
-@pytest.mark.parametrize("one", [Uniform(8), Uniform(4, 2), Uniform(1, 4), Full("bfloat16")], ids=str)
+@pytest.mark.parametrize(
+    "one", [Uniform(8), Uniform(4, 2), Uniform(1, 4), Full("bfloat16")], ids=str
+)
 @pytest.mark.parametrize("other", [Uniform(4), Uniform(2, 4), Normal(2), Full("float32")], ids=str)
 def test_common_tiles_have_the_same_channels(one, other):
-    """Two codecs cut for each other have the same channels tile by tile, and both still read and write their own blocks."""
+    """Two codecs cut for each other have the same channels tile by tile, and both still read and
+    write their own blocks.
+    """
     x = ordinary(TOKENS, 64, 2)
     pair = one.tiles(64, other), other.tiles(64, one)
     assert [(t.channel, t.channels) for t in pair[0]] == [(t.channel, t.channels) for t in pair[1]]
@@ -85,16 +107,25 @@ def test_common_tiles_have_the_same_channels(one, other):
         same_codes(codec, x, written_by_tiles(codec, tiles, x)[0], payload)
 
 
-@pytest.mark.parametrize("kind", ["planes swapped", "zero point dropped", "scales swapped", "shift forgotten", "tile left out"])
+@pytest.mark.parametrize(
+    "kind",
+    ["planes swapped", "zero point dropped", "scales swapped", "shift forgotten", "tile left out"],
+)
 def test_the_comparison_sees_wrong_tiles(kind: str):
     codec, x = Uniform(4, 2), ordinary(TOKENS, 64, 3)
     payload, meta = expected(codec, x)
     tiles = codec.tiles(64)
     assert len(tiles) == 2 and tiles[0].scale_row != tiles[1].scale_row
     wrong = {
-        "planes swapped": [replace(tile, unpack=other.unpack) for tile, other in zip(tiles, tiles[::-1], strict=True)],
+        "planes swapped": [
+            replace(tile, unpack=other.unpack)
+            for tile, other in zip(tiles, tiles[::-1], strict=True)
+        ],
         "zero point dropped": [replace(tile, zero_row=None, scale_row=None) for tile in tiles],
-        "scales swapped": [replace(tile, scale_row=other.scale_row) for tile, other in zip(tiles, tiles[::-1], strict=True)],
+        "scales swapped": [
+            replace(tile, scale_row=other.scale_row)
+            for tile, other in zip(tiles, tiles[::-1], strict=True)
+        ],
         "shift forgotten": [replace(tile, unpack=tiles[0].unpack) for tile in tiles],
         "tile left out": [tiles[0], tiles[0]],
     }[kind]
@@ -104,7 +135,9 @@ def test_the_comparison_sees_wrong_tiles(kind: str):
 
 
 def test_half_to_float_of_every_bit_pattern():
-    """All 65536 float16 numbers, the infinities and NaN included; the upper half of the int32 does not matter."""
+    """All 65536 float16 numbers, the infinities and NaN included; the upper half of the int32 does
+    not matter.
+    """
     half = np.arange(65536, dtype=np.uint16)
     wanted = half.view(np.float16).astype(np.float32)
     for upper in (0, 0x7FFF0000, -65536):
@@ -114,14 +147,23 @@ def test_half_to_float_of_every_bit_pattern():
 
 
 def test_float_to_half_rounds_as_numpy():
-    """Random numbers of every size, all float16 numbers, the midpoints between them (ties to even) and their neighbours, overflow."""
+    """Random numbers of every size, all float16 numbers, the midpoints between them (ties to even)
+    and their neighbours, overflow.
+    """
     rng = np.random.default_rng(0)
-    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)  # zero, subnormal and normal numbers
+    # zero, subnormal and normal numbers
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     ties = ((halves[1:].astype(np.float64) + halves[:-1]) / 2).astype(np.float32)
-    x = np.concatenate([halves, ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(np.inf))])
-    x = np.concatenate([x, rng.normal(size=20000) * 10.0 ** rng.integers(-12, 6, 20000), [65519.996, 65520, 1e30, np.inf]]).astype(
-        np.float32
+    x = np.concatenate(
+        [halves, ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(np.inf))]
     )
+    x = np.concatenate(
+        [
+            x,
+            rng.normal(size=20000) * 10.0 ** rng.integers(-12, 6, 20000),
+            [65519.996, 65520, 1e30, np.inf],
+        ]
+    ).astype(np.float32)
     x = np.concatenate([x, -x])
     with np.errstate(over="ignore"):
         wanted = x.astype(np.float16).view(np.uint16).astype(np.int32)
@@ -136,8 +178,17 @@ def test_float_to_half_keeps_nan():
 
 def test_round_half_even_equals_rint():
     """Ties of both signs, random numbers, and the neighbours of ties up to 2**22."""
-    ties = np.concatenate([np.arange(-300, 300), 2**22 - np.arange(1, 50)]).astype(np.float32) + np.float32(0.5)
+    ties = np.concatenate([np.arange(-300, 300), 2**22 - np.arange(1, 50)]).astype(
+        np.float32
+    ) + np.float32(0.5)
     random = np.random.default_rng(0).uniform(-300, 300, 10000).astype(np.float32)
-    x = np.concatenate([ties[ties < 2**22], np.nextafter(ties[:600], np.float32(-1e9)), np.nextafter(ties[:600], np.float32(1e9)), random])
+    x = np.concatenate(
+        [
+            ties[ties < 2**22],
+            np.nextafter(ties[:600], np.float32(-1e9)),
+            np.nextafter(ties[:600], np.float32(1e9)),
+            random,
+        ]
+    )
     np.testing.assert_array_equal(np.asarray(jax.jit(round_half_even)(x)), np.rint(x))
     assert (np.floor(x + 0.5) != np.rint(x)).any()  # the input tells it from rounding half up

@@ -24,9 +24,16 @@ def tokenizer_folder(folder: Path) -> Path:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=alphabet,
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+    )
     backend.train_from_iterator(["the cat sat on the mat", "where is the cat"], trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
+    )
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
     tokenizer.save_pretrained(folder)
     return folder
@@ -48,7 +55,10 @@ def test_the_dtype_asked_for_wins(tmp_path: Path) -> None:
     config = tiny_config("llama")
     source = write_folder(tmp_path / "source", config, tiny_tensors(config))
     convert_pretrained(source, tmp_path / "out")
-    assert same_trees(load_pretrained(source, "bfloat16").params, load_pretrained(tmp_path / "out", "bfloat16").params)
+    assert same_trees(
+        load_pretrained(source, "bfloat16").params,
+        load_pretrained(tmp_path / "out", "bfloat16").params,
+    )
 
 
 def test_tokenizer_template_and_generation_config_travel(tmp_path: Path) -> None:
@@ -63,7 +73,11 @@ def test_tokenizer_template_and_generation_config_travel(tmp_path: Path) -> None
     for text in ("the cat sat", "naïve 日本 🙂\n\tx = 1", "<s>the</s>"):
         assert before.encode(text) == after.encode(text)
     messages = [{"role": "user", "content": "the cat"}]
-    assert before.apply_chat_template(messages, tokenize=False) == after.apply_chat_template(messages, tokenize=False) == "<s>the cat</s>"
+    assert (
+        before.apply_chat_template(messages, tokenize=False)
+        == after.apply_chat_template(messages, tokenize=False)
+        == "<s>the cat</s>"
+    )
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == generation
 
 
@@ -80,12 +94,17 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(tmp_path: Path) -> Non
     second = write_folder(tmp_path / "second", config, tiny_tensors(config, seed=1))
     out = tmp_path / "out"
     convert_pretrained(first, out)
-    with pytest.raises(ValueError, match="must be empty or absent: choose another destination, or pass overwrite=True"):
+    with pytest.raises(
+        ValueError,
+        match="must be empty or absent: choose another destination, or pass overwrite=True",
+    ):
         convert_pretrained(second, out)
     assert same_trees(load_pretrained(out).params, load_pretrained(first).params)
     convert_pretrained(second, out, overwrite=True)
     assert same_trees(load_pretrained(out).params, load_pretrained(second).params)
-    with pytest.raises(ValueError, match="must hold a checkpoint of this library to be overwritten"):
+    with pytest.raises(
+        ValueError, match="must hold a checkpoint of this library to be overwritten"
+    ):
         convert_pretrained(first, second, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "out", "second"]
 
@@ -95,7 +114,9 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", config, tiny_tensors(config))
     convert_pretrained(source, tmp_path / "out")
     with pytest.raises(TypeError):
-        save_checkpoint(tmp_path / "out", {"a": np.zeros(3)}, {"not json": object()}, overwrite=True)
+        save_checkpoint(
+            tmp_path / "out", {"a": np.zeros(3)}, {"not json": object()}, overwrite=True
+        )
     assert same_trees(load_pretrained(tmp_path / "out").params, load_pretrained(source).params)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
@@ -106,6 +127,9 @@ def test_the_script_converts_and_refuses(tmp_path: Path) -> None:
     arguments = [str(source), str(tmp_path / "out")]
     done = CliRunner().invoke(convert_weights.app, [*arguments, "--dtype", "bfloat16"])
     assert done.exit_code == 0 and f"wrote {tmp_path / 'out'}" in done.stdout
-    assert same_trees(load_pretrained(source, "bfloat16").params, load_pretrained(tmp_path / "out", "bfloat16").params)
+    assert same_trees(
+        load_pretrained(source, "bfloat16").params,
+        load_pretrained(tmp_path / "out", "bfloat16").params,
+    )
     again = CliRunner().invoke(convert_weights.app, arguments)
     assert again.exit_code == 1 and "error: " in again.stderr and "--overwrite" in again.stderr

@@ -1,4 +1,6 @@
-"""Keys of config.json that change the computation are read or refused by name; what published files have beside them passes."""
+"""Keys of config.json that change the computation are read or refused by name; what published files
+have beside them passes.
+"""
 
 from typing import Any
 
@@ -8,13 +10,32 @@ from diffkv_jax.models import ModelConfig
 from diffkv_jax.models.rope import RopeScaling
 from helpers_model import FAMILIES, tiny_config
 
-SIZES = dict(kv_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10, q_lora_rank=None, num_key_value_heads=4)
-EXPERTS = dict(moe_intermediate_size=20, n_routed_experts=8, num_experts_per_tok=3, n_group=2, topk_group=1, n_shared_experts=1)
+SIZES = dict(
+    kv_lora_rank=24,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+    q_lora_rank=None,
+    num_key_value_heads=4,
+)
+EXPERTS = dict(
+    moe_intermediate_size=20,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_group=2,
+    topk_group=1,
+    n_shared_experts=1,
+)
 
 
 def raw_of(family: str) -> dict[str, Any]:
     if family.startswith("deepseek"):
-        return {key: value for key, value in tiny_config("llama").items() if key != "head_dim"} | SIZES | EXPERTS | {"model_type": family}
+        return (
+            {key: value for key, value in tiny_config("llama").items() if key != "head_dim"}
+            | SIZES
+            | EXPERTS
+            | {"model_type": family}
+        )
     return tiny_config(family)
 
 
@@ -89,7 +110,9 @@ def test_unread_keys_that_change_the_computation(family: str, key: str, value: A
     ],
 )
 def test_keys_that_another_family_reads(family: str, key: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{key}={value}" if not isinstance(value, str) else f"{key}='{value}'"):
+    with pytest.raises(
+        ValueError, match=f"{key}={value}" if not isinstance(value, str) else f"{key}='{value}'"
+    ):
         ModelConfig.from_hf(raw_of(family) | {key: value})
 
 
@@ -137,7 +160,9 @@ def test_what_published_files_have(family: str) -> None:
     assert ModelConfig.from_hf(PUBLISHED | raw) == ModelConfig.from_hf(raw)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3Text", "DeepseekV2", "DeepseekV3"])
+@pytest.mark.parametrize(
+    "family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3Text", "DeepseekV2", "DeepseekV3"]
+)
 def test_what_transformers_writes(family: str) -> None:
     """Every key of its own configs is known, also those that save_pretrained leaves out."""
     pytest.importorskip("torch")
@@ -147,15 +172,36 @@ def test_what_transformers_writes(family: str) -> None:
 
 
 ROPE_REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"rope_type": "linear", "factor": 2.0, "beta_fast": 8}, "beta_fast=8, which rope_type='linear' does not have"),
-    ({"rope_type": "yarn", "factor": 2.0, "low_freq_factor": 1.0}, "low_freq_factor=1.0, which rope_type='yarn'"),
+    (
+        {"rope_type": "linear", "factor": 2.0, "beta_fast": 8},
+        "beta_fast=8, which rope_type='linear' does not have",
+    ),
+    (
+        {"rope_type": "yarn", "factor": 2.0, "low_freq_factor": 1.0},
+        "low_freq_factor=1.0, which rope_type='yarn'",
+    ),
     ({"rope_type": "yarn", "factor": 2.0, "extrapolation_factor": 0.5}, "extrapolation_factor=0.5"),
-    ({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1, "high_freq_factor": 4, "mscale": 1}, "mscale=1, which"),
-    ({"rope_type": "default", "factor": 2.0}, "factor=2.0, which rope_type='default' does not have"),
+    (
+        {
+            "rope_type": "llama3",
+            "factor": 2.0,
+            "low_freq_factor": 1,
+            "high_freq_factor": 4,
+            "mscale": 1,
+        },
+        "mscale=1, which",
+    ),
+    (
+        {"rope_type": "default", "factor": 2.0},
+        "factor=2.0, which rope_type='default' does not have",
+    ),
     ({"factor": 2.0}, "factor=2.0, which rope_type='default' does not have"),
     ({"rope_type": "default", "mrope_section": [4, 2, 2]}, "mrope_section="),
     ({"rope_type": "linear", "factor": 2.0, "brand_new": "x"}, "brand_new='x'"),
-    ({"rope_type": "yarn", "type": "linear", "factor": 2.0}, "rope_type='yarn' and type='linear' must agree"),
+    (
+        {"rope_type": "yarn", "type": "linear", "factor": 2.0},
+        "rope_type='yarn' and type='linear' must agree",
+    ),
 ]
 
 
@@ -169,9 +215,14 @@ def test_rope_blocks_with_unknown_keys(layout: str, block: dict[str, Any], messa
 @pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
 def test_unknown_keys_of_gemmas_blocks(kind: str) -> None:
     with pytest.raises(ValueError, match="factor=2.0, which rope_type='default'"):
-        ModelConfig.from_hf(tiny_config("gemma3_text") | {"rope_parameters": {kind: {"rope_type": "default", "factor": 2.0}}})
+        ModelConfig.from_hf(
+            tiny_config("gemma3_text")
+            | {"rope_parameters": {kind: {"rope_type": "default", "factor": 2.0}}}
+        )
     with pytest.raises(ValueError, match="has .'rope_theta'. beside its blocks"):
-        ModelConfig.from_hf(tiny_config("gemma3_text") | {"rope_parameters": {kind: {}, "rope_theta": 5.0}})
+        ModelConfig.from_hf(
+            tiny_config("gemma3_text") | {"rope_parameters": {kind: {}, "rope_theta": 5.0}}
+        )
 
 
 def test_two_rope_layouts_that_differ() -> None:
@@ -185,9 +236,17 @@ def test_two_rope_layouts_that_differ() -> None:
 
 
 def test_keys_that_the_rope_types_share() -> None:
-    yarn = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 8192, "finetuned": True}
+    yarn = {
+        "type": "yarn",
+        "factor": 16.0,
+        "original_max_position_embeddings": 8192,
+        "finetuned": True,
+    }
     scaling = ModelConfig.from_hf(tiny_config("llama") | {"rope_scaling": yarn}).rope_scaling
-    assert scaling is not None and (scaling.factor, scaling.original_max_position_embeddings) == (16.0, 8192)
+    assert scaling is not None and (scaling.factor, scaling.original_max_position_embeddings) == (
+        16.0,
+        8192,
+    )
 
 
 def test_an_original_context_outside_the_block_wins() -> None:
@@ -197,7 +256,9 @@ def test_an_original_context_outside_the_block_wins() -> None:
     scaling = ModelConfig.from_hf(raw).rope_scaling
     assert scaling is not None and scaling.original_max_position_embeddings == 64
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.LlamaConfig(**{key: value for key, value in raw.items() if key != "model_type"})
+    theirs = transformers.LlamaConfig(
+        **{key: value for key, value in raw.items() if key != "model_type"}
+    )
     theirs.standardize_rope_params()  # what computing the frequencies starts with
     assert theirs.rope_parameters["original_max_position_embeddings"] == 64
 
@@ -210,7 +271,12 @@ def test_a_base_of_zero_is_no_default(key: str) -> None:
 
 def test_two_activations_that_differ() -> None:
     raw = tiny_config("gemma3_text")
-    assert ModelConfig.from_hf(raw | {"hidden_activation": "gelu", "hidden_act": "gelu"}).hidden_act == "gelu"
+    assert (
+        ModelConfig.from_hf(raw | {"hidden_activation": "gelu", "hidden_act": "gelu"}).hidden_act
+        == "gelu"
+    )
     for first, second in (("gelu", "silu"), ("silu", "gelu")):
-        with pytest.raises(ValueError, match=f"hidden_act='{first}' and hidden_activation='{second}' must agree"):
+        with pytest.raises(
+            ValueError, match=f"hidden_act='{first}' and hidden_activation='{second}' must agree"
+        ):
             ModelConfig.from_hf(raw | {"hidden_act": first, "hidden_activation": second})

@@ -1,4 +1,6 @@
-"""The decoder stack's contract: parameter tree, padding, cache hand-over, dtypes, and a program that does not grow with depth."""
+"""The decoder stack's contract: parameter tree, padding, cache hand-over, dtypes, and a program
+that does not grow with depth.
+"""
 
 import dataclasses
 from typing import Any
@@ -40,7 +42,9 @@ def _inputs(key: jax.Array, model: Any, batch: int = 2) -> tuple[Any, jax.Array,
     tokens = jax.random.randint(key, (batch, LENGTH), 0, 50)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
     draw = np.random.default_rng(1).standard_normal
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * draw(leaf.shape), leaf.dtype), param_shapes(model))
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.4 * draw(leaf.shape), leaf.dtype), param_shapes(model)
+    )
     return params, tokens, positions
 
 
@@ -67,14 +71,18 @@ def test_the_model_is_a_causal_lm_and_states_its_attention():
     model = build_model(_config(query_pre_attn_scalar=4.0), dtype=jnp.bfloat16)
     assert isinstance(model, CausalLM)
     rope = model.attention.rope
-    assert model.attention == AttentionSpec(3, 4, 2, 8, (4, None, 4), 0.5, 3.0, 50, 64, "bfloat16", rope)
+    assert model.attention == AttentionSpec(
+        3, 4, 2, 8, (4, None, 4), 0.5, 3.0, 50, 64, "bfloat16", rope
+    )
     np.testing.assert_allclose(rope, 10000.0 ** -np.array([0, 0.25, 0.5, 0.75]), rtol=1e-6)
     assert hash(model.attention) == hash(model.clone().attention)
     assert hash(model) == hash(build_model(_config(query_pre_attn_scalar=4.0), dtype="bfloat16"))
 
 
 def test_an_attention_spec_that_does_not_add_up_is_refused():
-    with pytest.raises(ValueError, match="sliding_windows=.* must hold one entry for each of num_layers=2"):
+    with pytest.raises(
+        ValueError, match="sliding_windows=.* must hold one entry for each of num_layers=2"
+    ):
         AttentionSpec(2, 4, 2, 8, (None,), 1.0, None, 50, 64, "float32")
     with pytest.raises(ValueError, match="num_q_heads=3 must be a multiple of num_kv_heads=2"):
         AttentionSpec(1, 3, 2, 8, (None,), 1.0, None, 50, 64, "float32")
@@ -83,7 +91,11 @@ def test_an_attention_spec_that_does_not_add_up_is_refused():
 def test_tokens_and_positions_must_agree(key):
     model = build_model(_config())
     params, tokens, positions = _inputs(key, model)
-    with pytest.raises(ValueError, match=r"tokens of shape \(2, 9\) and positions of shape \(2, 8\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"tokens of shape \(2, 9\) and positions of shape \(2, "
+        r"8\)",
+    ):
         model.apply({"params": params}, tokens, positions[:, 1:])
     with pytest.raises(ValueError, match=r"must both be \[batch, length\]"):
         model.apply({"params": params}, tokens[0], positions[0])
@@ -105,7 +117,11 @@ def test_padding_changes_nothing_and_is_finite(key):
     params, tokens, positions = _inputs(key, model)
     wanted, _ = model.apply({"params": params}, tokens, positions)
     pad = ((0, 0), (3, 0))
-    padded, _ = model.apply({"params": params}, jnp.pad(tokens, pad, constant_values=10**6), jnp.pad(positions, pad, constant_values=-1))
+    padded, _ = model.apply(
+        {"params": params},
+        jnp.pad(tokens, pad, constant_values=10**6),
+        jnp.pad(positions, pad, constant_values=-1),
+    )
     assert bool(jnp.isfinite(padded).all())
     np.testing.assert_allclose(padded[:, 3:], wanted, atol=1e-5)
 
@@ -118,28 +134,47 @@ def test_a_token_outside_the_vocabulary_is_loud(key):
 
 
 def test_bfloat16_stays_near_float32(key):
-    exact, coarse = build_model(_config()), build_model(_config(), dtype="bfloat16", param_dtype="bfloat16")
+    exact, coarse = (
+        build_model(_config()),
+        build_model(_config(), dtype="bfloat16", param_dtype="bfloat16"),
+    )
     params, tokens, positions = _inputs(key, coarse)
-    wanted, _ = exact.apply({"params": jax.tree.map(lambda x: x.astype(jnp.float32), params)}, tokens, positions)
+    wanted, _ = exact.apply(
+        {"params": jax.tree.map(lambda x: x.astype(jnp.float32), params)}, tokens, positions
+    )
     got, _ = coarse.apply({"params": params}, tokens, positions)
     assert got.dtype == jnp.float32
     assert 1e-4 < float(jnp.abs(got - wanted).max() / jnp.ptp(wanted)) < 0.1
 
 
 def _dense_attend(model: Any) -> Any:
-    """A stand-in for `diffkv_jax.steps.attend`: a dense cache k, v [layers, B, capacity, K, H], written at its own `used`."""
+    """A stand-in for `diffkv_jax.steps.attend`: a dense cache k, v [layers, B, capacity, K, H],
+    written at its own `used`.
+    """
     spec = model.attention
     windows = jnp.asarray([NO_WINDOW if w is None else w for w in spec.sliding_windows])
 
-    def attend(cache: Any, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, step: Any) -> Any:
+    def attend(
+        cache: Any,
+        layer: jax.Array,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        positions: jax.Array,
+        step: Any,
+    ) -> Any:
         assert layer.dtype == jnp.int32 and layer.shape == ()
         start = (layer, 0, step["used"], 0, 0)
         cache = {
             "k": jax.lax.dynamic_update_slice(cache["k"], k[None], start),
             "v": jax.lax.dynamic_update_slice(cache["v"], v[None], start),
-            "positions": jax.lax.dynamic_update_slice(cache["positions"], positions, (0, step["used"])),
+            "positions": jax.lax.dynamic_update_slice(
+                cache["positions"], positions, (0, step["used"])
+            ),
         }
-        full_q = jax.lax.dynamic_update_slice(jnp.zeros((*cache["k"].shape[1:3], *q.shape[2:])), q, (0, step["used"], 0, 0))
+        full_q = jax.lax.dynamic_update_slice(
+            jnp.zeros((*cache["k"].shape[1:3], *q.shape[2:])), q, (0, step["used"], 0, 0)
+        )
         out = plain_attention(
             full_q,
             cache["k"][layer],
@@ -181,12 +216,23 @@ def test_the_program_does_not_grow_with_depth():
     assert _program_size(12) == _program_size(3)
 
 
-def _by_hand(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, window: int, cap: float | None) -> np.ndarray:
+def _by_hand(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    positions: np.ndarray,
+    window: int,
+    cap: float | None,
+) -> np.ndarray:
     """Attention one query at a time, float64."""
     out = np.zeros(q.shape)
     for b, t, n in np.ndindex(*q.shape[:3]):
         place = positions[b, t]
-        seen = [s for s in range(q.shape[1]) if 0 <= positions[b, s] <= place and place - positions[b, s] < window]
+        seen = [
+            s
+            for s in range(q.shape[1])
+            if 0 <= positions[b, s] <= place and place - positions[b, s] < window
+        ]
         if not seen:
             continue
         scores = np.array([q[b, t, n] @ k[b, s, n // 2] for s in seen], np.float64) * 0.3
@@ -203,7 +249,9 @@ def test_plain_attention_by_hand(window, cap):
     q, k, v = (draw((2, 6, heads, 5), np.float32) for heads in (4, 2, 2))
     positions = np.array([[-1, -1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]], np.int32)
     given = jnp.asarray(positions), jnp.int32(window)
-    got = plain_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), *given, sm_scale=0.3, logits_soft_cap=cap)
+    got = plain_attention(
+        jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), *given, sm_scale=0.3, logits_soft_cap=cap
+    )
     np.testing.assert_allclose(got, _by_hand(q, k, v, positions, window, cap), atol=2e-6)
     other = _by_hand(q, k, v, positions, window + 1 if window != NO_WINDOW else 3, cap)
     assert np.abs(got - other).max() > 1e-3  # the check can fail

@@ -1,4 +1,6 @@
-"""DeepSeek V2 and V3 against `transformers` (torch, eager attention, float32), through the real checkpoint converter."""
+"""DeepSeek V2 and V3 against `transformers` (torch, eager attention, float32), through the real
+checkpoint converter.
+"""
 
 import dataclasses
 from functools import cache
@@ -46,10 +48,21 @@ YARN = dict(
     mscale_all_dim=0.5,
 )
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "v2_lite": ("DeepseekV2", SIZES | dict(q_lora_rank=None, n_shared_experts=2, rope_parameters=YARN)),
-    "v2": ("DeepseekV2", SIZES | GROUPS | dict(q_lora_rank=16, topk_method="group_limited_greedy", attention_bias=True)),
+    "v2_lite": (
+        "DeepseekV2",
+        SIZES | dict(q_lora_rank=None, n_shared_experts=2, rope_parameters=YARN),
+    ),
+    "v2": (
+        "DeepseekV2",
+        SIZES
+        | GROUPS
+        | dict(q_lora_rank=16, topk_method="group_limited_greedy", attention_bias=True),
+    ),
     "v3": ("DeepseekV3", SIZES | GROUPS | dict(q_lora_rank=16, first_k_dense_replace=2)),
-    "v3_half_rotation": ("DeepseekV3", SIZES | GROUPS | dict(q_lora_rank=None, first_k_dense_replace=0, rope_interleave=False)),
+    "v3_half_rotation": (
+        "DeepseekV3",
+        SIZES | GROUPS | dict(q_lora_rank=None, first_k_dense_replace=0, rope_interleave=False),
+    ),
 }
 
 
@@ -83,7 +96,9 @@ def _build(name: str, folder: Path) -> Pair:
     reference.save_pretrained(folder)
     tokens = np.random.default_rng(3).integers(0, fields["vocab_size"], (2, 24)).astype(np.int32)
     with torch.no_grad():
-        logits = reference(torch.as_tensor(tokens, dtype=torch.long), use_cache=False).logits.numpy()
+        logits = reference(
+            torch.as_tensor(tokens, dtype=torch.long), use_cache=False
+        ).logits.numpy()
     model, params = load_pretrained(folder)[:2]
     return Pair(model, params, tokens, logits)
 
@@ -102,7 +117,10 @@ def _error(pair: Pair, model: Any = None, params: Any = None) -> float:
 def test_logits_equal_the_reference(pairs, name):
     pair = pairs(name)
     stacks = {"v2_lite": (1, 2), "v2": (1, 2), "v3": (2, 1), "v3_half_rotation": (0, 3)}[name]
-    rows = [pair.params[key]["input_layernorm"]["weight"].shape[0] if key in pair.params else 0 for key in ("dense_layers", "layers")]
+    rows = [
+        pair.params[key]["input_layernorm"]["weight"].shape[0] if key in pair.params else 0
+        for key in ("dense_layers", "layers")
+    ]
     assert tuple(rows) == stacks
     assert _error(pair) <= TOLERANCE
 
@@ -125,12 +143,16 @@ def test_logits_equal_the_reference(pairs, name):
 def test_a_wrong_setting_is_rejected(pairs, name, part, changes):
     pair = pairs(name)
     config = pair.model.config
-    changes = changes if part is None else {part: dataclasses.replace(getattr(config, part), **changes)}
+    changes = (
+        changes if part is None else {part: dataclasses.replace(getattr(config, part), **changes)}
+    )
     assert _error(pair, model=build_model(dataclasses.replace(config, **changes))) > TOLERANCE
 
 
 @pytest.mark.daily(3)
-@pytest.mark.parametrize("change", ["correction bias", "shared experts", "order of experts", "order of layers"])
+@pytest.mark.parametrize(
+    "change", ["correction bias", "shared experts", "order of experts", "order of layers"]
+)
 def test_a_wrong_parameter_is_rejected(pairs, change):
     pair = pairs("v3_half_rotation")
     params = jax.tree.map(lambda x: x, pair.params)
@@ -161,8 +183,14 @@ def _raw(**changes: Any) -> dict[str, Any]:
         (_raw(qk_rope_head_dim=7), "qk_rope_head_dim=7 must be even"),
         (_raw(num_experts_per_tok=9), "num_experts_per_tok=9 must not exceed the 8 experts"),
         (_raw(num_experts_per_tok=None), "num_experts_per_tok=None must be an integer"),
-        (_raw(model_type="deepseek_v3", n_group=3), "n_routed_experts=8 must be a multiple of n_group=3"),
-        (_raw(model_type="deepseek_v3", n_group=8, topk_group=4), "n_group=8 leaves one expert a group"),
+        (
+            _raw(model_type="deepseek_v3", n_group=3),
+            "n_routed_experts=8 must be a multiple of n_group=3",
+        ),
+        (
+            _raw(model_type="deepseek_v3", n_group=8, topk_group=4),
+            "n_group=8 leaves one expert a group",
+        ),
     ],
 )
 def test_bad_configs_are_refused(raw, message):
@@ -171,11 +199,23 @@ def test_bad_configs_are_refused(raw, message):
 
 
 def test_sizes_left_out_are_those_of_transformers():
-    left_out = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "first_k_dense_replace")
+    left_out = (
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "n_routed_experts",
+        "first_k_dense_replace",
+    )
     for family, kind in (("DeepseekV2", "deepseek_v2"), ("DeepseekV3", "deepseek_v3")):
-        ours = ModelConfig.from_hf({key: value for key, value in _raw(model_type=kind).items() if key not in left_out})
+        ours = ModelConfig.from_hf(
+            {key: value for key, value in _raw(model_type=kind).items() if key not in left_out}
+        )
         theirs = getattr(transformers, f"{family}Config")()
         for part in (ours.latent, ours.experts):
             for field in dataclasses.fields(part):
                 if field.name in left_out:
-                    assert getattr(part, field.name) == getattr(theirs, field.name), (family, field.name)
+                    assert getattr(part, field.name) == getattr(theirs, field.name), (
+                        family,
+                        field.name,
+                    )

@@ -1,4 +1,6 @@
-"""Rotary scaling as GGUF keys state it: logits against `transformers`, and what is refused by name."""
+"""Rotary scaling as GGUF keys state it: logits against `transformers`, and what is refused by
+name.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -23,9 +25,17 @@ from helpers_model import (
 pytest.importorskip("gguf")
 
 CONFIG = tiny_config("llama", max_position_embeddings=64, rope_theta=10000.0, num_hidden_layers=1)
-TENSORS = tiny_tensors(CONFIG) | {name: value * 8 for name, value in tiny_tensors(CONFIG).items() if "q_proj" in name or "k_proj" in name}
+TENSORS = tiny_tensors(CONFIG) | {
+    name: value * 8
+    for name, value in tiny_tensors(CONFIG).items()
+    if "q_proj" in name or "k_proj" in name
+}
 TOKENS = np.random.default_rng(1).integers(0, CONFIG["vocab_size"], (1, 60)).astype(np.int32)
-YARN = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 16}
+YARN = {
+    "rope__scaling__type": "yarn",
+    "rope__scaling__factor": 4.0,
+    "rope__scaling__original_context_length": 16,
+}
 HF_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 # GGUF keys behind "llama.", and what they are in config.json
@@ -39,24 +49,39 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0},
         HF_YARN | {"original_max_position_embeddings": 64},
     ),
-    "yarn_attention": (YARN | {"rope__scaling__yarn_attn_factor": 1.5}, HF_YARN | {"attention_factor": 1.5}),
+    "yarn_attention": (
+        YARN | {"rope__scaling__yarn_attn_factor": 1.5},
+        HF_YARN | {"attention_factor": 1.5},
+    ),
     "yarn_attn_factor": (
         YARN | {"rope__scaling__attn_factor": 1.25},
         HF_YARN | {"attention_factor": 1.25 * (1 + 0.1 * float(np.log(4.0)))},
     ),
-    "yarn_log": (YARN | {"rope__scaling__yarn_log_multiplier": 0.5}, HF_YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}),
+    "yarn_log": (
+        YARN | {"rope__scaling__yarn_log_multiplier": 0.5},
+        HF_YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
+    ),
     "yarn_of_an_old_key": (
-        {"rope__scaling__type": "yarn", "rope__scale_linear": 4.0, "rope__scaling__original_context_length": 16},
+        {
+            "rope__scaling__type": "yarn",
+            "rope__scale_linear": 4.0,
+            "rope__scaling__original_context_length": 16,
+        },
         HF_YARN,
     ),
-    "linear": ({"rope__scaling__type": "linear", "rope__scaling__factor": 3.0}, {"rope_type": "linear", "factor": 3.0}),
+    "linear": (
+        {"rope__scaling__type": "linear", "rope__scaling__factor": 3.0},
+        {"rope_type": "linear", "factor": 3.0},
+    ),
     "linear_by_default": ({"rope__scaling__factor": 3.0}, {"rope_type": "linear", "factor": 3.0}),
     "scale_linear": ({"rope__scale_linear": 3.0}, {"rope_type": "linear", "factor": 3.0}),
 }
 
 
 def file_with(path: Path, keys: dict[str, Any]) -> Path:
-    return write_model_gguf(path, CONFIG, TENSORS, **{f"llama__{key}": value for key, value in keys.items()})
+    return write_model_gguf(
+        path, CONFIG, TENSORS, **{f"llama__{key}": value for key, value in keys.items()}
+    )
 
 
 @cache
@@ -64,7 +89,9 @@ def reference(name: str | None) -> np.ndarray:
     """Logits [1, T, vocab] of `transformers` with the same weights."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    fields = {key: value for key, value in CONFIG.items() if key not in ("model_type", "rope_theta")}
+    fields = {
+        key: value for key, value in CONFIG.items() if key not in ("model_type", "rope_theta")
+    }
     rope = {"rope_type": "default"} if name is None else CASES[name][1]
     config = transformers.LlamaConfig(**fields, rope_parameters={"rope_theta": 10000.0, **rope})
     config._attn_implementation = "eager"
@@ -94,17 +121,47 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"rope__scaling__type": "none", "rope__scaling__factor": 4.0}, None),  # llama.cpp never scales then
-        ({"rope__scaling__type": "linear", "rope__scaling__factor": 0.0}, None),  # and takes 0 for 1
+        # llama.cpp never scales then
+        ({"rope__scaling__type": "none", "rope__scaling__factor": 4.0}, None),
+        # and takes 0 for 1
+        ({"rope__scaling__type": "linear", "rope__scaling__factor": 0.0}, None),
         ({"rope__scaling__factor": 2.0, "rope__scale_linear": 2.0}, RopeScaling("linear", 2.0)),
-        ({"rope__scaling__finetuned": True, "rope__dimension_count": 16, "rope__scaling__yarn_beta_fast": 32.0}, None),
-        ({"rope__scaling__yarn_ext_factor": -1.0, "rope__scaling__attn_factor": 1.0}, None),  # both: not set
-        ({"attention__causal": True, "attention__scale": 0.25, "attention__clamp_kqv": 0.0, "logit_scale": 1.0}, None),
-        ({"attention__max_alibi_bias": 0.0, "expert_count": 0, "expert_used_count": 0, "vocab_size": 160}, None),
+        (
+            {
+                "rope__scaling__finetuned": True,
+                "rope__dimension_count": 16,
+                "rope__scaling__yarn_beta_fast": 32.0,
+            },
+            None,
+        ),
+        # both: not set
+        ({"rope__scaling__yarn_ext_factor": -1.0, "rope__scaling__attn_factor": 1.0}, None),
+        (
+            {
+                "attention__causal": True,
+                "attention__scale": 0.25,
+                "attention__clamp_kqv": 0.0,
+                "logit_scale": 1.0,
+            },
+            None,
+        ),
+        (
+            {
+                "attention__max_alibi_bias": 0.0,
+                "expert_count": 0,
+                "expert_used_count": 0,
+                "vocab_size": 160,
+            },
+            None,
+        ),
     ],
 )
-def test_values_that_change_nothing(tmp_path: Path, keys: dict[str, Any], expected: RopeScaling | None) -> None:
-    assert load_pretrained(file_with(tmp_path / "a.gguf", keys)).model.config.rope_scaling == expected
+def test_values_that_change_nothing(
+    tmp_path: Path, keys: dict[str, Any], expected: RopeScaling | None
+) -> None:
+    assert (
+        load_pretrained(file_with(tmp_path / "a.gguf", keys)).model.config.rope_scaling == expected
+    )
 
 
 REFUSED = [
@@ -116,7 +173,11 @@ REFUSED = [
     {"rope__scaling__alpha": 2.0},
     {"rope__scaling__attn_factor": 1.2},
     {"rope__scaling__type": "none", "rope__scaling__attn_factor": 1.2},
-    {"rope__scaling__type": "linear", "rope__scaling__factor": 2.0, "rope__scaling__yarn_attn_factor": 1.2},
+    {
+        "rope__scaling__type": "linear",
+        "rope__scaling__factor": 2.0,
+        "rope__scaling__yarn_attn_factor": 1.2,
+    },
     {"rope__scaling__yarn_beta_fast": 8.0},
     {"rope__scaling__type": "linear", "rope__scaling__yarn_beta_slow": 2.0},
     {"rope__scaling__yarn_log_multiplier": 0.1},
@@ -145,7 +206,11 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("keys", REFUSED, ids=lambda keys: "+".join(f"{k}={v}" for k, v in keys.items() if k not in YARN or v == 2.0))
+@pytest.mark.parametrize(
+    "keys",
+    REFUSED,
+    ids=lambda keys: "+".join(f"{k}={v}" for k, v in keys.items() if k not in YARN or v == 2.0),
+)
 def test_what_is_refused_is_named_with_its_value(tmp_path: Path, keys: dict[str, Any]) -> None:
     path = file_with(tmp_path / "a.gguf", keys)
     with pytest.raises(ValueError) as error:
@@ -155,17 +220,25 @@ def test_what_is_refused_is_named_with_its_value(tmp_path: Path, keys: dict[str,
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-@pytest.mark.parametrize(("key", "value"), [("attention.sliding_window", 8), ("rope.dimension_count", 8), ("rope.new", 1.5)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("attention.sliding_window", 8), ("rope.dimension_count", 8), ("rope.new", 1.5)],
+)
 def test_siblings_in_other_architectures(tmp_path: Path, family: str, key: str, value: Any) -> None:
     config = tiny_config(family)
-    path = write_model_gguf(tmp_path / "a.gguf", config, tiny_tensors(config), **{f"{family}.{key}": value})
+    path = write_model_gguf(
+        tmp_path / "a.gguf", config, tiny_tensors(config), **{f"{family}.{key}": value}
+    )
     with pytest.raises(ValueError, match=f"{family}.{key}={value}"):
         load_pretrained(path)
 
 
 def test_gemma_has_no_factor_for_its_windows(tmp_path: Path) -> None:
     config = tiny_config("gemma3_text")
-    keys = {f"gemma3__{key}": value for key, value in (YARN | {"rope__scaling__attn_factor": 1.5}).items()}
+    keys = {
+        f"gemma3__{key}": value
+        for key, value in (YARN | {"rope__scaling__attn_factor": 1.5}).items()
+    }
     with pytest.raises(ValueError, match="gemma3.rope.scaling.attn_factor=1.5 is not supported"):
         load_pretrained(write_model_gguf(tmp_path / "a.gguf", config, tiny_tensors(config), **keys))
 
@@ -173,7 +246,9 @@ def test_gemma_has_no_factor_for_its_windows(tmp_path: Path) -> None:
 def test_a_window_makes_it_mistral(tmp_path: Path) -> None:
     model = load_pretrained(file_with(tmp_path / "a.gguf", {"attention__sliding_window": 8})).model
     assert (model.config.model_type, model.config.sliding_windows) == ("mistral", (8,))
-    assert load_pretrained(file_with(tmp_path / "b.gguf", {"attention__sliding_window": 0})).model.config.sliding_windows == (None,)
+    assert load_pretrained(
+        file_with(tmp_path / "b.gguf", {"attention__sliding_window": 0})
+    ).model.config.sliding_windows == (None,)
 
 
 @pytest.mark.parametrize(
@@ -184,18 +259,46 @@ def test_a_window_makes_it_mistral(tmp_path: Path) -> None:
             {"attention__head_count": 3},
             "llama.embedding_length=64 must be a multiple of llama.attention.head_count=3",
         ),
-        ("attention.key_length", {"attention__value_length": 8}, "llama.attention.value_length=8 is not supported, it must be 16"),
+        (
+            "attention.key_length",
+            {"attention__value_length": 8},
+            "llama.attention.value_length=8 is not supported, it must be 16",
+        ),
         (None, {"attention__head_count": 8}, "self_attn.q_proj.weight .64, 64., must be .128, 64."),
-        (None, {"attention__head_count_kv": 3}, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),
-        (None, {"attention__head_count": 0}, "llama.attention.head_count=0 must be an integer of at least 1"),
-        (None, {"attention__head_count": 8, "attention__key_length": 8}, "attention.value_length=16 is not supported, it must be 8"),
+        (
+            None,
+            {"attention__head_count_kv": 3},
+            "num_attention_heads=4 must be a multiple of num_key_value_heads=3",
+        ),
+        (
+            None,
+            {"attention__head_count": 0},
+            "llama.attention.head_count=0 must be an integer of at least 1",
+        ),
+        (
+            None,
+            {"attention__head_count": 8, "attention__key_length": 8},
+            "attention.value_length=16 is not supported, it must be 8",
+        ),
         (None, {"embedding_length": 32}, "model.embed_tokens.weight .160, 64., must be .160, 32."),
-        (None, {"block_count": 2}, "parameters that no tensor fills: model.layers.1.input_layernorm.weight"),
-        (None, {"attention__head_count_kv": [2, 4]}, "num_key_value_heads must be the same in every layer, given .2, 4."),
+        (
+            None,
+            {"block_count": 2},
+            "parameters that no tensor fills: model.layers.1.input_layernorm.weight",
+        ),
+        (
+            None,
+            {"attention__head_count_kv": [2, 4]},
+            "num_key_value_heads must be the same in every layer, given .2, 4.",
+        ),
     ],
 )
-def test_sizes_that_contradict(tmp_path: Path, drop: str | None, keys: dict[str, Any], message: str) -> None:
-    metadata = gguf_metadata(CONFIG) | {f"llama.{key.replace('__', '.')}": value for key, value in keys.items()}
+def test_sizes_that_contradict(
+    tmp_path: Path, drop: str | None, keys: dict[str, Any], message: str
+) -> None:
+    metadata = gguf_metadata(CONFIG) | {
+        f"llama.{key.replace('__', '.')}": value for key, value in keys.items()
+    }
     if drop is not None:
         del metadata[f"llama.{drop}"]
     path = write_gguf(tmp_path / "a.gguf", "llama", metadata, gguf_tensors(CONFIG, TENSORS))
@@ -211,7 +314,10 @@ def test_one_value_for_all_layers_may_be_a_list(tmp_path: Path) -> None:
 def test_more_tokens_than_rows(tmp_path: Path) -> None:
     tokens = [f"t{i}" for i in range(CONFIG["vocab_size"] + 1)]
     path = write_model_gguf(tmp_path / "a.gguf", CONFIG, TENSORS, tokenizer__ggml__tokens=tokens)
-    with pytest.raises(ValueError, match="tokenizer.ggml.tokens has 161 entries, and token_embd.weight only 160 rows"):
+    with pytest.raises(
+        ValueError,
+        match="tokenizer.ggml.tokens has 161 entries, and token_embd.weight only 160 rows",
+    ):
         load_pretrained(path)
 
 
@@ -235,9 +341,21 @@ def test_tensors_without_a_place(tmp_path: Path, name: str, message: str) -> Non
 @pytest.mark.parametrize(
     ("divisors", "keys", "message"),
     [
-        (np.full(8, 2.0, np.float32), {}, "the divisors in rope_freqs.weight must be those of Llama 3"),
-        (np.ones(4, np.float32), {}, "must hold one divisor for each of the 8 pairs of a head, given shape .4,."),
-        (np.ones(8, np.float32), {"llama.rope.scaling.factor": 2.0}, "rope.scaling.type='linear' .* beside the tensor rope_freqs.weight"),
+        (
+            np.full(8, 2.0, np.float32),
+            {},
+            "the divisors in rope_freqs.weight must be those of Llama 3",
+        ),
+        (
+            np.ones(4, np.float32),
+            {},
+            "must hold one divisor for each of the 8 pairs of a head, given shape .4,.",
+        ),
+        (
+            np.ones(8, np.float32),
+            {"llama.rope.scaling.factor": 2.0},
+            "rope.scaling.type='linear' .* beside the tensor rope_freqs.weight",
+        ),
         (
             np.ones(8, np.float32),
             {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0},
@@ -245,7 +363,9 @@ def test_tensors_without_a_place(tmp_path: Path, name: str, message: str) -> Non
         ),
     ],
 )
-def test_divisors_that_do_not_fit(tmp_path: Path, divisors: np.ndarray, keys: dict[str, Any], message: str) -> None:
+def test_divisors_that_do_not_fit(
+    tmp_path: Path, divisors: np.ndarray, keys: dict[str, Any], message: str
+) -> None:
     tensors = gguf_tensors(CONFIG, TENSORS) | {"rope_freqs.weight": divisors}
     path = write_gguf(tmp_path / "a.gguf", "llama", gguf_metadata(CONFIG) | keys, tensors)
     with pytest.raises(ValueError, match=message):

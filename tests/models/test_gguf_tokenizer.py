@@ -8,12 +8,18 @@ tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
 from diffkv_jax.models.gguf_tokenizer import tokenizer_from_gguf  # noqa: E402
 
-CORPUS = ["the cat sat on the mat 1234 times", "It's 12:30, isn't it?  \n\n  def f(x):\n    return x", "naïve café 日本語 🙂"] * 4
+CORPUS = [
+    "the cat sat on the mat 1234 times",
+    "It's 12:30, isn't it?  \n\n  def f(x):\n    return x",
+    "naïve café 日本語 🙂",
+] * 4
 TEXTS = [*CORPUS, "<s>the</s> cat", "a  1 and 22\t333", " leading", "e\u0301 decomposed", ""]
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
 WORDS = {
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 
 
@@ -23,16 +29,23 @@ def trained(split: str) -> Any:
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=split == "llama-bpe"))
     if split in WORDS:
         words = pre.Split(tokenizers.Regex(WORDS[split]), "isolated")
-        backend.pre_tokenizer = pre.Sequence([words, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+        backend.pre_tokenizer = pre.Sequence(
+            [words, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
     elif split == "smollm":
-        backend.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
+        backend.pre_tokenizer = pre.Sequence(
+            [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
+        )
     else:
         backend.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
     if split == "qwen2":
         backend.normalizer = tokenizers.normalizers.NFC()
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=340, initial_alphabet=pre.ByteLevel.alphabet(), special_tokens=["<s>", "</s>"], show_progress=False
+        vocab_size=340,
+        initial_alphabet=pre.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
     return backend
@@ -51,7 +64,9 @@ def metadata_of(backend: Any, split: str, **changes: Any) -> dict[str, Any]:
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": split,
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [CONTROL if token in ("<s>", "</s>") else NORMAL for token in tokens],
+        "tokenizer.ggml.token_type": [
+            CONTROL if token in ("<s>", "</s>") else NORMAL for token in tokens
+        ],
         "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
@@ -70,7 +85,10 @@ def test_byte_level(split: str) -> None:
         assert rebuilt.encode(text) == backend.encode(text).ids, text
         kept = rebuilt.decode(rebuilt.encode(text))
         assert kept == (backend.normalizer.normalize_str(text) if split == "qwen2" else text)
-    assert rebuilt.apply_chat_template([{"role": "user", "content": "cat"}], tokenize=False) == "<s>cat</s>"
+    assert (
+        rebuilt.apply_chat_template([{"role": "user", "content": "cat"}], tokenize=False)
+        == "<s>cat</s>"
+    )
     assert (rebuilt.bos_token, rebuilt.eos_token, rebuilt.model_max_length) == ("<s>", "</s>", 256)
     assert rebuilt.decode(rebuilt.encode("<s>the</s>"), skip_special_tokens=True) == "the"
 
@@ -146,7 +164,9 @@ def test_sentencepiece_by_hand() -> None:
 
 
 def test_sentencepiece_without_a_leading_space_or_bos() -> None:
-    rebuilt = tokenizer_from_gguf(sentencepiece_metadata(add_space_prefix=False, add_bos_token=False))
+    rebuilt = tokenizer_from_gguf(
+        sentencepiece_metadata(add_space_prefix=False, add_bos_token=False)
+    )
     assert rebuilt is not None
     assert pieces_of(rebuilt, "abc") == ["abc"]
     assert rebuilt.decode(rebuilt.encode(" ab")) == " ab"
@@ -159,7 +179,8 @@ def test_gemma_merges_by_token_order_and_spells_spaces() -> None:
     metadata["tokenizer.ggml.scores"] = [-1000.0] * len(metadata["tokenizer.ggml.tokens"])
     rebuilt = tokenizer_from_gguf(metadata)
     assert rebuilt is not None
-    assert pieces_of(rebuilt, "abc") == ["<s>", "ab", "c"]  # by the scores of the test above it would be "a", "bc"
+    # by the scores of the test above it would be "a", "bc"
+    assert pieces_of(rebuilt, "abc") == ["<s>", "ab", "c"]
     assert rebuilt.decode(rebuilt.encode("ab  c"), skip_special_tokens=True) == "ab  c"
     assert rebuilt.convert_tokens_to_ids("▁▁") == len(metadata["tokenizer.ggml.tokens"]) - 1
 
@@ -171,9 +192,16 @@ def test_no_tokenizer() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "bert"}, "tokenizer.ggml.model must be one of .*, given 'bert': put the model's tokenizer.json in a folder"),
+        (
+            {"model": "bert"},
+            "tokenizer.ggml.model must be one of .*, given 'bert': put the "
+            "model's tokenizer.json in a folder",
+        ),
         ({"pre": "viking"}, "tokenizer.ggml.pre must be one of .*, given 'viking'"),
-        ({"tokens": None}, "the GGUF file must state a non-empty 'tokenizer.ggml.tokens', given None"),
+        (
+            {"tokens": None},
+            "the GGUF file must state a non-empty 'tokenizer.ggml.tokens', given None",
+        ),
         ({"merges": []}, "the GGUF file must state a non-empty 'tokenizer.ggml.merges'"),
     ],
 )

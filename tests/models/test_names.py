@@ -42,9 +42,17 @@ def test_slots_say_shape_layer_and_transpose() -> None:
         "model.layers.1.mlp.up_proj.weight",
     ]
     up = found["model.layers.1.mlp.up_proj.weight"]
-    assert (up.path, up.layer, up.transpose, up.shape) == (("layers", "mlp", "up_proj", "kernel"), 1, True, (7, 5))
+    assert (up.path, up.layer, up.transpose, up.shape) == (
+        ("layers", "mlp", "up_proj", "kernel"),
+        1,
+        True,
+        (7, 5),
+    )
     assert found["lm_head.weight"].shape == (9, 5)
-    assert found["model.embed_tokens.weight"].shape == (9, 5) and not found["model.embed_tokens.weight"].transpose
+    assert (
+        found["model.embed_tokens.weight"].shape == (9, 5)
+        and not found["model.embed_tokens.weight"].transpose
+    )
 
 
 @pytest.mark.daily(3)

@@ -1,4 +1,6 @@
-"""Every family against `transformers` (torch, eager attention, float32), through the real checkpoint converter."""
+"""Every family against `transformers` (torch, eager attention, float32), through the real
+checkpoint converter.
+"""
 
 import dataclasses
 from functools import cache, partial
@@ -28,27 +30,58 @@ LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 8.0,
+}
 GEMMA_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
 }
-SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+SIZES = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
+)
 QUARTER = dict(num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False)
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {**SIZES, **QUARTER, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama_biases": ("Llama", {**SIZES, **QUARTER, "attention_bias": True, "mlp_bias": True}),
-    "llama_linear_rope": ("Llama", {**SIZES, **QUARTER, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama_linear_rope": (
+        "Llama",
+        {
+            **SIZES,
+            **QUARTER,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+        },
+    ),
     "llama3_rope": ("Llama", {**SIZES, **QUARTER, "head_dim": 16, "rope_parameters": LLAMA3_ROPE}),
     "llama_yarn": ("Llama", {**SIZES, **QUARTER, "head_dim": 16, "rope_parameters": YARN}),
     "smollm2": (
         "Llama",
-        {**SIZES, **QUARTER, "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+        {
+            **SIZES,
+            **QUARTER,
+            "hidden_size": 72,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+        },
     ),
     "mistral": ("Mistral", {**SIZES, **QUARTER, "sliding_window": 7}),
     "mistral_wide_heads": ("Mistral", {**SIZES, **QUARTER, "sliding_window": None, "head_dim": 20}),
-    "qwen2": ("Qwen2", {**SIZES, **QUARTER, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen2": (
+        "Qwen2",
+        {
+            **SIZES,
+            **QUARTER,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 1,
+        },
+    ),
     "qwen3": ("Qwen3", {**SIZES, **QUARTER, "head_dim": 16}),
     "gemma3": (
         "Gemma3Text",
@@ -101,7 +134,11 @@ def _build(name: str, folder: Path) -> Pair:
     family, fields = CASES[name]
     config = getattr(transformers, f"{family}Config")(**fields)
     config._attn_implementation = "eager"
-    reference = getattr(transformers, TORCH_MODEL.get(family, f"{family}ForCausalLM"))(config).float().eval()
+    reference = (
+        getattr(transformers, TORCH_MODEL.get(family, f"{family}ForCausalLM"))(config)
+        .float()
+        .eval()
+    )
     randomize(reference, seed=sum(map(ord, name)))
     reference.save_pretrained(folder)
     tokens = np.random.default_rng(3).integers(0, fields["vocab_size"], (2, LENGTH))
@@ -116,7 +153,13 @@ def _run_reference(reference: Any, tokens: np.ndarray) -> tuple[np.ndarray, list
     layers = reference.model.layers
     hooks = [layers[0].register_forward_pre_hook(lambda _, args: hidden.append(args[0].numpy()))]
     for layer in layers:
-        hooks.append(layer.register_forward_hook(lambda _, __, out: hidden.append((out[0] if isinstance(out, tuple) else out).numpy())))
+        hooks.append(
+            layer.register_forward_hook(
+                lambda _, __, out: hidden.append(
+                    (out[0] if isinstance(out, tuple) else out).numpy()
+                )
+            )
+        )
     with torch.no_grad():
         logits = reference(torch.as_tensor(tokens), use_cache=False).logits.numpy()
     for hook in hooks:
@@ -140,7 +183,10 @@ def _compiled(model: Any, method: str = "__call__") -> Any:
 
 
 def _logits_error(pair: Pair, model: Any = None, params: Any = None) -> float:
-    model, params = pair.model if model is None else model, pair.params if params is None else params
+    model, params = (
+        pair.model if model is None else model,
+        pair.params if params is None else params,
+    )
     logits, _ = _compiled(model)({"params": params}, pair.tokens, _positions(pair.tokens))
     assert logits.dtype == jnp.float32
     return _relative_error(logits, pair.logits)
@@ -160,10 +206,16 @@ def _with_attention(pair: Pair, **changes: Any) -> Any:
 @pytest.mark.parametrize("name", CASES)
 def test_each_layer_and_the_logits_equal_the_reference(pairs, name):
     pair = pairs(name)
-    hidden = _compiled(pair.model, method="hidden_states")({"params": pair.params}, pair.tokens, _positions(pair.tokens))
+    hidden = _compiled(pair.model, method="hidden_states")(
+        {"params": pair.params}, pair.tokens, _positions(pair.tokens)
+    )
     assert len(pair.hidden) == len(hidden) == pair.model.config.num_hidden_layers + 1
-    errors = [_relative_error(ours, theirs) for ours, theirs in zip(hidden, pair.hidden, strict=True)]
-    assert max(errors) <= TOLERANCE, f"relative error of the embeddings and after each layer: {errors}"
+    errors = [
+        _relative_error(ours, theirs) for ours, theirs in zip(hidden, pair.hidden, strict=True)
+    ]
+    assert max(errors) <= TOLERANCE, (
+        f"relative error of the embeddings and after each layer: {errors}"
+    )
     assert _logits_error(pair) <= TOLERANCE
 
 
@@ -187,7 +239,9 @@ def test_a_wrong_rope_base_is_rejected(pairs, name):
 def test_a_dropped_bias_is_rejected(pairs, projection):
     pair = pairs("qwen2")
     given = pair.params["layers"]["self_attn"][projection]
-    dropped = _with_attention(pair, **{projection: {**given, "bias": jnp.zeros_like(given["bias"])}})
+    dropped = _with_attention(
+        pair, **{projection: {**given, "bias": jnp.zeros_like(given["bias"])}}
+    )
     assert _logits_error(pair, params=dropped) > TOLERANCE
 
 
@@ -203,7 +257,8 @@ def test_a_wrong_window_is_rejected(pairs, name, change):
         "off_by_one": dict(sliding_window=config.sliding_window + 1),
     }[change]
     if name == "mistral" and change == "all_sliding":
-        assert _logits_error(pair, model=_with_config(pair, **changes)) <= TOLERANCE  # this is what Mistral is
+        # this is what Mistral is
+        assert _logits_error(pair, model=_with_config(pair, **changes)) <= TOLERANCE
     else:
         assert _logits_error(pair, model=_with_config(pair, **changes)) > TOLERANCE
 
@@ -214,7 +269,14 @@ def test_a_wrong_window_is_rejected(pairs, name, change):
     [
         ("llama3_rope", dict(rope_scaling=None)),
         ("llama_linear_rope", dict(rope_scaling=None)),
-        ("llama_yarn", dict(rope_scaling=RopeScaling("yarn", 4.0, original_max_position_embeddings=64, beta_fast=8.0))),
+        (
+            "llama_yarn",
+            dict(
+                rope_scaling=RopeScaling(
+                    "yarn", 4.0, original_max_position_embeddings=64, beta_fast=8.0
+                )
+            ),
+        ),
         ("gemma3", dict(rope_local_base_freq=None)),
         ("gemma3", dict(rope_scaling=None)),
         ("gemma3", dict(query_pre_attn_scalar=None)),
@@ -235,4 +297,6 @@ def test_a_neutral_qk_norm_weight_is_rejected(pairs, name, norm):
     pair = pairs(name)
     given = pair.params["layers"]["self_attn"][norm]["weight"]
     neutral = jnp.zeros_like(given) if name == "gemma3" else jnp.ones_like(given)
-    assert _logits_error(pair, params=_with_attention(pair, **{norm: {"weight": neutral}})) > TOLERANCE
+    assert (
+        _logits_error(pair, params=_with_attention(pair, **{norm: {"weight": neutral}})) > TOLERANCE
+    )

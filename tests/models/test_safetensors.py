@@ -35,7 +35,9 @@ def test_every_value_lands_in_its_place(tmp_path: Path, family: str) -> None:
     tensors = tiny_tensors(config)
     model, params, tokenizer = load_pretrained(write_folder(tmp_path, config, tensors))
     leaves = flatten(params)
-    assert sum(leaf.size for leaf in leaves.values()) == sum(value.size for value in tensors.values())
+    assert sum(leaf.size for leaf in leaves.values()) == sum(
+        value.size for value in tensors.values()
+    )
     for path, leaf in leaves.items():
         assert leaf.dtype == jnp.float32
         np.testing.assert_array_equal(leaf, expected_leaf(tensors, path), err_msg="/".join(path))
@@ -55,7 +57,9 @@ def test_the_check_above_can_fail(tmp_path: Path) -> None:
         assert not np.array_equal(flatten(params)[path], expected_leaf(wrong, path))
 
 
-@pytest.mark.parametrize(("dtype", "numpy_dtype"), [("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)])
+@pytest.mark.parametrize(
+    ("dtype", "numpy_dtype"), [("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)]
+)
 def test_dtypes(tmp_path: Path, dtype: str, numpy_dtype: Any) -> None:
     config = tiny_config("llama")
     tensors = tiny_tensors(config)
@@ -69,18 +73,25 @@ def test_dtypes(tmp_path: Path, dtype: str, numpy_dtype: Any) -> None:
     assert same_trees(widened["norm"]["weight"], rounded["model.norm.weight"].astype(np.float32))
 
 
-def test_multimodal_names_and_listed_extras(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_multimodal_names_and_listed_extras(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = tiny_config("gemma3_text")
     tensors = tiny_tensors(config)
     plain = load_pretrained(write_folder(tmp_path / "plain", config, tensors)).params
     outer = {"model_type": "gemma3", "text_config": config, "vision_config": {}}
     for style in ("language_model.model.", "model.language_model."):
         named = {style + name.removeprefix("model."): value for name, value in tensors.items()}
-        named |= {"vision_tower.a.position_ids": np.zeros((1, 3), np.int64), "multi_modal_projector.b": np.ones((2, 2), np.float32)}
+        named |= {
+            "vision_tower.a.position_ids": np.zeros((1, 3), np.int64),
+            "multi_modal_projector.b": np.ones((2, 2), np.float32),
+        }
         named["language_model.lm_head.weight"] = tensors["model.embed_tokens.weight"]
         with caplog.at_level(logging.INFO, "diffkv_jax"):
             caplog.clear()
-            params = load_pretrained(write_folder(tmp_path / style.replace(".", "_"), outer, named)).params
+            params = load_pretrained(
+                write_folder(tmp_path / style.replace(".", "_"), outer, named)
+            ).params
         assert same_trees(plain, params)
         for name in ("vision_tower.a.position_ids", "multi_modal_projector.b", "lm_head.weight"):
             assert f"ignored {name}" in caplog.text
@@ -94,7 +105,10 @@ def test_the_windows_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture
         llama = tiny_config("llama")
         load_pretrained(write_folder(tmp_path / "llama", llama, tiny_tensors(llama)))
     lines = [(record.levelname, record.getMessage()) for record in caplog.records]
-    assert ("WARNING", "7 layers: 1 compressed, 6 keep a full-precision window of 32 tokens") in lines
+    assert (
+        "WARNING",
+        "7 layers: 1 compressed, 6 keep a full-precision window of 32 tokens",
+    ) in lines
     assert ("INFO", "2 layers: 2 compressed") in lines
 
 

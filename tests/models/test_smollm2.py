@@ -1,4 +1,6 @@
-"""SmolLM2-135M-Instruct from its GGUF file, against `transformers` on torch: same tokens, same text, and no torch on our side."""
+"""SmolLM2-135M-Instruct from its GGUF file, against `transformers` on torch: same tokens, same
+text, and no torch on our side.
+"""
 
 import subprocess
 import sys
@@ -46,11 +48,15 @@ def reference_tokenizer() -> Any:
 
 
 def prompt() -> list[int]:
-    return loaded().tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+    return loaded().tokenizer.apply_chat_template(
+        MESSAGES, add_generation_prompt=True, return_dict=False
+    )
 
 
 def ours_greedy(start: list[int]) -> list[int]:
-    """Greedy decoding by the whole forward pass each step, at one fixed length so that it compiles once."""
+    """Greedy decoding by the whole forward pass each step, at one fixed length so that it compiles
+    once.
+    """
     model, params, _ = loaded()
 
     @jax.jit
@@ -101,15 +107,28 @@ def test_token_ids_are_those_of_transformers(text: str) -> None:
 
 def test_chat_template_is_that_of_transformers() -> None:
     tokenizer, reference = loaded().tokenizer, reference_tokenizer()
-    for messages in (MESSAGES, [{"role": "system", "content": "Be brief."}, *MESSAGES, {"role": "assistant", "content": "Because."}]):
+    for messages in (
+        MESSAGES,
+        [
+            {"role": "system", "content": "Be brief."},
+            *MESSAGES,
+            {"role": "assistant", "content": "Because."},
+        ],
+    ):
         for flag in (False, True):
-            ours = tokenizer.apply_chat_template(messages, add_generation_prompt=flag, return_dict=False)
-            assert ours == reference.apply_chat_template(messages, add_generation_prompt=flag, return_dict=False)
+            ours = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=flag, return_dict=False
+            )
+            assert ours == reference.apply_chat_template(
+                messages, add_generation_prompt=flag, return_dict=False
+            )
     assert tokenizer.special_tokens_map == reference.special_tokens_map
 
 
 def test_digits_split_before_spaces() -> None:
-    """SmolLM's own rule: digits stand alone first, so two spaces before one are a token. transformers' GGUF path leaves that out."""
+    """SmolLM's own rule: digits stand alone first, so two spaces before one are a token.
+    transformers' GGUF path leaves that out.
+    """
     tokenizer = loaded().tokenizer
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("a  1")) == ["a", "ĠĠ", "1"]
 
@@ -128,12 +147,15 @@ def test_converted_checkpoint_is_the_same_model(tmp_path: Path) -> None:
 WITHOUT_TORCH = """
 import importlib.machinery, sys
 find = importlib.machinery.PathFinder.find_spec
-importlib.machinery.PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] == "torch" else find(name, *rest)
+def without_torch(name, *rest):
+    return None if name.split(".")[0] == "torch" else find(name, *rest)
+importlib.machinery.PathFinder.find_spec = without_torch
 from diffkv_jax.models.load import convert_pretrained, load_pretrained
 model, params, tokenizer = load_pretrained(sys.argv[1])
 assert tokenizer.decode(tokenizer.encode("Hello there")) == "Hello there"
 convert_pretrained(sys.argv[1], sys.argv[2], "bfloat16")
-assert load_pretrained(sys.argv[2], "bfloat16").tokenizer.encode("Hello there") == tokenizer.encode("Hello there")
+again = load_pretrained(sys.argv[2], "bfloat16").tokenizer
+assert again.encode("Hello there") == tokenizer.encode("Hello there")
 assert "torch" not in sys.modules
 """
 

@@ -1,7 +1,9 @@
-"""A whole Llama-shaped model under DiffKV, simulated on torch with dense tensors (docs/design.md, section 1).
+"""A whole Llama-shaped model under DiffKV, simulated on torch with dense tensors (docs/design.md,
+section 1).
 
-The cache is never packed or paged: each layer keeps the exact keys and values, what a reader sees of them in their present tier, a map
-of tiers and the significance sums. Slow in memory, simple to check. Use: `load`, `prefill` once, `decode` once a policy, `metrics`.
+The cache is never packed or paged: each layer keeps the exact keys and values, what a reader sees
+of them in their present tier, a map of tiers and the significance sums. Slow in memory, simple to
+check. Use: `load`, `prefill` once, `decode` once a policy, `metrics`.
 """
 
 import copy
@@ -32,7 +34,9 @@ class Policy:
 
 @dataclass
 class LayerCache:
-    """One layer; tensors [kv_heads, capacity, head_dim] or [kv_heads, capacity]. `exact` and `read` hold (keys, values)."""
+    """One layer; tensors [kv_heads, capacity, head_dim] or [kv_heads, capacity]. `exact` and `read`
+    hold (keys, values).
+    """
 
     exact: tuple
     read: tuple
@@ -54,22 +58,30 @@ class Run:
     tiers: np.ndarray  # uint8 [layers, kv_heads, tokens] at the end
     fractions: np.ndarray  # [layers, kv_heads, 4]: recent, high, low, dropped of all tokens seen
     checksums: list  # one a step: crc32 of the uint8 tier map [layers, kv_heads, P] in C order
-    events: list = field(default_factory=list)  # (P, tiers after it, means m it saw), the first after the prompt
+    # (P, tiers after it, means m it saw), the first after the prompt
+    events: list = field(default_factory=list)
 
 
 # --- the model ---
 
 
 def load(path):
-    """(model, tokenizer) from a .gguf file, float32. Through the checkpoint reader of transformers, which needs no `accelerate`."""
+    """(model, tokenizer) from a .gguf file, float32. Through the checkpoint reader of transformers,
+    which needs no `accelerate`.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     folder, name = os.path.split(os.path.abspath(path))
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, gguf_file=name), dtype=torch.float32)
-    tensors = load_gguf_checkpoint(os.path.join(folder, name), return_tensors=True, model_to_load=model)["tensors"]
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(folder, gguf_file=name), dtype=torch.float32
+    )
+    tensors = load_gguf_checkpoint(
+        os.path.join(folder, name), return_tensors=True, model_to_load=model
+    )["tensors"]
     unmatched = model.load_state_dict(tensors, strict=False)
-    assert set(unmatched.missing_keys) <= {"lm_head.weight"} and not unmatched.unexpected_keys  # the head is tied
+    # the head is tied
+    assert set(unmatched.missing_keys) <= {"lm_head.weight"} and not unmatched.unexpected_keys
     model.tie_weights()
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=name)
 
@@ -89,34 +101,57 @@ def rotate(x, positions, theta):
 
 
 def project(config, layer, x, positions):
-    """Rotated queries [heads, tokens, head_dim], rotated keys and values [kv_heads, tokens, head_dim]."""
+    """Rotated queries [heads, tokens, head_dim], rotated keys and values [kv_heads, tokens,
+    head_dim].
+    """
     normed = rms_norm(x, layer.input_layernorm.weight, config.rms_norm_eps)
     attention, theta = layer.self_attn, config.rope_parameters["rope_theta"]
     weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-    queries, keys, values = ((normed @ weight.T).unflatten(-1, (-1, config.head_dim)).transpose(0, 1) for weight in weights)
+    queries, keys, values = (
+        (normed @ weight.T).unflatten(-1, (-1, config.head_dim)).transpose(0, 1)
+        for weight in weights
+    )
     return rotate(queries, positions, theta), rotate(keys, positions, theta), values
 
 
 def after_attention(config, layer, x, attended):
-    """Output projection and SwiGLU, both with their residual; attended [heads, tokens, head_dim]."""
+    """Output projection and SwiGLU, both with their residual; attended [heads, tokens,
+    head_dim].
+    """
     x = x + attended.transpose(0, 1).flatten(1) @ layer.self_attn.o_proj.weight.T
     normed = rms_norm(x, layer.post_attention_layernorm.weight, config.rms_norm_eps)
     mlp = layer.mlp
-    return x + (torch.nn.functional.silu(normed @ mlp.gate_proj.weight.T) * (normed @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T
+    return (
+        x
+        + (
+            torch.nn.functional.silu(normed @ mlp.gate_proj.weight.T)
+            * (normed @ mlp.up_proj.weight.T)
+        )
+        @ mlp.down_proj.weight.T
+    )
 
 
 def head(model, x):
-    return rms_norm(x, model.model.norm.weight, model.config.rms_norm_eps) @ model.model.embed_tokens.weight.T
+    return (
+        rms_norm(x, model.model.norm.weight, model.config.rms_norm_eps)
+        @ model.model.embed_tokens.weight.T
+    )
 
 
 def attend(cache, queries, first):
-    """Causal attention of queries at positions first, first + 1, ...; output and probabilities [kv_heads, group, rows, keys]."""
+    """Causal attention of queries at positions first, first + 1, ...; output and probabilities
+    [kv_heads, group, rows, keys].
+    """
     heads, rows, dim = queries.shape
     kv_heads, end = cache.read[0].shape[0], first + rows
     keys, values = (tensor[:, :end] for tensor in cache.read)
     grouped = queries.reshape(kv_heads, -1, dim)  # the query heads of a KV head lie side by side
-    scores = (grouped * dim**-0.5 @ keys.transpose(-1, -2)).view(kv_heads, heads // kv_heads, rows, end)
-    scores[..., first:].masked_fill_(torch.ones(rows, rows, dtype=torch.bool).triu(1), float("-inf"))
+    scores = (grouped * dim**-0.5 @ keys.transpose(-1, -2)).view(
+        kv_heads, heads // kv_heads, rows, end
+    )
+    scores[..., first:].masked_fill_(
+        torch.ones(rows, rows, dtype=torch.bool).triu(1), float("-inf")
+    )
     dropped = cache.tiers[:, None, None, :end] == DROPPED
     if dropped.any():
         scores.masked_fill_(torch.from_numpy(dropped), float("-inf"))
@@ -142,14 +177,20 @@ def enter(cache, first, keys, values, cache_dtype):
 
 
 def move(cache, wanted, policy):
-    """Put tokens into new tiers: from recent by the exact value, from high to low by the stored codes."""
+    """Put tokens into new tiers: from recent by the exact value, from high to low by the stored
+    codes.
+    """
     end = wanted.shape[1]
     tiers = cache.tiers[:, :end]
-    to_high, to_low, demoted = ((tiers == before) & (wanted == after) for before, after in ((RECENT, HIGH), (RECENT, LOW), (HIGH, LOW)))
+    to_high, to_low, demoted = (
+        (tiers == before) & (wanted == after)
+        for before, after in ((RECENT, HIGH), (RECENT, LOW), (HIGH, LOW))
+    )
     for which in (0, 1):
         high = (policy.high_bits[which], policy.high_groups[which])
         low = (policy.low_bits[which], policy.low_groups[which])
-        exact, read = (store[which][:, :end].numpy() for store in (cache.exact, cache.read))  # views
+        # views
+        exact, read = (store[which][:, :end].numpy() for store in (cache.exact, cache.read))
         read[to_high] = fake_quantise(exact[to_high], *high)
         read[to_low] = fake_quantise(exact[to_low], *low)
         read[demoted] = fake_demote(exact[demoted], *high, *low)
@@ -163,9 +204,15 @@ def means(cache, seen, observed):
 
 
 def decide(tiers, mean, seen, policy, after_prompt=False):
-    """New tiers [kv_heads, tokens] after an event; mean and thresholds float32, comparisons strict."""
-    tau_high, tau_low = (np.float32(alpha) / np.float32(seen) for alpha in (policy.alpha_high, policy.alpha_low))
-    by_threshold = np.where(mean < tau_low, DROPPED, np.where(mean < tau_high, LOW, HIGH)).astype(np.uint8)
+    """New tiers [kv_heads, tokens] after an event; mean and thresholds float32, comparisons
+    strict.
+    """
+    tau_high, tau_low = (
+        np.float32(alpha) / np.float32(seen) for alpha in (policy.alpha_high, policy.alpha_low)
+    )
+    by_threshold = np.where(mean < tau_low, DROPPED, np.where(mean < tau_high, LOW, HIGH)).astype(
+        np.uint8
+    )
     leaving = (tiers == RECENT) & (np.arange(seen) < seen - policy.window)
     if policy.flush == 1 and not after_prompt:
         return one_victim(tiers, mean, by_threshold, leaving)
@@ -174,7 +221,9 @@ def decide(tiers, mean, seen, policy, after_prompt=False):
 
 
 def one_victim(tiers, mean, by_threshold, leaving):
-    """Algorithm 1 of the paper: the tier the leaving token joins has its least significant token re-examined."""
+    """Algorithm 1 of the paper: the tier the leaving token joins has its least significant token
+    re-examined.
+    """
     tiers = tiers.copy()
     for row in np.flatnonzero(leaving.any(axis=1)):
         (token,) = np.flatnonzero(leaving[row])
@@ -203,7 +252,9 @@ def tier_map(caches, seen):
 
 @contextmanager
 def quiet():
-    """No gradients, and one thread: on a shared machine the barriers of torch's threads cost many times the work of a decode step."""
+    """No gradients, and one thread: on a shared machine the barriers of torch's threads cost many
+    times the work of a decode step.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -214,13 +265,27 @@ def quiet():
 
 
 @quiet()
-def prefill(model, tokens, capacity, observe=64, cache_dtype=torch.bfloat16, chunk=None, policy=None, block=256):
-    """Run the prompt: in one piece, the same for every policy, or in chunks, with tokens that left the window read from the high tier."""
+def prefill(
+    model,
+    tokens,
+    capacity,
+    observe=64,
+    cache_dtype=torch.bfloat16,
+    chunk=None,
+    policy=None,
+    block=256,
+):
+    """Run the prompt: in one piece, the same for every policy, or in chunks, with tokens that left
+    the window read from the high tier.
+    """
     config, total = model.config, len(tokens)
     observed = total if observe == "all" else min(observe, total)
     caches = [new_cache(config, capacity) for _ in range(config.num_hidden_layers)]
     sums = torch.zeros(
-        config.num_hidden_layers, config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads, total
+        config.num_hidden_layers,
+        config.num_key_value_heads,
+        config.num_attention_heads // config.num_key_value_heads,
+        total,
     )
     ends = range(total, 0, -(chunk or total))[::-1]  # right-aligned: the last chunk is full
     for start, end in zip([0, *ends], ends, strict=False):
@@ -233,20 +298,33 @@ def prefill(model, tokens, capacity, observe=64, cache_dtype=torch.bfloat16, chu
                 rows = queries[:, low - start : min(low + block, end) - start]
                 attended, probabilities = attend(cache, rows, low)
                 parts.append(attended)
-                layer_sums[..., : low + rows.shape[1]] += probabilities[:, :, max(0, total - observed - low) :].sum(2)
+                layer_sums[..., : low + rows.shape[1]] += probabilities[
+                    :, :, max(0, total - observed - low) :
+                ].sum(2)
             x = after_attention(config, layer, x, torch.cat(parts, 1))
         if end < total:
             for cache in caches:
                 tiers = cache.tiers[:, :end]
-                move(cache, np.where((tiers == RECENT) & (np.arange(end) < end - policy.window), np.uint8(HIGH), tiers), policy)
+                move(
+                    cache,
+                    np.where(
+                        (tiers == RECENT) & (np.arange(end) < end - policy.window),
+                        np.uint8(HIGH),
+                        tiers,
+                    ),
+                    policy,
+                )
     for cache, layer_sums in zip(caches, sums, strict=True):
-        cache.significance[:, :total] = layer_sums.amax(1)  # sums first, then the maximum over the query heads
+        # sums first, then the maximum over the query heads
+        cache.significance[:, :total] = layer_sums.amax(1)
     return Prefilled(caches, head(model, x[-1]), total, observed)
 
 
 @quiet()
 def decode(model, prefilled, next_tokens, policy=None, cache_dtype=torch.bfloat16):
-    """Feed next_tokens one at a time; `policy=None` is the full cache. `prefilled` is left as it was."""
+    """Feed next_tokens one at a time; `policy=None` is the full cache. `prefilled` is left as it
+    was.
+    """
     caches, seen, observed = copy.deepcopy(prefilled.caches), prefilled.seen, prefilled.observed
     run = Run(torch.zeros(len(next_tokens), model.config.vocab_size), None, None, [])
     if policy:
@@ -270,8 +348,12 @@ def decode(model, prefilled, next_tokens, policy=None, cache_dtype=torch.bfloat1
 
 
 def metrics(full_logits, other_logits, next_tokens):
-    """Both logits [steps, vocab]; next_tokens[i] is the true token that row i predicts (so one later than the token fed)."""
-    full, other = (torch.as_tensor(logits).double().log_softmax(-1) for logits in (full_logits, other_logits))
+    """Both logits [steps, vocab]; next_tokens[i] is the true token that row i predicts (so one
+    later than the token fed).
+    """
+    full, other = (
+        torch.as_tensor(logits).double().log_softmax(-1) for logits in (full_logits, other_logits)
+    )
     kl = (full.exp() * (full - other)).sum(-1)
     target = torch.as_tensor(next_tokens)[:, None]
     return {

@@ -1,4 +1,6 @@
-"""Which tokens the presses of kvpress (torch) keep of a prompt: their own scores, and their own choice among heads."""
+"""Which tokens the presses of kvpress (torch) keep of a prompt: their own scores, and their own
+choice among heads.
+"""
 
 import importlib
 import sys
@@ -9,7 +11,8 @@ import numpy as np
 import torch
 import transformers
 
-NOT_NEEDED = ("datasets", "cachetools", "requests", "fire", "pandas")  # imported by presses that no test uses
+# imported by presses that no test uses
+NOT_NEEDED = ("datasets", "cachetools", "requests", "fire", "pandas")
 
 
 def presses() -> types.ModuleType:
@@ -46,8 +49,12 @@ def scores(press, model, tokens: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-def kept_by_best(scores: list[np.ndarray], count: Callable[[int], int], window: int) -> list[list[set[int]]]:
-    """The `count(layer)` best tokens of each head of each layer; the last `window` are always among them."""
+def kept_by_best(
+    scores: list[np.ndarray], count: Callable[[int], int], window: int
+) -> list[list[set[int]]]:
+    """The `count(layer)` best tokens of each head of each layer; the last `window` are always among
+    them.
+    """
     chosen = []
     for layer, heads in enumerate(scores):
         protected = np.where(np.arange(heads.shape[1]) >= heads.shape[1] - window, np.inf, heads)
@@ -70,6 +77,12 @@ def kept_by_mask(press, model, tokens: np.ndarray) -> list[list[set[int]]]:
 
 
 def _prefill(press, model, tokens: np.ndarray) -> None:
-    positions = torch.arange(len(tokens))  # kvpress 0.5.5 expects what transformers passed to every layer before 5.3
+    # kvpress 0.5.5 expects what transformers passed to every layer before 5.3
+    positions = torch.arange(len(tokens))
     with torch.no_grad(), press(model):
-        model(torch.as_tensor(tokens)[None], past_key_values=transformers.DynamicCache(), use_cache=True, cache_position=positions)
+        model(
+            torch.as_tensor(tokens)[None],
+            past_key_values=transformers.DynamicCache(),
+            use_cache=True,
+            cache_position=positions,
+        )

@@ -1,4 +1,5 @@
-"""NumPy reference of MiniCache (arXiv:2405.14366, section 4 of the paper): what the layers of one request hold, and attention over it.
+"""NumPy reference of MiniCache (arXiv:2405.14366, section 4 of the paper): what the layers of one
+request hold, and attention over it.
 
 Written from the equations alone; it shares no code with the library.
 """
@@ -20,7 +21,9 @@ def angles(x, y):
 
 
 def common_direction(x, y, t):
-    """SLERP from the direction of `x` to that of `y [..., d]`, at unit length; a line where the arc is not unique."""
+    """SLERP from the direction of `x` to that of `y [..., d]`, at unit length; a line where the arc
+    is not unique.
+    """
     omega = angles(x, y)[..., None]
     arc = np.sin(omega) > 1e-3
     sine = np.where(arc, np.sin(omega), 1)
@@ -30,17 +33,40 @@ def common_direction(x, y, t):
 
 
 def merged(x, y, t):
-    """Both layers' vectors as restored from one direction and two norms, which are kept in 16 bits."""
+    """Both layers' vectors as restored from one direction and two norms, which are kept in 16
+    bits.
+    """
     direction = common_direction(x, y, t)
-    norms = (read_scale(stored_scale(np.linalg.norm(z, axis=-1, keepdims=True))).astype(x.dtype) for z in (x, y))
+    norms = (
+        read_scale(stored_scale(np.linalg.norm(z, axis=-1, keepdims=True))).astype(x.dtype)
+        for z in (x, y)
+    )
     return tuple(norm * direction for norm in norms)
 
 
 class Request:
-    """Layers from `first` on are merged in pairs. `retain` picks, from the angles, how the tokens that stay unmerged are ranked."""
+    """Layers from `first` on are merged in pairs. `retain` picks, from the angles, how the tokens
+    that stay unmerged are ranked.
+    """
 
-    def __init__(self, layers, heads, dim, first, t=0.6, retention=0.05, swap_norms=False, retain=lambda angle: angle):
-        self.first, self.t, self.retention, self.swap_norms, self.retain = first, t, retention, swap_norms, retain
+    def __init__(
+        self,
+        layers,
+        heads,
+        dim,
+        first,
+        t=0.6,
+        retention=0.05,
+        swap_norms=False,
+        retain=lambda angle: angle,
+    ):
+        self.first, self.t, self.retention, self.swap_norms, self.retain = (
+            first,
+            t,
+            retention,
+            swap_norms,
+            retain,
+        )
         self.held = np.zeros((2, layers, 0, heads, dim))  # K and V as attention reads them
         self.exact = self.held.copy()
         self.shared = np.zeros((layers, 0, heads), bool)
@@ -54,7 +80,9 @@ class Request:
     def append(self, k, v):
         """New exact tokens `[L, n, K, d]`."""
         new = np.stack([k, v]).astype(float)
-        self.held, self.exact = (np.concatenate([old, new], axis=2) for old in (self.held, self.exact))
+        self.held, self.exact = (
+            np.concatenate([old, new], axis=2) for old in (self.held, self.exact)
+        )
         self.shared = np.concatenate([self.shared, np.zeros(new.shape[1:4], bool)], axis=1)
 
     def leave(self, window):
@@ -74,7 +102,10 @@ class Request:
         first, second = merged(x[:, merges], y[:, merges], self.t)
         if self.swap_norms:
             first, second = second, first
-        self.held[:, pair, at[merges], head], self.held[:, pair + 1, at[merges], head] = first, second
+        self.held[:, pair, at[merges], head], self.held[:, pair + 1, at[merges], head] = (
+            first,
+            second,
+        )
         self.shared[pair : pair + 2, at[merges], head] = True
 
     def attend(self, q):

@@ -1,6 +1,8 @@
-"""Plain NumPy reference of the 16 bits that scales, zero points and outliers are kept in (docs/design.md, section 2).
+"""Plain NumPy reference of the 16 bits that scales, zero points and outliers are kept in
+(docs/design.md, section 2).
 
-Written from the rule alone; it shares no code with the library. Stored numbers are float16 arrays whose bits may mean a bfloat16.
+Written from the rule alone; it shares no code with the library. Stored numbers are float16 arrays
+whose bits may mean a bfloat16.
 """
 
 import jax.numpy as jnp
@@ -17,7 +19,9 @@ def to_half(values):
 
 def saturated(values):
     """Finite numbers are kept within 2^119."""
-    return np.where(np.isinf(values), values, np.clip(values, -(2.0**119), 2.0**119)).astype(np.float32)
+    return np.where(np.isinf(values), values, np.clip(values, -(2.0**119), 2.0**119)).astype(
+        np.float32
+    )
 
 
 def too_large(size):
@@ -40,7 +44,11 @@ def down(values):
 def marked(scale, wide):
     """Scales as they are stored: bfloat16 with the sign bit set where `wide`, else float16."""
     bits = np.asarray(scale, np.float32).astype(BFLOAT16).view(np.uint16) | 0x8000
-    return np.where(wide, bits, to_half(scale).view(np.uint16) & 0x7FFF).astype(np.uint16).view(np.float16)
+    return (
+        np.where(wide, bits, to_half(scale).view(np.uint16) & 0x7FFF)
+        .astype(np.uint16)
+        .view(np.float16)
+    )
 
 
 def beside(zero, wide):
@@ -68,11 +76,17 @@ def read_scale(scale):
 
 def read_zero(scale, zero):
     """float32 of the zero points beside stored scales."""
-    return np.where(is_wide(scale), np.ascontiguousarray(zero).view(BFLOAT16).astype(np.float32), np.asarray(zero).astype(np.float32))
+    return np.where(
+        is_wide(scale),
+        np.ascontiguousarray(zero).view(BFLOAT16).astype(np.float32),
+        np.asarray(zero).astype(np.float32),
+    )
 
 
 def grid(low, high, most):
-    """(scale, zero) that codes 0 to `most` over a range are made with, float32, and the two as stored."""
+    """(scale, zero) that codes 0 to `most` over a range are made with, float32, and the two as
+    stored.
+    """
     low, high = saturated(low), saturated(high)
     scale, zero = (high - low) / np.float32(most), low
     wide = needs_bfloat16(scale, zero)
@@ -84,11 +98,19 @@ def grid(low, high, most):
 def kept_outlier(values):
     """Outliers as they are read back, each by itself: float16, of those beyond it bfloat16."""
     half = to_half(values).astype(np.float32)
-    return np.where(too_large(values), np.asarray(values, np.float32).astype(BFLOAT16).astype(np.float32), half)
+    return np.where(
+        too_large(values), np.asarray(values, np.float32).astype(BFLOAT16).astype(np.float32), half
+    )
 
 
 def read_outliers(first, second):
-    """float32 of stored pairs: float16 with the larger one first, or bfloat16 with the smaller one first."""
-    small, large = (np.ascontiguousarray(x).view(BFLOAT16).astype(np.float32) for x in (first, second))
+    """float32 of stored pairs: float16 with the larger one first, or bfloat16 with the smaller one
+    first.
+    """
+    small, large = (
+        np.ascontiguousarray(x).view(BFLOAT16).astype(np.float32) for x in (first, second)
+    )
     turned = small < large
-    return np.where(turned, large, first.astype(np.float32)), np.where(turned, small, second.astype(np.float32))
+    return np.where(turned, large, first.astype(np.float32)), np.where(
+        turned, small, second.astype(np.float32)
+    )

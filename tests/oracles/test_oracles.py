@@ -33,11 +33,15 @@ from .quantiser import (  # noqa: E402
 
 
 def test_four_bits_by_hand():
-    # min -1, max 2: scale 3/15 = 0.2; (x + 1) / 0.2 = 0, 2.5, 3.5, 15 -> 0, 2, 4, 15 with halves to even
+    # min -1, max 2: scale 3/15 = 0.2; (x + 1) / 0.2 = 0, 2.5, 3.5, 15 -> 0, 2, 4, 15 with halves to
+    # even
     codes, scale, zero = quantise(np.array([-1.0, -0.5, -0.3, 2.0]), 4)
-    assert codes[[0, 3]].tolist() == [0, 15] and codes[2] == 4 and codes[1] in (2, 3)  # 3/15 is not exact in binary
+    # 3/15 is not exact in binary
+    assert codes[[0, 3]].tolist() == [0, 15] and codes[2] == 4 and codes[1] in (2, 3)
     assert scale == np.float16(0.2) and zero == np.float16(-1)
-    np.testing.assert_allclose(dequantise(codes, scale, zero)[[0, 2, 3]], [-1.0, -0.2, 2.0], atol=2e-3)
+    np.testing.assert_allclose(
+        dequantise(codes, scale, zero)[[0, 2, 3]], [-1.0, -0.2, 2.0], atol=2e-3
+    )
 
 
 def test_halves_round_to_even():
@@ -51,7 +55,11 @@ def test_halves_round_to_even():
 def test_extremes_and_constant_groups(bits):
     codes, scale, zero = quantise(np.array([[-3.0, 1.0, 5.0, 0.5], [7.0, 7.0, 7.0, 7.0]]), bits)
     assert codes[0, 0] == 0 and codes[0, 2] == 2**bits - 1
-    assert codes[1].tolist() == [0] * 4 and scale[1] == 0 and dequantise(codes, scale, zero)[1].tolist() == [7.0] * 4
+    assert (
+        codes[1].tolist() == [0] * 4
+        and scale[1] == 0
+        and dequantise(codes, scale, zero)[1].tolist() == [7.0] * 4
+    )
 
 
 def test_groups_are_contiguous_channels():
@@ -63,20 +71,33 @@ def test_groups_are_contiguous_channels():
 def test_codes_come_from_unrounded_scale_and_zero():
     # zero 2049 is stored as 2048 (float16 keeps 11 bits); the codes are those of the exact zero
     codes, scale, zero = quantise(np.array([2049.0, 2050.0, 2052.0]), 2)
-    assert codes.tolist() == [0, 1, 3] and zero == 2048 and dequantise(codes, scale, zero).tolist() == [2048.0, 2049.0, 2051.0]
+    assert (
+        codes.tolist() == [0, 1, 3]
+        and zero == 2048
+        and dequantise(codes, scale, zero).tolist() == [2048.0, 2049.0, 2051.0]
+    )
 
 
 def test_scale_is_rounded_to_half():
     # 1 / 255 = 0.00392157; its float16 neighbour is 257 * 2^-16
     codes, scale, zero = quantise(np.array([0.0, 1.0]), 8)
-    assert scale == np.float16(257 * 2.0**-16) and dequantise(codes, scale, zero)[1] == np.float32(255 * 257 * 2.0**-16)
+    assert scale == np.float16(257 * 2.0**-16) and dequantise(codes, scale, zero)[1] == np.float32(
+        255 * 257 * 2.0**-16
+    )
 
 
-@pytest.mark.parametrize("bits, lower, ratio", [(8, 4, 17), (4, 2, 5), (8, 2, 85), (2, 1, 3), (8, 1, 255), (4, 1, 15)])
+@pytest.mark.parametrize(
+    "bits, lower, ratio", [(8, 4, 17), (4, 2, 5), (8, 2, 85), (2, 1, 3), (8, 1, 255), (4, 1, 15)]
+)
 def test_nested_demotion_equals_requantising(bits, lower, ratio):
-    all_codes = np.arange(2**bits, dtype=np.uint8)  # both extremes are there, as in every quantised group
-    nested = demote_nested(all_codes, np.array([0.25], np.float16), np.array([-3.0], np.float16), bits, lower)
-    direct = requantise(all_codes, np.array([0.25], np.float16), np.array([-3.0], np.float16), lower, 1)
+    # both extremes are there, as in every quantised group
+    all_codes = np.arange(2**bits, dtype=np.uint8)
+    nested = demote_nested(
+        all_codes, np.array([0.25], np.float16), np.array([-3.0], np.float16), bits, lower
+    )
+    direct = requantise(
+        all_codes, np.array([0.25], np.float16), np.array([-3.0], np.float16), lower, 1
+    )
     for one, other in zip(nested, direct, strict=True):
         np.testing.assert_array_equal(one, other)
     assert nested[1] == 0.25 * ratio and nested[2] == -3
@@ -85,10 +106,23 @@ def test_nested_demotion_equals_requantising(bits, lower, ratio):
 
 
 def test_nested_demotion_by_hand():
-    # 8 to 4 bits: 8/17 -> 0, 9/17 -> 1, 25/17 -> 1, 26/17 -> 2; 4 to 2 bits: 2/5 -> 0, 3/5 -> 1, 12/5 -> 2, 13/5 -> 3
+    # 8 to 4 bits: 8/17 -> 0, 9/17 -> 1, 25/17 -> 1, 26/17 -> 2; 4 to 2 bits: 2/5 -> 0, 3/5 -> 1,
+    # 12/5 -> 2, 13/5 -> 3
     one = np.array([1.0], np.float16)
-    assert demote_nested(np.array([8, 9, 25, 26, 255], np.uint8), one, one, 8, 4)[0].tolist() == [0, 1, 1, 2, 15]
-    assert demote_nested(np.array([2, 3, 12, 13, 15], np.uint8), one, one, 4, 2)[0].tolist() == [0, 1, 2, 3, 3]
+    assert demote_nested(np.array([8, 9, 25, 26, 255], np.uint8), one, one, 8, 4)[0].tolist() == [
+        0,
+        1,
+        1,
+        2,
+        15,
+    ]
+    assert demote_nested(np.array([2, 3, 12, 13, 15], np.uint8), one, one, 4, 2)[0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        3,
+    ]
 
 
 def test_nested_demotion_of_random_groups():
@@ -104,7 +138,9 @@ def test_demotion_with_other_groups_goes_through_the_values():
     stored = quantise(values, 4, groups=1)
     codes, scale, zero = demote(*stored, 4, 2, 2)
     assert scale.shape == (2,) and zero[0] == 0
-    np.testing.assert_array_equal(fake_demote(values, 4, 1, 2, 2), fake_quantise(fake_quantise(values, 4), 2, 2))
+    np.testing.assert_array_equal(
+        fake_demote(values, 4, 1, 2, 2), fake_quantise(fake_quantise(values, 4), 2, 2)
+    )
 
 
 def test_demoted_differs_from_quantised_directly():
@@ -123,12 +159,15 @@ def test_without_the_zero_the_values_are_wrong():
 
 
 def test_planes_by_hand():
-    # 4 bits, 4 channels: rows 0, 1 hold channels (0, 2) and (1, 3), the lower channel in the lower half
+    # 4 bits, 4 channels: rows 0, 1 hold channels (0, 2) and (1, 3), the lower channel in the lower
+    # half
     assert pack(np.array([[1], [2], [3], [15]], np.uint8), 4).tolist() == [[0x31], [0xF2]]
     # 2 bits, 4 channels: one row, channel i at bits 2i: 3 + 1 * 4 + 0 * 16 + 2 * 64
     assert pack(np.array([[3], [1], [0], [2]], np.uint8), 2).tolist() == [[135]]
     # 1 bit, 8 channels: channels 0, 3 and 7
-    assert pack(np.array([[1], [0], [0], [1], [0], [0], [0], [1]], np.uint8), 1).tolist() == [[1 + 8 + 128]]
+    assert pack(np.array([[1], [0], [0], [1], [0], [0], [0], [1]], np.uint8), 1).tolist() == [
+        [1 + 8 + 128]
+    ]
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2, 1])
@@ -145,11 +184,30 @@ def test_planes_round_trip(bits):
 def test_a_prompt_by_hand():
     # N = 8, W = 2, all rows observe: n = 8, 7, 6, 5, 4, 3; tau_high = 1/8, tau_low = 0.4/8 = 0.05
     head = Head(1.0, 0.4, window=2, observe="all")
-    tiers = head.prefill([1.0, 0.7, 0.24, 0.5, 0.5, 0.3, 9, 9], 8)  # m = .125 (not below), .1, .04, .1, .125, .1
-    assert list(tiers.values()) == ["high", "low", "dropped", "low", "high", "low", "recent", "recent"]
+    # m = .125 (not below), .1, .04, .1, .125, .1
+    tiers = head.prefill([1.0, 0.7, 0.24, 0.5, 0.5, 0.3, 9, 9], 8)
+    assert list(tiers.values()) == [
+        "high",
+        "low",
+        "dropped",
+        "low",
+        "high",
+        "low",
+        "recent",
+        "recent",
+    ]
     head = Head(1.0, 0.4, window=2, observe=4)  # n = 4, 4, 4, 4, 4, 3
     tiers = head.prefill([0.5, 0.4, 0.19, 0.21, 0.49, 0.38, 9, 9], 8)
-    assert list(tiers.values()) == ["high", "low", "dropped", "low", "low", "high", "recent", "recent"]
+    assert list(tiers.values()) == [
+        "high",
+        "low",
+        "dropped",
+        "low",
+        "low",
+        "high",
+        "recent",
+        "recent",
+    ]
 
 
 def scored(head, **changes):
@@ -158,43 +216,82 @@ def scored(head, **changes):
 
 
 def test_a_decode_trace_through_every_branch():
-    """W = 2, alpha (1, 0.5), observe 2; the comments give m against tau_high / tau_low of the step."""
+    """W = 2, alpha (1, 0.5), observe 2; the comments give m against tau_high / tau_low of the
+    step.
+    """
     head = Head(1.0, 0.5, window=2, flush=1, observe=2)
     # N = 6: tau 1/6, 1/12; n = 2: m = .5, .2, .1, .09
-    assert list(head.prefill([1.0, 0.4, 0.2, 0.18, 0.5, 0.5], 6).values()) == ["high", "high", "low", "low", "recent", "recent"]
-    # P = 7, tau .1429 / .0714, n = 3: t4 joins high at .1667; the least high, t1 at .1333, is demoted
+    assert list(head.prefill([1.0, 0.4, 0.2, 0.18, 0.5, 0.5], 6).values()) == [
+        "high",
+        "high",
+        "low",
+        "low",
+        "recent",
+        "recent",
+    ]
+    # P = 7, tau .1429 / .0714, n = 3: t4 joins high at .1667; the least high, t1 at .1333, is
+    # demoted
     head.step(scored(head))
     assert head.log[-2:] == [(7, 4, "recent", "high"), (7, 1, "high", "low")]
-    # P = 8, tau .125 / .0625, n = 4 (t5: min(3, 4) = 3): t5 at .5/3 joins high; t4 at .5/4 = .125 is not below: stays
+    # P = 8, tau .125 / .0625, n = 4 (t5: min(3, 4) = 3): t5 at .5/3 joins high; t4 at .5/4 = .125
+    # is not below: stays
     head.step(scored(head))
     assert head.log[-1] == (8, 5, "recent", "high") and head.tiers[4] == "high"
-    # P = 9, tau .1111 / .0556: t6 (n = 3) at .2/3 = .067 joins low; t3 at .18/5 = .036 is the least of low, dropped; t2 at .04 stays
+    # P = 9, tau .1111 / .0556: t6 (n = 3) at .2/3 = .067 joins low; t3 at .18/5 = .036 is the least
+    # of low, dropped; t2 at .04 stays
     head.step(scored(head, t6=0.2))
-    assert head.log[-2:] == [(9, 6, "recent", "low"), (9, 3, "low", "dropped")] and head.tiers[2] == "low"
-    # P = 10, tau .1 / .05: t7 (n = 3) at 0 is dropped; nothing else, although t2 at .2/6 = .033 is below
+    assert (
+        head.log[-2:] == [(9, 6, "recent", "low"), (9, 3, "low", "dropped")]
+        and head.tiers[2] == "low"
+    )
+    # P = 10, tau .1 / .05: t7 (n = 3) at 0 is dropped; nothing else, although t2 at .2/6 = .033 is
+    # below
     head.step(scored(head))
-    assert head.log[-1] == (10, 7, "recent", "dropped") and head.tiers[2] == "low" and len(head.log) == 4 + 6
-    # P = 11, tau .0909 / .0455: t8 (n = 3) at .2 joins high; t4 and t5 at .5/7 = .071, a tie in m: the older is demoted
+    assert (
+        head.log[-1] == (10, 7, "recent", "dropped")
+        and head.tiers[2] == "low"
+        and len(head.log) == 4 + 6
+    )
+    # P = 11, tau .0909 / .0455: t8 (n = 3) at .2 joins high; t4 and t5 at .5/7 = .071, a tie in m:
+    # the older is demoted
     head.step(scored(head, t8=0.6))
-    assert head.log[-2:] == [(11, 8, "recent", "high"), (11, 4, "high", "low")] and head.tiers[5] == "high"
-    # P = 12, tau .0833 / .0417: t9 at .08 joins low; the least of low, t2 at (.2 + .4) / 8 = .075, stays
+    assert (
+        head.log[-2:] == [(11, 8, "recent", "high"), (11, 4, "high", "low")]
+        and head.tiers[5] == "high"
+    )
+    # P = 12, tau .0833 / .0417: t9 at .08 joins low; the least of low, t2 at (.2 + .4) / 8 = .075,
+    # stays
     head.step(scored(head, t2=0.4, t4=0.2, t1=0.4, t6=0.4, t9=0.24))
     assert head.log[-1] == (12, 9, "recent", "low") and head.tiers[2] == "low"
-    # P = 13, tau .0769 / .0385: t10 at .2 joins high; t5, its S lowered by hand, at .01/9 goes from high to dropped
+    # P = 13, tau .0769 / .0385: t10 at .2 joins high; t5, its S lowered by hand, at .01/9 goes from
+    # high to dropped
     next(token for token in head.high if token.position == 5).significance = np.float32(0.01)
     head.step(scored(head, t10=0.6))
     assert head.log[-2:] == [(13, 10, "recent", "high"), (13, 5, "high", "dropped")]
 
 
 def test_all_victims_at_once():
-    # flush = 2: nothing at step 1; at step 2 (P = 8, W = 2) tokens 4 and 5 leave; n = 4 (t5: 3); tau .125 / .0625
+    # flush = 2: nothing at step 1; at step 2 (P = 8, W = 2) tokens 4 and 5 leave; n = 4 (t5: 3);
+    # tau .125 / .0625
     head = Head(1.0, 0.5, window=2, flush=2, observe=2)
-    assert list(head.prefill([1.0, 0.4, 0.4, 0.2, 0.5, 0.1], 6).values()) == ["high"] * 3 + ["low"] + ["recent"] * 2
+    assert (
+        list(head.prefill([1.0, 0.4, 0.4, 0.2, 0.5, 0.1], 6).values())
+        == ["high"] * 3 + ["low"] + ["recent"] * 2
+    )
     before = dict(head.tiers)
     assert {**before, 6: "recent"} == head.step(scored(head))
     next(token for token in head.high if token.position == 2).significance = np.float32(0.2)
     # m: t0 .25, t1 .1, t2 .05, t3 .05, t4 .125 (not below), t5 .033
-    assert list(head.step(scored(head)).values()) == ["high", "low", "dropped", "dropped", "high", "dropped", "recent", "recent"]
+    assert list(head.step(scored(head)).values()) == [
+        "high",
+        "low",
+        "dropped",
+        "dropped",
+        "high",
+        "dropped",
+        "recent",
+        "recent",
+    ]
 
 
 def test_nothing_is_promoted():
@@ -243,12 +340,22 @@ def test_simulation_decides_as_algorithm1(flush, observe):
 
 
 def reads(policy, journey, swapped=False):
-    """What a cache of one head, four tokens of 64 channels reads after its tokens went through the tiers of `journey`."""
+    """What a cache of one head, four tokens of 64 channels reads after its tokens went through the
+    tiers of `journey`.
+    """
     import torch
 
-    exact = tuple(torch.from_numpy(np.random.default_rng(seed).normal(size=(1, 4, 64)).astype(np.float32)) for seed in (0, 1))
+    exact = tuple(
+        torch.from_numpy(np.random.default_rng(seed).normal(size=(1, 4, 64)).astype(np.float32))
+        for seed in (0, 1)
+    )
     exact = exact[::-1] if swapped else exact
-    cache = LayerCache(exact, tuple(tensor.clone() for tensor in exact), torch.zeros(1, 4), np.zeros((1, 4), np.uint8))
+    cache = LayerCache(
+        exact,
+        tuple(tensor.clone() for tensor in exact),
+        torch.zeros(1, 4),
+        np.zeros((1, 4), np.uint8),
+    )
     for tiers in journey:
         move(cache, np.array([tiers], np.uint8), policy)
     return [tensor[0].numpy() for tensor in exact], [tensor[0].numpy() for tensor in cache.read]
@@ -265,7 +372,9 @@ def test_forms_a_reader_sees():
     errors = [np.abs(read_keys[0] - keys[0]).max(), np.abs(read_values[0] - values[0]).max()]
     assert errors[0] * 8 < errors[1]  # keys have the more bits; swapping them shows
     _, (swapped_keys, swapped_values) = reads(Policy(1, 0), journey, swapped=True)
-    assert (swapped_keys[:3] != read_values[:3]).any() and (swapped_values[:3] != read_keys[:3]).any()
+    assert (swapped_keys[:3] != read_values[:3]).any() and (
+        swapped_values[:3] != read_keys[:3]
+    ).any()
 
 
 def test_metrics_by_hand():
@@ -273,4 +382,6 @@ def test_metrics_by_hand():
     result = metrics(full, other, [0, 1])
     second = 0.8 * np.log(2) + 0.2 * np.log(1 / 3)
     assert result["mean_kl"] == pytest.approx(second / 2) and result["top1"] == 0.5
-    assert result["perplexity_full"] == pytest.approx((0.5 * 0.2) ** -0.5) and result["perplexity"] == pytest.approx((0.5 * 0.6) ** -0.5)
+    assert result["perplexity_full"] == pytest.approx((0.5 * 0.2) ** -0.5) and result[
+        "perplexity"
+    ] == pytest.approx((0.5 * 0.6) ** -0.5)
