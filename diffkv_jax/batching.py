@@ -9,12 +9,9 @@ import jax
 import numpy as np
 
 from diffkv_jax.arguments import integer, shown
-from diffkv_jax.cache.cache import CacheSpec
 from diffkv_jax.model import AttentionSpec
-from diffkv_jax.policy.replay import Replay
 
 MIN_CHUNK = 16
-PASS_ROWS = 512  # a pass of more rows has a multiple of them, as attention wants
 IDS = "token ids: tokenizer(text).input_ids makes them"
 
 
@@ -241,49 +238,24 @@ def check_context(attention: AttentionSpec, totals: np.ndarray, max_len: int) ->
         )
 
 
-def check_evicts_once(spec: CacheSpec, seen: np.ndarray, lengths: np.ndarray, size: int) -> None:
-    """Refuse prompts that would have stored tokens dropped which share numbers. `seen`, `lengths`
-    int [R], `size` is that of a chunk.
-
-    Raises:
-        ValueError: a prompt of several chunks, or one after another.
-    """
-    if spec.layout.together == 1 or spec.selection.score is None:
-        return
-    rule = (
-        f"{spec.layout.formats[0].name} shares numbers between tokens, so the policy drops tokens "
-        f"before they are encoded"
-    )
-    if lengths.max() > size:
-        raise ValueError(
-            f"{rule}: a prompt of {lengths.max()} tokens must fit one chunk of "
-            f"{size}; raise prefill_chunk"
-        )
-    if seen[lengths > 0].any():
-        raise ValueError(
-            f"{rule}, and this cache holds a prompt already; begin a new cache, or "
-            f"take a codec for each token such as 'K4V4'"
-        )
-
-
-def chunk_size(longest: int, prefill_chunk: int, observe: int | str | None) -> int:
+def chunk_size(longest: int, prefill_chunk: int, queries: int | str) -> int:
     """Length of the chunks: the power of two that holds the longest prompt, at most
     `prefill_chunk`.
 
     Raises:
         ValueError: `prefill_chunk` is not a power of two of at least 16, or too small for the
-            observing queries to fit one chunk.
+            scoring queries to fit one chunk.
     """
     if prefill_chunk < MIN_CHUNK or prefill_chunk & (prefill_chunk - 1):
         raise ValueError(
             f"prefill_chunk={prefill_chunk} must be a power of two of at least {MIN_CHUNK}"
         )
-    if longest > prefill_chunk and isinstance(observe, int) and prefill_chunk < observe:
+    if longest > prefill_chunk and isinstance(queries, int) and prefill_chunk < queries:
         raise ValueError(
-            f"prefill_chunk={prefill_chunk} must be at least observe={observe}: the "
-            f"last chunk holds all observing queries"
+            f"prefill_chunk={prefill_chunk} must be at least queries={queries}: the "
+            "last chunk holds all scoring queries"
         )
-    return min(prefill_chunk, _power_of_two(longest))
+    return min(prefill_chunk, power_of_two(longest))
 
 
 def chunks(
@@ -293,34 +265,18 @@ def chunks(
     the last.
     """
     count = -(-int(lengths.max()) // size)
-    padded = _right_aligned([row[:n] for row, n in zip(tokens, lengths, strict=True)], count * size)
+    padded = right_aligned([row[:n] for row, n in zip(tokens, lengths, strict=True)], count * size)
     for c in range(count):
         real = np.clip(lengths - (count - 1 - c) * size, 0, size).astype(np.int32)
         yield padded[:, c * size : (c + 1) * size], real, c == count - 1
 
 
-def replay_passes(
-    replay: Replay, tokens: np.ndarray, lengths: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Right-aligned passes over prompts `tokens` [R, N] of `lengths` [R]: int32 [R, C], real tokens
-    int32 [R], first position.
-    """
-    starts = range(0, int(lengths.max()), replay.chunk)
-    passes = [
-        [replay.row(row[:n], at) for row, n in zip(tokens, lengths, strict=True)] for at in starts
-    ]
-    longest = max(len(row) for rows in passes for row in rows)
-    width = -(-longest // PASS_ROWS) * PASS_ROWS if longest > PASS_ROWS else _power_of_two(longest)
-    for at, rows in zip(starts, passes, strict=True):
-        yield _right_aligned(rows, width), np.array([len(row) for row in rows], np.int32), at
-
-
-def _power_of_two(longest: int) -> int:
+def power_of_two(longest: int) -> int:
     """The power of two that holds `longest` tokens, at least `MIN_CHUNK`."""
     return max(MIN_CHUNK, 1 << (longest - 1).bit_length())
 
 
-def _right_aligned(rows: Sequence[Sequence[int] | np.ndarray], width: int) -> np.ndarray:
+def right_aligned(rows: Sequence[Sequence[int] | np.ndarray], width: int) -> np.ndarray:
     """int32 [R, width], zeros before each row."""
     padded = np.zeros((len(rows), width), np.int32)
     for i, row in enumerate(rows):

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from diffkv_jax.arguments import instance, integer, text
 from diffkv_jax.batching import as_batch, chunk_size
 from diffkv_jax.cache.cache import KVCache
-from diffkv_jax.cache.make import make_cache
 from diffkv_jax.calibration.calibration import Calibration
 from diffkv_jax.inputs import as_params, as_policy, check_model, check_outside_jit
+from diffkv_jax.make_cache import make_cache
 from diffkv_jax.model import CausalLM
 from diffkv_jax.not_finite import warn_of_errors
 from diffkv_jax.pallas_kernels.branch import when
@@ -107,7 +107,7 @@ def teacher_forced(
         if progress is None
         else text("progress", progress, "the name of a progress bar, or None")
     )
-    size = chunk_size(context, integer("prefill_chunk", prefill_chunk), policy.observe)
+    size = chunk_size(context, integer("prefill_chunk", prefill_chunk), policy.queries)
     if calibration is not None:
         instance(
             "calibration",

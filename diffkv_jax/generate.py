@@ -12,9 +12,9 @@ from jax import Array
 
 from diffkv_jax.arguments import flag, instance, integer
 from diffkv_jax.batching import Prompts, as_prompts, check_context, chunk_size
-from diffkv_jax.cache.cache import KVCache, kernels_for
+from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.cache.claim import claimed
-from diffkv_jax.cache.make import make_cache
+from diffkv_jax.cache.kernels import kernels_for
 from diffkv_jax.cache.pool_size import check_pool
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.decode_loop import FINISH_REASONS, Requests, State, begin, decode
@@ -28,6 +28,7 @@ from diffkv_jax.inputs import (
     stop_ids,
 )
 from diffkv_jax.interrupt import Held
+from diffkv_jax.make_cache import make_cache
 from diffkv_jax.model import AttentionSpec, CausalLM
 from diffkv_jax.not_finite import warn_of_errors
 from diffkv_jax.pallas_kernels.precision import in_32_bits
@@ -249,7 +250,7 @@ def _new_cache(
     """An empty cache for these prompts and what is generated."""
     policy = as_policy(policy)
     _check_empty(prompts, np.full(len(prompts.lengths), -1))
-    chunk_size(int(prompts.lengths.max()), prefill_chunk, policy.observe)
+    chunk_size(int(prompts.lengths.max()), prefill_chunk, policy.queries)
     kernels = kernels_for(policy, model.attention, implementation, interpret=interpret or False)
     if calibration is not None:
         instance(
@@ -349,6 +350,4 @@ def _joined(
         batch[i, : had[i]] = pending[i]
         batch[i, had[i] : had[i] + n] = prompts.tokens[i, :n]
     joined = Prompts(batch, prompts.lengths + had, prompts.rests)
-    return joined, chunk_size(
-        int(joined.lengths.max()), prefill_chunk, cache.spec.selection.observe
-    )
+    return joined, chunk_size(int(joined.lengths.max()), prefill_chunk, cache.policy.queries)

@@ -1,4 +1,4 @@
-"""Prompts into the cache, chunk by chunk, and gone over again where a policy ranks by that."""
+"""Prompts into the cache, chunk by chunk, and gone over again where a score has passes."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from diffkv_jax.batching import check_evicts_once, chunks, replay_passes
+from diffkv_jax.batching import chunks
 from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.interrupt import Held
 from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.precision import in_32_bits
-from diffkv_jax.steps.jitted import end_replay, prefill_chunk, replay_chunk
+from diffkv_jax.steps.jitted import end_passes, prefill_chunk, score_pass
 
 
 class Read(NamedTuple):
@@ -43,7 +43,7 @@ def read_prompts(
     """Feed prompts `[R, N]` of `lengths` int [R] (0: the request rests) in chunks of `size`;
     `held.value` becomes a `Read`.
 
-    A policy that ranks by replay has the first prompt of a request gone over again and then drops;
+    A score with passes (`Score.passes`) goes over the first prompt of a request again, then drops;
     later prompts stay as they are.
 
     Raises:
@@ -52,11 +52,11 @@ def read_prompts(
             context or vocabulary.
     """
     spec, seen = held.cache.spec, np.asarray(held.cache.seq_len)
-    replay = spec.selection.replay if spec.paged_layers else None
-    check_evicts_once(spec, seen, lengths, size)
+    score = held.cache.policy.score if spec.paged_layers else None
+    check_evicts_once(held.cache, seen, lengths, size)
     again = np.where(seen == 0, lengths, 0)
-    if replay is not None:
-        replay.check(spec.attention, again)
+    if score is not None:
+        score.check_prompts(spec.attention, again)
     held.cache = dataclasses.replace(held.cache, overflow=jnp.zeros_like(held.cache.overflow))
 
     def read(
@@ -68,14 +68,40 @@ def read_prompts(
         return Read(logits, last), cache
 
     def read_again(found: Read, cache: KVCache, *part: Array) -> tuple[Read, KVCache]:
-        return found, replay_chunk(model, params, cache, *part)
+        return found, score_pass(model, params, cache, *part)
 
     for chunk in chunks(tokens, lengths, size):
         before = held.value
         held.update(read, *chunk)
         # one chunk ahead of the device, so that Ctrl-C does not wait for all
         jax.block_until_ready(before)
-    if replay is not None and again.any():
-        for part, real, first in replay_passes(replay, tokens, again):
+    if score is not None and score.has_passes and again.any():
+        for part, real, first in score.passes(tokens, again):
             held.update(read_again, jnp.asarray(part), jnp.asarray(real), jnp.int32(first))
-        held.update(lambda found, cache: (found, end_replay(cache, jnp.asarray(again > 0))))
+        held.update(lambda found, cache: (found, end_passes(cache, jnp.asarray(again > 0))))
+
+
+def check_evicts_once(cache: KVCache, seen: np.ndarray, lengths: np.ndarray, size: int) -> None:
+    """Refuse prompts that would have stored tokens dropped which share numbers. `seen`, `lengths`
+    int [R], `size` is that of a chunk.
+
+    Raises:
+        ValueError: a prompt of several chunks, or one after another.
+    """
+    spec = cache.spec
+    if spec.layout.together == 1 or cache.policy.score is None:
+        return
+    rule = (
+        f"{spec.layout.formats[0].name} shares numbers between tokens, so the policy drops tokens "
+        f"before they are encoded"
+    )
+    if lengths.max() > size:
+        raise ValueError(
+            f"{rule}: a prompt of {lengths.max()} tokens must fit one chunk of "
+            f"{size}; raise prefill_chunk"
+        )
+    if seen[lengths > 0].any():
+        raise ValueError(
+            f"{rule}, and this cache holds a prompt already; begin a new cache, or "
+            f"take a codec for each token such as 'K4V4'"
+        )

@@ -1,5 +1,5 @@
-"""Prompts that do not fit the pool: the request is flagged and emptied, so that the others get its
-pages (docs/design.md 4).
+"""Which requests get the pages they need (docs/design.md 4): in decode in order; of prompts that do
+not fit the largest is flagged and emptied, so that the others get its pages.
 """
 
 import dataclasses
@@ -10,7 +10,18 @@ from jax import Array, lax
 from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.cache.layer import per_head, stored_layer, with_stored
 from diffkv_jax.pallas_kernels.apply_event import release_all
-from diffkv_jax.steps.event import admit
+
+
+def admit(needed: Array, free: Array) -> Array:
+    """Which requests get all the pages they need, `needed [R]`, in order while `free []` lasts; one
+    that does not fit takes none.
+    """
+
+    def take(left, need):
+        fits = need <= left
+        return left - jnp.where(fits, need, 0), fits
+
+    return lax.scan(take, free, needed)[1]
 
 
 def make_room(cache: KVCache, needed: Array) -> KVCache:

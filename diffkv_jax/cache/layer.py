@@ -5,17 +5,31 @@ R x K, and back.
 import dataclasses
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from diffkv_jax.cache.cache import CacheSpec, KVCache, Table
+from diffkv_jax.cache.cache import KVCache, Table
+from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.pallas_kernels.apply_event import Stored
 from diffkv_jax.pallas_kernels.codecs import read_by, with_table
 from diffkv_jax.pallas_kernels.decode_attention import Heads
 from diffkv_jax.pallas_kernels.pages import PageLayout
-from diffkv_jax.steps.event import Clock
+from diffkv_jax.policy.keep import Keep
+
+
+class Clock(NamedTuple):
+    """Where each head stands. `B` = requests x KV heads."""
+
+    seq_len: Array  # int32 [B] tokens seen
+    observed: Array  # int32 [B, spans, 2] queries that a score is divided by, as in `KVCache`
+    keep: Keep  # which tokens stay, its leaves [B]
+    exact: Array  # int32 [B] tokens that stay in the recent window
+    # bool []; without, every token enters the high tier and none leaves it
+    decides: Array
+
 
 _LAYERED = ("page_table", "tier_len")
 
@@ -101,7 +115,7 @@ def _tables(cache: KVCache, layer: Array) -> tuple[Array, Array]:
     """
     spec = cache.spec
     page_table, tier_len = take_layer(cache.page_table, layer), take_layer(cache.tier_len, layer)
-    if spec.merge is None:
+    if spec.pairs is None:
         return page_table, tier_len
     owner = jnp.where(layer < spec.unmerged_layers, layer, layer + 1 - place_in_pair(spec, layer))
     theirs, shared = take_layer(cache.page_table, owner), take_layer(cache.tier_len, owner)[:, -1]
@@ -126,7 +140,7 @@ def layer_layout(cache: KVCache, layer: Array | None, *, learned: bool = True) -
     None.
     """
     layout = cache.spec.layout
-    if layer is not None and cache.spec.merge is not None:  # with nothing learned
+    if layer is not None and cache.spec.pairs is not None:  # with nothing learned
         place = place_in_pair(cache.spec, layer)
         return dataclasses.replace(
             layout, formats=tuple(read_by(fmt, place) for fmt in layout.formats)
@@ -156,7 +170,7 @@ def unmerged_layout(cache: KVCache, layer: Array | None) -> PageLayout:
     (`CacheSpec.unmerged`).
     """
     # with nothing learned
-    return layer_layout(cache, layer) if cache.spec.merge is None else cache.spec.unmerged.layout
+    return layer_layout(cache, layer) if cache.spec.pairs is None else cache.spec.unmerged.layout
 
 
 def layer_clock(
@@ -172,8 +186,9 @@ def layer_clock(
     `seq_len`, `exact` int32 [R], `observed` int32 [R, spans, 2] and `decides` bool [] are those of
     `Clock` a request.
     """
-    limits = take_layer(cache.limits, layer)
-    layers = limits.shape[0] // cache.spec.num_heads
-    divided_by = observed if cache.spec.selection.averaged else jnp.zeros_like(observed)
+    keep = jax.tree.map(lambda leaf: take_layer(leaf, layer), cache.policy.keep)
+    layers = 1 if layer is not None else len(cache.spec.paged_layers)
+    divides = cache.policy.score is not None and cache.policy.score.per_query
+    divided_by = observed if divides else jnp.zeros_like(observed)
     seq_len, divided_by, exact = (per_head(cache, x, layers) for x in (seq_len, divided_by, exact))
-    return Clock(seq_len, divided_by, limits, exact, decides)
+    return Clock(seq_len, divided_by, keep, exact, decides)

@@ -10,9 +10,11 @@ import humanize
 import jax
 import numpy as np
 
-from diffkv_jax.cache.cache import CacheSpec, KVCache, empty_cache
+from diffkv_jax.cache.cache import KVCache, empty_cache
+from diffkv_jax.cache.pair_pages import pages_of_pair
+from diffkv_jax.cache.spec import CacheSpec
+from diffkv_jax.policy.keep import Budget
 from diffkv_jax.policy.policy import CompressionPolicy
-from diffkv_jax.steps.pairs import pages_of_pair
 from diffkv_jax.units import parse_bytes
 
 
@@ -21,12 +23,16 @@ def tree_bytes(tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def cache_bytes(spec: CacheSpec) -> int:
-    """Bytes of all arrays of the cache that `spec` describes, from their shapes."""
-    limits = np.zeros(
-        (len(spec.paged_layers), spec.num_requests, spec.attention.num_kv_heads, 2), np.float32
-    )
-    shapes: KVCache = jax.eval_shape(partial(empty_cache, spec), limits)
+def bound(spec: CacheSpec, policy: CompressionPolicy) -> CompressionPolicy:
+    """The policy as the cache that `spec` describes carries it (`CompressionPolicy.bind`)."""
+    return policy.bind(len(spec.paged_layers), spec.num_requests, spec.attention.num_kv_heads)
+
+
+def cache_bytes(spec: CacheSpec, policy: CompressionPolicy) -> int:
+    """Bytes of all arrays of the cache that `spec` describes, from their shapes; `policy` is
+    bound.
+    """
+    shapes: KVCache = jax.eval_shape(partial(empty_cache, spec), policy)
     return tree_bytes(shapes)
 
 
@@ -48,17 +54,15 @@ def with_pool(
         ValueError: even with every token in the cheapest form the policy allows, the tokens do not
             fit; names the smallest budget with which they can, and the one that always suffices.
     """
-    limits = policy.limits(len(spec.paged_layers), spec.num_requests, spec.attention.num_kv_heads)
+    carried = bound(spec, policy)
     # a prompt is stored as it is before anything is dropped
-    once_whole = spec.selection.replay is not None
-    least, most = (
-        most_pages(spec, totals) if once_whole else _least_pages(spec, totals, limits),
-        most_pages(spec, room),
-    )
+    once_whole = policy.score is not None and policy.score.has_passes
+    least = most_pages(spec, totals) if once_whole else _least_pages(spec, totals, carried)
+    most = most_pages(spec, room)
     if budget is None:
         return _addressable(dataclasses.replace(spec, num_pages=most))
     amount = parse_bytes(budget)
-    fixed, per_page = _fixed_and_page_bytes(spec)
+    fixed, per_page = _fixed_and_page_bytes(spec, carried)
     pages = (amount - fixed) // per_page
     if pages < least:
         needs, suffices = (
@@ -88,36 +92,37 @@ def kept_within(
             amount.
     """
 
-    def limits(tokens: int) -> np.ndarray:
-        return dataclasses.replace(policy, keep=tokens).limits(
-            len(spec.paged_layers), spec.num_requests, spec.attention.num_kv_heads
-        )
+    def of(tokens: int) -> CompressionPolicy:
+        return dataclasses.replace(policy, keep=dataclasses.replace(policy.keep, keep=tokens))
 
     def pages(tokens: int) -> int:
-        return _least_pages(spec, room, limits(tokens))
+        return _least_pages(spec, room, bound(spec, of(tokens)))
 
-    fixed, per_page = _fixed_and_page_bytes(spec)
-    least = policy.window + policy.sinks + 1
-    most_of_pool = (parse_bytes(str(policy.keep), "keep") - fixed) // per_page
+    least = policy.schedule.window + policy.protect.sinks + 1
+    carried, amount = bound(spec, of(least)), _budget(policy).keep
+    fixed, per_page = _fixed_and_page_bytes(spec, carried)
+    most_of_pool = (parse_bytes(str(amount), "keep") - fixed) // per_page
     if pages(least) > most_of_pool:
         needs = fixed + pages(least) * per_page
         raise ValueError(
-            f"keep={policy.keep!r} is too little: the smallest cache of policy "
-            f"{policy.name!r} takes {needs} bytes; raise it"
+            f"keep={amount!r} is too little: the smallest cache of policy {policy.name!r} takes "
+            f"{needs} bytes; raise it"
         )
     # of the layers that get fewer than the mean
-    smallest_share = limits(least)[..., 1].min() / least
+    smallest_share = np.asarray(_budget(carried).keep).min() / least
     everything = max(least, math.ceil(max(room) / smallest_share))
-    return dataclasses.replace(
-        policy,
-        keep=bisect.bisect_right(range(everything + 1), most_of_pool, lo=least, key=pages) - 1,
-    )
+    return of(bisect.bisect_right(range(everything + 1), most_of_pool, lo=least, key=pages) - 1)
 
 
-def _fixed_and_page_bytes(spec: CacheSpec) -> tuple[int, int]:
+def _budget(policy: CompressionPolicy) -> Budget:
+    assert isinstance(policy.keep, Budget)  # alone is an amount of memory
+    return policy.keep
+
+
+def _fixed_and_page_bytes(spec: CacheSpec, policy: CompressionPolicy) -> tuple[int, int]:
     """Bytes of a cache without pages, and those that each page adds."""
-    fixed = cache_bytes(dataclasses.replace(spec, num_pages=0))
-    return fixed, cache_bytes(dataclasses.replace(spec, num_pages=1)) - fixed
+    fixed = cache_bytes(dataclasses.replace(spec, num_pages=0), policy)
+    return fixed, cache_bytes(dataclasses.replace(spec, num_pages=1), policy) - fixed
 
 
 def _addressable(spec: CacheSpec) -> CacheSpec:
@@ -150,10 +155,9 @@ def check_pool(cache: KVCache, totals: Sequence[int]) -> None:
     Raises:
         ValueError: names the pool and the pages that the tokens need at least.
     """
-    none = (0, cache.spec.num_requests, cache.spec.attention.num_kv_heads, 2)  # no layer has pages
-    least = _least_pages(
-        cache.spec, totals, np.zeros(none) if cache.limits is None else np.asarray(cache.limits)
-    )
+    if not cache.spec.paged_layers:
+        return
+    least = _least_pages(cache.spec, totals, jax.device_get(cache.policy))
     if least > cache.spec.num_pages:
         raise ValueError(
             f"the pool of {cache.spec.num_pages} pages cannot hold {list(totals)} tokens, which "
@@ -162,28 +166,20 @@ def check_pool(cache: KVCache, totals: Sequence[int]) -> None:
         )
 
 
-def _least_pages(spec: CacheSpec, totals: Sequence[int], limits: np.ndarray) -> int:
-    """Pages without which the tokens cannot fit: all in the cheapest tier; one page a head where
-    thresholds may drop them; what budgets keep; all in merged layers. `limits` as in `KVCache`.
+def _least_pages(spec: CacheSpec, totals: Sequence[int], policy: CompressionPolicy) -> int:
+    """Pages without which the tokens cannot fit: all in the cheapest tier; of those what stays
+    whatever the scores (`Keep.at_least`); all in merged layers. `policy` is bound, of arrays on the
+    host.
     """
-    layout, limits, seen = (
-        spec.unmerged.layout,
-        limits[: spec.unmerged_layers],
-        np.asarray(totals)[:, None],
-    )
-    exact = spec.staying(seen)
-    stored = merged = seen - exact
-    if spec.selection.budgeted:
-        kept = limits[..., 1] if spec.selection.in_tokens else limits[..., 1] * seen
-        stored = np.minimum(
-            stored, np.maximum(np.floor(kept).astype(np.int64) - exact, spec.selection.sinks)
-        )
-        if spec.selection.pooled is not None:  # heads share: one of them may have them all
-            stored -= stored % layout.tokens_per_page(layout.tiers - 1)
-    elif np.any(limits[..., 1] > 0):
-        stored = np.minimum(stored, 1)
+    layout, seen = spec.unmerged.layout, np.asarray(totals)[:, None]
+    exact = spec.num_unquantized(seen)
+    keep = jax.tree.map(lambda leaf: leaf[: spec.unmerged_layers], policy.keep)
+    page = layout.tokens_per_page(layout.tiers - 1)
+    stored = keep.at_least(seen - exact, exact, seen, policy.protect.sinks, page)
     pages = np.min([layout.pages_for(tier, stored) for tier in range(layout.tiers)], axis=0)
-    return max(int(np.broadcast_to(pages, limits.shape[:3]).sum()) + _merged_pages(spec, merged), 1)
+    shape = (spec.unmerged_layers, spec.num_requests, spec.attention.num_kv_heads)
+    merged = _merged_pages(spec, seen - exact)
+    return max(int(np.broadcast_to(pages, shape).sum()) + merged, 1)
 
 
 def most_pages(spec: CacheSpec, room: Sequence[int]) -> int:
@@ -202,7 +198,7 @@ def _merged_pages(spec: CacheSpec, stored: np.ndarray) -> int:
     """Pages of all merged layers for requests with so many `stored` tokens: nothing depends on the
     text.
     """
-    if spec.merge is None:
+    if spec.pairs is None:
         return 0
     with jax.ensure_compile_time_eval():
-        return spec.pairs * spec.attention.num_kv_heads * int(pages_of_pair(spec, stored).sum())
+        return spec.num_pairs * spec.attention.num_kv_heads * int(pages_of_pair(spec, stored).sum())

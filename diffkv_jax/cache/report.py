@@ -106,7 +106,7 @@ def memory_report(cache: KVCache) -> MemoryReport:
         [tier_len, np.broadcast_to(recent_len[:, None, None], (*tier_len.shape[:3], 1))], axis=-1
     )
     tokens = owned.copy()
-    if spec.merge is not None:
+    if spec.pairs is not None:
         tokens[spec.unmerged_layers :: 2, ..., -2] = owned[spec.unmerged_layers + 1 :: 2, ..., -2]
     pages = np.stack([layout.pages_for(t, tier_len[..., t]) for t in range(layout.tiers)], axis=-1)
     channels = cache.recent_k.shape[-1] + cache.recent_v.shape[-1]  # of K and V of one token
@@ -118,7 +118,7 @@ def memory_report(cache: KVCache) -> MemoryReport:
     fixed = (
         cache.page_table,
         cache.tier_len,
-        cache.limits,
+        cache.policy,
         cache.recent_k,
         cache.recent_v,
         cache.recent_significance,

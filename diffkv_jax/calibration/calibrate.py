@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from diffkv_jax.arguments import flag, integer
 from diffkv_jax.batching import as_batch, check_context
-from diffkv_jax.cache.cache import CacheSpec, table_shapes
+from diffkv_jax.cache.cache import table_shapes
+from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.calibration.learn import Learning, as_stored, learn_table
 from diffkv_jax.calibration.probe import Activations, activations
@@ -21,7 +22,7 @@ from diffkv_jax.pallas_kernels.codecs import learned_part
 from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.pallas_kernels.rope import at_positions
 from diffkv_jax.policy.policy import CompressionPolicy
-from diffkv_jax.policy.transform import rotated
+from diffkv_jax.policy.transform import Transform
 
 
 class Samples(NamedTuple):
@@ -53,7 +54,7 @@ def calibrate(
         model, params: as for `generate`; used in full precision, without a cache.
         tokens: int [S, N], S sequences of calibration text, N at least 2. The papers take 16 of
             2,048.
-        policy: whose codecs learn, from keys and values as it stores them (`un_rope`, `rotate`).
+        policy: whose codecs learn, from keys and values as it stores them (`transform`).
         fisher: weigh errors by the squared gradient of the loss (one backward pass a sequence), as
             the papers do; else all alike.
         samples: tokens that are learned from, evenly spaced over all; each takes 4 float32 numbers
@@ -93,8 +94,8 @@ def calibrate(
             f"there is nothing to calibrate"
         )
     # exact sinks never meet a learned codec
-    at = _spread(batch, samples, policy.sinks if policy.tiers[0] == "full" else 0)
-    both = _collect(model, params, batch, spec, at, fisher, progress)
+    at = _spread(batch, samples, policy.protect.sinks if policy.tiers[0] == "full" else 0)
+    both = _collect(model, params, batch, spec, policy.transform, at, fisher, progress)
     with tqdm(total=total, desc="learning tables", unit=" layers", disable=not progress) as bar:
 
         def learned(codec: Any, given: Samples) -> np.ndarray | None:
@@ -121,9 +122,7 @@ def calibrate(
         tables = tuple(
             (learned(fmt.key, both[0]), learned(fmt.value, both[1])) for fmt in spec.layout.formats
         )
-    return Calibration(
-        tables, policy.tiers, policy.un_rope, policy.rotate, fingerprint(model, params)
-    )
+    return Calibration(tables, policy.tiers, policy.transform, fingerprint(model, params))
 
 
 def _checked(model: CausalLM, tokens: Any) -> np.ndarray:
@@ -158,6 +157,7 @@ def _collect(
     params: Mapping[str, Any],
     batch: np.ndarray,
     spec: CacheSpec,
+    transform: Transform,
     at: np.ndarray,
     fisher: bool,
     progress: bool,
@@ -165,13 +165,8 @@ def _collect(
     """Keys and values of the tokens `at` of every sequence, in the paged layers."""
     seen = []
     for row in tqdm(batch, desc="reading text", unit=" sequences", disable=not progress):
-        seen.append(
-            jax.device_get(
-                _stored(
-                    spec, activations(model, params, jnp.asarray(row), gradients=fisher), at, fisher
-                )
-            )
-        )
+        found = activations(model, params, jnp.asarray(row), gradients=fisher)
+        seen.append(jax.device_get(_stored(spec, transform, found, at, fisher)))
     keys, values = (
         Samples(*(np.concatenate(part, axis=1) for part in zip(*side, strict=True)))
         for side in zip(*seen, strict=True)
@@ -189,9 +184,9 @@ def _collect(
 
 
 def _stored(
-    spec: CacheSpec, seen: Activations, at: np.ndarray, fisher: bool
+    spec: CacheSpec, transform: Transform, seen: Activations, at: np.ndarray, fisher: bool
 ) -> tuple[Samples, Samples]:
-    """The tokens `at` int [n] of one sequence, in the form that `spec` stores: its transforms are
+    """The tokens `at` int [n] of one sequence, in the form that they are stored: transforms are
     orthogonal, gradients turn alike.
     """
     k, v, k_gradient, v_gradient = (x[np.asarray(spec.paged_layers)[:, None], at] for x in seen)
@@ -203,10 +198,8 @@ def _stored(
             jnp.swapaxes(at_positions(jnp.swapaxes(x, 1, 2), position, rope, back=True), 1, 2)
             for x in (k, k_gradient)
         )
-    if spec.rotate:
-        k, v, k_gradient, v_gradient = (
-            rotated(x) if x.shape[-1] else x for x in (k, v, k_gradient, v_gradient)
-        )
+    k, k_gradient = (transform.keys(x, spec.attention) for x in (k, k_gradient))
+    v, v_gradient = (transform.values(x) for x in (v, v_gradient))
     return tuple(
         Samples(x, jnp.square(g) if fisher else jnp.ones_like(x))
         for x, g in ((k, k_gradient), (v, v_gradient))

@@ -12,9 +12,12 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from diffkv_jax.arguments import WrongType, file_path, flag, instance, refuse, shown, text, tuple_of
-from diffkv_jax.cache.cache import CacheSpec, Tables, table_shapes
+from diffkv_jax.cache.cache import Tables, table_shapes
+from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.model import CausalLM
 from diffkv_jax.policy.policy import CompressionPolicy
+from diffkv_jax.policy.stage import from_mapping, to_mapping
+from diffkv_jax.policy.transform import Transform
 
 SAMPLED = 4096  # numbers of each parameter array that the fingerprint looks at
 
@@ -27,14 +30,13 @@ class Calibration:
     Attributes:
         tables: float16 or bfloat16 NumPy arrays `[L, K, ...]` of K and V in each tier, None where a
             codec learns nothing; L paged layers, K KV heads.
-        tiers, un_rope, rotate: those of the policy.
+        tiers, transform: those of the policy.
         fingerprint: of the model, see `fingerprint`.
     """
 
     tables: Tables
     tiers: tuple[str, ...]
-    un_rope: bool
-    rotate: bool
+    transform: Transform
     fingerprint: str
 
     def __post_init__(self):
@@ -50,8 +52,7 @@ class Calibration:
         found = (
             tables,
             tiers,
-            flag("un_rope", self.un_rope),
-            flag("rotate", self.rotate),
+            from_mapping("transform", self.transform, Transform),
             text("fingerprint", self.fingerprint),
         )
         for field, value in zip(fields(self), found, strict=True):
@@ -97,8 +98,7 @@ class Calibration:
             refuse("path", str(path), f"a folder that can be made ({error})")
         names = {
             "tiers": list(self.tiers),
-            "un_rope": self.un_rope,
-            "rotate": self.rotate,
+            "transform": to_mapping(self.transform),
             "fingerprint": self.fingerprint,
         }
         ocp.save(
@@ -122,9 +122,7 @@ class Calibration:
             tables = tuple(
                 (arrays.get(f"{i}.key"), arrays.get(f"{i}.value")) for i in range(len(tiers))
             )
-            return Calibration(
-                tables, tiers, names["un_rope"], names["rotate"], names["fingerprint"]
-            )
+            return Calibration(tables, tiers, names["transform"], names["fingerprint"])
         except Exception as error:  # Orbax meets a damaged folder as many exception types
             raise ValueError(
                 f"path={str(path)!r} must be a folder that Calibration.save wrote "
@@ -174,7 +172,7 @@ def tables_for(
         return None
     if not learns:
         raise ValueError(f"policy {policy.name!r} has no learned codec: leave calibration= out")
-    for field in ("tiers", "un_rope", "rotate"):
+    for field in ("tiers", "transform"):
         learned, given = getattr(calibration, field), getattr(policy, field)
         if learned != given:
             raise ValueError(

@@ -1,10 +1,13 @@
 """Names of formats that methods make of their arguments: refused ones name those."""
 
+from functools import partial
 from typing import Any
 
 from diffkv_jax.arguments import WrongType, integer, shown
 from diffkv_jax.pallas_kernels.codecs import KVFormat
-from diffkv_jax.policy.fields import FIELDS
+
+# How many tokens are encoded together (`Schedule.group`).
+tokens_of_group = partial(integer, least=32, most=256, multiple=32)
 
 
 def named_format(name: str, **given: Any) -> str:
@@ -22,11 +25,6 @@ def named_format(name: str, **given: Any) -> str:
     except ValueError as error:
         raise ValueError(f"{arguments}: {error}") from None
     return str.__str__(name)
-
-
-def tokens_of_block(name: str, value: Any) -> int:
-    """How many tokens are encoded together, as `CompressionPolicy.block`."""
-    return FIELDS["block"](name, integer(name, value))
 
 
 def outliers_apart(outliers: float) -> str:

@@ -1,60 +1,61 @@
-"""A token that a layer drops while a prompt chunk is read is not there for deeper layers
-(PyramidInfer, arXiv:2405.12532).
-
-Its rows go on through the model as padding: no row that is present sees them, and their hidden
-states are never used.
+"""PyramidInfer (arXiv:2405.12532): one set of tokens a layer, fewer with depth, chosen while the
+prompt is read; what a layer drops is not there for deeper ones.
 """
 
-import dataclasses
+from functools import partial
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 from jax import Array
 
-from diffkv_jax.cache.cache import KVCache
+from diffkv_jax.arguments import flag, number
+from diffkv_jax.methods.evicting import Options, evicting
+from diffkv_jax.methods.snapkv import LastQueries
+from diffkv_jax.policy.keep import Amount, Budget
+from diffkv_jax.policy.policy import CompressionPolicy
+from diffkv_jax.policy.score import ScoreView
+from diffkv_jax.policy.stage import static
+
+_weight = partial(number, above=0, most=10**6, rule="a finite number above 0 and up to 1000000")
 
 
-def begin_chunk(cache: KVCache, real: Array) -> KVCache:
-    """All `real` bool [R, C] tokens of a chunk are present in the first layer."""
-    return dataclasses.replace(cache, present=real) if cache.spec.selection.nested else cache
+class PivotalContext(LastQueries):
+    """The attention of the prompt's last queries, the last one counting most, averaged over the
+    heads of a layer: all keep the same tokens.
 
-
-def end_chunk(cache: KVCache) -> KVCache:
-    """Nothing is remembered between chunks."""
-    return dataclasses.replace(cache, present=cache.present[:, :0])
-
-
-def present_rows(cache: KVCache, chunk_len: int, length: Array) -> tuple[Array, Array]:
-    """Which row of the chunk goes where, int32 [R, C], so that those present are at the end, in
-    order, and how many those are [R].
-
-    `length` int32 [R] are real, at the end.
+    Attributes:
+        newest_weight: what the last of the scoring queries counts; the first counts 1, linearly
+            between.
+        nested: whether deeper layers attend without the prompt tokens that a layer drops.
     """
-    if not cache.spec.selection.nested:
-        return jnp.broadcast_to(jnp.arange(chunk_len), (cache.spec.num_requests, chunk_len)), length
-    return jnp.argsort(cache.present, axis=1, stable=True), cache.present.sum(
-        axis=1, dtype=jnp.int32
+
+    newest_weight: float = static(default=1.2, convert=_weight)
+    nested: bool = static(default=True, convert=flag)
+    shares_tokens = True
+
+    @property
+    def hides_dropped(self) -> bool:
+        return self.nested
+
+    def query_weights(self, index: Array, count: Array) -> Array:
+        return 1 + (self.newest_weight - 1) * jnp.maximum(index, 0) / jnp.maximum(count - 1, 1)
+
+    def rescore(self, state: Any, view: ScoreView) -> Array:
+        kv_heads = view.attention.num_kv_heads
+        by_request = view.scores.reshape(-1, kv_heads, view.scores.shape[1])
+        return jnp.repeat(by_request.mean(axis=1), kv_heads, axis=0)
+
+
+def pyramidinfer(
+    keep: Amount = 0.5,
+    *,
+    newest_weight: float = 1.2,
+    nested: bool = True,
+    **options: Unpack[Options],
+) -> CompressionPolicy:
+    """PyramidInfer: `keep` is the mean over the layers; the last `window` queries score."""
+    queries = options.get("window", 64)
+    score = PivotalContext(
+        queries=queries, reduce="mean", newest_weight=newest_weight, nested=nested
     )
-
-
-def take_rows(cache: KVCache, x: Array, rows: Array) -> Array:
-    """`x [R, C, ...]` in the order of `rows`."""
-    return (
-        jnp.take_along_axis(x, rows[:, :, None, None], axis=1) if cache.spec.selection.nested else x
-    )
-
-
-def put_back(cache: KVCache, out: Array, rows: Array) -> Array:
-    """Inverse of `take_rows`."""
-    return take_rows(cache, out, jnp.argsort(rows, axis=1))
-
-
-def note_dropped(cache: KVCache, rows: Array, dropped: Array) -> KVCache:
-    """The cache when the tokens `dropped` bool [R, C], in the order of `rows`, are no longer
-    present.
-    """
-    if not cache.spec.selection.nested:
-        return cache
-    return dataclasses.replace(
-        cache,
-        present=cache.present & ~jnp.take_along_axis(dropped, jnp.argsort(rows, axis=1), axis=1),
-    )
+    return evicting("pyramidinfer", score, Budget(keep=keep, layers="cosine"), **options)

@@ -5,18 +5,18 @@
 import dataclasses
 
 from diffkv_jax.arguments import flag, integer, number
-from diffkv_jax.methods.all import (
-    ada_kv,
-    diffkv,
-    expected_attention,
-    key_norm,
-    kivi,
-    kvzip,
-    snapkv,
-)
-from diffkv_jax.methods.format_names import named_format, outliers_apart, tokens_of_block
-from diffkv_jax.policy.pairs import Merge
-from diffkv_jax.policy.policy import Budget, CompressionPolicy
+from diffkv_jax.methods.ada_kv import ada_kv
+from diffkv_jax.methods.diffkv import diffkv
+from diffkv_jax.methods.expected_attention import expected_attention
+from diffkv_jax.methods.format_names import named_format, outliers_apart, tokens_of_group
+from diffkv_jax.methods.key_norm import key_norm
+from diffkv_jax.methods.kivi import kivi
+from diffkv_jax.methods.kvzip import kvzip
+from diffkv_jax.methods.snapkv import snapkv
+from diffkv_jax.policy.keep import Amount
+from diffkv_jax.policy.pairs import LayerPairs
+from diffkv_jax.policy.policy import CompressionPolicy
+from diffkv_jax.policy.transform import Hadamard, WithoutRope
 
 
 def kvquant_with_cq_keys(
@@ -33,15 +33,15 @@ def kvquant_with_cq_keys(
         bits=bits,
         outliers=outliers,
     )
-    return CompressionPolicy("kvquant_with_cq_keys", (fmt,), un_rope=True)
+    return CompressionPolicy("kvquant_with_cq_keys", tiers=(fmt,), transform=WithoutRope())
 
 
-def key_norm_and_window(keep: Budget = 0.5, tier: str = "K8V4") -> CompressionPolicy:
+def key_norm_and_window(keep: Amount = 0.5, tier: str = "K8V4") -> CompressionPolicy:
     """L2-norm eviction beside the recent window, what stays at eight and four bits."""
     return key_norm(keep, tiers=(named_format(tier, tier=tier),))
 
 
-def latent_snapkv(keep: Budget = 0.5, tier: str = "K4V4") -> CompressionPolicy:
+def latent_snapkv(keep: Amount = 0.5, tier: str = "K4V4") -> CompressionPolicy:
     """For models with latent attention: SnapKV over all query heads, what stays as four-bit
     latents; rotary parts stay exact.
     """
@@ -54,12 +54,8 @@ def diffkv_rotated(
     """DiffKV's tiers with rotated codecs, by default the low one with the levels of a normal
     distribution (TurboQuant's).
     """
-    return diffkv(
-        alpha_high,
-        alpha_low,
-        tiers=("K8V4", "K4nV2n" if flag("levels", levels) else "K4V2"),
-        rotate=True,
-    )
+    tiers = ("K8V4", "K4nV2n" if flag("levels", levels) else "K4V2")
+    return diffkv(alpha_high, alpha_low, tiers=tiers, transform=Hadamard())
 
 
 def diffkv_minicache(
@@ -68,26 +64,25 @@ def diffkv_minicache(
     """DiffKV's tiers in the shallow layers; the deep ones, from the share `start` on, keep all
     tokens, merged in pairs (MiniCache).
     """
-    return dataclasses.replace(
-        diffkv(alpha_high, alpha_low), name="diffkv_minicache", merge=Merge(start)
-    )
+    policy = diffkv(alpha_high, alpha_low)
+    return dataclasses.replace(policy, name="diffkv_minicache", pairs=LayerPairs(start=start))
 
 
-def ada_kv_expected(keep: Budget = 0.5, tier: str = "K4V4") -> CompressionPolicy:
-    """ExpectedAttention with budgets pooled over a layer's heads, what stays at four bits."""
+def ada_kv_expected(keep: Amount = 0.5, tier: str = "K4V4") -> CompressionPolicy:
+    """ExpectedAttention with budgets shared by a layer's heads, what stays at four bits."""
     return ada_kv(expected_attention(keep, tiers=(named_format(tier, tier=tier),)))
 
 
-def snapkv_then_kivi(keep: Budget = 0.5, bits: int = 4, group: int = 32) -> CompressionPolicy:
+def snapkv_then_kivi(keep: Amount = 0.5, bits: int = 4, group: int = 32) -> CompressionPolicy:
     """SnapKV drops, KIVI encodes what stays: in that order, because KIVI's keys share scales over
     tokens.
     """
-    group = tokens_of_block("group", group)
+    group = tokens_of_group("group", group)
     tiers = kivi(bits, group=group, residual=group + 1).tiers
-    return dataclasses.replace(snapkv(keep, tiers=tiers, flush=group), block=group)
+    return snapkv(keep, tiers=tiers, flush=group, group=group)
 
 
-def kvzip_4bit(keep: Budget = 0.6, tier: str = "K4V4") -> CompressionPolicy:
+def kvzip_4bit(keep: Amount = 0.6, tier: str = "K4V4") -> CompressionPolicy:
     """KVzip, what stays at four bits; the prompt is stored so before it is gone over again."""
     return kvzip(keep, tiers=(named_format(tier, tier=tier),))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkv_jax.arguments import WrongType, file_path, nearest, refuse, shown
-from diffkv_jax.methods.all import METHODS, diffkv, quantized
+from diffkv_jax.methods import METHODS, diffkv, quantized
 from diffkv_jax.methods.recipes import RECIPES
 from diffkv_jax.policy.policy import CompressionPolicy
 

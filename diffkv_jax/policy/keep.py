@@ -1,126 +1,303 @@
-"""Where the lines between tiers lie for each head: thresholds relative to uniform attention, or
-budgets of tokens.
-"""
+"""`Keep`: which tokens stay, as thresholds on their scores; by thresholds or by budgets."""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+import numpy as np
+from jax import Array
 
-from diffkv_jax.pallas_kernels.apply_event import Stored
-from diffkv_jax.pallas_kernels.pages import PageLayout, read_sides
-from diffkv_jax.pallas_kernels.plan_event import mean_significance
-from diffkv_jax.policy.selection import PROTECTED, Selection
+from diffkv_jax.arguments import flag, number, one_of, shown, tuple_of
+from diffkv_jax.policy.fields import alpha, budget, from_zero
+from diffkv_jax.policy.ranking import PROTECTED, reached_by
+from diffkv_jax.policy.score import ScoreView
+from diffkv_jax.policy.spread import SPREADS
+from diffkv_jax.policy.stage import Stage, data, leaf_names, overrides, static, with_leaves
 
-# thresholds that every score reaches, and those of protected tokens
-ALL, PROTECTED_ONLY = -PROTECTED, PROTECTED / 1e6
+if TYPE_CHECKING:
+    from diffkv_jax.policy.policy import CompressionPolicy
+
+Alpha = float | tuple[Any, ...]
+Amount = float | int | str | tuple[Any, ...]
 
 
-def uniform_thresholds(alpha: Array, seq_len: Array) -> Array:
-    """`alpha / P`, float32 [B, 2] (DiffKV, arXiv 2412.03131 sec. 4); `alpha` [B, 2], `seq_len`
-    int32 [B].
+class KeepView(NamedTuple):
+    """What decides about B heads."""
+
+    scores: Array  # float32 [B, n] of all stored tokens and those that leave the window
+    live: Array  # bool [B, n] where there is one
+    seq_len: Array  # int32 [B] tokens seen
+    exact: Array  # int32 [B] tokens that stay in the recent window
+    tiers: int
+    sharing: int  # how many neighbours may share: KV heads of a layer, or of all layers
+
+
+class Keep(Stage):
+    """Which tokens stay. The leaves of a bound one are arrays [layers, requests, kv_heads], taken
+    layer by layer: [B].
+
+    Attributes:
+        ranks: whether thresholds depend on all scores, which are then gathered; else
+            `KeepView.scores` has no columns.
+        token_classes: token ids of the classes 2, 3, ... (`policy.protect`) that it asks for.
+        share_layers: whether the heads of all layers share one line.
     """
-    return alpha / jnp.maximum(seq_len, 1)[:, None]
+
+    ranks: ClassVar[bool] = True
+    share_layers: ClassVar[bool] = False
+
+    @property
+    def token_classes(self) -> tuple[tuple[int, ...], ...]:
+        return ()
+
+    def bind(self, shape: tuple[int, int, int]) -> "Keep":
+        """Every leaf as an array of `shape`, [layers, requests, kv_heads].
+
+        Raises:
+            ValueError: one does not broadcast to it.
+        """
+        leaves = {name: getattr(self, name) for name in leaf_names(self)}
+        bound = (None if leaf is None else broadcast(n, leaf, shape) for n, leaf in leaves.items())
+        return with_leaves(self, **dict(zip(leaves, bound, strict=True)))
+
+    def init(self, shape: tuple[int, int, int]) -> Any:
+        """Arrays [layers, requests, kv_heads, ...] that it carries from event to event."""
+        return None
+
+    def thresholds(self, view: KeepView) -> Array:
+        """float32 [B, 2]: a token below the first is not in the first of two tiers, and dropped
+        below the second.
+        """
+        return jnp.zeros((len(view.seq_len), 2))
+
+    def mark(self, state: Any, view: ScoreView, chooses: Array | None) -> tuple[Any, Array]:
+        """The state of B heads and the scores [B, n] of all tokens, those to be dropped below the
+        thresholds. `chooses` bool [B]: a prompt chunk has been read; None: in decode.
+        """
+        return state, view.scores
+
+    def unmark(self, scores: Array) -> Array:
+        """Inverse of `mark`, for tokens that stayed because their request found no page."""
+        return scores
+
+    def at_least(
+        self, stored: np.ndarray, exact: np.ndarray, seen: np.ndarray, sinks: int, page: int
+    ):
+        """How many of `stored` tokens int [R, 1] stay whatever their scores, [L, R, K] or less.
+
+        `seen`, `exact` count all tokens and those in the recent window; heads that share may leave
+        a page of `page` tokens part-filled.
+        """
+        return np.minimum(stored, 1)
+
+    def check_policy(self, policy: "CompressionPolicy") -> None:
+        """Raise ValueError where the other stages do not go with it."""
+
+    def uneven(self) -> Array | bool:
+        """Whether layers get different amounts, so that one may wait for another's pages."""
+        return False
+
+    @property
+    def marks(self) -> bool:
+        return overrides(self, "mark", Keep)
 
 
-def budget_thresholds(
-    selection: Selection, budget: Array, exact: Array, scores: Array, live: Array, sharing: int
-) -> Array:
-    """The scores that as many tokens of each head reach as its budget has room for; of equal scores
-    at the line none does.
+def broadcast(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """float32 `shape`.
 
-    Args:
-        budget: float32 [B], tokens of a head; those that stay exact in the recent window count.
-        exact: int32 [B], how many those are.
-        scores, live: float32 and bool [B, n], the others.
-        sharing: with `selection.pooled`, how many neighbours share their room: the KV heads of a
-            layer, or of all layers.
+    Raises:
+        ValueError: it does not broadcast.
+    """
+    try:
+        return np.broadcast_to(np.asarray(value, np.float32), shape)
+    except ValueError:
+        rule = f"must broadcast to [layers, requests, kv_heads] = {shape}"
+        raise ValueError(
+            f"{name}={shown(value)} {rule}: thresholds, budgets and recover do"
+        ) from None
 
-    Returns:
-        float32 [B].
+
+def meet(stage: Stage, *names: str) -> list[np.ndarray]:
+    """The numbers of fields that broadcast together."""
+    numbers = [np.asarray(getattr(stage, name)) for name in names]
+    try:
+        np.broadcast_shapes(*(array.shape for array in numbers))
+    except ValueError:
+        given = " and ".join(f"{name}={shown(getattr(stage, name))}" for name in names)
+        rule = "must broadcast together, to [layers, requests, kv_heads]"
+        raise ValueError(f"{given} {rule}") from None
+    return numbers
+
+
+class KeepAll(Keep):
+    """Every token stays, in the first tier."""
+
+    ranks = False
+
+    def at_least(self, stored, exact, seen, sinks, page):
+        return stored
+
+
+class Thresholds(Keep):
+    """Thresholds on the mean attention, in units of uniform attention 1 / P after P tokens (DiffKV,
+    arXiv 2412.03131 sec. 4): numbers, or nested lists that broadcast to [layers, requests,
+    kv_heads]; layers counts those without a sliding window.
+
+    Attributes:
+        alpha_high: from here on a token is in the first tier.
+        alpha_low: below it is dropped; 0 drops nothing.
     """
 
-    most = scores.shape[1]  # budgets of whole layers are larger, and a sum of them would overflow
+    alpha_high: Alpha = data(default=0.0, convert=alpha)
+    alpha_low: Alpha = data(default=0.0, convert=alpha)
+    ranks = False
 
-    def room(tokens: Array) -> Array:
-        return jnp.clip(jnp.floor(tokens + 1e-3) - exact, 0, most).astype(jnp.int32)
+    def check(self) -> None:
+        high, low = meet(self, "alpha_high", "alpha_low")
+        if np.any(low > high):
+            raise ValueError(
+                f"alpha_low={self.alpha_low} must not exceed alpha_high={self.alpha_high}: low "
+                "tokens lie between the two"
+            )
 
-    if selection.pooled is None:
-        return reached_by(scores, live, room(budget))
-    # Ada-KV (arXiv:2407.11550): every head keeps a share of its own budget, the rest goes to the
-    # best of all heads that share.
-    floor = reached_by(scores, live, room(budget * selection.pooled))
-    boosted = jnp.where(scores >= floor[:, None], PROTECTED, scores)
-    scores, live = (x.reshape(-1, sharing * x.shape[1]) for x in (boosted, live))
-    shared = reached_by(scores, live, room(budget).reshape(-1, sharing).sum(axis=1))
-    return jnp.minimum(jnp.repeat(shared, sharing), floor)
+    def thresholds(self, view: KeepView) -> Array:
+        limits = jnp.stack([jnp.asarray(self.alpha_high), jnp.asarray(self.alpha_low)], axis=-1)
+        return limits / jnp.maximum(view.seq_len, 1)[:, None]
+
+    def at_least(self, stored, exact, seen, sinks, page):
+        return np.minimum(stored, 1) if np.any(np.asarray(self.alpha_low) > 0) else stored
 
 
-def in_whole_blocks(kept: Array, leaving: Array, scores: Array, together: int) -> Array:
-    """The tokens `kept` (bool [B, n]) and the best of the others that are `leaving`, of equal ones
-    the older, up to whole blocks.
+class Budget(Keep):
+    """So many tokens of each head stay, those in the recent window and the sinks included.
 
-    As many leave as fill blocks of `together` tokens, so there are always enough: no block is ever
-    part-filled (docs/design.md 2).
+    Attributes:
+        keep: a share of the tokens seen (float up to 1), a number (int), memory for the whole cache
+            such as "64MiB", out of which a number is made, or nested lists of shares or numbers
+            that broadcast to [layers, requests, kv_heads].
+        keep_high: with two tiers, how many stay in the first, likewise.
+        layers: how budgets are spread over the layers: "uniform"; "pyramid" or "cosine", fewer with
+            depth (`diffkv_jax.policy.spread`), `keep` being the mean.
+        whole_layers: layers (those without a sliding window count) that keep everything.
+        share_heads: the KV heads of a layer share their budgets, each keeps at least this share of
+            its own (Ada-KV, arXiv:2407.11550); None: each has its own.
+        share_layers: the heads of all layers share (KVzip), of scores with `passes`.
     """
-    wanted = -(-kept.sum(axis=1) // together) * together
-    return lowest(jnp.where(leaving, jnp.where(kept, -jnp.inf, -scores), jnp.inf), wanted)
 
-
-def lowest(x: Array, count: Array) -> Array:
-    """Where the `count` int32 [B] lowest numbers of each row are, of equal ones the first: `[B, n]`
-    to bool [B, n].
-    """
-    return jnp.argsort(jnp.argsort(x, axis=1), axis=1) < count[:, None]
-
-
-def stored_scores(
-    layout: PageLayout, stored: Stored, observed: Array, max_len: int
-) -> tuple[Array, Array]:
-    """Mean significance float32 [B, n] of the stored tokens of every tier, and where there is one,
-    bool [B, n]; `observed` as in `Rule`.
-    """
-    scores, live = [], []
-    for tier in range(layout.tiers):
-        total, position, there = read_sides(
-            stored.pages, layout, stored.page_table, stored.tier_len, tier, max_len
-        )
-        scores.append(mean_significance(total, position, observed))
-        live.append(there)
-    return jnp.concatenate(scores, axis=1), jnp.concatenate(live, axis=1)
-
-
-def reached_by(scores: Array, live: Array, room: Array) -> Array:
-    """The score that at most `room` live ones of each row reach, and protected ones always: [B, n],
-    [B, n], [B] to [B].
-    """
-    scores = jnp.where(live, scores, -jnp.inf)
-    threshold = kth_largest(scores, jnp.maximum(room, 1))
-    above = jnp.nextafter(threshold, jnp.inf)
-    # the next one may count as 0
-    above = jnp.where(threshold == 0, jnp.finfo(jnp.float32).tiny, above)
-    threshold = jnp.where((scores >= threshold[:, None]).sum(axis=1) > room, above, threshold)
-    return jnp.where(
-        room >= live.sum(axis=1),
-        ALL,
-        jnp.minimum(jnp.where(room > 0, threshold, PROTECTED_ONLY), PROTECTED_ONLY),
+    keep: Amount = data(default=0.5, convert=partial(budget, in_bytes=True))
+    keep_high: Amount | None = data(default=None, convert=budget)
+    layers: Literal["uniform", "pyramid", "cosine"] = static(
+        default="uniform", convert=partial(one_of, choices=("uniform", *SPREADS))
     )
-
-
-def kth_largest(x: Array, k: Array) -> Array:
-    """Exactly the `k`-th largest number of each row, float32 [B, n] and int32 [B] (from 1 to n) to
-    [B].
-
-    Bit by bit, 32 passes of compare and count: a sort of long rows takes XLA many times as long on
-    a CPU.
-    """
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    # unsigned integers in the order of the numbers
-    ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-    def bit(i: Array, found: Array) -> Array:
-        candidate = found | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        return jnp.where((ordered >= candidate[:, None]).sum(axis=1) >= k, candidate, found)
-
-    found = lax.fori_loop(0, 32, bit, jnp.zeros(x.shape[0], jnp.uint32))
-    return lax.bitcast_convert_type(
-        jnp.where(found >> 31 == 1, found & jnp.uint32(0x7FFFFFFF), ~found), jnp.float32
+    whole_layers: tuple[int, ...] = static(
+        default=(),
+        convert=partial(
+            tuple_of,
+            each=from_zero,
+            rule="a list of layers such as [0, 1]",
+            entry_rule="numbers of layers: integers of at least 0",
+        ),
     )
+    share_heads: float | None = static(
+        default=None,
+        convert=partial(
+            number,
+            least=0,
+            most=1,
+            optional=True,
+            rule="the share of its budget that each head keeps: from 0 to 1, or None",
+        ),
+    )
+    share_layers: bool = static(default=False, convert=flag)  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def check(self) -> None:
+        if self.keep_high is not None:
+            if self.in_bytes:
+                return  # two tiers: `check_stages` says what is wrong
+            high, keep = meet(self, "keep_high", "keep")
+            if high.dtype.kind != keep.dtype.kind or np.any(high > keep):
+                raise ValueError(
+                    f"keep_high={self.keep_high} must be of the kind of keep={self.keep} and not "
+                    "exceed it"
+                )
+        if self.share_layers and self.share_heads is None:
+            raise ValueError(
+                "share_layers=True shares budgets between layers, and so between heads: give "
+                "share_heads= too, such as 0.0"
+            )
+        if self.share_layers and self.whole_layers:
+            raise ValueError(
+                f"whole_layers={self.whole_layers} keep everything, and share_layers=True shares "
+                "their budgets: leave one out"
+            )
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether it is an amount of memory, of which a number of tokens is yet to be made."""
+        return isinstance(self.keep, str)
+
+    def bind(self, shape: tuple[int, int, int]) -> "Budget":
+        counts = np.asarray(self.keep).dtype.kind == "i"
+        whole = list(self.whole_layers)
+        if beyond := [layer for layer in whole if not 0 <= layer < shape[0]]:
+            rule = f"there is no layer {beyond[0]} of {shape[0]}"
+            raise ValueError(f"whole_layers={self.whole_layers}: {rule}")
+        keep = broadcast("keep", self.keep, shape)
+        factor = np.ones(shape[0])
+        if self.layers in SPREADS and shape[0]:
+            factor = SPREADS[self.layers](shape[0], None if counts else keep.max())
+
+        def spread(name: str) -> np.ndarray | None:
+            if getattr(self, name) is None:
+                return None
+            each = broadcast(name, getattr(self, name), shape) * factor[:, None, None]
+            each = np.floor(each + 1e-3).astype(np.int32) if counts else each.astype(np.float32)
+            each[whole] = 2**30 if counts else 1.0
+            return each
+
+        return with_leaves(self, keep=spread("keep"), keep_high=spread("keep_high"))
+
+    def thresholds(self, view: KeepView) -> Array:
+        amounts = (self.keep if self.keep_high is None else self.keep_high, self.keep)
+        columns = [
+            self._threshold(_tokens(amount, view), view) for amount in amounts[-view.tiers :]
+        ]
+        return jnp.stack([columns[0], columns[-1]], axis=-1)
+
+    def _threshold(self, tokens: Array, view: KeepView) -> Array:
+        """The scores float32 [B] that as many tokens of each head reach as `tokens` float32 [B] has
+        room for; of equal scores at the line none does.
+        """
+        scores, live = view.scores, view.live
+        most = scores.shape[1]  # budgets of whole layers are larger, and a sum would overflow
+
+        def room(tokens: Array) -> Array:
+            return jnp.clip(jnp.floor(tokens + 1e-3) - view.exact, 0, most).astype(jnp.int32)
+
+        if self.share_heads is None:
+            return reached_by(scores, live, room(tokens))
+        # Ada-KV: every head keeps a share of its own budget, the rest goes to the best of all.
+        floor = reached_by(scores, live, room(tokens * self.share_heads))
+        boosted = jnp.where(scores >= floor[:, None], PROTECTED, scores)
+        scores, live = (x.reshape(-1, view.sharing * x.shape[1]) for x in (boosted, live))
+        shared = reached_by(scores, live, room(tokens).reshape(-1, view.sharing).sum(axis=1))
+        return jnp.minimum(jnp.repeat(shared, view.sharing), floor)
+
+    def at_least(self, stored, exact, seen, sinks, page):
+        keep = np.asarray(self.keep)
+        kept = keep if keep.dtype.kind == "i" else np.floor(keep * seen).astype(np.int64)
+        stored = np.minimum(stored, np.maximum(kept - exact, sinks))
+        if self.share_heads is not None:  # heads share: one of them may have them all
+            stored -= stored % page
+        return stored
+
+    def uneven(self) -> Array:
+        keep = jnp.asarray(self.keep)
+        return jnp.any(keep != keep[:1])
+
+
+def _tokens(amount: Any, view: KeepView) -> Array:
+    """A bound amount [B] as numbers of tokens, float32."""
+    if jnp.issubdtype(amount.dtype, jnp.integer):
+        return amount.astype(jnp.float32)
+    return amount * view.seq_len

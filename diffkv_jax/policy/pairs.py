@@ -1,8 +1,8 @@
-"""`Merge`: which layers keep one direction for two, as data (MiniCache, arXiv:2405.14366;
+"""`LayerPairs`: which layers keep one direction for two (MiniCache, arXiv:2405.14366;
 docs/design.md 11).
 """
 
-from dataclasses import dataclass, fields
+from functools import partial
 from math import ceil
 
 import jax.numpy as jnp
@@ -11,10 +11,14 @@ from jax import Array
 
 from diffkv_jax.arguments import number
 from diffkv_jax.model import AttentionSpec
+from diffkv_jax.policy.stage import Stage, static
 
 
-@dataclass(frozen=True)
-class Merge:
+def _share(name: str, value):
+    return partial(number, least=0, most=1)(f"pairs.{name}", value)
+
+
+class LayerPairs(Stage):
     """Layers from the middle on are merged in pairs of neighbours.
 
     Attributes:
@@ -29,16 +33,11 @@ class Merge:
         ValueError: one of them is not a number from 0 to 1.
     """
 
-    start: float = 0.5
-    t: float = 0.6
-    retention: float = 0.05
+    start: float = static(default=0.5, convert=_share)
+    t: float = static(default=0.6, convert=_share)
+    retention: float = static(default=0.05, convert=_share)
 
-    def __post_init__(self):
-        for field in fields(self):
-            value = number(f"merge.{field.name}", getattr(self, field.name), least=0, most=1)
-            object.__setattr__(self, field.name, value)
-
-    def pairs(self, attention: AttentionSpec) -> int:
+    def count(self, attention: AttentionSpec) -> int:
         """How many pairs there are: the last layers of the model.
 
         Raises:
@@ -46,27 +45,26 @@ class Merge:
         """
         if attention.latent is not None:
             raise ValueError(
-                "merge is made for keys and values, and this model has one latent "
-                "for both: leave merge out"
+                "pairs are made for keys and values, and this model has one latent for both: "
+                "leave pairs out"
             )
         layers = attention.num_layers
         pairs = (layers - ceil(self.start * layers - 1e-9)) // 2
         if pairs == 0 and self.start < 1:
             raise ValueError(
-                f"merge.start={self.start} leaves no two of {layers} layers to merge: lower it, "
-                f"or take start=1.0 to merge none"
+                f"pairs.start={self.start} leaves no two of {layers} layers to merge: lower it, "
+                "or take start=1.0 to merge none"
             )
         first = layers - 2 * pairs
         if any(window is not None for window in attention.sliding_windows[first:]):
             raise ValueError(
-                f"merge.start={self.start} merges layers {first} to {layers - 1} in pairs, and "
-                f"some of them have a sliding window, whose "
-                "tokens are never compressed: raise start or leave merge out"
+                f"pairs.start={self.start} merges layers {first} to {layers - 1} in pairs, and "
+                "some of them have a sliding window, whose tokens are never compressed: raise "
+                "start or leave pairs out"
             )
         return pairs
 
     def retained(self, tokens: Array | np.ndarray) -> Array:
         """How many of `tokens` (ints) that a pair of heads has stored stay unmerged, int32."""
-        return jnp.ceil(jnp.asarray(tokens, jnp.float32) * jnp.float32(self.retention)).astype(
-            jnp.int32
-        )
+        share = jnp.asarray(tokens, jnp.float32) * jnp.float32(self.retention)
+        return jnp.ceil(share).astype(jnp.int32)

@@ -1,20 +1,25 @@
-"""Classes of tokens by id: those that always stay, and punctuation, which heads may choose to keep
-(FastGen).
-"""
+"""`Protect`: tokens that always stay; and classes of tokens by id."""
 
-import dataclasses
 import string
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-from jax import Array
+from diffkv_jax.arguments import WrongType, integer, shown, token_ids
+from diffkv_jax.policy.fields import MOST_TOKENS
+from diffkv_jax.policy.stage import Stage, static
 
-from diffkv_jax.arguments import WrongType, shown, token_ids
-from diffkv_jax.cache.cache import KVCache
-from diffkv_jax.cache.layer import per_head
 
-SPECIAL, PUNCTUATION = 1, 2  # values of `KVCache.classes`; 0 is any other token
+class Protect(Stage):
+    """Tokens that always stay.
+
+    Attributes:
+        sinks: the first tokens of a request.
+        token_ids: tokens with these ids, such as the special ones of `diffkv_jax.token_classes`.
+    """
+
+    sinks: int = static(default=0, convert=partial(integer, least=0, most=MOST_TOKENS), length=True)
+    token_ids: tuple[int, ...] = static(default=(), convert=token_ids)
 
 
 class _Classes(NamedTuple):
@@ -60,44 +65,3 @@ def token_classes(tokenizer: Any) -> TokenClasses:
             if mark and set(mark) <= set(string.punctuation) and i not in special
         ),
     )
-
-
-def note_classes(cache: KVCache, tokens: Array, positions: Array) -> KVCache:
-    """The cache that knows the classes of `tokens` int32 [R, T] at `positions` int32 [R, T], -1
-    where there is none.
-    """
-    selection = cache.spec.selection
-    if not selection.classed:
-        return cache
-    special, marks = (
-        jnp.isin(tokens, jnp.asarray(ids, jnp.int32))
-        for ids in (selection.protect, selection.punctuation)
-    )
-    found = jnp.where(special, SPECIAL, jnp.where(marks, PUNCTUATION, 0)).astype(
-        cache.classes.dtype
-    )
-    at = jnp.where(positions >= 0, positions, cache.spec.max_len)
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    return dataclasses.replace(cache, classes=cache.classes.at[rows, at].set(found, mode="drop"))
-
-
-def classes_at(cache: KVCache, position: Array) -> Array:
-    """Class of the tokens of each head at `position` int32 [B, n], or of all layers' heads; sinks
-    count as special.
-    """
-    selection = cache.spec.selection
-    found = jnp.zeros(position.shape, jnp.uint8)
-    if selection.classed:
-        known = per_head(cache, cache.classes, position.shape[0] // cache.spec.num_heads)
-        found = jnp.take_along_axis(known, jnp.clip(position, 0, cache.spec.max_len - 1), axis=1)
-    return jnp.where(position < selection.sinks, jnp.uint8(SPECIAL), found)
-
-
-def protected_tokens(cache: KVCache, position: Array) -> Array | None:
-    """Which tokens of each head at `position` int32 [B, n] always stay, bool; None: the policy
-    protects none, or heads choose.
-    """
-    selection = cache.spec.selection
-    if selection.profiled or not (selection.sinks or selection.protect):
-        return None
-    return classes_at(cache, position) == SPECIAL

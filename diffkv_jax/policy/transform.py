@@ -1,16 +1,100 @@
-"""The transform stage: keys, values and queries turned by one orthogonal matrix, so that a few
-large channels spread over all.
+"""`Transform`: keys and values are kept turned, or without their rotary embedding.
 
-A dot product does not change when both vectors turn, and the output turns back. Codecs that share a
-scale over a token's channels lose less (QuaRot, arXiv:2404.00456; TurboQuant, arXiv:2504.19874).
+A dot product does not change when both vectors are turned by one orthogonal matrix, and the output
+turns back. Codecs that share a scale over a token's channels lose less when a few large channels
+are spread over all (QuaRot, arXiv:2404.00456; TurboQuant, arXiv:2504.19874).
 """
 
 from functools import lru_cache
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from jax import Array, lax
+
+from diffkv_jax.model import AttentionSpec
+from diffkv_jax.policy.stage import Stage
+
+
+class Transform(Stage):
+    """What keys, values, queries and outputs [..., head_dim] go through on their way to and from
+    the cache. Queries and keys by maps that leave their dot products as they are.
+
+    `position_free` says that keys are stored without their rotary embedding.
+    """
+
+    position_free: ClassVar[bool] = False
+
+    def queries(self, x: Array, attention: AttentionSpec, *, back: bool = False) -> Array:
+        """Queries as stored keys want them; `back`: the inverse."""
+        return x
+
+    def keys(self, x: Array, attention: AttentionSpec) -> Array:
+        """Keys as they are stored. Where they change by position, see `rope`."""
+        return x
+
+    def values(self, x: Array) -> Array:
+        """Values as they are stored."""
+        return x
+
+    def output(self, x: Array) -> Array:
+        """Inverse of `values`, of what attention mixes of them."""
+        return x
+
+    def rope(self, attention: AttentionSpec) -> tuple[float, ...] | None:
+        """Angles per position of the rotary embedding that keys are stored without, and get back
+        where attention reads them; None: keys are stored with it.
+
+        Raises:
+            ValueError: the model has none that is known.
+        """
+        return None
+
+
+class Exact(Transform):
+    """Keys and values as the model makes them."""
+
+
+EXACT = Exact()
+
+
+class Hadamard(Transform):
+    """Turned by a Hadamard matrix with random signs (a random rotation where there is none)."""
+
+    def queries(self, x: Array, attention: AttentionSpec, *, back: bool = False) -> Array:
+        latent = attention.latent
+        if latent is None:
+            return rotated(x, back=back)
+        # the rotary part stays as it is
+        return jnp.concatenate([rotated(x[..., :latent], back=back), x[..., latent:]], axis=-1)
+
+    def keys(self, x: Array, attention: AttentionSpec) -> Array:
+        return self.queries(x, attention)
+
+    def values(self, x: Array) -> Array:
+        return rotated(x) if x.shape[-1] else x
+
+    def output(self, x: Array) -> Array:
+        return rotated(x, back=True)
+
+
+class WithoutRope(Transform):
+    """Keys without their rotary embedding: of kernels, only decode attention reads such."""
+
+    position_free = True
+
+    def rope(self, attention: AttentionSpec) -> tuple[float, ...] | None:
+        if attention.latent is not None:
+            raise ValueError(
+                "WithoutRope(), and a latent carries no rotary embedding: leave it out"
+            )
+        if attention.rope is None:
+            raise ValueError(
+                "WithoutRope(), and the model does not tell its rotary embedding "
+                "(AttentionSpec.rope)"
+            )
+        return attention.rope
 
 
 @lru_cache
@@ -34,8 +118,3 @@ def rotated(x: Array, *, back: bool = False) -> Array:
         x.astype(jnp.float32), matrix.T if back else matrix, precision=lax.Precision.HIGHEST
     )
     return turned.astype(x.dtype)
-
-
-def rotated_first(x: Array, channels: int) -> Array:
-    """`x [..., head_dim]` with its first `channels` turned, the others as they are."""
-    return jnp.concatenate([rotated(x[..., :channels]), x[..., channels:]], axis=-1)

@@ -6,15 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from diffkv_jax.cache.cache import CacheSpec, KVCache
+from diffkv_jax.cache.cache import KVCache
+from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.calibration.probe import Probe
 from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
 from diffkv_jax.pallas_kernels.precision import in_32_bits
-from diffkv_jax.policy.transform import rotated, rotated_first
 from diffkv_jax.steps.decode import decode_layer
 from diffkv_jax.steps.prefill import prefill_layer
 from diffkv_jax.steps.sliding_window import window_layer
-from diffkv_jax.steps.step import DecodeStep, PrefillStep, ReplayStep
+from diffkv_jax.steps.step import DecodeStep, PrefillStep, ScoreStep
 
 
 @in_32_bits
@@ -25,7 +25,7 @@ def attend(
     k: Array,
     v: Array,
     positions: Array,
-    step: DecodeStep | PrefillStep | ReplayStep,
+    step: DecodeStep | PrefillStep | ScoreStep,
 ) -> tuple[Array, KVCache | Probe]:
     """Attention of one layer of one step over the cache, which takes the new tokens in.
 
@@ -37,7 +37,7 @@ def attend(
             channels.
         positions: unused here (the cache knows the positions); part of the call so that a model
             needs no other channel.
-        step: `DecodeStep` (T = 1), `PrefillStep` (right-aligned chunk) or `ReplayStep` (likewise;
+        step: `DecodeStep` (T = 1), `PrefillStep` (right-aligned chunk) or `ScoreStep` (likewise;
             its tokens are not taken in).
 
     Returns:
@@ -78,19 +78,17 @@ def _paged(
     q: Array,
     k: Array,
     v: Array,
-    step: DecodeStep | PrefillStep | ReplayStep,
+    step: DecodeStep | PrefillStep | ScoreStep,
 ) -> tuple[Array, KVCache]:
     """One step of a layer with global attention."""
-    rotate, latent = cache.spec.rotate, cache.spec.attention.latent
-    if rotate and latent is not None:  # the rotary part stays as it is
-        q, k = rotated_first(q, latent), rotated_first(k, latent)
-    elif rotate:
-        q, k, v = rotated(q), rotated(k), rotated(v)
+    transform, attention = cache.policy.transform, cache.spec.attention
+    q, k = transform.queries(q, attention), transform.keys(k, attention)
+    v = transform.values(v)
     if isinstance(step, DecodeStep):
         out, cache = decode_layer(cache, layer, q, k, v, step)
     else:
         out, cache = prefill_layer(cache, layer, q, k, v, step)
-    return rotated(out, back=True) if rotate else out, cache
+    return transform.output(out), cache
 
 
 def _slots(spec: CacheSpec) -> np.ndarray:

@@ -31,7 +31,8 @@ def decode_layer(
     cache = _append(cache, layer, k, v, step)
     heads = layer_heads(cache, layer, cache.recent_len + step.active)
     layout = layer_layout(cache, layer, learned=spec.kernels.implementation == "xla")
-    live, scores_too = per_head(cache, step.active), spec.selection.accumulates
+    live = per_head(cache, step.active)
+    scores_too = cache.policy.score is not None and cache.policy.score.accumulates
     heads = heads._replace(
         tier_len=jnp.where(live[:, None], heads.tier_len, 0),
         recent_len=jnp.where(live, heads.recent_len, 0),

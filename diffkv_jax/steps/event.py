@@ -1,5 +1,5 @@
-"""The compression event: which tokens of a layer change tier, whether the pages suffice, and the
-change itself (docs/design.md 1).
+"""The compression event of a layer, or of all: which tokens change tier, how many pages that takes,
+and the change itself (docs/design.md 1). Decode, prompts and `Score.passes` end in it.
 """
 
 from typing import NamedTuple
@@ -8,9 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from diffkv_jax.cache.cache import CacheSpec
+from diffkv_jax.cache.cache import KVCache
+from diffkv_jax.cache.layer import (
+    Clock,
+    head_numbers,
+    stored_layer,
+    unmerged_layout,
+    with_stored,
+)
+from diffkv_jax.cache.spec import CacheSpec
+from diffkv_jax.cache.token_class import protected_tokens
 from diffkv_jax.pallas_kernels.apply_event import Stored, Tokens, apply_event
-from diffkv_jax.pallas_kernels.pages import PageLayout
+from diffkv_jax.pallas_kernels.pages import PageLayout, read_sides
 from diffkv_jax.pallas_kernels.plan_event import (
     DROPPED,
     Moves,
@@ -19,24 +28,9 @@ from diffkv_jax.pallas_kernels.plan_event import (
     count_moves,
     mean_significance,
 )
-from diffkv_jax.policy.keep import (
-    ALL,
-    budget_thresholds,
-    in_whole_blocks,
-    stored_scores,
-    uniform_thresholds,
-)
-
-
-class Clock(NamedTuple):
-    """Where each head stands. `B` = requests x KV heads."""
-
-    seq_len: Array  # int32 [B] tokens seen
-    # int32 [B, spans, 2] queries that a token's score is divided by, as in `KVCache`
-    observed: Array
-    limits: Array  # float32 [B, 2] thresholds or budgets, as in `KVCache`
-    exact: Array  # int32 [B] tokens that stay in the recent window
-    decides: Array  # bool []; without, every token enters the high tier and none leaves it
+from diffkv_jax.policy.keep import KeepView
+from diffkv_jax.policy.ranking import ALL, in_whole_blocks
+from diffkv_jax.policy.score import PROTECTED, LeavingTokens
 
 
 class Plan(NamedTuple):
@@ -50,45 +44,68 @@ class Plan(NamedTuple):
     pages: Array  # int32 [B] pages that the head needs beyond what it has
 
 
+def entered(cache: KVCache, layer: Array | None, tokens: Tokens, valid: Array) -> Tokens:
+    """`tokens` [B, n, ...] of a layer's recent window and chunk (of all layers' when None) with the
+    scores that they enter the tiers with; `valid` bool [B, n].
+    """
+    score, head = cache.policy.score, head_numbers(cache, layer)
+    scores = tokens.significance
+    if score is not None:
+        of = LeavingTokens(*tokens, valid, head, cache.spec.attention)
+        scores = score.enter(of)
+    protected = protected_tokens(cache, tokens.position)
+    if protected is not None:
+        scores = jnp.where(protected, PROTECTED, scores)
+    return tokens._replace(significance=scores)
+
+
+def one_victim(cache: KVCache) -> bool:
+    """Whether an event in decode re-examines one token at most (Algorithm 1 of the DiffKV paper):
+    the least significant one of the tier that the entering token joins.
+    """
+    return cache.spec.flush == 1 and not cache.policy.keep.ranks and not cache.policy.keep.marks
+
+
 def plan_event(
+    cache: KVCache,
+    layer: Array | None,
+    clock: Clock,
+    tokens: Tokens,
+    leaving: Array,
+    *,
+    one_victim: bool = False,
+) -> Plan:
+    """Classify the tokens `leaving` (bool [B, n]) the window of a layer (of all when None), the
+    first n of `tokens`, and the stored ones. Heads from which nothing leaves are left alone.
+    """
+    spec, stored, n = cache.spec.unmerged, stored_layer(cache, layer), leaving.shape[1]
+    scores, position = tokens.significance[:, :n], tokens.position[:, :n]
+    layout, mean = spec.layout, mean_significance(scores, position, clock.observed)
+    tau = _thresholds(spec, stored, clock, mean, leaving)
+    entering = jnp.where(leaving, classify(mean, tau, layout.tiers), DROPPED)
+    if layout.together > 1 and clock.keep.ranks:
+        whole = in_whole_blocks(entering != DROPPED, leaving, mean, layout.together)
+        entering = whole.astype(entering.dtype)  # tier code 1
+    return planned(spec, stored, clock.observed, tau, entering, leaving.any(axis=-1), one_victim)
+
+
+def planned(
     spec: CacheSpec,
     stored: Stored,
-    clock: Clock,
-    significance: Array,
-    position: Array,
-    leaving: Array,
-    one_victim: bool,
+    observed: Array,
+    tau: Array,
+    entering: Array,
+    changes: Array,
+    one_victim: bool = False,
 ) -> Plan:
-    """Classify the tokens that leave the window and the stored ones.
-
-    `significance`, `position`, `leaving` (mask) are `[B, n]` and describe the tokens in the recent
-    window (and prompt chunk). With `one_victim` at most the least significant token of the tier
-    that the entering one joined is re-examined (Algorithm 1). Heads from which nothing leaves are
-    left alone.
+    """The plan of thresholds `tau` float32 [B, 2] and `entering` tokens, for heads that something
+    `changes` (bool [B]).
     """
-    layout, mean = spec.layout, mean_significance(significance, position, clock.observed)
-    tau = _thresholds(spec, stored, clock, mean, leaving)
-    codes = classify(mean, tau, layout.tiers)
-    entering = jnp.where(leaving, codes, DROPPED)
-    if layout.together > 1 and spec.selection.budgeted:
-        # tier code 1
-        entering = in_whole_blocks(entering != DROPPED, leaving, mean, layout.together).astype(
-            entering.dtype
-        )
-    joined = jnp.stack(
-        [(entering == tier + 1).any(axis=-1) for tier in range(layout.tiers)], axis=-1
-    )
-    rule = Rule(tau, clock.observed, leaving.any(axis=-1), joined)
-    moves = count_moves(
-        stored.pages,
-        layout,
-        stored.page_table,
-        stored.tier_len,
-        rule,
-        one_victim=one_victim,
-        max_len=spec.max_len,
-        kernels=spec.page_kernels,
-    )
+    layout, table = spec.layout, (stored.page_table, stored.tier_len)
+    joined = [(entering == tier + 1).any(axis=-1) for tier in range(layout.tiers)]
+    rule = Rule(tau, observed, changes, jnp.stack(joined, axis=-1))
+    how = {"one_victim": one_victim, "max_len": spec.max_len, "kernels": spec.page_kernels}
+    moves = count_moves(stored.pages, layout, *table, rule, **how)
     return Plan(entering, rule, moves, pages_beyond(layout, stored.tier_len, entering, moves))
 
 
@@ -96,53 +113,45 @@ def _thresholds(
     spec: CacheSpec, stored: Stored, clock: Clock, mean: Array, leaving: Array
 ) -> Array:
     """Mean scores float32 [B, 2] below which a token is not high, and is dropped."""
-    selection = spec.selection
-    if selection.profiled:  # those that leave are marked by negative scores
-        return jnp.zeros_like(clock.limits)
-    if not selection.budgeted:
-        return jnp.where(clock.decides, uniform_thresholds(clock.limits, clock.seq_len), 0.0)
+    keep, tiers, kv_heads = clock.keep, spec.layout.tiers, spec.attention.num_kv_heads
+    if not keep.ranks:
+        none = jnp.zeros((len(mean), 0))
+        view = KeepView(none, none.astype(bool), clock.seq_len, clock.exact, tiers, kv_heads)
+        return jnp.where(clock.decides, keep.thresholds(view), 0.0)
 
-    def layer_thresholds(heads: tuple[Array, ...]) -> Array:
-        page_table, tier_len, observed, budgets, exact, entering, enters = heads
+    def layer_thresholds(heads: tuple) -> Array:
+        keep, page_table, tier_len, observed, seq_len, exact, entering, enters = heads
         held = stored._replace(page_table=page_table, tier_len=tier_len)
         scores, live = stored_scores(spec.layout, held, observed, spec.max_len)
-        scores, live = (
-            jnp.concatenate([scores, entering], axis=1),
-            jnp.concatenate([live, enters], axis=1),
-        )
-        return tier_thresholds(spec, budgets, exact, scores, live, spec.attention.num_kv_heads)
+        scores = jnp.concatenate([scores, entering], axis=1)
+        live = jnp.concatenate([live, enters], axis=1)
+        return keep.thresholds(KeepView(scores, live, seq_len, exact, tiers, kv_heads))
 
     def decide(_: int, tau: Array) -> Array:
-        budgets = clock.limits if selection.in_tokens else clock.limits * clock.seq_len[:, None]
-        heads = (
-            stored.page_table,
-            stored.tier_len,
-            clock.observed,
-            budgets,
-            clock.exact,
-            mean,
-            leaving,
-        )
+        table = stored.page_table, stored.tier_len
+        heads = (keep, *table, clock.observed, clock.seq_len, clock.exact, mean, leaving)
         by_layer = jax.tree.map(lambda x: x.reshape(-1, spec.num_heads, *x.shape[1:]), heads)
         # one layer's scores at a time
         return lax.map(layer_thresholds, by_layer).reshape(tau.shape)
 
-    return lax.fori_loop(
-        0, clock.decides.astype(jnp.int32), decide, jnp.full(clock.limits.shape, ALL)
-    )
+    every = jnp.full((len(mean), 2), ALL)
+    return lax.fori_loop(0, clock.decides.astype(jnp.int32), decide, every)
 
 
-def tier_thresholds(
-    spec: CacheSpec, budgets: Array, exact: Array, scores: Array, live: Array, sharing: int
-) -> Array:
-    """`budget_thresholds` of both columns of `budgets` [B, 2]; `sharing` neighbours may share
-    theirs.
+def stored_scores(
+    layout: PageLayout, stored: Stored, observed: Array, max_len: int
+) -> tuple[Array, Array]:
+    """Mean scores float32 [B, n] of the stored tokens of every tier, and where there is one, bool
+    [B, n]; `observed` as in `Rule`.
     """
-    columns = [
-        budget_thresholds(spec.selection, budget, exact, scores, live, sharing)
-        for budget in budgets.T[-spec.layout.tiers :]
-    ]
-    return jnp.stack([columns[0], columns[-1]], axis=-1)
+    scores, live = [], []
+    for tier in range(layout.tiers):
+        total, position, there = read_sides(
+            stored.pages, layout, stored.page_table, stored.tier_len, tier, max_len
+        )
+        scores.append(mean_significance(total, position, observed))
+        live.append(there)
+    return jnp.concatenate(scores, axis=1), jnp.concatenate(live, axis=1)
 
 
 def pages_beyond(layout: PageLayout, tier_len: Array, entering: Array, moves: Moves) -> Array:
@@ -161,35 +170,23 @@ def pages_beyond(layout: PageLayout, tier_len: Array, entering: Array, moves: Mo
     return jnp.maximum(after - before, 0)
 
 
-def admit(needed: Array, free: Array) -> Array:
-    """Which requests get all the pages they need, `needed [R]`, in order while `free []` lasts; one
-    that does not fit takes none.
-    """
-
-    def take(left, need):
-        fits = need <= left
-        return left - jnp.where(fits, need, 0), fits
-
-    return lax.scan(take, free, needed)[1]
-
-
 def apply_plan(
-    spec: CacheSpec,
-    layout: PageLayout,
-    stored: Stored,
+    cache: KVCache,
+    layer: Array | None,
     plan: Plan,
     tokens: Tokens,
     admitted: Array,
     *,
-    one_victim: bool,
+    one_victim: bool = False,
     pages_a_round: int = 1,
-) -> Stored:
-    """Carry out a plan for the heads `admitted [B]` in the layer of `layout`; `tokens` begin with
-    those that `plan.entering` classifies.
+) -> KVCache:
+    """Carry out a plan for the heads `admitted` (bool [B]) of a layer (of all when None); `tokens`
+    begin with those that `plan.entering` classifies.
     """
-    return apply_event(
-        stored,
-        layout,
+    spec = cache.spec.unmerged
+    stored = apply_event(
+        stored_layer(cache, layer),
+        unmerged_layout(cache, layer),
         plan.rule,
         plan.moves,
         tokens,
@@ -200,3 +197,4 @@ def apply_plan(
         pages_a_round=pages_a_round,
         kernels=spec.page_kernels,
     )
+    return with_stored(cache, layer, stored)

@@ -1,24 +1,25 @@
-"""The compiled calls that `generate` and `evaluate` are made of: one prompt chunk, one decode
-step.
+"""The compiled calls that `generate` and `evaluate` are made of: one prompt chunk, one decode step,
+one pass over a prompt.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from diffkv_jax.cache.cache import KVCache, complete, without_empty
+from diffkv_jax.cache.cache import InChunk, KVCache, Waiting, complete, without_empty
+from diffkv_jax.cache.pair_pages import pages_of_pairs
 from diffkv_jax.cache.pool_size import most_pages
-from diffkv_jax.methods.kvzip_event import drop_least
-from diffkv_jax.methods.pyramidinfer import begin_chunk, end_chunk
-from diffkv_jax.methods.snapkv import forget
+from diffkv_jax.cache.token_class import note_classes
 from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.precision import in_32_bits
-from diffkv_jax.policy.protect import note_classes
-from diffkv_jax.steps.after import after_decode, after_prefill, before_prefill
-from diffkv_jax.steps.pairs import pages_of_pairs
-from diffkv_jax.steps.step import DecodeStep, PrefillStep, ReplayStep
+from diffkv_jax.steps.decode_event import after_decode
+from diffkv_jax.steps.passes import drop_least
+from diffkv_jax.steps.rescore import reset_scores
+from diffkv_jax.steps.step import DecodeStep, PrefillStep, ScoreStep
+from diffkv_jax.steps.store_chunk import observed_after, recent_after
 
 
 @in_32_bits
@@ -31,8 +32,9 @@ def decode_step(
     step = DecodeStep(active)
     positions = jnp.where(active, cache.seq_len, -1)[:, None]
     cache = note_classes(complete(cache), token[:, None], positions)
-    if cache.spec.selection.in_decode:
-        cache = forget(cache, jnp.any(active & ((cache.steps + 1) % cache.spec.flush == 0)))
+    if cache.policy.in_decode:
+        due = jnp.any(active & ((cache.steps + 1) % cache.spec.flush == 0))
+        cache = reset_scores(cache, due)
     logits, cache = model.apply({"params": params}, token[:, None], positions, cache, step)
     return logits[:, 0], without_empty(after_decode(cache, step))
 
@@ -47,45 +49,69 @@ def prefill_chunk(
 
     Returns logits float32 [R, vocab] of the last token and the cache, which is donated.
     """
-    cache, chunk_len = complete(cache), tokens.shape[1]
-    # else `end_replay` does
-    decides = (
-        last | _runs_low(cache, length)
-        if cache.spec.selection.replay is None
-        else jnp.asarray(False)
-    )
+    cache, chunk_len, score = complete(cache), tokens.shape[1], cache.policy.score
+    after_passes = score is not None and score.has_passes  # then `end_passes` decides
+    decides = jnp.asarray(False) if after_passes else last | _runs_low(cache, length)
     step = PrefillStep(length, decides)
     index, positions = _places(cache, chunk_len, length)
-    cache = forget(note_classes(cache, tokens, positions), step.compress)
-    cache = before_prefill(begin_chunk(cache, index >= 0), chunk_len)
+    cache = reset_scores(note_classes(cache, tokens, positions), step.compress)
+    cache = _before_prefill(cache, index >= 0)
     logits, cache = model.apply({"params": params}, tokens, positions, cache, step, last_only=True)
-    return logits[:, -1], without_empty(after_prefill(end_chunk(cache), step, chunk_len))
+    return logits[:, -1], without_empty(_after_prefill(cache, step, chunk_len))
+
+
+def _before_prefill(cache: KVCache, real: Array) -> KVCache:
+    """The cache with what goes from layer to layer (`InChunk`); `real` bool [R, C] tokens."""
+    spec, score = cache.spec, cache.policy.score
+    hides = score is not None and score.hides_dropped
+    waiting = None
+    if spec.pairs is not None:
+        slots = spec.window + spec.flush + real.shape[1]
+        shape = (spec.num_heads, slots, spec.attention.head_dim)
+        waiting = Waiting(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype))
+    in_chunk = InChunk(present=real if hides else None, waiting=waiting)
+    return dataclasses.replace(cache, in_chunk=in_chunk)
+
+
+def _after_prefill(cache: KVCache, step: PrefillStep, chunk_len: int) -> KVCache:
+    """Count the chunk's tokens. A request that found no page in some layer holds none any more: it
+    starts from nothing.
+    """
+    observed = observed_after(cache, step, chunk_len)
+    return dataclasses.replace(
+        cache,
+        seq_len=jnp.where(cache.overflow, 0, cache.seq_len + step.length),
+        recent_len=jnp.where(cache.overflow, 0, recent_after(cache, step)),
+        observed=jnp.where(cache.overflow[:, None, None], 0, observed),
+        steps=jnp.where(step.length > 0, 0, cache.steps),
+        pending=jnp.where(step.length > 0, -1, cache.pending),
+        in_chunk=InChunk(),
+    )
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="cache")
 @in_32_bits
-def replay_chunk(
+def score_pass(
     model: CausalLM, params, cache: KVCache, tokens: Array, length: Array, first: Array
 ) -> KVCache:
-    """Score the prompt's tokens from position `first` int32 [] on by a right-aligned pass that
-    repeats them (`Replay.passes`).
+    """Score the prompt's tokens from position `first` int32 [] on by a right-aligned pass that goes
+    over them again (`Score.passes`).
 
     `tokens` int32 [R, C], `length` int32 [R]. Returns the cache (donated), in which only scores
     have changed.
     """
     cache = complete(cache)
-    step = ReplayStep(jnp.where(cache.overflow, 0, length), first)
+    step = ScoreStep(jnp.where(cache.overflow, 0, length), first)
     _, positions = _places(cache, tokens.shape[1], step.length)
-    return without_empty(
-        model.apply({"params": params}, tokens, positions, cache, step, last_only=True)[1]
-    )
+    _, cache = model.apply({"params": params}, tokens, positions, cache, step, last_only=True)
+    return without_empty(cache)
 
 
 @partial(jax.jit, donate_argnames="cache")
 @in_32_bits
-def end_replay(cache: KVCache, replayed: Array) -> KVCache:
-    """Drop what scored too low of the requests `replayed` (bool [R]). The cache is donated."""
-    return without_empty(drop_least(complete(cache), replayed & ~cache.overflow))
+def end_passes(cache: KVCache, scored: Array) -> KVCache:
+    """Drop what scored too low of the requests `scored` (bool [R]). The cache is donated."""
+    return without_empty(drop_least(complete(cache), scored & ~cache.overflow))
 
 
 def _places(cache: KVCache, chunk_len: int, length: Array) -> tuple[Array, Array]:
@@ -106,14 +132,11 @@ def _runs_low(cache: KVCache, length: Array) -> Array:
     spec = cache.spec
     pages = jnp.where(length > 0, spec.layout.pages_for(0, length) + 1, 0).sum()
     pages = pages * spec.unmerged_layers * spec.attention.num_kv_heads
-    if spec.merge is not None:
+    if spec.pairs is not None:
         seen = cache.recent_len + length
-        pages = (
-            pages + pages_of_pairs(cache, jnp.where(length > 0, seen - spec.staying(seen), 0)).sum()
-        )
+        leaving = jnp.where(length > 0, seen - spec.num_unquantized(seen), 0)
+        pages = pages + pages_of_pairs(cache, leaving).sum()
     low = cache.ring.count < pages
-    if not spec.selection.budgeted or spec.num_pages >= most_pages(
-        spec, [spec.max_len] * spec.num_requests
-    ):
+    if spec.num_pages >= most_pages(spec, [spec.max_len] * spec.num_requests):
         return low
-    return low | jnp.any(cache.limits[..., 1] != cache.limits[:1, ..., 1])
+    return low | cache.policy.keep.uneven()

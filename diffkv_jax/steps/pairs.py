@@ -3,41 +3,14 @@ arXiv:2405.14366; docs/design.md 11).
 """
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from diffkv_jax.cache.cache import CacheSpec, KVCache
+from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.cache.layer import stored_layer, take_layer, with_stored
+from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.pallas_kernels.apply_event import Tokens, append_tokens
 from diffkv_jax.pallas_kernels.codecs import angle
-from diffkv_jax.policy.keep import lowest
-
-
-def pages_of_pair(spec: CacheSpec, tokens: Array | np.ndarray) -> Array:
-    """Pages that a pair of heads needs for `tokens` (ints) that both have stored."""
-    assert spec.merge is not None
-    retained = spec.merge.retained(tokens)
-    return 2 * spec.layout.pages_for(0, retained) + spec.layout.pages_for(
-        spec.layout.tiers - 1, tokens - retained
-    )
-
-
-def pages_needed(spec: CacheSpec, tier_len: Array, entering: Array) -> Array:
-    """Pages beyond the present ones for `entering` int32 [...] tokens, given the lengths `[...,
-    tiers]` of pairs' second layers.
-    """
-    held = tier_len.sum(axis=-1)
-    return pages_of_pair(spec, held + entering) - pages_of_pair(spec, held)
-
-
-def pages_of_pairs(cache: KVCache, entering: Array) -> Array:
-    """Pages int32 [R] that all merged layers need for `entering` int32 [R] tokens beyond the
-    present ones.
-    """
-    spec = cache.spec
-    return pages_needed(spec, cache.tier_len[spec.unmerged_layers + 1 :: 2], entering[:, None]).sum(
-        axis=(0, 2)
-    )
+from diffkv_jax.policy.ranking import lowest
 
 
 def merge_pair(
@@ -79,8 +52,8 @@ def _most_different(
     Those with the largest sum of the angles between both layers' keys and between their values; of
     equals the earlier.
     """
-    assert spec.merge is not None
-    after = spec.merge.retained(tier_len.sum(axis=-1) + leaving.sum(axis=-1))
+    assert spec.pairs is not None
+    after = spec.pairs.retained(tier_len.sum(axis=-1) + leaving.sum(axis=-1))
     k, v = (
         angle(jnp.swapaxes(x, 1, 2), jnp.swapaxes(y, 1, 2))[:, 0]
         for x, y in zip(first[:2], second[:2], strict=True)

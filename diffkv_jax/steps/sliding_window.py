@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.pallas_kernels.decode_attention.stream import soft_cap
-from diffkv_jax.steps.step import DecodeStep, PrefillStep, ReplayStep
+from diffkv_jax.steps.step import DecodeStep, PrefillStep, ScoreStep
 
 ROWS = 256  # query rows that one step holds
 
@@ -21,7 +21,7 @@ def window_layer(
     q: Array,
     k: Array,
     v: Array,
-    step: DecodeStep | PrefillStep | ReplayStep,
+    step: DecodeStep | PrefillStep | ScoreStep,
 ) -> tuple[Array, KVCache]:
     """Attention of `q [R, T, num_q_heads, d]` over the ring and the T new tokens (right-aligned),
     which then enter the ring; those of a replay do not.
@@ -43,7 +43,7 @@ def window_layer(
     )
     values = jnp.where((position >= 0)[:, None, :, None], values, 0)
     out = _attend(cache, q, keys, values, new_position, position, jnp.asarray(windows)[layer])
-    if isinstance(step, ReplayStep):
+    if isinstance(step, ScoreStep):
         return out, cache
     cache = dataclasses.replace(
         cache,

@@ -35,10 +35,10 @@ class PrefillStep:
 
 @partial(jax.tree_util.register_dataclass, data_fields=["length", "first"], meta_fields=[])
 @dataclass(frozen=True)
-class ReplayStep:
+class ScoreStep:
     """A right-aligned chunk that has `length` int32 [R] tokens at its end and goes over part of the
     prompt again: it attends and scores the prompt's tokens from position `first` int32 [] on
-    (`diffkv_jax.methods.kvzip_layer`). None of its own tokens is stored.
+    (`Score.score_pass`). None of its own tokens is stored.
     """
 
     length: Array

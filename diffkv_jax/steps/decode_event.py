@@ -1,4 +1,4 @@
-"""What happens to the cache after the last layer of a step: the clocks, and in decode the
+"""What happens after the last layer of a decode step: the clocks, and every `flush` steps the
 compression event.
 """
 
@@ -7,28 +7,18 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array, lax
 
-from diffkv_jax.cache.cache import KVCache, Waiting
-from diffkv_jax.cache.layer import (
-    all_heads,
-    head_numbers,
-    layer_clock,
-    per_head,
-    stored_layer,
-    take_layer,
-    unmerged_layout,
-    with_stored,
-)
+from diffkv_jax.cache.admission import admit
+from diffkv_jax.cache.cache import KVCache
+from diffkv_jax.cache.layer import all_heads, layer_clock, per_head, take_layer
+from diffkv_jax.cache.pair_pages import pages_of_pairs
 from diffkv_jax.cache.query_counts import count_observed
-from diffkv_jax.methods.fastgen import mark_all, unmark
 from diffkv_jax.pallas_kernels.apply_event import Tokens
 from diffkv_jax.pallas_kernels.branch import when
 from diffkv_jax.pallas_kernels.recent_window import shift_recent
-from diffkv_jax.policy.protect import protected_tokens
-from diffkv_jax.policy.selection import ranked_tokens
-from diffkv_jax.steps.event import Plan, admit, apply_plan, plan_event
-from diffkv_jax.steps.pairs import merge_pair, pages_of_pairs
-from diffkv_jax.steps.prefill import observed_after, recent_after
-from diffkv_jax.steps.step import DecodeStep, PrefillStep
+from diffkv_jax.steps.event import Plan, apply_plan, entered, one_victim, plan_event
+from diffkv_jax.steps.pairs import merge_pair
+from diffkv_jax.steps.rescore import rescore_oldest, unmark
+from diffkv_jax.steps.step import DecodeStep
 
 
 def after_decode(cache: KVCache, step: DecodeStep) -> KVCache:
@@ -50,40 +40,6 @@ def after_decode(cache: KVCache, step: DecodeStep) -> KVCache:
     return when(due.any(), lambda cache: compress(cache, due), cache)
 
 
-def before_prefill(cache: KVCache, chunk_len: int) -> KVCache:
-    """The cache, where layers are merged with room for what one of a pair lets go until the other
-    has its own.
-    """
-    if cache.spec.merge is None:
-        return cache
-    shape = (
-        cache.spec.num_heads,
-        cache.spec.window + cache.spec.flush + chunk_len,
-        cache.spec.attention.head_dim,
-    )
-    return dataclasses.replace(
-        cache,
-        waiting=Waiting(jnp.zeros(shape, cache.spec.dtype), jnp.zeros(shape, cache.spec.dtype)),
-    )
-
-
-def after_prefill(cache: KVCache, step: PrefillStep, chunk_len: int) -> KVCache:
-    """Count the chunk's tokens. A request that found no page in some layer holds none any more: it
-    starts from nothing.
-    """
-    return dataclasses.replace(
-        cache,
-        seq_len=jnp.where(cache.overflow, 0, cache.seq_len + step.length),
-        recent_len=jnp.where(cache.overflow, 0, recent_after(cache, step)),
-        observed=jnp.where(
-            cache.overflow[:, None, None], 0, observed_after(cache, step, chunk_len)
-        ),
-        steps=jnp.where(step.length > 0, 0, cache.steps),
-        pending=jnp.where(step.length > 0, -1, cache.pending),
-        waiting=None,
-    )
-
-
 def compress(cache: KVCache, due: Array) -> KVCache:
     """One compression event over all layers and the requests that are `due` (bool [R]); one that
     has ended stays as it ended.
@@ -94,19 +50,19 @@ def compress(cache: KVCache, due: Array) -> KVCache:
     one layer.
     """
     # always the oldest
-    leaving = jnp.where(due, cache.recent_len - cache.spec.staying(cache.recent_len), 0)
-    if cache.spec.selection.profiled:
-        return unmark(_compress(mark_all(cache, leaving), leaving))
-    return _compress(cache, leaving)
-
-
-def _compress(cache: KVCache, leaving: Array) -> KVCache:
+    leaving = jnp.where(due, cache.recent_len - cache.spec.num_unquantized(cache.recent_len), 0)
+    if cache.policy.in_decode:
+        cache = rescore_oldest(cache, leaving)
     if cache.spec.page_kernels.implementation == "xla":
-        return _compress_by_layer(cache, leaving)
-    plan = _plan(cache, None, leaving)
-    needed = plan.pages.reshape(len(cache.spec.paged_layers), cache.spec.num_requests, -1).sum(
-        axis=(0, 2)
-    )
+        cache = _compress_by_layer(cache, leaving)
+    else:
+        cache = _compress_at_once(cache, leaving)
+    return unmark(cache)
+
+
+def _compress_at_once(cache: KVCache, leaving: Array) -> KVCache:
+    spec, plan = cache.spec, _plan(cache, None, leaving)
+    needed = plan.pages.reshape(len(spec.paged_layers), spec.num_requests, -1).sum(axis=(0, 2))
     admitted = admit(needed, cache.ring.count)
     going = jnp.where(admitted, leaving, 0)
     return _ended(_carry_out(cache, None, plan, going), going, admitted, leaving)
@@ -115,26 +71,24 @@ def _compress(cache: KVCache, leaving: Array) -> KVCache:
 def _compress_by_layer(cache: KVCache, leaving: Array) -> KVCache:
     spec, layers = cache.spec, cache.spec.unmerged_layers
 
-    def count_pages(layer, needed):
-        return needed + _plan(cache, layer, leaving).pages.reshape(spec.num_requests, -1).sum(
-            axis=1
-        )
+    def count_pages(layer: Array, needed: Array) -> Array:
+        pages = _plan(cache, layer, leaving).pages
+        return needed + pages.reshape(spec.num_requests, -1).sum(axis=1)
+
+    def change(layer: Array, cache: KVCache) -> KVCache:
+        return _carry_out(cache, layer, _plan(cache, layer, going), going)
+
+    def merge(pair: Array, cache: KVCache) -> KVCache:
+        return _merge(cache, layers + 2 * pair + 1, going)
 
     needed = lax.fori_loop(0, layers, count_pages, jnp.zeros(spec.num_requests, jnp.int32))
-    if spec.merge is not None:
+    if spec.pairs is not None:
         needed = needed + pages_of_pairs(cache, leaving)
     admitted = admit(needed, cache.ring.count)
     going = jnp.where(admitted, leaving, 0)
-    cache = lax.fori_loop(
-        0,
-        layers,
-        lambda layer, cache: _carry_out(cache, layer, _plan(cache, layer, going), going),
-        cache,
-    )
-    if spec.merge is not None:
-        cache = lax.fori_loop(
-            0, spec.pairs, lambda pair, cache: _merge(cache, layers + 2 * pair + 1, going), cache
-        )
+    cache = lax.fori_loop(0, layers, change, cache)
+    if spec.pairs is not None:
+        cache = lax.fori_loop(0, spec.num_pairs, merge, cache)
     return _ended(cache, going, admitted, leaving)
 
 
@@ -150,24 +104,12 @@ def _plan(cache: KVCache, layer: Array | None, count: Array) -> Plan:
     """The plan of a layer (all when None) when the oldest `count [R]` recent tokens of each request
     leave.
     """
-    tokens = _oldest(cache, layer)
-    decides = jnp.asarray(cache.spec.selection.in_decode)
-    clock = layer_clock(
-        cache, layer, cache.seq_len, cache.observed, cache.recent_len - count, decides
-    )
+    tokens, decides = _oldest(cache, layer), jnp.asarray(cache.policy.in_decode)
+    exact = cache.recent_len - count
+    clock = layer_clock(cache, layer, cache.seq_len, cache.observed, exact, decides)
     layers = clock.seq_len.shape[0] // cache.spec.num_heads
-    spec, n = cache.spec.unmerged, cache.spec.flush
-    leaving = jnp.arange(n) < per_head(cache, count, layers)[:, None]
-    stored = stored_layer(cache, layer)
-    return plan_event(
-        spec,
-        stored,
-        clock,
-        tokens.significance[:, :n],
-        tokens.position[:, :n],
-        leaving,
-        spec.one_victim,
-    )
+    leaving = jnp.arange(cache.spec.flush) < per_head(cache, count, layers)[:, None]
+    return plan_event(cache, layer, clock, tokens, leaving, one_victim=one_victim(cache))
 
 
 def _oldest(cache: KVCache, layer: Array | None) -> Tokens:
@@ -178,38 +120,19 @@ def _oldest(cache: KVCache, layer: Array | None) -> Tokens:
     else:
         significance = jnp.zeros(k.shape[:2], jnp.float32)
     slot, layers = jnp.arange(k.shape[1]), k.shape[0] // cache.spec.num_heads
-    first, count = (
-        per_head(cache, x, layers)[:, None]
-        for x in (cache.seq_len - cache.recent_len, cache.recent_len)
-    )
-    tokens, valid = Tokens(k, v, significance, first + slot), slot < count
-    protected = protected_tokens(cache, tokens.position)
-    return ranked_tokens(
-        cache.spec.selection,
-        tokens,
-        valid,
-        head_numbers(cache, layer),
-        protected,
-        cache.spec.attention.latent,
-    )
+    counters = (cache.seq_len - cache.recent_len, cache.recent_len)
+    first, count = (per_head(cache, x, layers)[:, None] for x in counters)
+    return entered(cache, layer, Tokens(k, v, significance, first + slot), slot < count)
 
 
 def _carry_out(cache: KVCache, layer: Array | None, plan: Plan, going: Array) -> KVCache:
     """Let the oldest `going [R]` recent tokens of each request into the tiers of a layer (of all
     when None) as planned.
     """
-    spec, tokens = cache.spec.unmerged, _oldest(cache, layer)
-    going_on = per_head(cache, going > 0, tokens.k.shape[0] // spec.num_heads)
-    stored = apply_plan(
-        spec,
-        unmerged_layout(cache, layer),
-        stored_layer(cache, layer),
-        plan,
-        tokens,
-        going_on,
-        one_victim=spec.one_victim,
-    )
-    return _shifted(with_stored(cache, layer, stored), layer, going)
+    tokens = _oldest(cache, layer)
+    admitted = per_head(cache, going > 0, tokens.k.shape[0] // cache.spec.num_heads)
+    cache = apply_plan(cache, layer, plan, tokens, admitted, one_victim=one_victim(cache))
+    return _shifted(cache, layer, going)
 
 
 def _merge(cache: KVCache, layer: Array, going: Array) -> KVCache:
@@ -240,17 +163,13 @@ def _without_oldest(
     """The windows (K, V, significance) without the oldest `going [R]` tokens of each request, in a
     layer (in all when None).
     """
-    kernels, windows = (
-        cache.spec.kernels,
-        (cache.recent_k, cache.recent_v, cache.recent_significance),
-    )
+    kernels = cache.spec.kernels
+    windows = cache.recent_k, cache.recent_v, cache.recent_significance
     # as they are: XLA copies what is reshaped on its way to a call that changes it
     if kernels.implementation == "cpu":
         shift = per_head(cache, going)
 
-        def shift_layer(
-            layer: Array, windows: tuple[Array, Array, Array]
-        ) -> tuple[Array, Array, Array]:
+        def shift_layer(layer: Array, windows: tuple) -> tuple[Array, Array, Array]:
             k, v, scores = windows
             return shift_recent(k, v, scores, layer, shift, kernels=kernels)
 
@@ -261,9 +180,8 @@ def _without_oldest(
         all_heads(x) if layer is not None else take_layer(x, None)[None] for x in windows
     )
     shift = per_head(cache, going, k.shape[1] // cache.spec.num_heads)
-    shifted = shift_recent(
-        k, v, scores, jnp.int32(0) if layer is None else layer, shift, kernels=kernels
-    )
+    at = jnp.int32(0) if layer is None else layer
+    shifted = shift_recent(k, v, scores, at, shift, kernels=kernels)
     recent_k, recent_v, significance = (
         new.reshape(old.shape) for new, old in zip(shifted, windows, strict=True)
     )

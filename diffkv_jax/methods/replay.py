@@ -1,21 +1,29 @@
-"""`Replay`: what a model is given to read when it goes over a prompt again, chunk by chunk (KVzip,
-arXiv:2505.23416), as data.
+"""What a model is given to read when it goes over a prompt again, chunk by chunk, as data (KVzip,
+arXiv:2505.23416).
 """
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from diffkv_jax.arguments import IDS, WrongType, integer, shown, token_ids
 from diffkv_jax.model import AttentionSpec
+from diffkv_jax.policy.stage import Stage, static
 
 FIRST = "\n\nRepeat the previous context exactly."
 LATER = "\n\nRepeat the part of the previous context exactly, starting with"
 
 
-@dataclass(frozen=True)
-class Replay:
+def _ids(name: str, value: Any) -> tuple[int, ...]:
+    return token_ids(f"replay.{name}", value, IDS)
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    return integer(f"replay.{name}", value, least=least)
+
+
+class Replay(Stage):
     """Pass number i reads: `first` (i = 0), or `later` and the `overlap` tokens before the chunk;
     `suffix`; chunk i of the prompt.
 
@@ -29,22 +37,13 @@ class Replay:
         ValueError: one of them is not such ids or such a number.
     """
 
-    first: tuple[int, ...] = ()
-    later: tuple[int, ...] = ()
-    suffix: tuple[int, ...] = ()
-    chunk: int = 2048
-    overlap: int = 8
+    first: tuple[int, ...] = static(default=(), convert=_ids)
+    later: tuple[int, ...] = static(default=(), convert=_ids)
+    suffix: tuple[int, ...] = static(default=(), convert=_ids)
+    chunk: int = static(default=2048, convert=partial(_count, least=1))
+    overlap: int = static(default=8, convert=partial(_count, least=0))
 
-    def __post_init__(self):
-        for name in ("first", "later", "suffix"):
-            ids = token_ids(f"replay.{name}", getattr(self, name), IDS)
-            object.__setattr__(self, name, ids)
-        for name, least in (("chunk", 1), ("overlap", 0)):
-            object.__setattr__(
-                self, name, integer(f"replay.{name}", getattr(self, name), least=least)
-            )
-
-    def check(self, attention: AttentionSpec, lengths: np.ndarray) -> None:
+    def check_prompts(self, attention: AttentionSpec, lengths: np.ndarray) -> None:
         """Refuse ids that the model does not have, and prompts of `lengths` int [R] whose passes
         would outgrow its context.
 

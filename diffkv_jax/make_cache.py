@@ -1,5 +1,6 @@
 """`make_cache`: an empty cache for requests of given lengths, within a memory budget."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,14 +11,17 @@ import numpy as np
 
 from diffkv_jax.arguments import instance, integer, one_of, refuse, tuple_of
 from diffkv_jax.batching import check_context
-from diffkv_jax.cache.cache import CacheSpec, KVCache, empty_cache, kernels_for
-from diffkv_jax.cache.pool_size import cache_bytes, kept_within, with_pool
+from diffkv_jax.cache.cache import KVCache, empty_cache
+from diffkv_jax.cache.kernels import kernels_for
+from diffkv_jax.cache.pool_size import bound, cache_bytes, kept_within, with_pool
+from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.calibration.calibration import Calibration, tables_for
 from diffkv_jax.inputs import as_policy, check_model, check_outside_jit
 from diffkv_jax.model import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.codecs.full import DTYPES
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.precision import in_32_bits
+from diffkv_jax.policy.keep import Budget, KeepAll
 from diffkv_jax.policy.policy import CompressionPolicy
 
 
@@ -76,17 +80,13 @@ def make_cache(
         if kernels is None
         else instance("kernels", kernels, Kernels, "Kernels.resolve(name)"),
     )
-    check_room(attention, max_len, spec)
+    check_room(attention, max_len, spec, policy)
     tables = tables_for(spec, policy, calibration)
-    if isinstance(policy.keep, str):
-        _check_one_budget(policy, memory_budget)
-        policy, memory_budget = kept_within(spec, policy, room), policy.keep
+    if isinstance(policy.keep, Budget) and policy.keep.in_bytes:
+        _check_one_budget(policy.keep, memory_budget)
+        policy, memory_budget = kept_within(spec, policy, room), str(policy.keep.keep)
     spec = with_pool(spec, policy, list(totals), room, memory_budget)
-    return _allocated(
-        spec,
-        policy.limits(len(spec.paged_layers), spec.num_requests, attention.num_kv_heads),
-        tables,
-    )
+    return _allocated(spec, bound(spec, policy), tables)
 
 
 def dtype_name(name: str, dtype: Any) -> str | None:
@@ -107,7 +107,9 @@ def _is_dtype(given: Any, name: str) -> bool:
         return False
 
 
-def check_room(attention: AttentionSpec, max_len: int | None, spec: CacheSpec) -> None:
+def check_room(
+    attention: AttentionSpec, max_len: int | None, spec: CacheSpec, policy: CompressionPolicy
+) -> None:
     """Refuse a cache for longer sequences than the model was made for.
 
     Raises:
@@ -115,7 +117,8 @@ def check_room(attention: AttentionSpec, max_len: int | None, spec: CacheSpec) -
     """
     most = attention.max_position_embeddings
     if max_len is not None and max_len > most:
-        size = humanize.naturalsize(cache_bytes(spec), binary=True)
+        nearly = bound(spec, dataclasses.replace(policy, keep=KeepAll(), score=None))
+        size = humanize.naturalsize(cache_bytes(spec, nearly), binary=True)
         raise ValueError(
             f"max_len={max_len} is more than the model's context of {most} tokens, and such a "
             f"cache would take {size} before its first "
@@ -123,10 +126,10 @@ def check_room(attention: AttentionSpec, max_len: int | None, spec: CacheSpec) -
         )
 
 
-def _check_one_budget(policy: CompressionPolicy, memory_budget: int | str | None) -> None:
+def _check_one_budget(keep: Budget, memory_budget: int | str | None) -> None:
     if memory_budget is not None:
         raise ValueError(
-            f"keep={policy.keep!r} is a memory budget already: leave "
+            f"keep={keep.keep!r} is a memory budget already: leave "
             f"memory_budget={memory_budget!r} out"
         )
 
@@ -134,13 +137,13 @@ def _check_one_budget(policy: CompressionPolicy, memory_budget: int | str | None
 _empty = jax.jit(empty_cache, static_argnames="spec")
 
 
-def _allocated(spec: CacheSpec, limits: np.ndarray, tables: Any) -> KVCache:
+def _allocated(spec: CacheSpec, policy: CompressionPolicy, tables: Any) -> KVCache:
     try:
-        return jax.block_until_ready(_empty(spec, limits, tables))
+        return jax.block_until_ready(_empty(spec, policy, tables))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        size = humanize.naturalsize(cache_bytes(spec), binary=True)
+        size = humanize.naturalsize(cache_bytes(spec, policy), binary=True)
         raise ValueError(
             f"a cache for {spec.num_requests} requests of up to {spec.max_len} tokens takes "
             f"{size}, more than the device has free: give a "

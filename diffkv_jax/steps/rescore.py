@@ -1,0 +1,209 @@
+"""What stages do with all scores of a layer before the policy decides: earlier queries forgotten
+(`Score.resets`), tokens ranked anew (`Score.rescore`), those that go marked (`Keep.mark`).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from diffkv_jax.cache.cache import KVCache
+from diffkv_jax.cache.layer import (
+    per_head,
+    put_layer,
+    stored_layer,
+    take_layer,
+    unmerged_layout,
+)
+from diffkv_jax.cache.token_class import classes_at, protected_tokens
+from diffkv_jax.pallas_kernels.apply_event import Tokens
+from diffkv_jax.pallas_kernels.branch import when
+from diffkv_jax.pallas_kernels.decode_attention.stream import (
+    chunk_pages,
+    chunk_tokens,
+    num_chunks,
+    over_chunks,
+    read_chunk,
+)
+from diffkv_jax.pallas_kernels.pages import read_sides, write_side
+from diffkv_jax.policy.score import ScoreView, is_protected
+
+
+class Outside(NamedTuple):
+    """Tokens of a layer's B heads in the recent window and the prompt chunk."""
+
+    tokens: Tokens  # [B, n, ...]
+    valid: Array  # bool [B, n]
+    leaving: Array  # bool [B, n]
+
+
+def reset_scores(cache: KVCache, decides: Array) -> KVCache:
+    """The cache without what earlier queries gave (protected tokens stay so), where the policy is
+    about to decide: `decides` bool [].
+    """
+    if cache.policy.score is None or not cache.policy.score.resets:
+        return cache
+
+    def reset(scores: tuple[Array, Array]) -> tuple[Array, Array]:
+        stored, recent = (jnp.where(is_protected(x), x, 0.0) for x in scores)
+        return stored, recent
+
+    stored, recent = when(decides, reset, (cache.pages.significance, cache.recent_significance))
+    pages = dataclasses.replace(cache.pages, significance=stored)
+    return dataclasses.replace(cache, pages=pages, recent_significance=recent)
+
+
+def rescore(
+    cache: KVCache,
+    layer: Array,
+    outside: Outside,
+    seq_len: Array,
+    *,
+    decides: Array | None = None,
+    chooses: Array | None = None,
+) -> tuple[KVCache, Array]:
+    """The cache with new scores of a layer's stored tokens, and those float32 [B, n] of the tokens
+    outside of the pages.
+
+    `seq_len` int32 [R] counts all tokens; nothing changes unless `decides` (bool []); `chooses`
+    bool [R] is for `Keep.mark`.
+    """
+    policy, scores = cache.policy, outside.tokens.significance
+    if not policy.rescores:
+        return cache, scores
+    heads = None if chooses is None else per_head(cache, chooses)
+    keep = jax.tree.map(lambda leaf: take_layer(leaf, layer), policy.keep)
+    score_state = jax.tree.map(lambda leaf: take_layer(leaf, layer), cache.state.score)
+
+    def change(given: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+        significance, scores, state = given
+        view, write = _view(cache, layer, significance, scores, outside, seq_len)
+        new = view.scores
+        if policy.score is not None and policy.score.rescores:
+            new = policy.score.rescore(score_state, view)
+            new = jnp.where(_stored(view, is_protected(view.scores)), view.scores, new)
+        if keep.marks:
+            state, new = keep.mark(state, dataclasses.replace(view, scores=new), heads)
+        return write(significance, new), new[:, view.scores.shape[1] - view.outside :], state
+
+    state = jax.tree.map(lambda leaf: take_layer(leaf, layer), cache.state.keep)
+    given = cache.pages.significance, scores, state
+    significance, scores, state = change(given) if decides is None else when(decides, change, given)
+    state = jax.tree.map(lambda all, one: put_layer(all, layer, one), cache.state.keep, state)
+    pages = dataclasses.replace(cache.pages, significance=significance)
+    return dataclasses.replace(cache, pages=pages, state=cache.state._replace(keep=state)), scores
+
+
+def rescore_oldest(cache: KVCache, count: Array) -> KVCache:
+    """`rescore` of every layer when the oldest `count` int32 [R] recent tokens of each request are
+    to leave; what they score is in the window.
+    """
+    if not cache.policy.rescores:
+        return cache
+    slot = jnp.arange(cache.spec.window + cache.spec.flush)
+    counters = (cache.seq_len - cache.recent_len, cache.recent_len, count)
+    first, recent, going = (per_head(cache, x)[:, None] for x in counters)
+
+    def of_layer(layer: Array, cache: KVCache) -> KVCache:
+        windows = cache.recent_k, cache.recent_v, cache.recent_significance
+        k, v, before = (take_layer(x, layer) for x in windows)
+        tokens = Tokens(k, v, before, first + slot)
+        outside = Outside(tokens, slot < recent, slot < going)
+        cache, scores = rescore(cache, layer, outside, cache.seq_len)
+        scores = jnp.where(outside.leaving, scores, before)
+        window = put_layer(cache.recent_significance, layer, scores)
+        return dataclasses.replace(cache, recent_significance=window)
+
+    return lax.fori_loop(0, len(cache.spec.paged_layers), of_layer, cache)
+
+
+def unmark(cache: KVCache) -> KVCache:
+    """The cache after an event: what was marked and is still there found no page."""
+    keep = cache.policy.keep
+    if not keep.marks:
+        return cache
+    pages = dataclasses.replace(cache.pages, significance=keep.unmark(cache.pages.significance))
+    recent = keep.unmark(cache.recent_significance)
+    return dataclasses.replace(cache, pages=pages, recent_significance=recent)
+
+
+def _stored(view: ScoreView, mask: Array) -> Array:
+    """`mask` bool [B, n] of the tokens in pages."""
+    return mask & (jnp.arange(mask.shape[1]) < mask.shape[1] - view.outside)
+
+
+def _view(
+    cache: KVCache,
+    layer: Array,
+    significance: Array,
+    scores: Array,
+    outside: Outside,
+    seq_len: Array,
+) -> tuple[ScoreView, Callable[[Array, Array], Array]]:
+    """The view of a layer's tokens, and what puts new scores of the stored ones into the pool's."""
+    spec, stored = cache.spec.unmerged, stored_layer(cache, layer)
+    layout, table = spec.layout, (stored.page_table, stored.tier_len)
+    pages = dataclasses.replace(stored.pages, significance=significance)
+    sides = [read_sides(pages, layout, *table, tier, spec.max_len) for tier in range(layout.tiers)]
+    stored_score, position, live = (jnp.concatenate(x, axis=1) for x in zip(*sides, strict=True))
+    at = jnp.concatenate([position.astype(jnp.int32), outside.tokens.position], axis=1)
+    protected = protected_tokens(cache, outside.tokens.position)
+    if protected is None:
+        protected = jnp.zeros_like(outside.valid)
+
+    def write(significance: Array, values: Array) -> Array:
+        first = 0
+        for tier, (score, _, _) in enumerate(sides):
+            part = values[:, first : first + score.shape[1]]
+            length = stored.tier_len[:, tier]
+            significance = write_side(significance, layout, stored.page_table, tier, length, part)
+            first += score.shape[1]
+        return significance
+
+    view = ScoreView(
+        scores=jnp.concatenate([stored_score, scores], axis=1),
+        position=at,
+        live=jnp.concatenate([live, outside.valid], axis=1),
+        leaving=jnp.concatenate([live, outside.leaving], axis=1),
+        protected=jnp.concatenate([is_protected(stored_score), protected], axis=1),
+        token_class=lambda: classes_at(cache, at),
+        outside=scores.shape[1],
+        seq_len=per_head(cache, seq_len),
+        max_len=spec.max_len,
+        over_tokens=lambda function: _over_tokens(cache, layer, outside.tokens, function),
+        attention=spec.attention,
+        policy=cache.policy,
+    )
+    return view, write
+
+
+def _over_tokens(cache: KVCache, layer: Array, tokens: Tokens, function: Callable) -> Any:
+    """`function(k, v)` of float32 [B, m, head_dim] keys and values, arrays [B, ..., m], for all
+    tokens of a layer in the order of `ScoreView`: some pages at a time.
+    """
+    spec, stored = cache.spec, stored_layer(cache, layer)
+    layout, table = unmerged_layout(cache, layer), (stored.page_table, stored.tier_len)
+    put = lax.dynamic_update_slice_in_dim
+    parts = []
+    for tier in range(layout.tiers):
+        lanes = chunk_pages(layout, tier) * layout.tokens_per_page(tier)
+        width = num_chunks(layout, tier, spec.max_len) * lanes
+        capacity = layout.pages_for(tier, spec.max_len) * layout.tokens_per_page(tier)
+
+        def of_chunk(i: Array, tier: int = tier):
+            chunk = read_chunk(stored.pages, layout, tier, *table, i)
+            return function(*chunk_tokens(chunk, layout, tier))
+
+        def body(i: Array, found: Any, of_chunk=of_chunk, lanes: int = lanes) -> Any:
+            new = of_chunk(i)
+            return jax.tree.map(lambda all, x: put(all, x, i * lanes, axis=-1), found, new)
+
+        shapes = jax.eval_shape(of_chunk, jnp.int32(0))
+        empty = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], width), x.dtype), shapes)  # noqa: B023
+        found = over_chunks(layout, tier, stored.tier_len, body, empty)
+        parts.append(jax.tree.map(lambda x, capacity=capacity: x[..., :capacity], found))
+    parts.append(function(tokens.k.astype(jnp.float32), tokens.v.astype(jnp.float32)))
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=-1), *parts)
