@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import corpora
 import diffkv_jax as dkv
 from bench_attention import check_memory
 from bench_report import Row, Section
 from bench_states import Setting, uniform
 from diffkv_jax.cache.pool_size import cache_bytes, tree_bytes
 from diffkv_jax.models import ModelConfig, build_model, load_pretrained, param_shapes
+from diffkv_jax.testing.texts import load_text
 from diffkv_jax.units import parse_bytes
 
 COLUMNS = {
@@ -304,6 +304,6 @@ def random_prompts(vocab_size: int, requests: int, tokens: int) -> np.ndarray:
 def text_prompts(tokenizer, requests: int, tokens: int, text: str = "king_james") -> np.ndarray:
     """Pieces of a text int32 [requests, tokens], from its beginning again where it ends."""
     ids = np.asarray(
-        tokenizer(corpora.load(text)[: 8 * requests * tokens], verbose=False).input_ids, np.int32
+        tokenizer(load_text(text)[: 8 * requests * tokens], verbose=False).input_ids, np.int32
     )
     return np.resize(ids, (requests, tokens))

@@ -30,12 +30,12 @@ import benchmark_attention  # noqa: E402
 import benchmark_grid  # noqa: E402
 import benchmark_plots  # noqa: E402
 import benchmark_weights  # noqa: E402
-import corpora  # noqa: E402
 from bench_report import circumstances  # noqa: E402
 from benchmark_results import SECTIONS, Results, table  # noqa: E402
 from benchmark_systems import SYSTEMS, chosen  # noqa: E402
 from benchmark_worker import Worker  # noqa: E402
 from diffkv_jax.models.gguf_source import GGUFSource  # noqa: E402
+from diffkv_jax.testing.texts import TEXTS  # noqa: E402
 from quality import text_tokens  # noqa: E402
 from smollm2 import smollm2_gguf  # noqa: E402
 
@@ -58,7 +58,7 @@ def main(
     rounds: int = typer.Option(5, help="samples of each system, after one that warms up"),
     steps: int = typer.Option(32, help="tokens decoded, or fed by the section quality"),
     texts: str = typer.Option(
-        "king_james", help=f"texts of the section quality, of {', '.join(corpora.NAMES)}"
+        "king_james", help=f"texts of the section quality, of {', '.join(TEXTS)}"
     ),
     budgets: str = typer.Option("256,512,1024", help="KV memories of the section budget, MiB"),
     minutes: float = typer.Option(1e9, help="begin no cell later than this"),

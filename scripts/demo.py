@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-import corpora
 import diffkv_jax as dkv
 from diffkv_jax.evaluate import quality, teacher_forced
 from diffkv_jax.models import load_pretrained
+from diffkv_jax.testing.texts import load_text
 from quality import text_tokens
 from smollm2 import smollm2_gguf
 
@@ -28,7 +28,7 @@ console = Console(width=110)
 def prompts(tokenizer) -> list[list[int]]:
     """The long question and the short chat, as token ids with the model's chat template."""
     passage = tokenizer.decode(
-        tokenizer(corpora.load("hamlet")[: 12 * PASSAGE_TOKENS], verbose=False).input_ids[
+        tokenizer(load_text("hamlet")[: 12 * PASSAGE_TOKENS], verbose=False).input_ids[
             :PASSAGE_TOKENS
         ]
     )

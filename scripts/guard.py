@@ -22,10 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-import diffkv_jax as dkv  # noqa: E402
-from tiny import prompt, tiny_latent_model, tiny_model  # noqa: E402
+import diffkv_jax as dkv
+from diffkv_jax.testing.tiny import prompt, tiny_latent_model, tiny_model
 
 IMPLEMENTATIONS = ("xla", "cpu", "triton", "mosaic_tpu")
 LENGTHS, NEW, CHUNK = (200, 130), 40, 64
@@ -75,7 +73,8 @@ def primitives(jaxpr, found: Counter) -> Counter:
     """Primitives of a jaxpr and of all it holds, with the types they take and give."""
     for eqn in jaxpr.eqns:
         shapes = [
-            str(getattr(v.aval, "str_short", lambda: v.aval)()) for v in (*eqn.invars, *eqn.outvars)
+            str(getattr(v.aval, "str_short", lambda v=v: v.aval)())
+            for v in (*eqn.invars, *eqn.outvars)
         ]
         found[f"{eqn.primitive.name} {' '.join(shapes)}"] += 1
         for value in eqn.params.values():

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import typer
 
-import corpora
 import diffkv_jax as dkv
 from diffkv_jax.models import load_pretrained
+from diffkv_jax.testing.texts import load_text
 from smollm2 import smollm2_gguf
 
 PASSKEY = 48213
@@ -27,7 +27,7 @@ def prompts(tokenizer, context: int, depths: int, text: str = "king_james") -> n
     question.
     """
     needle, question = (tokenizer(part, verbose=False).input_ids for part in (NEEDLE, QUESTION))
-    hay = tokenizer(corpora.load(text)[: 12 * context], verbose=False).input_ids[
+    hay = tokenizer(load_text(text)[: 12 * context], verbose=False).input_ids[
         : context - len(needle) - len(question)
     ]
     places = [round(len(hay) * (i + 0.5) / depths) for i in range(depths)]

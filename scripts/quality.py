@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import typer
 
-import corpora
 import diffkv_jax as dkv
 from diffkv_jax.evaluate import Quality, quality, teacher_forced
 from diffkv_jax.models import load_pretrained
+from diffkv_jax.testing.texts import TEXTS, load_text
 from smollm2 import smollm2_gguf
 
 POLICIES = {
@@ -53,8 +53,7 @@ class Line:
 def text_tokens(tokenizer, names: list[str], count: int) -> np.ndarray:
     """The first `count` tokens of each text, int32 [texts, count]."""
     rows = [
-        tokenizer(corpora.load(name)[: 12 * count], verbose=False).input_ids[:count]
-        for name in names
+        tokenizer(load_text(name)[: 12 * count], verbose=False).input_ids[:count] for name in names
     ]
     return np.array(rows, np.int32)
 
@@ -91,7 +90,7 @@ def lines_of(
 def measure(
     context: int = 4096,
     steps: int = 256,
-    texts: tuple[str, ...] = corpora.NAMES,
+    texts: tuple[str, ...] = TEXTS,
     policies=None,
     chunk: int = 4096,
 ) -> list[Line]:

@@ -12,7 +12,7 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax import CompressionPolicy, Sample
-from tiny import prompt, tiny_model
+from diffkv_jax.testing.tiny import prompt, tiny_model
 
 NONE = CompressionPolicy.none()
 

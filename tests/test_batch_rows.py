@@ -18,7 +18,7 @@ from diffkv_jax import (
 from diffkv_jax.decode_loop import advance
 from diffkv_jax.sampling import next_token, rules
 from diffkv_jax.steps.jitted import prefill_chunk
-from tiny import prompt, tiny_model
+from diffkv_jax.testing.tiny import prompt, tiny_model
 
 LENGTHS = (40, 64, 150, 333)  # shorter than the window, one chunk, three and six chunks
 CHUNK, NEW, MAX_LEN = 64, 72, 544  # two compression events in 71 decode steps

@@ -13,8 +13,8 @@ import diffkv_jax as dkv
 from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.steps.jitted import decode_step
+from diffkv_jax.testing.tiny import prompt, tiny_model
 from test_end_to_end import INTERPRETED, NATIVE
-from tiny import prompt, tiny_model
 
 POLICIES = {
     "none": dkv.CompressionPolicy.none(),

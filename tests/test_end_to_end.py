@@ -9,7 +9,7 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax.pallas_kernels.native.build import why_unavailable
-from tiny import prompt, tiny_model
+from diffkv_jax.testing.tiny import prompt, tiny_model
 
 INTERPRETED = ("triton", "mosaic_tpu")
 NATIVE = pytest.param(

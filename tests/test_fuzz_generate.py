@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import diffkv_jax as dkv
 from diffkv_jax import evaluate
+from diffkv_jax.testing.tiny import tiny_model
 from nasty import attempt, fuzz, some_of, values
-from tiny import tiny_model
 
 MODEL = tiny_model(max_len=256)
 TEXTS = [[1, 2, 3], [4, 5]]

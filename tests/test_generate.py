@@ -23,8 +23,8 @@ from diffkv_jax.decode_loop import Requests, advance, begin
 from diffkv_jax.read_prompts import prefill
 from diffkv_jax.sampling import next_token, rules
 from diffkv_jax.steps.jitted import prefill_chunk
-from readback import page_ids_in_use
-from tiny import prompt, tiny_model
+from diffkv_jax.testing.readback import page_ids_in_use
+from diffkv_jax.testing.tiny import prompt, tiny_model
 
 NEW, CHUNK, MAX_LEN = 16, 64, 512
 POLICY = CompressionPolicy.none(flush=8)

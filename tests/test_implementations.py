@@ -10,8 +10,8 @@ import pytest
 from diffkv_jax import GenerateOutput, diffkv, generate, quantized
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.native.build import why_unavailable
-from readback import check_pool, page_ids_in_use
-from tiny import prompt, tiny_model
+from diffkv_jax.testing.readback import check_pool, page_ids_in_use
+from diffkv_jax.testing.tiny import prompt, tiny_model
 
 NEW, PROMPTS = 20, [prompt(90, 1), prompt(37, 2)]
 POLICIES = {

@@ -14,7 +14,7 @@ import diffkv_jax as dkv
 from diffkv_jax.batching import as_prompts
 from diffkv_jax.cache import make
 from diffkv_jax.evaluate import teacher_forced
-from tiny import prompt, tiny_model
+from diffkv_jax.testing.tiny import prompt, tiny_model
 
 TEXTS = [[5, 6, 7, 8], [9, 10]]
 SIZES = {"max_len": 128, "max_new_tokens": 4}

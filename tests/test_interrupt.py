@@ -11,7 +11,7 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax.interrupt import Held
-from tiny import prompt, tiny_model
+from diffkv_jax.testing.tiny import prompt, tiny_model
 
 TEXT = [prompt(40)]
 

@@ -33,7 +33,7 @@ from diffkv_jax.cache.pool_size import tree_bytes
 from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
 from diffkv_jax.pallas_kernels.native.build import why_unavailable
 from diffkv_jax.steps.jitted import decode_step, end_replay, prefill_chunk, replay_chunk
-from tiny import tiny_model
+from diffkv_jax.testing.tiny import tiny_model
 
 pytestmark = pytest.mark.optimized
 MIB = 2**20

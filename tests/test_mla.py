@@ -15,9 +15,9 @@ from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.pallas_kernels.codecs import LatentFormat
 from diffkv_jax.policy.transform import rotation
 from diffkv_jax.read_prompts import prefill
-from oracles.quantiser import dequantise, quantise
-from readback import held_tokens
-from tiny import tiny_latent_model
+from diffkv_jax.testing.quantiser import dequantise, quantise
+from diffkv_jax.testing.readback import held_tokens
+from diffkv_jax.testing.tiny import tiny_latent_model
 
 RANK, ROPE = 64, 16  # of the tiny model
 TOKENS = np.random.default_rng(2).integers(0, 97, (2, 112)).astype(np.int32)

@@ -9,7 +9,7 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax.evaluate import teacher_forced
-from tiny import prompt, tiny_model
+from diffkv_jax.testing.tiny import prompt, tiny_model
 
 POISON = 5  # a token that no text has
 

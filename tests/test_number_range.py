@@ -18,7 +18,7 @@ from diffkv_jax.pallas_kernels.codecs import KVFormat, shared_format, table_shap
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.native.build import why_unavailable
 from diffkv_jax.read_prompts import prefill
-from tiny import tiny_model
+from diffkv_jax.testing.tiny import tiny_model
 
 PROMPT, FED, LAYERS = 96, 16, 4
 TOKENS = np.random.default_rng(5).integers(0, 97, (1, PROMPT + FED))

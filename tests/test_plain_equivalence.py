@@ -14,7 +14,7 @@ from diffkv_jax import CompressionPolicy, KVCache, generate, make_cache
 from diffkv_jax.evaluate import quality, teacher_forced
 from diffkv_jax.read_prompts import prefill
 from diffkv_jax.steps.jitted import decode_step
-from tiny import prompt, tiny_model
+from diffkv_jax.testing.tiny import prompt, tiny_model
 
 TOLERANCE = 1e-4
 CHUNK = 64

@@ -19,8 +19,8 @@ from diffkv_jax.pallas_kernels.native.build import why_unavailable
 from diffkv_jax.read_prompts import prefill
 from diffkv_jax.sampling import Sample, _allowed, rules
 from diffkv_jax.steps.jitted import decode_step
+from diffkv_jax.testing.tiny import prompt
 from helpers_model import smollm2_gguf_path
-from tiny import prompt
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason="no C++ compiler")
 # Layers with a sliding window attend in plain XLA: in float32 a Gemma 3 row is the same within

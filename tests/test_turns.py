@@ -13,7 +13,7 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax import decode_loop
-from tiny import prompt, tiny_model
+from diffkv_jax.testing.tiny import prompt, tiny_model
 
 TEXTS = [prompt(90, 1), prompt(40, 2)]
 POLICIES = {

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, Normal, Uniform
-from oracles.normal_levels import quantise_normal, rounded_levels
-from oracles.quantiser import pack, quantise, unpack
-from oracles.stored_numbers import grid
+from diffkv_jax.testing.normal_levels import quantise_normal, rounded_levels
+from diffkv_jax.testing.quantiser import pack, quantise, unpack
+from diffkv_jax.testing.stored_numbers import grid
 
 HALF_WAY = 1e-4  # see same_codes
 

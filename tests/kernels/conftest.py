@@ -5,7 +5,7 @@ larger ones take 5 to 20 s each.
 import pytest
 
 # but for a few TPU cases all of them are slow
-LONG = ("test_decode_attention.py", "test_table_attention.py", "test_event.py")
+LONG = ("test_decode_attention.py", "test_table_attention.py", "test_apply_event.py")
 EVERY_DAY = (
     "test_equals_a_dense_softmax[K8V4+K4V2, G=4, d=128, T=128-mosaic_tpu]",
     "test_equals_a_dense_softmax[CQ 4c8b, G=3-mosaic_tpu]",
@@ -25,7 +25,7 @@ CHECKED_BY_CI = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         name = item.nodeid.split("/")[-1]
-        checked = "mosaic_tpu_checked" in name and not name.startswith("test_append.py")
+        checked = "mosaic_tpu_checked" in name and not name.startswith("test_recent_window.py")
         if (
             "mosaic_tpu" not in name
             or name.endswith(EVERY_DAY)

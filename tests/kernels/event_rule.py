@@ -10,9 +10,9 @@ import numpy as np
 from diffkv_jax.pallas_kernels.apply_event import Tokens
 from diffkv_jax.pallas_kernels.pages import PageLayout
 from diffkv_jax.pallas_kernels.plan_event import Rule
-from oracles.normal_levels import dequantise_normal, rounded_levels
-from oracles.quantiser import demote_nested, dequantise, unpack
-from readback import decode_tensor, slot_addresses, tensor_rows
+from diffkv_jax.testing.normal_levels import dequantise_normal, rounded_levels
+from diffkv_jax.testing.quantiser import demote_nested, dequantise, unpack
+from diffkv_jax.testing.readback import decode_tensor, slot_addresses, tensor_rows
 
 
 class World(NamedTuple):

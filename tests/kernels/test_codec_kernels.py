@@ -12,8 +12,8 @@ from implementations import IMPLEMENTATIONS
 from diffkv_jax.pallas_kernels import codecs
 from diffkv_jax.pallas_kernels.codecs import Block, KVFormat, Uniform, mosaic_tpu, triton
 from diffkv_jax.pallas_kernels.dispatch import Kernels
-from oracles.quantiser import demote_nested, pack
-from readback import decode_tensor
+from diffkv_jax.testing.quantiser import demote_nested, pack
+from diffkv_jax.testing.readback import decode_tensor
 
 COUNT = 3  # blocks
 EVERY_FORMAT = (

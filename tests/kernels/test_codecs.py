@@ -11,8 +11,8 @@ import pytest
 from codec_oracle import codes_of, expected, ordinary, parse, same_codes, same_meta
 
 from diffkv_jax.pallas_kernels.codecs import Block, Full, KVFormat, Normal, Uniform
-from oracles.quantiser import demote_nested, dequantise, pack, requantise, unpack
-from readback import decode_tensor, meta_rows, payload_rows
+from diffkv_jax.testing.quantiser import demote_nested, dequantise, pack, requantise, unpack
+from diffkv_jax.testing.readback import decode_tensor, meta_rows, payload_rows
 
 TOKENS = 24  # no multiple of anything that a kernel would like
 FORMATS = (

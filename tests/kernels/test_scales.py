@@ -9,8 +9,8 @@ import pytest
 from codec_oracle import of_any_size
 
 from diffkv_jax.pallas_kernels.codecs import Outliers, Uniform, scales
-from oracles import stored_numbers as rule
-from oracles.quantiser import quantise
+from diffkv_jax.testing import stored_numbers as rule
+from diffkv_jax.testing.quantiser import quantise
 
 RNG = np.random.default_rng(0)
 SIZES = (RNG.normal(size=20000) * 10.0 ** RNG.uniform(-37, 38, 20000)).astype(np.float32)

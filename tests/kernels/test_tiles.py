@@ -13,7 +13,7 @@ from codec_oracle import expected, ordinary, same_codes, same_meta
 from diffkv_jax.pallas_kernels.codecs import Full, Normal, Uniform
 from diffkv_jax.pallas_kernels.codecs.halves import float_to_half, half_to_float, round_half_even
 from diffkv_jax.pallas_kernels.codecs.tiles import Tile
-from readback import decode_tensor
+from diffkv_jax.testing.readback import decode_tensor
 
 TOKENS = 8
 CODECS = [Uniform(bits, groups) for bits in (1, 2, 4, 8) for groups in (1, 2, 4)] + [

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .quantiser import fake_demote, fake_quantise
+from diffkv_jax.testing.quantiser import fake_demote, fake_quantise
 
 RECENT, HIGH, LOW, DROPPED = 0, 1, 2, 3
 

@@ -6,7 +6,7 @@ Written from the equations alone; it shares no code with the library.
 
 import numpy as np
 
-from oracles.stored_numbers import read_scale, stored_scale
+from diffkv_jax.testing.stored_numbers import read_scale, stored_scale
 
 
 def unit(x):

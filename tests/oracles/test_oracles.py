@@ -5,6 +5,18 @@ import pytest
 
 pytest.importorskip("torch")  # the simulation is written in it
 
+from diffkv_jax.testing.quantiser import (  # noqa: E402
+    demote,
+    demote_nested,
+    dequantise,
+    fake_demote,
+    fake_quantise,
+    pack,
+    quantise,
+    requantise,
+    unpack,
+)
+
 from .algorithm1 import Head  # noqa: E402
 from .fake_quant_simulation import (  # noqa: E402
     DROPPED,
@@ -16,17 +28,6 @@ from .fake_quant_simulation import (  # noqa: E402
     decide,
     metrics,
     move,
-)
-from .quantiser import (  # noqa: E402
-    demote,
-    demote_nested,
-    dequantise,
-    fake_demote,
-    fake_quantise,
-    pack,
-    quantise,
-    requantise,
-    unpack,
 )
 
 # --- quantiser ---
