@@ -70,7 +70,7 @@ demo: $(VENV_DEMO)/.installed
 	$(VENV_DEMO)/bin/python scripts/demo.py $(DEMO_ARGS)
 
 benchmark: $(VENV_BENCHMARK)/.installed
-	$(VENV_BENCHMARK)/bin/python scripts/benchmark.py $(BENCHMARK_ARGS)
+	PYTHONPATH=scripts $(VENV_BENCHMARK)/bin/python -m benchmarks peers $(BENCHMARK_ARGS)
 
 # Compiles llama.cpp for this processor: a quarter of an hour on two cores.
 benchmark-llama: $(VENV_BENCHMARK)/.installed

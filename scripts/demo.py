@@ -13,11 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 import diffkv_jax as dkv
+from benchmarks.common.smollm2 import smollm2_gguf
 from diffkv_jax.evaluate import quality, teacher_forced
 from diffkv_jax.models import load_pretrained
-from diffkv_jax.testing.texts import load_text
-from quality import text_tokens
-from smollm2 import smollm2_gguf
+from diffkv_jax.testing.texts import load_text, text_tokens
 
 PASSAGE_TOKENS, MAX_LEN, CHUNK = 3000, 3328, 1024
 QUESTION = "What is the name of the play above, and who wrote it?"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smollm2 import smollm2_gguf
+from benchmarks.common.smollm2 import smollm2_gguf
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, WIDE, VOCAB = 4, 2, 16, 64, 96, 160
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 STDLIB_MODULES = (
     "argparse",
     "dataclasses",
@@ -82,3 +84,11 @@ def load_text(name: str) -> str:
     if name not in _READERS:
         raise ValueError(f"{name=} must be one of {TEXTS}")
     return _READERS[name]()
+
+
+def text_tokens(tokenizer, names: list[str], count: int) -> np.ndarray:
+    """The first `count` tokens of each of the TEXTS `names`, int32 [texts, count]."""
+    rows = [
+        tokenizer(load_text(name)[: 12 * count], verbose=False).input_ids[:count] for name in names
+    ]
+    return np.array(rows, np.int32)

@@ -7,7 +7,7 @@ import platform
 import jax
 import pytest
 
-import chips  # first: sets the environment that the compilers read
+from benchmarks.roofline import chips  # first: sets the environment that the compilers read
 
 CHIPS = ("H100", "A100", "L40", "v5e", "v6e")
 

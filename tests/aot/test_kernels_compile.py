@@ -14,7 +14,7 @@ import pytest
 from jax import ShapeDtypeStruct as Shape
 from llama8b import CONTEXT, FLUSH, GROUP, HEADS, LAYERS, SLOTS, int32
 
-import chips
+from benchmarks.roofline import chips
 from diffkv_jax.pallas_kernels.apply_event import Tokens, apply_event
 from diffkv_jax.pallas_kernels.codecs import KVFormat, demote, encode
 from diffkv_jax.pallas_kernels.decode_attention import decode_attention

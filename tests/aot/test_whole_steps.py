@@ -11,8 +11,8 @@ import llama8b
 import pytest
 from jax import ShapeDtypeStruct as Shape
 
-import chips
-from chips import Compiled, compile_for
+from benchmarks.roofline import chips
+from benchmarks.roofline.chips import Compiled, compile_for
 from diffkv_jax import CompressionPolicy, kvquant
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.pages import Pages

@@ -1,4 +1,11 @@
-"""The implementations that every test of an operation runs over, against the same reference."""
+"""The implementations that every test of an operation runs over, against the same reference.
+
+Larger cases of interpreted TPU kernels take 5 to 20 s each: tests mark them `SLOW`, or `LONG` where
+CI runs other cases of the same code.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import pytest
@@ -23,5 +30,27 @@ IMPLEMENTATIONS = [
     for name, k in (INTERPRETED | ON_DEVICE.get(jax.default_backend(), {})).items()
 ]
 
-
 NATIVE = [] if why_unavailable() else [pytest.param(Kernels("cpu"), id="cpu")]
+SLOW = pytest.mark.slow
+LONG = (pytest.mark.slow, pytest.mark.long)
+
+
+def marked(params: list, **marks: Any) -> list:
+    """The params of IMPLEMENTATIONS, those named by `marks` with these marks: `mosaic_tpu=SLOW`."""
+    return [pytest.param(*p.values, id=p.id, marks=marks.get(p.id, ())) for p in params]
+
+
+def crossed(first: list, second: list, marks: Mapping[tuple[str, str], Any]) -> list:
+    """Each param of `first` with each of `second`, the ids joined by a dash. A pair of ids has the
+    marks that `marks` gives it, other pairs those of their params.
+    """
+    return [
+        pytest.param(
+            *a.values,
+            *b.values,
+            id=f"{a.id}-{b.id}",
+            marks=marks.get((a.id, b.id), (*a.marks, *b.marks)),
+        )
+        for a in first
+        for b in second
+    ]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from event_rule import World, check_tensor, expected, read
 from event_states import INFINITE, MAX_LEN, NEW, SCENARIOS, Case, build
-from implementations import IMPLEMENTATIONS
+from implementations import IMPLEMENTATIONS, LONG, SLOW, crossed, marked
 
 from diffkv_jax.pallas_kernels.apply_event import FreeRing, Stored, Tokens, apply_event
 from diffkv_jax.pallas_kernels.dispatch import Kernels
@@ -92,9 +92,15 @@ def world_and_reference(case: Case) -> tuple[World, Any, Stored]:
     return (world, *run(case, world, Kernels("xla")))
 
 
+EVENTS = crossed(
+    marked(IMPLEMENTATIONS, mosaic_tpu=SLOW, mosaic_tpu_checked=LONG),
+    [pytest.param(case, id=case_id(case)) for case in CASES],
+    {("mosaic_tpu", case_id(PLAIN)): (), ("mosaic_tpu_checked", case_id(PLAIN)): SLOW},
+)
+
+
 @pytest.mark.daily(5)
-@pytest.mark.parametrize("case", CASES, ids=case_id)
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("kernels", "case"), EVENTS)
 def test_an_event(case: Case, kernels: Kernels):
     world, moves, reference = world_and_reference(case)
     counted, after = run(case, world, kernels)

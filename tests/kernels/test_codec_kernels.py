@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from codec_oracle import codes_of, expected, of_any_size, ordinary, parse, same_codes, same_meta
-from implementations import IMPLEMENTATIONS
+from implementations import IMPLEMENTATIONS, LONG, marked
 
 from diffkv_jax.pallas_kernels import codecs
 from diffkv_jax.pallas_kernels.codecs import Block, KVFormat, Uniform, mosaic_tpu, triton
@@ -16,6 +16,7 @@ from diffkv_jax.testing.quantiser import demote_nested, pack
 from diffkv_jax.testing.readback import decode_tensor
 
 COUNT = 3  # blocks
+EACH = marked(IMPLEMENTATIONS, mosaic_tpu_checked=LONG)
 EVERY_FORMAT = (
     "K1V1:1,2",
     "K1V2:4,1",
@@ -71,21 +72,21 @@ def check_encode(
 
 
 @pytest.mark.daily(7)
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kernels", EACH)
 @pytest.mark.parametrize("name", EVERY_FORMAT)
 def test_encode_every_codec(kernels: Kernels, name: str):
     check_encode(kernels, name, 32, 64)
 
 
 @pytest.mark.daily(3)
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kernels", EACH)
 @pytest.mark.parametrize("tokens, head_dim, dtype", [(64, 256, "bfloat16"), (128, 128, "float16")])
 def test_encode_other_shapes_and_dtypes(kernels: Kernels, tokens: int, head_dim: int, dtype: str):
     check_encode(kernels, "K8V4", tokens, head_dim, dtype)
 
 
 @pytest.mark.daily(3)
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kernels", EACH)
 @pytest.mark.parametrize("name", ["K8V4:1,2", "K1V2:4,1", "K4nV2n"])
 def test_encode_numbers_of_any_size(kernels: Kernels, name: str):
     check_encode(kernels, name, 32, 64, of=of_any_size)
@@ -140,21 +141,21 @@ def same_demotion(a, b, old: list[np.ndarray], new: list[np.ndarray]) -> None:
 
 
 @pytest.mark.daily(7)
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kernels", EACH)
 @pytest.mark.parametrize("source, target", DEMOTIONS + TO_LEVELS)
 def test_demote(kernels: Kernels, source: str, target: str):
     check_demotion(kernels, source, target, 32, 64)
 
 
 @pytest.mark.daily(3)
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kernels", EACH)
 @pytest.mark.parametrize("tokens, head_dim", [(64, 256), (128, 128)])
 def test_demote_other_shapes(kernels: Kernels, tokens: int, head_dim: int):
     check_demotion(kernels, "K8V4", "K4V2", tokens, head_dim)
 
 
 @pytest.mark.daily(3)
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kernels", EACH)
 @pytest.mark.parametrize(
     "source, target", [("K8V8:1,2", "K4V2:1,2"), ("full:float32", "K4V4"), ("K8V4", "K4nV2:1,2")]
 )

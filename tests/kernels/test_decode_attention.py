@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from implementations import IMPLEMENTATIONS, NATIVE
+from implementations import IMPLEMENTATIONS, LONG, NATIVE, SLOW, crossed, marked
 
 from diffkv_jax.pallas_kernels.codecs import KVFormat
 from diffkv_jax.pallas_kernels.decode_attention import Heads, Sliding, decode_attention
@@ -194,9 +194,16 @@ def case(name: str, kernels: Kernels = XLA) -> Case:
     return Case(CASES[name], kernels)
 
 
+FIRST = "K8V4+K4V2, G=4, d=128, T=128"
+PAIRS = crossed(
+    [pytest.param(name, id=name) for name in CASES],
+    marked(IMPLEMENTATIONS, mosaic_tpu=SLOW, mosaic_tpu_checked=LONG),
+    {(FIRST, "mosaic_tpu"): (), (FIRST, "mosaic_tpu_checked"): SLOW},
+)
+
+
 @pytest.mark.daily(5)
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "kernels"), PAIRS)
 def test_equals_a_dense_softmax(name: str, kernels: Kernels):
     if kernels.interpret == "checked" and name not in CHECKED:
         pytest.skip("the interpreter that checks takes a minute for this one")
@@ -262,7 +269,7 @@ def test_a_head_alone(kernels: Kernels):
         assert (alone.output[0] != got.output[4]).any(), "the comparison sees another head"
 
 
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS[:3])
+@pytest.mark.parametrize("kernels", marked(IMPLEMENTATIONS[:3], mosaic_tpu=SLOW))
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -342,7 +349,7 @@ def test_the_comparison_sees_swapped_keys_and_values(name: str):
         same(this.run(this.pool), this.dense(this.pool, swap=True), this.pool.pages["significance"])
 
 
-@pytest.mark.parametrize("kernels", [*IMPLEMENTATIONS[:3], *NATIVE])
+@pytest.mark.parametrize("kernels", marked([*IMPLEMENTATIONS[:3], *NATIVE], mosaic_tpu=SLOW))
 def test_the_comparison_sees_a_maximum_where_the_mean_is_asked(kernels: Kernels):
     this = case("K8V4+K4V2, G=3, d=128", kernels)
     got, asked, old = (
@@ -356,7 +363,7 @@ def test_the_comparison_sees_a_maximum_where_the_mean_is_asked(kernels: Kernels)
 
 
 @pytest.mark.daily(3)
-@pytest.mark.parametrize("kernels", [*IMPLEMENTATIONS[1:3], *NATIVE])
+@pytest.mark.parametrize("kernels", marked([*IMPLEMENTATIONS[1:3], *NATIVE], mosaic_tpu=LONG))
 @pytest.mark.parametrize("name", BFLOAT16)
 def test_bfloat16_queries(name: str, kernels: Kernels):
     """The kernels multiply in bfloat16: eight bits of the weights. A missing token is further away

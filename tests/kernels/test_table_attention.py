@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from implementations import IMPLEMENTATIONS, NATIVE
+from implementations import IMPLEMENTATIONS, LONG, NATIVE, SLOW, crossed, marked
 from test_decode_attention import Attended, same, softmax
 
 from diffkv_jax.pallas_kernels.codecs import KVFormat, table_shape, with_table
@@ -206,11 +206,16 @@ def case(name: str, kernels: Kernels = XLA) -> Case:
     return Case(CASES[name], kernels)
 
 
-PAIRS = [
-    pytest.param(name, *param.values, id=f"{name}-{param.id}")
-    for name in CASES
-    for param in IMPLEMENTATIONS
-]
+PAIRS = crossed(
+    [pytest.param(name, id=name) for name in CASES],
+    marked(IMPLEMENTATIONS, mosaic_tpu=LONG, mosaic_tpu_checked=LONG),
+    {
+        ("CQ 4c8b, G=3", "mosaic_tpu"): (),
+        ("KVQuant of 3 bits, outliers", "mosaic_tpu"): (),
+        ("KVQuant of 3 bits, outliers", "mosaic_tpu_checked"): SLOW,
+    },
+)
+SOME = marked([*IMPLEMENTATIONS[:3], *NATIVE], mosaic_tpu=LONG)
 
 
 @pytest.mark.daily(5)
@@ -234,15 +239,21 @@ def other_tables(tables, mistake: str):
     return tuple((value, key) for key, value in tables)
 
 
+WRONG_TABLES = (
+    "the table of the head beside",
+    "the table of the layer before",
+    "the value's table for the key",
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", [*IMPLEMENTATIONS[:3], *NATIVE])
 @pytest.mark.parametrize(
-    "mistake",
-    [
-        "the table of the head beside",
-        "the table of the layer before",
-        "the value's table for the key",
-    ],
+    ("mistake", "kernels"),
+    crossed(
+        [pytest.param(mistake, id=mistake) for mistake in WRONG_TABLES],
+        SOME,
+        {(WRONG_TABLES[0], "mosaic_tpu"): ()},
+    ),
 )
 def test_the_comparison_sees_wrong_tables(mistake: str, kernels: Kernels):
     for name in ("CQ 4c8b, G=3", "KVQuant of 4 bits, G=3"):
@@ -257,7 +268,7 @@ def test_the_comparison_sees_wrong_tables(mistake: str, kernels: Kernels):
             )
 
 
-@pytest.mark.parametrize("kernels", [*IMPLEMENTATIONS[:3], *NATIVE])
+@pytest.mark.parametrize("kernels", SOME)
 @pytest.mark.parametrize(
     "mistake",
     ["no rope", "rope of the slots", "a token too many", "a token too few", "ranges swapped"],
@@ -280,7 +291,7 @@ def test_the_comparison_sees_mistakes(mistake: str, kernels: Kernels):
         same(this.run(bad), this.dense(turned=mistake != "no rope"), pool.pages["significance"])
 
 
-@pytest.mark.parametrize("kernels", [*IMPLEMENTATIONS[:3], *NATIVE])
+@pytest.mark.parametrize("kernels", SOME)
 @pytest.mark.parametrize("part", ["payload", "meta"])  # channels, values
 @pytest.mark.parametrize("tensor", [0, 1])  # K, V
 def test_the_comparison_sees_exchanged_outliers(tensor: int, part: str, kernels: Kernels):
@@ -296,7 +307,7 @@ def test_the_comparison_sees_exchanged_outliers(tensor: int, part: str, kernels:
         )
 
 
-@pytest.mark.parametrize("kernels", [*IMPLEMENTATIONS[1:3], *NATIVE])
+@pytest.mark.parametrize("kernels", marked([*IMPLEMENTATIONS[1:3], *NATIVE], mosaic_tpu=LONG))
 @pytest.mark.parametrize("name", ["CQ 4c8b, G=3", "KVQuant of 4 bits, G=3"])
 def test_bfloat16_queries(name: str, kernels: Kernels):
     """Pallas kernels round what they have looked up to bfloat16; another head's table is further

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-import quality
+from benchmarks.methods import quality
 from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.models import load_pretrained
 from helpers_model import smollm2_gguf_path

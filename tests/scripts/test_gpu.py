@@ -9,16 +9,17 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import bench_gpu
-from bench_attention import attended_bytes
-from bench_correct import distance, verdict
-from bench_correct_event import event_state
-from bench_report import FAILED, LATE, OK, Section
-from bench_states import hashed, layer_tables, pages_of, random_pages
-from bench_timing import Effort, FreshRunner, Looped, interleaved
+from benchmarks.common.report import FAILED, LATE, OK, Section
+from benchmarks.common.states import hashed, layer_tables, pages_of, random_pages
+from benchmarks.common.timing import Effort, FreshRunner, Looped, interleaved
+from benchmarks.gpu import command
+from benchmarks.kernels.attention import attended_bytes
+from benchmarks.kernels.command import setting_of
+from benchmarks.kernels.correct import distance, verdict
+from benchmarks.kernels.correct_event import event_state
 from diffkv_jax.testing.readback import check_pool, read_tier
 
-TINY = bench_gpu.tiny_setting()
+TINY = setting_of(tiny=True)
 
 
 def test_a_comparison_fails_on_zeros_and_nan_and_changed_rubbish():
@@ -132,7 +133,7 @@ def test_tiny_runs_every_section(tmp_path):
 
 def _app() -> typer.Typer:
     app = typer.Typer()
-    app.command()(bench_gpu.main)
+    app.command()(command.main)
     return app
 
 

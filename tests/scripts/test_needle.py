@@ -4,7 +4,7 @@ it.
 
 import pytest
 
-import needle
+from benchmarks.methods import needle
 from helpers_model import smollm2_gguf_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.optimized]

@@ -13,14 +13,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import benchmark
-import benchmark_grid
 import diffkv_jax as dkv
-from benchmark_llama import for_streams
-from benchmark_ours import Ours, _decode, replicate, spare_pages, used_pages
-from benchmark_results import OK, Entry, Results, ratio, table
-from benchmark_systems import SYSTEMS, Decoded, Place, chosen, log_softmax
-from benchmark_worker import Reply, Worker, WorkerError, answered
+from benchmarks.peers import command
+from benchmarks.peers import grid as sections
+from benchmarks.peers.llama import for_streams
+from benchmarks.peers.ours import Ours, _decode, replicate, spare_pages, used_pages
+from benchmarks.peers.results import OK, Entry, Results, ratio, table
+from benchmarks.peers.systems import SYSTEMS, Decoded, Place, chosen, log_softmax
+from benchmarks.peers.worker import Reply, Worker, WorkerError, answered
 from diffkv_jax.testing.tiny import prompt, tiny_model
 
 CELL = {"context": 512, "batch": 1}
@@ -129,14 +129,14 @@ class Scripted:
         self.closed = True
 
 
-def grid(workers: dict, **changes) -> benchmark_grid.Run:
+def grid(workers: dict, **changes) -> sections.Run:
     def start(name):
         if workers[name] is None:
             raise WorkerError("ModuleNotFoundError: No module named 'llama_cpp'")
         return workers[name]
 
     options = {"contexts": [96], "batches": [2], "rounds": 2, "steps": 4, "work": Path()} | changes
-    return benchmark_grid.Run(
+    return sections.Run(
         "now",
         Results(),
         start,
@@ -155,7 +155,7 @@ def test_a_peer_that_is_missing_or_fails_is_reported_and_the_warm_up_left_out(ca
     }
     run = grid(workers)
     run.open()
-    benchmark_grid.decode(run)
+    sections.decode(run)
     run.close()
     found = {e.system: e for e in run.results.of("decode")}
     assert found["ours-full"].samples == [8.0, 4.0] and found["ours-full"].facts["peak MiB"] == 3
@@ -167,7 +167,7 @@ def test_a_peer_that_is_missing_or_fails_is_reported_and_the_warm_up_left_out(ca
 
 def test_nothing_is_begun_after_the_deadline():
     run = grid({"ours-full": Scripted()}, deadline=0.0)
-    benchmark_grid.decode(run)
+    sections.decode(run)
     assert "time" in run.results.of("decode")[0].status
 
 
@@ -287,5 +287,5 @@ def test_a_quick_run_of_ours_on_the_real_model(tmp_path):
 
 def _app() -> typer.Typer:
     app = typer.Typer()
-    app.command()(benchmark.main)
+    app.command()(command.main)
     return app

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-import quality
+from benchmarks.methods import quality
+from diffkv_jax.testing.texts import text_tokens
 from helpers_model import smollm2_gguf_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.optimized]
@@ -83,7 +84,7 @@ def simulated_prompt(text: str):
 
     model, tokenizer = simulation.load(smollm2_gguf_path())
     context, steps = SIMULATED
-    tokens = quality.text_tokens(tokenizer, [text], context + steps + 1)[0]
+    tokens = text_tokens(tokenizer, [text], context + steps + 1)[0]
     prefilled = simulation.prefill(
         model, tokens[:context], context + steps + 1, cache_dtype=torch.bfloat16
     )

@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
-from roofline_cases import MIXES, Model, Setting, decode_case
-from traffic import count_traffic
+from benchmarks.roofline.cases import MIXES, Model, Setting, decode_case
+from benchmarks.roofline.traffic import count_traffic
 
 HEADS, PAGES, ROWS, T = 3, 40, 16, 32
 PAGE = ROWS * T  # bytes

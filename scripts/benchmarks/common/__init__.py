@@ -1,0 +1,1 @@
+"""What several benchmarks share: the model, tables, timing, states of the cache."""

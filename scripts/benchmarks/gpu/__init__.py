@@ -1,0 +1,1 @@
+"""All that a GPU can be asked: the kernels, and `generate` end to end."""

@@ -1,0 +1,1 @@
+"""The kernels of the cache, one operation at a time, against XLA."""

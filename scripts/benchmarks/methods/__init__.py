@@ -1,0 +1,1 @@
+"""Compression methods on a real model: quality at equal bytes, recall, speed."""

@@ -1,0 +1,1 @@
+"""On a CPU beside transformers, kvpress and llama.cpp."""
