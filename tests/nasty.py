@@ -234,7 +234,9 @@ OTHERS += [
 ]
 OTHERS += [
     datetime.timedelta(1),
-    dkv.Merge(),
+    dkv.LayerPairs(),
+    dkv.Hadamard(),
+    dkv.Budget(keep=7),
     dkv.Replay(),
     dkv.Greedy(),
     jax.ShapeDtypeStruct((), "int32"),

@@ -46,10 +46,10 @@ def test_refused_integers(case):
 
 
 def test_multiples():
-    assert arguments.integer("block", np.int64(64), least=32, most=256, multiple=32) == 64
+    assert arguments.integer("group", np.int64(64), least=32, most=256, multiple=32) == 64
     for value, bound in ((33, "from 32 to 256"), (288, "from 32 to 256"), (0, "of at least 32")):
-        with pytest.raises(ValueError, match=f"block={value} must be a multiple of 32 {bound}"):
-            arguments.integer("block", value, least=32, most=256, multiple=32)
+        with pytest.raises(ValueError, match=f"group={value} must be a multiple of 32 {bound}"):
+            arguments.integer("group", value, least=32, most=256, multiple=32)
 
 
 def test_integers_without_bound():
@@ -103,12 +103,12 @@ def test_values_known_only_when_running():
 
 def test_flags():
     assert (
-        arguments.flag("rotate", np.bool_(True)) is True
-        and arguments.flag("rotate", jnp.array(False)) is False
+        arguments.flag("nested", np.bool_(True)) is True
+        and arguments.flag("nested", jnp.array(False)) is False
     )
     for value in (1, 0, None, "False", np.array([True])):
-        with pytest.raises(TypeError, match="rotate=.* must be True or False"):
-            arguments.flag("rotate", value)
+        with pytest.raises(TypeError, match="nested=.* must be True or False"):
+            arguments.flag("nested", value)
 
 
 def test_choices():

@@ -80,9 +80,9 @@ ARGUMENTS = {
     "chunk 48": ({"prefill_chunk": 48}, "prefill_chunk=48 must be a power of two"),
     "chunk 8": ({"prefill_chunk": 8}, "power of two of at least 16"),
     "chunk 0": ({"prefill_chunk": 0}, "prefill_chunk=0"),
-    "chunk below observe": (
+    "chunk below queries": (
         {"tokens": [prompt(100)], "prefill_chunk": 32, "policy": dkv.diffkv()},
-        "prefill_chunk=32.*observe=64",
+        "prefill_chunk=32.*queries=64",
     ),
     "Sample without key": ({"sampling": Sample()}, "needs key="),
     "raw key": ({"sampling": Sample(), "key": jnp.zeros(3, jnp.uint32)}, "key=.* must be a seed"),
@@ -169,13 +169,10 @@ POLICIES = {
     "window 0": ({"window": 0}, "window=0 must be an integer of at least 1"),
     "flush 0": ({"flush": 0}, "flush=0 must be an integer of at least 1"),
     "flush not whole": ({"flush": 1.5}, "flush=1.5"),
-    "observe 0": ({"observe": 0}, "observe=0 must be a number of queries"),
-    "observe a word": ({"observe": "some"}, "observe='some' must be"),
-    "two tiers, no observe": ({"observe": None}, "needs observe=64 or 'all'"),
-    "thresholds, no observe": (
-        {"observe": None, "tiers": ("K8V4",), "alpha_low": 1.0},
-        "thresholds and a second tier need significance",
-    ),
+    "queries 0": ({"queries": 0}, "queries=0: MeanAttention needs queries=64"),
+    "queries -1": ({"queries": -1}, "queries=-1 must be a number of queries"),
+    "queries a word": ({"queries": "some"}, "queries='some' must be"),
+    "no queries": ({"queries": None}, "queries=None must be a number of queries"),
 }
 
 
@@ -265,7 +262,7 @@ NESTED = (((0.5, 1.0),), ((0.25, 2.0),))
     [
         NONE,
         dkv.quantized("K4V2:2,4"),
-        dkv.diffkv(NESTED, 0.1, observe="all", flush=1),
+        dkv.diffkv(NESTED, 0.1, queries="all", flush=1),
         dkv.load_policy("small"),
     ],
 )
@@ -275,7 +272,33 @@ def test_policy_as_json(policy, tmp_path):
     assert policy.name in repr(policy) and {policy: 1}[again] == 1
     (tmp_path / "policy.json").write_text(policy.to_json())
     assert dkv.load_policy(tmp_path / "policy.json") == policy
-    np.testing.assert_array_equal(again.limits(2, 1, 2), policy.limits(2, 1, 2))
+    jax.tree.map(np.testing.assert_array_equal, again.bind(2, 1, 2), policy.bind(2, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"tiers": ("K8V4", "K4V2"), "keep": dkv.Thresholds()},
+        {"tiers": ("K8V4",), "keep": dkv.Thresholds(alpha_high=1.0, alpha_low=1.0)},
+    ],
+)
+def test_thresholds_need_a_score(choices):
+    with pytest.raises(ValueError, match="thresholds and a second tier need scores"):
+        CompressionPolicy("x", **choices)
+
+
+OLD = {"name": "x", "tiers": ["K8V4", "K4V2"], "alpha_high": 1.0, "observe": 64, "window": 64}
+
+
+def test_policies_of_the_first_version_are_refused():
+    """With where each of their fields has gone."""
+    for old in (OLD, {"version": 1} | OLD, {"tiers": ["full"], "score": "window", "keep": 0.5}):
+        with pytest.raises(ValueError, match="flat fields of version 1 .*write each stage"):
+            CompressionPolicy.from_json(json.dumps(old))
+    with pytest.raises(ValueError, match="alpha_high -> keep: Thresholds"):
+        CompressionPolicy.from_mapping(OLD)
+    with pytest.raises(ValueError, match="version=3 must be 2"):
+        CompressionPolicy.from_mapping({"version": 3, "name": "x"})
 
 
 def test_policies_differ():

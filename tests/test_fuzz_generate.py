@@ -43,7 +43,7 @@ def nothing_computed(first):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.import_module("diffkv_jax.generate"), "_run", computed)
-        for name in ("cache.make", "calibration.calibrate", "evaluate"):
+        for name in ("make_cache", "calibration.calibrate", "evaluate"):
             module = importlib.import_module(f"diffkv_jax.{name}")
             found = [
                 part for part in ("_allocated", "_collect", "prefill") if hasattr(module, part)

@@ -15,7 +15,7 @@ from diffkv_jax.testing.tiny import prompt, tiny_model
 
 NEW, PROMPTS = 20, [prompt(90, 1), prompt(37, 2)]
 POLICIES = {
-    "diffkv": diffkv(alpha_high=1.5, alpha_low=0.4, window=16, flush=8, observe=16),
+    "diffkv": diffkv(alpha_high=1.5, alpha_low=0.4, window=16, flush=8, queries=16),
     "one tier, nothing dropped": quantized("K8V4", window=16, flush=8),
 }
 needs_compiler = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))

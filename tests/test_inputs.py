@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
+from diffkv_jax import make_cache
 from diffkv_jax.batching import as_prompts
-from diffkv_jax.cache import make
 from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.testing.tiny import prompt, tiny_model
 
@@ -114,7 +114,8 @@ def test_masks(generate, case):
     "policy", ["snapkv", dkv.snapkv, dkv.snapkv()], ids=["name", "function", "policy"]
 )
 def test_policies_as_meant(generate, policy):
-    assert generate(TEXTS, policy=policy, **SIZES).cache.spec.selection == dkv.snapkv().selection
+    carried = generate(TEXTS, policy=policy, **SIZES).cache.policy
+    assert carried.score == dkv.snapkv().score and carried.protect == dkv.snapkv().protect
 
 
 def test_numbers_samplings_and_keys_as_meant(generate, plain):
@@ -267,7 +268,7 @@ def test_a_cache_that_the_memory_does_not_hold(monkeypatch):
     def exhausted(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(make, "_empty", exhausted)
+    monkeypatch.setattr(make_cache, "_empty", exhausted)
     with pytest.raises(
         ValueError,
         match="2 requests of up to 512 tokens takes .*B, more than the "

@@ -29,10 +29,10 @@ from diffkv_jax import (
     snapkv,
 )
 from diffkv_jax.cache.cache import KVCache, empty_cache
-from diffkv_jax.cache.pool_size import tree_bytes
+from diffkv_jax.cache.pool_size import bound, tree_bytes
 from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
 from diffkv_jax.pallas_kernels.native.build import why_unavailable
-from diffkv_jax.steps.jitted import decode_step, end_replay, prefill_chunk, replay_chunk
+from diffkv_jax.steps.jitted import decode_step, end_passes, prefill_chunk, score_pass
 from diffkv_jax.testing.tiny import tiny_model
 
 pytestmark = pytest.mark.optimized
@@ -97,7 +97,7 @@ def cache_shapes(
     )
     return jax.eval_shape(
         partial(empty_cache, spec),
-        policy.limits(len(spec.paged_layers), requests, model.attention.num_kv_heads),
+        bound(spec, policy),
     )
 
 
@@ -187,9 +187,9 @@ def test_replay_updates_the_pool_in_place(name, kernels):
     )
     pool = tree_bytes(cache.pages)
     if name == "event":
-        lowered = end_replay.lower(cache, array((2,), bool))
+        lowered = end_passes.lower(cache, array((2,), bool))
     else:
-        lowered = replay_chunk.lower(
+        lowered = score_pass.lower(
             model,
             params,
             cache,

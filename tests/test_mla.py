@@ -208,7 +208,7 @@ def test_two_tiers_and_thresholds():
     rotary keys exact; some tokens dropped.
     """
     _, cache = prompted(
-        dkv.diffkv(1.0, 0.6, tiers=("K8V8", "K4V4"), window=16, flush=8, observe=32)
+        dkv.diffkv(1.0, 0.6, tiers=("K8V8", "K4V4"), window=16, flush=8, queries=32)
     )
     report, (c, rotary) = dkv.memory_report(cache), first_layers_keys()
     assert (report.tokens[:, 0, 0] > 0).all() and report.dropped.sum() > 0
@@ -233,7 +233,9 @@ def test_latents_have_learned_codes():
     """
     model, params = tiny_latent_model()
     # four bits for two channels
-    policy = dkv.CompressionPolicy("coupled", ("K4v2V4v2",), window=16, flush=8)
+    policy = dkv.CompressionPolicy(
+        "coupled", tiers=("K4v2V4v2",), schedule=dkv.Schedule(window=16, flush=8)
+    )
     text = np.random.default_rng(1).integers(0, 97, (2, 64))
     calibration = dkv.calibrate(
         model, params, text, policy, samples=100, iterations=2, progress=False
@@ -260,7 +262,9 @@ def test_key_norm_ranks_by_the_rotary_key_and_only_the_latent_is_rotated():
     that a rotation changes no logit.
     """
     c, rotary = first_layers_keys()
-    policy = dkv.key_norm(56, whole_layers=(), window=16, flush=8, sinks=2, rotate=True)
+    policy = dkv.key_norm(
+        56, whole_layers=(), window=16, flush=8, sinks=2, transform=dkv.Hadamard()
+    )
     logits, cache = prompted(policy, size=128)
     np.testing.assert_allclose(jax.nn.log_softmax(logits)[0], uncached()[0, -1], atol=1e-4)
     held = held_tokens(cache, 0, 0, 0)
@@ -287,7 +291,7 @@ def test_key_norm_ranks_by_the_rotary_key_and_only_the_latent_is_rotated():
             "format 'K8V4' keeps keys and values differently.*such as 'K8V8'",
         ),
         (
-            dkv.CompressionPolicy("bare", ("full",), un_rope=True),
+            dkv.CompressionPolicy("bare", tiers=("full",), transform=dkv.WithoutRope()),
             {},
             "a latent carries no rotary embedding anyway",
         ),

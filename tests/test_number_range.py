@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.cache.make import make_cache
 from diffkv_jax.evaluate import _feed
+from diffkv_jax.make_cache import make_cache
 from diffkv_jax.methods.registry import NAMED
 from diffkv_jax.pallas_kernels.codecs import KVFormat, shared_format, table_shape, with_table
 from diffkv_jax.pallas_kernels.dispatch import Kernels
@@ -45,7 +45,8 @@ def named(name: str) -> dkv.CompressionPolicy:
     """A named policy or tier, with a window that the few tokens here leave."""
     policy = NAMED[name]() if name in NAMED else dkv.quantized(name)
     # GEAR: 64 of the 96 tokens of the prompt leave
-    return dataclasses.replace(policy, window=16, flush=policy.block or 8)
+    schedule = dkv.Schedule(window=16, flush=policy.group or 8, group=policy.schedule.group)
+    return dataclasses.replace(policy, schedule=schedule)
 
 
 @lru_cache

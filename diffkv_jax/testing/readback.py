@@ -198,7 +198,7 @@ def held_tokens(
     for tier, name in zip(range(spec.layout.tiers), TIERS, strict=False):
         layout, owner = spec.layout, at
         # the second of a pair has it
-        if spec.merge is not None and tier == layout.tiers - 1 and layer >= spec.unmerged_layers:
+        if spec.pairs is not None and tier == layout.tiers - 1 and layer >= spec.unmerged_layers:
             place = (layer - len(cache.tier_len)) % 2
             owner = (layer + 1 - place, request, head)
             layout = dataclasses.replace(

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct as Shape
 
 from diffkv_jax import CompressionPolicy, diffkv
-from diffkv_jax.cache.cache import CacheSpec, KVCache, empty_cache
+from diffkv_jax.cache.cache import KVCache, empty_cache
+from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.models import ModelConfig, build_model
 from diffkv_jax.pallas_kernels.apply_event import FreeRing, Stored
 from diffkv_jax.pallas_kernels.codecs import KVFormat, table_shape

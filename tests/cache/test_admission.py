@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffkv_jax import CacheSpec, CompressionPolicy, KVCache, diffkv
+from diffkv_jax import CacheSpec, CompressionPolicy, KVCache, Thresholds, diffkv
 from diffkv_jax.cache.cache import complete, empty_cache, without_empty
+from diffkv_jax.cache.pool_size import bound
 from diffkv_jax.steps.jitted import decode_step, prefill_chunk
 from diffkv_jax.testing.readback import page_ids_in_use, slot_addresses
 from diffkv_jax.testing.tiny import prompt, tiny_model
@@ -22,9 +23,9 @@ from diffkv_jax.testing.tiny import prompt, tiny_model
 REQUESTS, CHUNK, MAX_LEN, LANES, PAGES = 3, 32, 160, 16, 90
 WINDOW, FLUSH = 8, 4
 POLICIES = {
-    "diffkv": diffkv(observe=16, window=WINDOW, flush=FLUSH),
-    "flush 1": diffkv(observe=16, window=WINDOW, flush=1),
-    "all rows": diffkv(tiers=("K8V4:2,2", "K4V2"), observe="all", window=WINDOW, flush=FLUSH),
+    "diffkv": diffkv(queries=16, window=WINDOW, flush=FLUSH),
+    "flush 1": diffkv(queries=16, window=WINDOW, flush=1),
+    "all rows": diffkv(tiers=("K8V4:2,2", "K4V2"), queries="all", window=WINDOW, flush=FLUSH),
     "none": CompressionPolicy.none(window=WINDOW, flush=FLUSH),
 }
 LONG = pytest.param("flush 1", marks=(pytest.mark.slow, pytest.mark.long))
@@ -36,6 +37,7 @@ class Program(NamedTuple):
 
     model: object
     params: object
+    policy: CompressionPolicy
     spec: CacheSpec
     step: object  # (params, cache, token [R], active [R]) -> logits, cache; not donated
 
@@ -48,10 +50,12 @@ class Program(NamedTuple):
         """No tokens; thresholds (high, low) for each request; only `free` of the pages can be
         had.
         """
-        shape = (len(self.spec.paged_layers), REQUESTS, self.spec.attention.num_kv_heads, 2)
-        cache = empty_cache(
-            self.spec, np.broadcast_to(np.array(alpha, np.float32)[None, :, None], shape)
-        )
+        policy = self.policy
+        if isinstance(policy.keep, Thresholds):
+            high, low = ([[[one[i]] for one in alpha]] for i in range(2))
+            keep = Thresholds(alpha_high=high, alpha_low=low)
+            policy = dataclasses.replace(policy, keep=keep)
+        cache = empty_cache(self.spec, bound(self.spec, policy))
         return with_free_pages(cache, free)
 
     def prompt(
@@ -110,7 +114,11 @@ def program(name: str) -> Program:
         tokens=LANES,
     )
     return Program(
-        model, params, build(model.attention, POLICIES[name]), jax.jit(partial(decode_step, model))
+        model,
+        params,
+        POLICIES[name],
+        build(model.attention, POLICIES[name]),
+        jax.jit(partial(decode_step, model)),
     )
 
 

@@ -12,9 +12,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.cache.cache import CacheSpec, complete, empty_cache, without_empty
+from diffkv_jax.cache.cache import complete, empty_cache, without_empty
+from diffkv_jax.cache.pool_size import bound
+from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.methods.registry import NAMED
-from diffkv_jax.steps.jitted import decode_step, end_replay, prefill_chunk, replay_chunk
+from diffkv_jax.steps.jitted import decode_step, end_passes, prefill_chunk, score_pass
 from diffkv_jax.testing.tiny import prompt, tiny_latent_model, tiny_model
 
 REQUESTS, MAX_LEN = 2, 64
@@ -37,10 +39,10 @@ def built(policy: dkv.CompressionPolicy, model):
         spec = CacheSpec.build(
             attention, policy, num_requests=REQUESTS, max_len=MAX_LEN, num_pages=8, dtype="float32"
         )
-        limits = policy.limits(len(spec.paged_layers), REQUESTS, attention.num_kv_heads)
+        carried = bound(spec, policy)
     except ValueError:
         return None
-    return jax.eval_shape(partial(empty_cache, spec), limits)
+    return jax.eval_shape(partial(empty_cache, spec), carried)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -95,12 +97,12 @@ def test_every_call_returns_the_cache_it_was_given(kind: str, name: str):
         )[1],
         "decode": jax.eval_shape(partial(decode_step, model), params, cache, length, flags)[1],
     }
-    if cache.spec.selection.replay is not None and cache.spec.paged_layers:
+    if name == "kvzip":
         first = jax.ShapeDtypeStruct((), jnp.int32)
         after["replay"] = jax.eval_shape(
-            partial(replay_chunk, model), params, cache, tokens, length, first
+            partial(score_pass, model), params, cache, tokens, length, first
         )
-        after["its end"] = jax.eval_shape(end_replay, cache, flags)
+        after["its end"] = jax.eval_shape(end_passes, cache, flags)
     for call, changed in after.items():
         assert changed == cache, call
 

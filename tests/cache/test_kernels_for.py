@@ -11,7 +11,8 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax import GenerateOutput
-from diffkv_jax.cache.cache import kernels_for, table_shapes
+from diffkv_jax.cache.cache import table_shapes
+from diffkv_jax.cache.kernels import kernels_for
 from diffkv_jax.calibration.calibration import fingerprint
 from diffkv_jax.pallas_kernels.dispatch import PALLAS, XLA, Kernels
 from diffkv_jax.pallas_kernels.native.build import why_unavailable
@@ -26,7 +27,9 @@ POLICIES = {
     "KVQuant": dkv.kvquant(3, **SHORT),
     "KVQuant without outliers": dkv.kvquant(3, 0, **SHORT),
     "CQ of what H2O keeps": dkv.h2o(0.5, tiers=("K4v2V4v2",), **SHORT),
-    "uniform, without rope": dkv.CompressionPolicy("bare", ("K8V4",), un_rope=True, **SHORT),
+    "uniform, without rope": dkv.CompressionPolicy(
+        "bare", tiers=("K8V4",), transform=dkv.WithoutRope(), schedule=dkv.Schedule(**SHORT)
+    ),
 }
 
 
@@ -49,9 +52,7 @@ def random_calibration(
     tables = tuple((table(key), table(value)) for key, value in table_shapes(spec))
     if not jax.tree.leaves(tables):
         return None
-    return dkv.Calibration(
-        tables, policy.tiers, policy.un_rope, policy.rotate, fingerprint(model, params)
-    )
+    return dkv.Calibration(tables, policy.tiers, policy.transform, fingerprint(model, params))
 
 
 @lru_cache

@@ -211,7 +211,10 @@ def test_another_model_is_refused():
 REFUSED = {
     "nothing is learned": (dkv.quantized("K8V4"), "leave calibration= out"),
     "other tiers": (dkv.coupled_quantization(8, 8), "made for tiers"),
-    "with RoPE": (dataclasses.replace(POLICY, un_rope=False), "made for un_rope=True"),
+    "with RoPE": (
+        dataclasses.replace(POLICY, transform=dkv.Exact()),
+        "made for transform=WithoutRope",
+    ),
 }
 
 
@@ -220,7 +223,7 @@ def test_what_is_refused(case):
     model, params, calibration = calibrated()
     policy, message = REFUSED[case]
     if case == "nothing is learned":
-        calibration = dataclasses.replace(calibration, tiers=policy.tiers, un_rope=False)
+        calibration = dataclasses.replace(calibration, tiers=policy.tiers, transform=dkv.Exact())
     with pytest.raises(ValueError, match=message):
         dkv.generate(model, params, TEXT, policy=policy, max_new_tokens=1, calibration=calibration)
     with pytest.raises(ValueError, match=message):

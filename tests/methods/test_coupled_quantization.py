@@ -21,7 +21,7 @@ from diffkv_jax.testing.readback import check_pool, held_tokens
 from diffkv_jax.testing.tiny import tiny_latent_model, tiny_model
 
 TOKENS = np.random.default_rng(3).integers(0, 97, (2, 90))
-POLICY = dkv.coupled_quantization(4, 8, window=16, flush=8)
+POLICY = dkv.coupled_quantization(4, 8, schedule=dkv.Schedule(window=16, flush=8))
 FREQUENCIES = 10000.0 ** (-np.arange(16) / 16)
 
 
@@ -128,7 +128,12 @@ def test_kept_tokens_are_the_nearest_rows():
     exactly tell what is coded.
     """
     model, params, calibration = calibrated()
-    exact = dkv.CompressionPolicy("exact", ("full",), un_rope=True, window=16, flush=8)
+    exact = dkv.CompressionPolicy(
+        "exact",
+        tiers=("full",),
+        transform=dkv.WithoutRope(),
+        schedule=dkv.Schedule(window=16, flush=8),
+    )
     plain = dkv.generate(model, params, TOKENS, policy=exact, max_new_tokens=1).cache
     cache = generated().cache
     keys, values = calibration.tables[0]
@@ -197,13 +202,17 @@ def test_a_latent_is_coded_and_its_rotary_part_is_not():
     0 it depends on the tokens alone.
     """
     model, params = tiny_latent_model()
-    coded = dkv.CompressionPolicy("latents", ("K8v4V8v4",), window=16, flush=8)
+    coded = dkv.CompressionPolicy(
+        "latents", tiers=("K8v4V8v4",), schedule=dkv.Schedule(window=16, flush=8)
+    )
     calibration = dkv.calibrate(
         model, params, TOKENS, coded, samples=150, iterations=3, progress=False
     )
     keys, nothing = calibration.tables[0]
     assert keys.shape == (2, 1, 16, 256, 4) and nothing is None
-    exact = dkv.CompressionPolicy("exact", ("full",), window=16, flush=8)
+    exact = dkv.CompressionPolicy(
+        "exact", tiers=("full",), schedule=dkv.Schedule(window=16, flush=8)
+    )
     found, truth = (
         held_tokens(
             dkv.generate(
@@ -234,7 +243,7 @@ def test_the_cache_counts_its_tables_and_leaves_the_calibration_alone():
     # K and V, layers, heads, groups, rows, channels, float16
     books = 2 * 2 * 2 * (32 // 4) * 256 * 4 * 2
     assert sum(x.nbytes for x in jax.tree.leaves(cache.tables)) == books
-    assert dkv.memory_report(cache).pool == cache_bytes(cache.spec) > books
+    assert dkv.memory_report(cache).pool == cache_bytes(cache.spec, cache.policy) > books
     _, _, calibration = calibrated()
     assert calibration.tables[0][0].any()  # the cache was donated, this was not
     model, params, _ = calibrated()

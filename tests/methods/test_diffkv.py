@@ -19,6 +19,7 @@ import pytest
 from diffkv_jax import AttentionSpec, CausalLM, diffkv, make_cache
 from diffkv_jax.batching import chunks
 from diffkv_jax.models import self_attention
+from diffkv_jax.policy.stage import with_leaves
 from diffkv_jax.steps.attend import attend
 from diffkv_jax.steps.jitted import decode_step, prefill_chunk
 from diffkv_jax.testing.readback import check_pool, held_tokens
@@ -190,9 +191,12 @@ class Run:
             [high, high * rng.choice([0.0, 0.15, 0.5, 1.0], high.shape, p=[0.1, 0.35, 0.35, 0.2])],
             axis=-1,
         ).astype(np.float32)
-        policy = diffkv(2.0, 0.1, observe=OBSERVE, window=WINDOW, flush=flush)
+        policy = diffkv(2.0, 0.1, queries=OBSERVE, window=WINDOW, flush=flush)
         cache = make_cache(MODEL, policy, [MAX_LEN] * REQUESTS, cache_dtype=cache_dtype)
-        self.cache = dataclasses.replace(cache, limits=jnp.asarray(self.alpha))
+        high, low = (jnp.asarray(self.alpha[..., i]) for i in range(2))
+        keep = with_leaves(cache.policy.keep, alpha_high=high, alpha_low=low)
+        policy = with_leaves(cache.policy, keep=keep)
+        self.cache = dataclasses.replace(cache, policy=policy)
         self.heads = {
             at: Watched(*self.alpha[at], window=WINDOW, flush=flush, observe=OBSERVE)
             for at in np.ndindex(LAYERS, REQUESTS, KV_HEADS)

@@ -25,9 +25,15 @@ from test_minicache import (
 )
 
 import diffkv_jax as dkv
-from diffkv_jax.cache.cache import CacheSpec, empty_cache
-from diffkv_jax.cache.make import make_cache
-from diffkv_jax.cache.pool_size import with_pool
+from diffkv_jax.cache.cache import empty_cache
+from diffkv_jax.cache.pool_size import bound, with_pool
+from diffkv_jax.cache.spec import CacheSpec
+from diffkv_jax.make_cache import make_cache
+from diffkv_jax.methods.diffkv import MeanAttention
+from diffkv_jax.methods.fastgen import HeadClasses
+from diffkv_jax.methods.h2o import AttentionSum
+from diffkv_jax.methods.key_norm import KeyNorm
+from diffkv_jax.methods.pyramidinfer import PivotalContext
 from diffkv_jax.pallas_kernels.dispatch import XLA
 from diffkv_jax.read_prompts import prefill
 from diffkv_jax.steps.jitted import prefill_chunk
@@ -35,10 +41,10 @@ from diffkv_jax.testing.readback import check_pool, held_tokens, page_ids_in_use
 from diffkv_jax.testing.tiny import tiny_model
 from oracles import minicache
 
-ALPHA, OPTIONS = (1.0, 0.7), {"observe": 16, "window": WINDOW, "flush": FLUSH}
+ALPHA, OPTIONS = (1.0, 0.7), {"queries": 16, "window": WINDOW, "flush": FLUSH}
 TIERS = dkv.diffkv(*ALPHA, **OPTIONS)
 POLICIES = {
-    "both": dataclasses.replace(TIERS, merge=dkv.Merge()),
+    "both": dataclasses.replace(TIERS, pairs=dkv.LayerPairs()),
     "tiers": TIERS,
     "pairs": dkv.minicache(inner="K8V4", window=WINDOW, flush=FLUSH),
 }
@@ -63,12 +69,13 @@ def empty(
     """An empty cache with the pages that always suffice, or with only `free` of them."""
     policy = POLICIES[name]
     if alpha is not None:
-        policy = dataclasses.replace(policy, alpha_high=alpha[0], alpha_low=alpha[1])
+        keep = dkv.Thresholds(alpha_high=alpha[0], alpha_low=alpha[1])
+        policy = dataclasses.replace(policy, keep=keep)
     build = partial(
         CacheSpec.build, num_requests=REQUESTS, max_len=160, num_pages=0, dtype="float32", tokens=16
     )
     spec = with_pool(build(MODEL.attention, policy), policy, TOTALS, TOTALS, None)
-    cache = jax.jit(empty_cache, static_argnums=0)(spec, policy.limits(LAYERS, REQUESTS, KV_HEADS))
+    cache = jax.jit(empty_cache, static_argnums=0)(spec, bound(spec, policy))
     count = jnp.int32(spec.num_pages if free is None else free)
     return dataclasses.replace(cache, ring=dataclasses.replace(cache.ring, count=count))
 
@@ -138,7 +145,7 @@ def whole_run(name: str, alpha: tuple[float, float] | None = None) -> list[Momen
 def stored(cache: dkv.KVCache, layer: int, row: int, head: int, scores: bool) -> dict[int, tuple]:
     """What a head holds, as things that compare: position to (tier, K, V, significance)."""
     held = held_tokens(cache, layer, row, head)
-    second = "shared" if cache.spec.merge is not None and layer >= FIRST else "low"
+    second = "shared" if cache.spec.pairs is not None and layer >= FIRST else "low"
     names = {"high": "high", "low": second, "shared": second, "recent": "recent"}
     return {
         at: (names[tier], k.tobytes(), v.tobytes(), score if scores else 0)
@@ -244,7 +251,7 @@ def test_without_thresholds_it_is_minicache():
 
 
 def test_no_layer_merged_is_diffkv():
-    policy = dataclasses.replace(POLICIES["both"], merge=dkv.Merge(1.0))
+    policy = dataclasses.replace(POLICIES["both"], pairs=dkv.LayerPairs(start=1.0))
     merged, plain = (make_cache(MODEL, policy, [50], kernels=XLA) for policy in (policy, TIERS))
     assert plain.spec == merged.spec  # the same programs run
     assert jax.tree.structure(plain) == jax.tree.structure(merged)
@@ -453,11 +460,12 @@ def test_budgets_are_for_shallow_layers(policy):
     """Of a model with weights, whose layers see the same up to the first merged one."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32, layers=4)
     prompts, caches = np.random.default_rng(5).integers(0, 97, (1, 200)), []
-    for merge in (dkv.Merge(), None):
-        if isinstance(policy.keep, str) and caches:
+    for pairs in (dkv.LayerPairs(), None):
+        if policy.keep.in_bytes and caches:
             # what that memory comes to
-            policy = dataclasses.replace(policy, keep=int(caches[0].limits[0, 0, 0, 1]))
-        cache = make_cache(model, dataclasses.replace(policy, merge=merge), [210], kernels=XLA)
+            keep = dkv.Budget(keep=int(caches[0].policy.keep.keep[0, 0, 0]))
+            policy = dataclasses.replace(policy, keep=keep)
+        cache = make_cache(model, dataclasses.replace(policy, pairs=pairs), [210], kernels=XLA)
         _, cache = prefill(model, params, cache, prompts, np.array([200]), 256)
         check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
         assert not np.asarray(cache.overflow).any()
@@ -467,7 +475,7 @@ def test_budgets_are_for_shallow_layers(policy):
         kept = len(held_tokens(merged, layer, 0, head))
         if layer < 2:
             assert stored(merged, layer, 0, head, True) == stored(alone, layer, 0, head, True)
-            assert kept <= 150 or layer in policy.whole_layers
+            assert kept <= 150 or layer in policy.keep.whole_layers
         else:
             assert kept == 200 and len(held_tokens(alone, layer, 0, head)) <= 150
 
@@ -476,28 +484,36 @@ def test_it_is_data():
     policy = POLICIES["both"]
     assert dkv.CompressionPolicy.from_json(policy.to_json()) == policy != TIERS
     recipe = dkv.load_policy("diffkv_minicache")
-    assert recipe == dataclasses.replace(dkv.diffkv(1.0, 0.02), name=recipe.name, merge=dkv.Merge())
+    assert recipe == dataclasses.replace(
+        dkv.diffkv(1.0, 0.02), name=recipe.name, pairs=dkv.LayerPairs()
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"score": "window", "observe": 64, "keep": 0.5, "shared": True, "nested": True},
-            "and nested=True: merged layers hold all tokens",
+            {"score": PivotalContext(queries=64), "keep": dkv.Budget()},
+            "and PivotalContext.*: merged layers hold all tokens",
         ),
         (
-            {"score": "attention_sum", "observe": 64, "group": "mean", "recover": 0.9},
-            "and recover=0.9: merged layers hold all tokens",
+            {"score": AttentionSum(queries=64, reduce="mean"), "keep": HeadClasses(recover=0.9)},
+            "and HeadClasses.*: merged layers hold all tokens",
         ),
         (
-            {"score": "key_norm", "keep": 0.5, "layers": "pyramid"},
+            {"score": KeyNorm(), "keep": dkv.Budget(layers="pyramid")},
             "budgets would be spread over them",
         ),
-        ({"tiers": ("K8V4", "K8v4V8v4"), "observe": 64}, "learns them"),
-        ({"tiers": ("K8V4", "K4V2")}, "needs observe=64"),
+        (
+            {
+                "tiers": ("K8V4", "K8v4V8v4"),
+                "score": MeanAttention(queries=64),
+                "keep": dkv.Thresholds(),
+            },
+            "learns them",
+        ),
     ],
 )
 def test_choices_that_cannot_work(changes, message):
     with pytest.raises(ValueError, match=message):
-        dkv.CompressionPolicy(**{"name": "x", "tiers": ("full",), "merge": dkv.Merge()} | changes)
+        dkv.CompressionPolicy(**{"name": "x", "pairs": dkv.LayerPairs()} | changes)

@@ -13,8 +13,8 @@ from tiny_llama import LAYERS, LENGTH, PROMPT, half, kept, models
 
 import diffkv_jax as dkv
 from diffkv_jax.batching import as_batch
-from diffkv_jax.cache.make import make_cache
-from diffkv_jax.methods.query_statistics import QueryStatistics, with_queries
+from diffkv_jax.make_cache import make_cache
+from diffkv_jax.methods.expected_attention import ExpectedAttention, QueryStatistics, with_queries
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.native import build
 from diffkv_jax.read_prompts import prefill
@@ -129,8 +129,10 @@ def scores(chunk: int, **options) -> np.ndarray:
     [
         (512, {}),
         (64, {}),
-        pytest.param(64, {"rotate": True}, marks=pytest.mark.slow),
-        pytest.param(64, {"un_rope": True}, marks=(pytest.mark.slow, pytest.mark.long)),
+        pytest.param(64, {"transform": dkv.Hadamard()}, marks=pytest.mark.slow),
+        pytest.param(
+            64, {"transform": dkv.WithoutRope()}, marks=(pytest.mark.slow, pytest.mark.long)
+        ),
     ],
     ids=str,
 )
@@ -220,7 +222,7 @@ def test_protected_classes_stay():
     classed = set(np.flatnonzero(np.isin(PROMPT[:200], ids)).tolist())
     assert 30 < len(classed) < 80
     for held, without in zip(
-        held_after(dataclasses.replace(policy, protect=ids), 200),
+        held_after(dataclasses.replace(policy, protect=dkv.Protect(sinks=4, token_ids=ids)), 200),
         held_after(policy, 200),
         strict=True,
     ):
@@ -232,7 +234,10 @@ def test_protected_classes_stay():
 def test_learned_codes_are_scored_nearly_as_exact_keys():
     """Codebooks of the layer's heads, and keys that are kept without their rotary embedding."""
     _, _, calibration = calibrated()
-    learned = dataclasses.replace(CODES, score="expected", keep=0.5, sinks=4)
+    policy = dkv.expected_attention(0.5)
+    learned = dataclasses.replace(
+        CODES, score=policy.score, keep=policy.keep, protect=policy.protect
+    )
     exact = dataclasses.replace(learned, tiers=("full",))
     for ours, theirs in zip(
         held_after(learned, 200, calibration), held_after(exact, 200), strict=True
@@ -262,7 +267,7 @@ def test_rows_and_turns():
 
     together, alone = turns([PROMPT, PROMPT[40:110]]), turns([PROMPT[40:110]])
     np.testing.assert_array_equal(
-        np.asarray(together.queries.seen)[:, :, 0], [[LENGTH - 4 + 30, 70 - 4 + 30]] * 2
+        np.asarray(together.state.score.seen)[:, :, 0], [[LENGTH - 4 + 30, 70 - 4 + 30]] * 2
     )
     for layer in range(2):
         for head in range(2):
@@ -283,7 +288,7 @@ def test_nothing_leaves_in_decode():
 
 def test_what_cannot_work():
     model, _ = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
-    assert make_cache(model, dkv.snapkv(0.5), [40]).queries is None
+    assert make_cache(model, dkv.snapkv(0.5), [40]).state.score is None
 
     class Untold:
         attention, apply = dataclasses.replace(model.attention, rope=None), model.apply
@@ -293,10 +298,9 @@ def test_what_cannot_work():
     for changes, message in (
         ({"epsilon": -1.0}, "epsilon=-1.0 must be"),
         ({"future": 0}, "future=0 must be"),
-        ({"score": "key_norm", "epsilon": 0.1}, "belong to score='expected'"),
-        ({"observe": 64}, "looks at no queries"),
+        ({"queries": 64}, "looks at no queries"),
     ):
         with pytest.raises(ValueError, match=message):
-            dataclasses.replace(dkv.expected_attention(0.5), **changes)
+            ExpectedAttention(**changes)
     policy = dkv.expected_attention(0.5, future=9, epsilon=0.1)
     assert dkv.CompressionPolicy.from_json(policy.to_json()) == policy

@@ -2,7 +2,6 @@
 against NumPy.
 """
 
-import dataclasses
 from functools import lru_cache
 
 import jax
@@ -11,8 +10,10 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.methods.fastgen import mark_all, unmark
+from diffkv_jax.methods.fastgen import HeadClasses
+from diffkv_jax.methods.h2o import AttentionSum
 from diffkv_jax.pallas_kernels.native.build import why_unavailable
+from diffkv_jax.steps.rescore import rescore_oldest, unmark
 from diffkv_jax.testing.readback import check_pool, held_tokens
 from diffkv_jax.testing.tiny import tiny_model
 from oracles.fastgen import POLICIES, Head, queries_and_keys
@@ -61,7 +62,7 @@ def recover() -> tuple:
 
 def policy(**changes) -> dkv.CompressionPolicy:
     options = dict(
-        protect=SPECIAL, punctuation=MARKS, sinks=0, observe=OBSERVE, window=WINDOW, flush=FLUSH
+        protect=SPECIAL, punctuation=MARKS, sinks=0, queries=OBSERVE, window=WINDOW, flush=FLUSH
     )
     return dkv.fastgen(recover(), **(options | changes))
 
@@ -80,7 +81,7 @@ def expected(row: int, out: dkv.GenerateOutput, **shares: float) -> list[set[int
     tokens = np.concatenate([PROMPTS[row], out.tokens[row]])
     held = []
     for pick, head in zip(
-        np.asarray(out.cache.choice)[0, row], heads_of(tokens, **shares), strict=True
+        np.asarray(out.cache.state.keep)[0, row], heads_of(tokens, **shares), strict=True
     ):
         head.masses(LENGTHS[row], OBSERVE)
         head.drop(pick, LENGTHS[row])
@@ -107,7 +108,7 @@ def expected(row: int, out: dkv.GenerateOutput, **shares: float) -> list[set[int
 def test_heads_hold_what_their_policies_say(implementation):
     out = run(implementation)
     cache = out.cache
-    picked = np.asarray(cache.choice)[0]
+    picked = np.asarray(cache.state.keep)[0]
     np.testing.assert_array_equal(picked, [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]])
     check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
     for row in range(2):
@@ -128,7 +129,7 @@ def test_events_leave_alone_what_finds_no_page():
     """The marks of a request that is not admitted are taken back."""
     cache = run("xla").cache
     before = [np.asarray(x) for x in (cache.pages.significance, cache.recent_significance)]
-    marked = mark_all(cache, jnp.array([4, 0]))
+    marked = rescore_oldest(cache, jnp.array([4, 0]))
     assert (np.asarray(marked.recent_significance)[0, 0] < 0).any() and not (
         np.asarray(marked.recent_significance)[0, 1] < 0
     ).any()
@@ -168,7 +169,7 @@ def test_what_a_head_looks_at_decides(token, policy_of_head):
         policy=dkv.fastgen(punctuation=MARKS, window=16),
         max_new_tokens=1,
     )
-    assert POLICIES[int(out.cache.choice[0, 0, 0])] == policy_of_head
+    assert POLICIES[int(out.cache.state.keep[0, 0, 0])] == policy_of_head
     marks = {40, 90, 130, *np.flatnonzero(prompt == 5)}
     assert set(held_tokens(out.cache, 0, 0, 0)) == (
         set(range(200)) if token is None else {0, 1, 2, 3, *marks, *range(184, 200)}
@@ -235,12 +236,7 @@ def test_classes_of_a_tokenizer():
         ({"recover": 0.0}, "above 0 and up to 1"),
         ({"recover": 1.5}, "above 0 and up to 1"),
         ({"recover": (0.5, float("nan"))}, "above 0 and up to 1"),
-        ({"recover": None, "keep": 0.5}, "give recover= too"),
-        ({"recover": None, "keep": 0.5, "punctuation": (), "local": 0.2}, "give recover= too"),
-        ({"observe": "all"}, "observe= a number of queries"),
-        ({"group": "max"}, "group='max'"),
-        ({"keep": 0.5}, "leave keep"),
-        ({"alpha_low": 0.1, "alpha_high": 0.1}, "leave keep"),
+        ({"queries": "all"}, "AttentionSum.queries= a number"),
         ({"tiers": ("K8V4", "K4V2")}, "must be one format"),
         ({"frequent": 1.5}, "from 0 to 1"),
         ({"protect": 3}, "must be a list of token ids"),
@@ -250,12 +246,18 @@ def test_classes_of_a_tokenizer():
 )
 def test_choices_that_cannot_work(changes, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(dkv.fastgen(0.9, punctuation=MARKS), **changes)
+        dkv.fastgen(**{"recover": 0.9, "punctuation": MARKS} | changes)
+
+
+def test_heads_choose_by_sums_of_attention():
+    for score in (AttentionSum(queries=64), dkv.snapkv().score, None):
+        with pytest.raises(ValueError, match="measures attention by"):
+            dkv.CompressionPolicy("x", score=score, keep=HeadClasses())
 
 
 def test_the_policy_is_data():
     chosen = policy()
     assert dkv.CompressionPolicy.from_json(chosen.to_json()) == chosen
-    assert chosen.limits(1, 2, KV_HEADS).shape == (1, 2, KV_HEADS, 2)
+    assert chosen.bind(1, 2, KV_HEADS).keep.recover.shape == (1, 2, KV_HEADS)
     plain = dkv.generate(*model_of(), PROMPTS[1][None, :40], max_new_tokens=1).cache
-    assert plain.classes is None and plain.choice is None
+    assert plain.classes is None and plain.state.keep is None

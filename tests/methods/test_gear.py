@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.cache.make import make_cache
+from diffkv_jax.make_cache import make_cache
 from diffkv_jax.pallas_kernels.codecs import KVFormat, table_shape, with_table
 from diffkv_jax.pallas_kernels.codecs.low_rank import nearest
 from diffkv_jax.pallas_kernels.dispatch import Kernels
@@ -152,7 +152,7 @@ def test_bits_are_those_of_the_formula(bits, group, rank, outliers, backbone):
         dkv.gear(bits, rank=rank, outliers=outliers, group=group, buffer=group, backbone=backbone),
         128,
     )
-    layout = PageLayout.solve(policy.formats("bfloat16"), d, tokens=policy.block, scored=False)
+    layout = PageLayout.solve(policy.formats("bfloat16"), d, tokens=policy.group, scored=False)
     scales = 32 / group + 32 / (group if backbone == "kivi" else d)
     shares = [2 * max(1, round(outliers * n / 2)) / n if outliers else 0 for n in (group, d)]
     wanted = 2 * bits + scales + 2 * 16 * rank * (group + d) / (group * d) + 24 * sum(shares)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.cache.make import make_cache
 from diffkv_jax.evaluate import teacher_forced
+from diffkv_jax.make_cache import make_cache
+from diffkv_jax.methods.diffkv import MeanAttention
+from diffkv_jax.methods.key_norm import KeyNorm
 from diffkv_jax.pallas_kernels.codecs import KVFormat, Uniform
 from diffkv_jax.pallas_kernels.codecs.uniform import nearest_divisor
 from diffkv_jax.pallas_kernels.decode_attention import Heads, decode_attention
@@ -41,7 +43,7 @@ def after_prompt(policy, length=LENGTH, chunk=256, tokens=TOKENS):
         model,
         policy,
         sizes + 1,
-        kernels=dkv.cache.cache.kernels_for(policy, model.attention, "xla"),
+        kernels=dkv.cache.kernels.kernels_for(policy, model.attention, "xla"),
     )
     return prefill(model, params, cache, tokens[:, :length], sizes, chunk)[1]
 
@@ -143,7 +145,7 @@ def test_bits_are_those_of_the_formula(bits, group, head_dim):
     """methods: b + 32 / g bits for each number, codes and metadata of the page's rows."""
     policy = dkv.kivi(bits, group=group, residual=256)
     layout = PageLayout.solve(
-        policy.formats("bfloat16"), head_dim, tokens=policy.block, scored=False
+        policy.formats("bfloat16"), head_dim, tokens=policy.group, scored=False
     )
     assert layout.formats[0].token_bytes(head_dim) * 8 / (2 * head_dim) == bits + 32 / group
     assert layout.together == group
@@ -245,14 +247,20 @@ def test_snapkv_goes_on_in_decode():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"flush": 16}, "flush=16 must be at least block=32"),
-        ({"block": 48}, "block=48 must be a multiple of 32"),
-        ({"block": 512}, "block=512"),
-        ({"tiers": ("K8cV8", "K4V4"), "observe": 64}, "not separable, a token cannot move"),
-        ({"score": "key_norm", "keep": 0.5}, "not separable: its tokens share numbers"),
+        ({"schedule": {"type": "Schedule", "flush": 16}}, "flush=16 must be at least group=32"),
+        ({"schedule": {"type": "Schedule", "group": 48}}, "group=48 must be a multiple of 32"),
+        ({"schedule": {"type": "Schedule", "group": 512}}, "group=512"),
         (
-            {"observe": "all", "alpha_low": 0.1, "alpha_high": 0.1},
-            "score='attention' drops stored tokens",
+            {"tiers": ("K8cV8", "K4V4"), "score": MeanAttention(queries=64)},
+            "not separable, a token cannot move",
+        ),
+        ({"score": KeyNorm(), "keep": dkv.Budget()}, "not separable: its tokens share numbers"),
+        (
+            {
+                "score": MeanAttention(queries="all"),
+                "keep": dkv.Thresholds(alpha_low=0.1, alpha_high=0.1),
+            },
+            "score=MeanAttention.* drops stored tokens",
         ),
     ],
 )

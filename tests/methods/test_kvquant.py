@@ -31,7 +31,12 @@ FREQUENCIES = 10000.0 ** (-np.arange(16) / 16)
 HOW = Learning(iterations=30, q_norm=False)
 POLICIES = {
     "kvquant": dkv.kvquant(3, window=16, flush=8),
-    "CQ keys": dkv.CompressionPolicy("CQ keys", ("K8v4V4t+o1",), window=16, flush=8, un_rope=True),
+    "CQ keys": dkv.CompressionPolicy(
+        "CQ keys",
+        tiers=("K8v4V4t+o1",),
+        schedule=dkv.Schedule(window=16, flush=8),
+        transform=dkv.WithoutRope(),
+    ),
 }
 
 
@@ -257,7 +262,12 @@ def test_attention_is_that_over_coded_tokens(name):
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     calibration, out = generated(name)
     cache, scale = out.cache, out.cache.spec.attention.sm_scale
-    exact = dkv.CompressionPolicy("exact", ("full",), un_rope=True, window=16, flush=8)
+    exact = dkv.CompressionPolicy(
+        "exact",
+        tiers=("full",),
+        transform=dkv.WithoutRope(),
+        schedule=dkv.Schedule(window=16, flush=8),
+    )
     seen = np.concatenate([TOKENS, out.tokens[:, :-1]], axis=1)
     plain = dkv.generate(model, params, seen, policy=exact, max_new_tokens=1).cache
     q = np.random.default_rng(5).normal(size=(4, 2, 32)).astype(np.float32)
@@ -335,7 +345,12 @@ def test_sinks_stay_exact():
         np.sort(np.asarray(cache.pages.position)[ids][..., 0, :2]),
         np.broadcast_to([0, 1], (2, 2, 2, 2)),
     )
-    exact = dkv.CompressionPolicy("exact", ("full",), un_rope=True, window=16, flush=8)
+    exact = dkv.CompressionPolicy(
+        "exact",
+        tiers=("full",),
+        transform=dkv.WithoutRope(),
+        schedule=dkv.Schedule(window=16, flush=8),
+    )
     seen = np.concatenate([TOKENS, out.tokens[:, :-1]], axis=1)
     plain = dkv.generate(model, params, seen, policy=exact, max_new_tokens=1).cache
     for request, head in np.ndindex(2, 2):
@@ -358,7 +373,7 @@ def test_sinks_stay_exact():
         model,
         params,
         text,
-        dataclasses.replace(policy, sinks=0),
+        dataclasses.replace(policy, protect=dkv.Protect()),
         samples=120,
         iterations=3,
         progress=False,

@@ -15,13 +15,15 @@ import pytest
 from tiny_llama import LAYERS, LENGTH, PROMPT, kept, models
 
 import diffkv_jax as dkv
-from diffkv_jax.batching import replay_passes
-from diffkv_jax.cache.make import make_cache
+from diffkv_jax.make_cache import make_cache
+from diffkv_jax.methods.fastgen import HeadClasses
+from diffkv_jax.methods.key_norm import KeyNorm
+from diffkv_jax.methods.kvzip import ContextReconstruction
+from diffkv_jax.methods.replay import FIRST, LATER
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.native import build
-from diffkv_jax.policy.replay import FIRST, LATER
 from diffkv_jax.read_prompts import prefill
-from diffkv_jax.steps.jitted import end_replay
+from diffkv_jax.steps.jitted import end_passes
 from diffkv_jax.testing.readback import check_pool, held_tokens
 from diffkv_jax.testing.tiny import tiny_model
 
@@ -80,9 +82,12 @@ def of_kvpress(
 def kvzip(
     keep: float = 0.5, chunk: int = 2048, window: int = 1, **changes
 ) -> dkv.CompressionPolicy:
-    return dataclasses.replace(
-        dkv.kvzip(keep, replay=dataclasses.replace(REPLAY, chunk=chunk), window=window), **changes
-    )
+    """`changes` of the budget, and `tiers`."""
+    options = {"tiers": changes.pop("tiers")} if "tiers" in changes else {}
+    replay = dataclasses.replace(REPLAY, chunk=chunk)
+    policy = dkv.kvzip(keep, replay=replay, window=window, tiers=("full",))
+    budget = dataclasses.replace(policy.keep, **changes)
+    return dataclasses.replace(policy, keep=budget, **options)
 
 
 def scores(policy: dkv.CompressionPolicy, chunk: int = 512, kernels: str = "xla") -> np.ndarray:
@@ -91,7 +96,10 @@ def scores(policy: dkv.CompressionPolicy, chunk: int = 512, kernels: str = "xla"
     """
     _, model, params = models(2)
     cache = make_cache(
-        model, dataclasses.replace(policy, keep=1.0), [LENGTH], kernels=Kernels(kernels)
+        model,
+        dataclasses.replace(policy, keep=dkv.Budget(keep=1.0)),
+        [LENGTH],
+        kernels=Kernels(kernels),
     )
     _, cache = prefill(model, params, cache, PROMPT[None], np.array([LENGTH]), chunk)
     found = np.full((LAYERS, 2, LENGTH), np.nan)
@@ -99,9 +107,9 @@ def scores(policy: dkv.CompressionPolicy, chunk: int = 512, kernels: str = "xla"
         held = held_tokens(cache, layer, 0, head)
         assert set(held) == set(range(LENGTH))
         for at, (tier, _, _, score) in held.items():
-            if tier != "recent" and at >= policy.sinks:
+            if tier != "recent" and at >= policy.protect.sinks:
                 found[layer, head, at] = score
-            assert at >= policy.sinks or score == np.float32(1e30)
+            assert at >= policy.protect.sinks or score == np.float32(1e30)
     return found
 
 
@@ -125,7 +133,7 @@ def test_scores_are_those_of_kvpress(chunk, window, read):
         pytest.param(kvzip(0.5), (2048,), id="one pass"),
         pytest.param(kvzip(0.3, 100), (100, 0.7), id="three passes", marks=pytest.mark.slow),
         pytest.param(
-            kvzip(0.5, layers="uniform"),
+            kvzip(0.5, share_layers=False),
             (2048, 0.5, True),
             id="layer by layer",
             marks=(pytest.mark.slow, pytest.mark.long),
@@ -136,10 +144,10 @@ def test_the_tokens_that_kvpress_keeps(policy, options):
     found, (expected, scored) = kept(policy), of_kvpress(*options)
     assert found == expected
     total = sum(len(found[layer][head]) for layer, head in HEADS)
-    assert total == round(policy.keep * LENGTH * len(HEADS))
+    assert total == round(policy.keep.keep * LENGTH * len(HEADS))
     layers = {sum(map(len, layer)) for layer in found}
     assert any(len(first) != len(second) for first, second in found)
-    if policy.layers == "uniform":
+    if not policy.keep.share_layers:
         assert layers == {LENGTH}
         return
     assert max(layers) - min(layers) > 20  # layers trade too
@@ -316,7 +324,7 @@ def test_a_request_for_which_there_is_no_page_is_emptied(monkeypatch):
     _, model, params = models(2)
     policy = kvzip(1.0, tiers=("K8V4", "K4V2"), keep_high=0.9, window=16)
     monkeypatch.setattr(
-        import_module("diffkv_jax.read_prompts"), "end_replay", lambda cache, _: cache
+        import_module("diffkv_jax.read_prompts"), "end_passes", lambda cache, _: cache
     )
     cache = make_cache(model, policy, [16 + 64], max_len=80)
     assert cache.spec.layout.pages_for(0, 64) * cache.spec.layout.tokens_per_page(0) == 64
@@ -325,7 +333,7 @@ def test_a_request_for_which_there_is_no_page_is_emptied(monkeypatch):
     starved = dataclasses.replace(
         starved, ring=dataclasses.replace(starved.ring, count=jnp.int32(0))
     )
-    starved, cache = end_replay(starved, due), end_replay(cache, due)
+    starved, cache = end_passes(starved, due), end_passes(cache, due)
     assert not cache.overflow.any() and np.asarray(cache.tier_len[..., 1]).max() > 0
     check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
     assert starved.overflow.all() and not np.asarray(starved.tier_len).any()
@@ -345,10 +353,9 @@ def test_its_words():
     assert dkv.replay_words(Chat(), chunk=64) == dataclasses.replace(
         REPLAY, suffix=(5, 6), chunk=64
     )
-    (first, _, at), (second, real, then) = replay_passes(
-        dataclasses.replace(REPLAY, chunk=12, overlap=3),
-        np.arange(100, 140).reshape(2, 20),
-        np.array([20, 9]),
+    replay = dataclasses.replace(REPLAY, chunk=12, overlap=3)
+    (first, _, at), (second, real, then) = ContextReconstruction(replay=replay).passes(
+        np.arange(100, 140).reshape(2, 20), np.array([20, 9])
     )
     assert (
         (at, then) == (0, 12)
@@ -371,25 +378,41 @@ def test_its_words():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"keep": None}, "needs keep="),
-        ({"observe": 64}, "go over the prompt again"),
-        ({"score": "key_norm"}, "belongs to score='replay'"),
-        ({"score": "key_norm", "replay": None}, "needs the scores of all layers"),
-        ({"pooled": None}, "give pooled= too"),
-        ({"whole_layers": (0,)}, "leave one out"),
-        ({"keep": "1MiB"}, "decides once a prompt"),
+        ({"keep": dkv.KeepAll()}, "needs keep=Budget"),
+        ({"score": KeyNorm()}, "needs the scores of all layers"),
+        ({"keep": dkv.Budget(keep="1MiB")}, "decides once a prompt"),
         ({"tiers": ("K2cV2",)}, "not separable"),
-        ({"merge": dkv.Merge()}, "keeps all tokens of merged layers"),
-        ({"recover": 0.9, "keep": None}, "measures attention by"),
-        ({"replay": {"chunk": 0}}, "replay.chunk=0 must be"),
-        ({"replay": {"first": "say it"}}, "replay.first='say it' must be token ids"),
-        ({"replay": {"words": (1,)}}, "must be a Replay"),
+        ({"pairs": dkv.LayerPairs(), "keep": dkv.Budget()}, "keeps all tokens of merged layers"),
+        ({"keep": HeadClasses()}, "measures attention by"),
     ],
     ids=str,
 )
 def test_choices_that_cannot_work(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(dkv.kvzip(0.5), **changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ContextReconstruction(queries=64), "looks at no queries' attention"),
+        (lambda: dkv.Budget(share_layers=True), "give share_heads= too"),
+        (
+            lambda: dkv.Budget(share_layers=True, share_heads=0.0, whole_layers=(0,)),
+            "leave one out",
+        ),
+        (lambda: dkv.Replay(chunk=0), "replay.chunk=0 must be"),
+        (lambda: dkv.Replay(first="say it"), "replay.first='say it' must be token ids"),
+        (
+            lambda: ContextReconstruction(replay={"words": (1,)}),
+            "replay.type=None must be a Replay",
+        ),
+    ],
+    ids=str,
+)
+def test_stages_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_prompts_that_cannot_be_gone_over():

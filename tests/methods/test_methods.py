@@ -11,13 +11,22 @@ import pytest
 from tiny_llama import LENGTH, PROMPT, half, kept, models
 
 import diffkv_jax as dkv
+from diffkv_jax.methods.diffkv import MeanAttention
+from diffkv_jax.methods.h2o import AttentionSum
+from diffkv_jax.methods.key_norm import KeyNorm
+from diffkv_jax.methods.pyramidinfer import PivotalContext
+from diffkv_jax.methods.snapkv import WindowAttention
+from diffkv_jax.methods.tova import LastQuery
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.native import build
 from diffkv_jax.testing.readback import check_pool, held_tokens
 from diffkv_jax.testing.tiny import tiny_model
 
 OBSERVED = dkv.CompressionPolicy(
-    "observed", ("full",), score="attention", group="mean", observe="all", keep=0.5, window=1
+    "observed",
+    score=MeanAttention(queries="all", reduce="mean"),
+    keep=dkv.Budget(keep=0.5),
+    schedule=dkv.Schedule(window=1),
 )
 SCORED = {
     "key norm": ("KnormPress", {}, dkv.key_norm(0.5, sinks=0, whole_layers=(), window=1), 2),
@@ -40,10 +49,10 @@ def test_the_tokens_that_kvpress_keeps(name):
     scores = choice.scores(
         getattr(choice.presses(), press)(compression_ratio=0.5, **options), theirs, PROMPT
     )
-    expected = choice.kept_by_best(scores, half, policy.window)
+    expected = choice.kept_by_best(scores, half, policy.schedule.window)
     found = kept(policy, kv_heads)
     assert found == expected
-    reversed_scores = choice.kept_by_best([-s for s in scores], half, policy.window)
+    reversed_scores = choice.kept_by_best([-s for s in scores], half, policy.schedule.window)
     assert found != reversed_scores  # the comparison can fail
 
 
@@ -165,12 +174,11 @@ def test_a_row_chooses_as_the_request_alone(name):
 def test_two_tiers_with_budgets_on_native_kernels_too():
     policy = dkv.CompressionPolicy(
         "l2 in tiers",
-        ("K8V4", "K4V2"),
-        score="key_norm",
-        keep=0.5,
-        keep_high=0.3,
-        sinks=4,
-        window=16,
+        tiers=("K8V4", "K4V2"),
+        score=KeyNorm(),
+        keep=dkv.Budget(keep=0.5, keep_high=0.3),
+        protect=dkv.Protect(sinks=4),
+        schedule=dkv.Schedule(window=16),
     )
     found = kept(policy)
     assert all(len(head) == LENGTH // 2 for layer in found for head in layer)
@@ -179,41 +187,69 @@ def test_two_tiers_with_budgets_on_native_kernels_too():
 
 
 @pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dkv.Budget(keep=0.0), "keep=0.0 must be a share above 0 and up to 1"),
+        (lambda: dkv.Budget(keep=1.5), "keep=1.5 must be a share"),
+        (lambda: dkv.Budget(keep=0), "keep=0 must be"),
+        (lambda: dkv.Budget(keep="50%"), "keep='50%' must be a number of bytes"),
+        (lambda: dkv.Budget(keep=0.5, keep_high=0.9), "not exceed"),
+        (lambda: dkv.Budget(whole_layers=(0.0,)), "must be numbers of layers"),
+        (lambda: dkv.Budget(whole_layers=(True, False)), "must be numbers of layers"),
+        (lambda: dkv.Budget(whole_layers=0), "must be a list of layers"),
+        (lambda: dkv.Budget(share_heads=2.0), "from 0 to 1"),
+        (lambda: dkv.Budget(layers="cube"), "layers='cube' must be one of 'uniform', 'pyramid' or"),
+        (lambda: WindowAttention(queries="all"), "queries='all' must be a number"),
+        (lambda: WindowAttention(), "queries=0 must be a number such as 64"),
+        (lambda: LastQuery(queries=64), "queries=64 must be 1"),
+        (lambda: KeyNorm(queries=64), "looks at no queries"),
+        (lambda: AttentionSum(queries=64, reduce="sum"), "'max' or 'mean'"),
+        (lambda: dkv.Protect(sinks=-1), "sinks=-1 must be an integer"),
+    ],
+)
+def test_stages_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+TWO = ("K8V4", "K4V2")
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"keep": 0.0}, "keep=0.0 must be a share above 0 and up to 1"),
-        ({"keep": 1.5}, "keep=1.5 must be a share"),
-        ({"keep": 0}, "keep=0 must be"),
-        ({"score": "window", "observe": "all"}, "observe='all' must be a number"),
-        ({"score": "last_query", "observe": 64}, "observe=64 must be 1"),
-        ({"whole_layers": (0.0,)}, "must be numbers of layers"),
-        ({"whole_layers": (True, False)}, "must be numbers of layers"),
-        ({"keep": "1MiB", "protect": (3,)}, "beyond any number of tokens"),
-        ({"keep": "50%"}, "keep='50%' must be a number of bytes"),
-        ({"score": "loudness"}, "score='loudness' must be one of"),
-        ({"score": "window"}, "needs observe=64"),
-        ({"observe": 64}, "looks at no queries"),
-        ({"keep": None}, "needs keep="),
-        ({"alpha_low": 0.1, "alpha_high": 0.1}, "give budgets or thresholds"),
-        ({"tiers": ("K8V4", "K4V2")}, "keep_high=None must be given with two tiers"),
-        ({"keep_high": 0.1}, "only then"),
-        ({"keep_high": 0.9, "tiers": ("K8V4", "K4V2")}, "not exceed"),
-        ({"pooling": 5}, "needs score='window'"),
-        ({"sinks": -1}, "sinks=-1 must be an integer"),
-        ({"keep": 20, "sinks": 5, "window": 16}, "room for window=16 and sinks=5"),
-        ({"keep": None, "score": None, "whole_layers": (0,)}, "belongs to budgets"),
-        ({"keep": None, "score": None, "layers": "pyramid"}, "belongs to budgets"),
-        ({"whole_layers": 0}, "must be a list of layers"),
-        ({"pooled": 2.0}, "from 0 to 1"),
-        ({"layers": "cube"}, "'uniform', 'pyramid' or"),
-        ({"group": "sum"}, "'max' or 'mean'"),
+        (
+            {"keep": dkv.Budget(keep="1MiB"), "protect": dkv.Protect(token_ids=(3,))},
+            "beyond any number of tokens",
+        ),
+        ({"score": "loudness"}, "score='loudness' must be a Score: one of"),
+        ({"keep": dkv.KeepAll()}, "needs keep=Budget"),
+        ({"keep": dkv.Thresholds(alpha_low=0.1, alpha_high=0.1)}, "needs keep=Budget"),
+        ({"score": None}, "needs a score to rank tokens by"),
+        ({"tiers": TWO}, "keep_high=None must be given with two tiers"),
+        ({"keep": dkv.Budget(keep_high=0.1)}, "only then"),
+        (
+            {
+                "keep": dkv.Budget(keep=20),
+                "protect": dkv.Protect(sinks=5),
+                "schedule": dkv.Schedule(window=16),
+            },
+            "room for window=16 and sinks=5",
+        ),
+        (
+            {"score": PivotalContext(queries=8), "keep": dkv.Budget(share_heads=0.0)},
+            "keeps as much in every head",
+        ),
+        (
+            {"score": PivotalContext(queries=8), "keep": dkv.Budget(whole_layers=(0,))},
+            "cannot keep what layers before them drop",
+        ),
     ],
 )
 def test_choices_that_cannot_work(changes, message):
+    stages = {"name": "x", "score": KeyNorm(), "keep": dkv.Budget(keep=0.5)}
     with pytest.raises(ValueError, match=message):
-        dkv.CompressionPolicy(
-            **{"name": "x", "tiers": ("full",), "score": "key_norm", "keep": 0.5} | changes
-        )
+        dkv.CompressionPolicy(**stages | changes)
 
 
 def test_methods_are_data():
@@ -221,7 +257,7 @@ def test_methods_are_data():
         policy = dkv.load_policy(name)
         assert dkv.CompressionPolicy.from_json(policy.to_json()) == policy
     with pytest.raises(ValueError, match="no layer 7 of 2"):
-        dkv.key_norm(0.5, whole_layers=(7,)).limits(2, 1, 1)
+        dkv.key_norm(0.5, whole_layers=(7,)).bind(2, 1, 1)
     with pytest.raises(ValueError, match="adaptive already"):
         dkv.ada_kv(dkv.diffkv())
 

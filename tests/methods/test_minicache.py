@@ -13,9 +13,10 @@ import pytest
 from jax import lax
 
 import diffkv_jax as dkv
-from diffkv_jax.cache.cache import CacheSpec, empty_cache
-from diffkv_jax.cache.make import make_cache
-from diffkv_jax.cache.pool_size import with_pool
+from diffkv_jax.cache.cache import empty_cache
+from diffkv_jax.cache.pool_size import bound, with_pool
+from diffkv_jax.cache.spec import CacheSpec
+from diffkv_jax.make_cache import make_cache
 from diffkv_jax.model import AttentionSpec
 from diffkv_jax.pallas_kernels.codecs import Full, Shared, Uniform
 from diffkv_jax.pallas_kernels.dispatch import XLA
@@ -76,7 +77,7 @@ def empty(free: int | None = None) -> dkv.KVCache:
         CacheSpec.build, num_requests=REQUESTS, max_len=160, num_pages=0, dtype="float32", tokens=16
     )
     spec = with_pool(build(MODEL.attention, POLICY), POLICY, TOTALS, TOTALS, None)
-    cache = jax.jit(empty_cache, static_argnums=0)(spec, POLICY.limits(LAYERS, REQUESTS, KV_HEADS))
+    cache = jax.jit(empty_cache, static_argnums=0)(spec, bound(spec, POLICY))
     count = jnp.int32(spec.num_pages if free is None else free)
     return dataclasses.replace(cache, ring=dataclasses.replace(cache.ring, count=count))
 
@@ -381,15 +382,17 @@ def shared_layers(
     model = Layers(
         dataclasses.replace(spec_of(layers, dim=dim), max_position_embeddings=2 * tokens)
     )
-    cache = make_cache(model, policy, [policy.window], cache_dtype="bfloat16", max_len=2 * tokens)
+    cache = make_cache(
+        model, policy, [policy.schedule.window], cache_dtype="bfloat16", max_len=2 * tokens
+    )
     spec = cache.spec
     length = np.zeros(cache.tier_len.shape, np.int32)
     length[..., 0] = tokens
-    if spec.merge is not None:
-        retained = int(spec.merge.retained(np.asarray(tokens)))
+    if spec.pairs is not None:
+        retained = int(spec.pairs.retained(np.asarray(tokens)))
         length[spec.unmerged_layers :, ..., 0] = retained
         length[spec.unmerged_layers + 1 :: 2, ..., 1] = tokens - retained
-    seen = jnp.asarray([tokens + policy.window])
+    seen = jnp.asarray([tokens + policy.schedule.window])
     return dkv.memory_report(
         dataclasses.replace(
             cache, tier_len=jnp.asarray(length), seq_len=seen, recent_len=seen - tokens
@@ -479,26 +482,26 @@ def test_a_row_is_as_the_request_alone():
 
 
 def test_a_policy_is_data():
-    policy = dkv.minicache(0.25, 0.5, 0.1, inner="K4V4", rotate=True)
+    policy = dkv.minicache(0.25, 0.5, 0.1, inner="K4V4", transform=dkv.Hadamard())
     assert dkv.CompressionPolicy.from_json(policy.to_json()) == policy
     assert dkv.load_policy("minicache") == dkv.minicache()
-    assert make_cache(MODEL, dkv.minicache(0.0), [50]).spec.pairs == 2
+    assert make_cache(MODEL, dkv.minicache(0.0), [50]).spec.num_pairs == 2
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"merge": {"t": 1.5}}, r"merge.t=1.5 must be a number from 0 to 1"),
-        ({"merge": {"retention": "few"}}, "merge.retention='few'"),
-        ({"merge": {"gamma": 0.1}}, "must be a Merge, or a mapping with any of"),
-        ({"un_rope": True}, "leave un_rope out"),
+        ({"pairs": {"type": "LayerPairs", "t": 1.5}}, r"pairs.t=1.5 must be a number from 0 to 1"),
+        ({"pairs": {"type": "LayerPairs", "retention": "few"}}, "pairs.retention='few'"),
+        ({"pairs": {"type": "LayerPairs", "gamma": 0.1}}, "LayerPairs has fields .*, not .*gamma"),
+        ({"transform": dkv.WithoutRope()}, "leave it out"),
         ({"tiers": ("K2cV2",)}, "shares numbers over tokens"),
         ({"tiers": ("K8v4V8v4",)}, "learns them"),
     ],
 )
 def test_choices_that_cannot_work(changes, message):
     with pytest.raises(ValueError, match=message):
-        dkv.CompressionPolicy(**{"name": "x", "tiers": ("full",), "merge": dkv.Merge()} | changes)
+        dkv.CompressionPolicy(**{"name": "x", "pairs": dkv.LayerPairs()} | changes)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.cache.make import make_cache
+from diffkv_jax.make_cache import make_cache
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.native.build import why_unavailable
-from diffkv_jax.policy.policy import cosine
+from diffkv_jax.policy.spread import cosine
 from diffkv_jax.read_prompts import prefill
 from diffkv_jax.testing.readback import check_pool, held_tokens
 from diffkv_jax.testing.tiny import tiny_model
@@ -87,7 +87,7 @@ def test_layers_keep_what_the_paper_says(implementation):
 @pytest.mark.slow
 def test_without_nesting_every_layer_attends_to_all():
     """In chunks too: the stored tokens' scores are averaged over the heads as the chunk's are."""
-    logits, cache = prefilled(dataclasses.replace(POLICY, nested=False), 32)
+    logits, cache = prefilled(with_score(nested=False), 32)
     for row in range(2):
         sets, last = expected(row, nested=False)
         assert kept(cache, row) == sets
@@ -98,7 +98,7 @@ def test_without_nesting_every_layer_attends_to_all():
 @pytest.mark.long
 def test_of_several_chunks_the_last_one_nests():
     _, cache = prefilled(POLICY, 32)
-    assert cache.present is None
+    assert cache.in_chunk.present is None
     sets = kept(cache, 0)
     assert [len(held) for held in sets] == [len(held) for held in expected(0)[0]]
     last = [{at for at in held if at >= 68} for held in sets]
@@ -118,32 +118,31 @@ def test_cosine_budgets():
     flat = cosine(30, 0.9)
     assert abs(flat.mean() - 1) < 1e-9 and abs(0.9 * flat[0] - 1) < 1e-9
     np.testing.assert_array_equal(cosine(1, 0.5), [1.0])
-    limits = dkv.pyramidinfer(0.25).limits(30, 2, 3)
-    np.testing.assert_allclose(limits[:, 1, 2, 1], 0.25 * np.array(kept_of_all) / mean, rtol=1e-6)
+    bound = dkv.pyramidinfer(0.25).bind(30, 2, 3).keep.keep
+    np.testing.assert_allclose(bound[:, 1, 2], 0.25 * np.array(kept_of_all) / mean, rtol=1e-6)
+
+
+def with_score(**changes) -> dkv.CompressionPolicy:
+    return dataclasses.replace(POLICY, score=dataclasses.replace(POLICY.score, **changes))
+
+
+def with_budget(**changes) -> dkv.CompressionPolicy:
+    return dataclasses.replace(POLICY, keep=dataclasses.replace(POLICY.keep, **changes))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("change", "changes", "message"),
     [
-        ({"newest_weight": 0.0}, "finite number above 0"),
-        (
-            {"score": "attention_sum", "observe": "all", "shared": False, "nested": False},
-            "newest_weight=1.2 is about",
-        ),
-        (
-            {"score": "attention_sum", "observe": "all", "newest_weight": 1.0},
-            "shared=True is about",
-        ),
-        ({"shared": False}, "needs shared=True"),
-        ({"whole_layers": (1,)}, "cannot keep what layers before them drop"),
-        ({"pooled": 0.2}, "as much in every head"),
-        ({"keep": (0.5, 0.4)}, "as much in every head"),
-        ({"layers": "sine"}, "'pyramid' or 'cosine'"),
+        (with_score, {"newest_weight": 0.0}, "finite number above 0"),
+        (with_budget, {"whole_layers": (1,)}, "cannot keep what layers before them drop"),
+        (with_budget, {"share_heads": 0.2}, "as much in every head"),
+        (with_budget, {"keep": (0.5, 0.4)}, "as much in every head"),
+        (with_budget, {"layers": "sine"}, "'pyramid' or 'cosine'"),
     ],
 )
-def test_choices_that_cannot_work(changes, message):
+def test_choices_that_cannot_work(change, changes, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(POLICY, **changes)
+        change(**changes)
 
 
 def test_sliding_windows_would_see_dropped_tokens():
@@ -156,6 +155,6 @@ def test_the_policy_is_data():
     policy = dkv.load_policy("pyramidinfer")
     assert (
         dkv.CompressionPolicy.from_json(policy.to_json()) == policy
-        and policy.nested
-        and policy.layers == "cosine"
+        and policy.score.nested
+        and policy.keep.layers == "cosine"
     )

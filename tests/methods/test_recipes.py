@@ -72,7 +72,7 @@ def test_kivis_groups_are_those_of_keys_too():
     policy = recipes.snapkv_then_kivi(group=64)
     assert (
         policy.tiers == ("K4cV4g64",)
-        and policy.block == policy.flush == dkv.kivi(4, group=64).block == 64
+        and policy.group == policy.schedule.flush == dkv.kivi(4, group=64).group == 64
     )
 
 
@@ -80,4 +80,4 @@ def test_recipes_are_data():
     for recipe in recipes.RECIPES:
         policy = dkv.load_policy(recipe.__name__)
         assert policy == recipe() and dkv.CompressionPolicy.from_json(policy.to_json()) == policy
-    assert repr(dkv.CompressionPolicy.none()) == "CompressionPolicy(name='none', tiers=('full',))"
+    assert repr(dkv.CompressionPolicy.none()) == "CompressionPolicy()"

@@ -140,9 +140,16 @@ def test_a_cache_holds_the_rotated_tokens_in_levels():
     exact ones.
     """
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
-    exact = dkv.CompressionPolicy("exact", ("full",), rotate=True, window=16, flush=8)
+    exact = dkv.CompressionPolicy(
+        "exact",
+        tiers=("full",),
+        transform=dkv.Hadamard(),
+        schedule=dkv.Schedule(window=16, flush=8),
+    )
     _, full = teacher_forced(model, params, TOKENS, 100, exact)
-    _, cache = teacher_forced(model, params, TOKENS, 100, dkv.turboquant(4, window=16, flush=8))
+    _, cache = teacher_forced(
+        model, params, TOKENS, 100, dkv.turboquant(4, schedule=dkv.Schedule(window=16, flush=8))
+    )
     wanted, got = held_tokens(full, 0, 1, 1), held_tokens(cache, 0, 1, 1)
     stored = [position for position, token in got.items() if token[0] == "high"]
     assert len(stored) > 90 and set(got) == set(wanted)
@@ -161,7 +168,7 @@ def test_a_cache_holds_the_rotated_tokens_in_levels():
 
 def test_the_policy():
     policy = dkv.turboquant(2)
-    assert policy.tiers == ("K2nV2n",) and policy.rotate
+    assert policy.tiers == ("K2nV2n",) and policy.transform == dkv.Hadamard()
     assert dkv.CompressionPolicy.from_json(policy.to_json()) == policy
     for name in ("K4nV4n", "K8V4n", "K1nV2:1,4"):
         assert KVFormat.parse(name).name == name

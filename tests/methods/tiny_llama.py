@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.cache.make import make_cache
+from diffkv_jax.make_cache import make_cache
 from diffkv_jax.models import load_pretrained
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.read_prompts import prefill

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
+from diffkv_jax.methods.key_norm import KeyNorm
 from diffkv_jax.testing.readback import check_pool
 from diffkv_jax.testing.tiny import tiny_model
 
@@ -23,12 +24,15 @@ def cache_of(policy: dkv.CompressionPolicy) -> dkv.KVCache:
     return out.cache
 
 
+def pyramid(keep: str) -> dkv.CompressionPolicy:
+    policy, budget = dkv.key_norm(keep, **OPTIONS), dkv.Budget(keep=keep, layers="pyramid")
+    return dataclasses.replace(policy, keep=budget)
+
+
 POLICIES = {
     "exact": dkv.h2o("400KiB", **OPTIONS),
     "four bits": dkv.key_norm("200KiB", tiers=("K4V4",), whole_layers=(), **OPTIONS),
-    "pyramid": dataclasses.replace(
-        dkv.key_norm("400KiB", whole_layers=(), **OPTIONS), layers="pyramid"
-    ),
+    "pyramid": pyramid("400KiB"),
 }
 
 
@@ -36,7 +40,7 @@ POLICIES = {
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_cache_is_as_large_as_said(name):
     policy = POLICIES[name]
-    cache, said = cache_of(policy), int(policy.keep.removesuffix("KiB")) * 1024
+    cache, said = cache_of(policy), int(policy.keep.keep.removesuffix("KiB")) * 1024
     report = dkv.memory_report(cache)
     assert 0.9 * said < report.pool <= said
     held = report.tokens.sum(axis=(0, 3))  # [requests, heads]
@@ -48,12 +52,12 @@ def test_the_cache_is_as_large_as_said(name):
 @pytest.mark.long
 def test_more_bytes_hold_more_tokens():
     tokens = [
-        int(np.asarray(cache_of(dkv.h2o(keep, **OPTIONS)).limits)[0, 0, 0, 1])
+        int(cache_of(dkv.h2o(keep, **OPTIONS)).policy.keep.keep[0, 0, 0])
         for keep in ("300KiB", "450KiB")
     ]
     assert 80 < tokens[0] < tokens[1] - 60
     # everything
-    assert int(np.asarray(cache_of(dkv.h2o("1GiB", **OPTIONS)).limits)[0, 0, 0, 1]) >= 619
+    assert int(cache_of(dkv.h2o("1GiB", **OPTIONS)).policy.keep.keep[0, 0, 0]) >= 619
 
 
 @pytest.mark.slow
@@ -77,12 +81,10 @@ def test_the_number_is_for_all_that_may_come():
     assert second.finish_reason == ("length", "length")
     report = dkv.memory_report(second.cache)
     assert report.pool <= 400 * 1024 and report.tokens.sum(axis=(0, 3)).min() > 150
-    generous = dataclasses.replace(
-        dkv.key_norm("64MiB", whole_layers=(), **OPTIONS), layers="pyramid"
-    )
-    assert np.asarray(dkv.make_cache(model, generous, [620]).limits)[..., 1].min() >= 620
+    cache = dkv.make_cache(model, pyramid("64MiB"), [620])
+    assert np.asarray(cache.policy.keep.keep).min() >= 620
     wide = dkv.make_cache(model, dkv.h2o("64MiB", window=1200), [620])
-    assert np.asarray(wide.limits)[..., 1].min() >= 1200
+    assert np.asarray(wide.policy.keep.keep).min() >= 1200
 
 
 def test_what_cannot_work():
@@ -104,7 +106,12 @@ def test_what_cannot_work():
     with pytest.raises(ValueError, match="trade pages"):
         dkv.ada_kv(dkv.h2o("1MiB"))
     with pytest.raises(ValueError, match="are two"):
-        dkv.CompressionPolicy("x", ("K8V4", "K4V2"), score="key_norm", keep="1MiB", keep_high=0.1)
+        dkv.CompressionPolicy(
+            "x",
+            tiers=("K8V4", "K4V2"),
+            score=KeyNorm(),
+            keep=dkv.Budget(keep="1MiB", keep_high=0.1),
+        )
     policy = dkv.h2o("1MiB")
     assert dkv.CompressionPolicy.from_json(policy.to_json()) == policy
-    assert dataclasses.replace(policy, keep=0.5) == dkv.h2o(0.5)
+    assert dataclasses.replace(policy, keep=dkv.Budget(keep=0.5)) == dkv.h2o(0.5)

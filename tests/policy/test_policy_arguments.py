@@ -25,7 +25,10 @@ SAME = {
     "shares by head": (lambda: dkv.h2o(np.array([0.5, 1])), lambda: dkv.h2o([0.5, 1])),
     "alphas": (lambda: dkv.diffkv(np.array([[1], [2]])), lambda: dkv.diffkv([[1.0], (2,)])),
     "no sign": (lambda: dkv.diffkv(1.0, -0.0), lambda: dkv.diffkv(1.0, 0.0)),
-    "flag": (lambda: dkv.diffkv(rotate=np.bool_(True)), lambda: dkv.diffkv(rotate=True)),
+    "flag": (
+        lambda: dkv.pyramidinfer(nested=np.bool_(True)),
+        lambda: dkv.pyramidinfer(nested=True),
+    ),
     "ids": (lambda: dkv.h2o(protect=np.array([3, 5])), lambda: dkv.h2o(protect=[3, 5])),
     "layers": (
         lambda: dkv.key_norm(whole_layers=range(2)),
@@ -71,9 +74,7 @@ REFUSED = {
         "alpha_high=.* and alpha_low=.* must broadcast together",
     ),
     "budgets that do not meet": (
-        lambda: dataclasses.replace(
-            dkv.h2o((0.5,) * 3), tiers=("K8V4", "K4V2"), keep_high=(0.1, 0.1)
-        ),
+        lambda: dkv.Budget(keep=(0.5,) * 3, keep_high=(0.1, 0.1)),
         "keep_high=.* and keep=.* must broadcast together",
     ),
     "keep of any size": (lambda: dkv.h2o(2**63), "keep=9223372036854775808 must be a share"),
@@ -81,33 +82,40 @@ REFUSED = {
     "keep an object": (lambda: dkv.h2o(np.array([0.5, None])), "keep=.* must be a share"),
     "keep no float32": (lambda: dkv.h2o(1e-320), "keep=1e-320 must be a share"),
     "keep_high text": (
-        lambda: dataclasses.replace(dkv.h2o(), keep_high="1MiB"),
+        lambda: dkv.Budget(keep_high="1MiB"),
         "keep_high='1MiB' must be",
     ),
-    "flag 1": (lambda: dkv.diffkv(rotate=1), "rotate=1 must be True or False"),
+    "flag 1": (lambda: dkv.pyramidinfer(nested=1), "nested=1 must be True or False"),
+    "no transform": (
+        lambda: dkv.diffkv(transform=True),
+        "transform=True must be a Transform: one of .*Hadamard",
+    ),
+    "a class": (
+        lambda: dkv.diffkv(transform=dkv.Hadamard),
+        "transform=<class .* must be a Transform: .*call it",
+    ),
     "flag text": (lambda: dkv.pyramidinfer(nested="no"), "nested='no' must be True or False"),
     "ids beyond int32": (
         lambda: dkv.h2o(protect=[2**31]),
         "protect=.* must be token ids.*it holds 2147483648",
     ),
-    "name None": (lambda: CompressionPolicy(None, ("full",)), "name=None must be"),
+    "name None": (lambda: CompressionPolicy(None), "name=None must be"),
     "tiers None": (
-        lambda: CompressionPolicy("x", (None,)),
+        lambda: CompressionPolicy("x", tiers=(None,)),
         r"tiers=\(None,\) must be a list of "
         r"format names",
     ),
     "tiers text": (lambda: dkv.h2o(tiers="K8V4"), "tiers='K8V4' must be a list of format names"),
     "tiers unknown": (lambda: dkv.h2o(tiers=("fp8",)), r"tiers=\('fp8',\): format 'fp8' must be"),
     "score a list": (
-        lambda: CompressionPolicy("x", ("full",), score=["window"]),
-        r"score=\['window'\] must be one of",
+        lambda: CompressionPolicy("x", tiers=("full",), score=["window"]),
+        r"score=\['window'\] must be a Score: one of .*WindowAttention",
     ),
     "epsilon None": (lambda: dkv.expected_attention(epsilon=None), "epsilon=None must be"),
     "pooled NaN": (
         lambda: dkv.ada_kv(dkv.h2o(), float("nan")),
         "floor=nan must be a number from 0 to 1",
     ),
-    "transforms": (lambda: dataclasses.replace(dkv.kvquant(), rotate=True), "choose one"),
     "no policy": (lambda: dkv.ada_kv("h2o"), "policy='h2o' must be a CompressionPolicy"),
     "no format": (lambda: dkv.quantized(None), "fmt=None must be the name of a format"),
     "format": (lambda: dkv.quantized("K4V0g4"), "fmt='K4V0g4': bits=0 must be one of"),
@@ -124,7 +132,7 @@ REFUSED = {
     "channels": (lambda: dkv.coupled_quantization(0), "channels=0: channels=0"),
     "inner": (lambda: dkv.minicache(inner="half"), "inner='half': format"),
     "tier": (lambda: kvzip_4bit(tier=4), "tier=4 must be the name of a format"),
-    "merge": (lambda: dkv.Merge(t=True), "merge.t=True must be a number from 0 to 1"),
+    "pairs": (lambda: dkv.LayerPairs(t=True), "pairs.t=True must be a number from 0 to 1"),
     "replay": (lambda: dkv.Replay(chunk=2**31), "replay.chunk=2147483648 must be"),
     "replay ids": (lambda: dkv.Replay(first=[True]), r"replay.first=\[True\] must be token ids"),
     "classes": (lambda: dkv.TokenClasses(None, ()), "special=None must be a list of token ids"),
@@ -185,19 +193,23 @@ def test_refused_when_given(case):
         make()
 
 
-@pytest.mark.parametrize("field", ["window", "flush", "sinks", "pooling", "future"])
+STRETCHES = {
+    "window": lambda n: dkv.h2o(window=n),
+    "flush": lambda n: dkv.h2o(flush=n),
+    "sinks": lambda n: dkv.h2o(sinks=n),
+    "kernel_size": lambda n: dkv.snapkv(kernel_size=n),
+    "future": lambda n: dkv.expected_attention(future=n),
+}
+
+
+@pytest.mark.parametrize("field", STRETCHES)
 def test_stretches_longer_than_the_context(field):
-    bases = {"future": dkv.expected_attention(), "pooling": dkv.snapkv()}
-    build = {
-        length: dataclasses.replace(bases.get(field, dkv.h2o()), **{field: length})
-        for length in (1024, 1025)
-    }
-    CacheSpec.build(SPEC, build[1024], **BUILD)
+    CacheSpec.build(SPEC, STRETCHES[field](1024), **BUILD)
     with pytest.raises(
         ValueError,
         match=f"{field}=1025 of policy .* context of 512 tokens: lower it to at most 1024",
     ):
-        CacheSpec.build(SPEC, build[1025], **BUILD)
+        CacheSpec.build(SPEC, STRETCHES[field](1025), **BUILD)
 
 
 def test_what_does_not_broadcast_is_named():
@@ -207,10 +219,9 @@ def test_what_does_not_broadcast_is_named():
     ):
         with pytest.raises(
             ValueError,
-            match=rf"{field}=\(0.1, 0.2, 0.3\) of policy .* must "
-            rf"broadcast to .* = \(2, 1, 2\)",
+            match=rf"policy .*: {field}=\(0.1, 0.2, 0.3\) must broadcast to .* = \(2, 1, 2\)",
         ):
-            policy.limits(2, 1, 2)
+            policy.bind(2, 1, 2)
 
 
 def test_amounts():
@@ -236,7 +247,9 @@ def test_what_names_a_policy():
         == dkv.load_policy(CompressionPolicy.none)
         == CompressionPolicy.none()
     )
-    assert dkv.load_policy({"name": "x", "tiers": ["K8V4"]}) == CompressionPolicy("x", ("K8V4",))
+    assert dkv.load_policy({"name": "x", "tiers": ["K8V4"]}) == CompressionPolicy(
+        "x", tiers=("K8V4",)
+    )
     assert dkv.load_policy(json.loads(dkv.kvzip().to_json())) == dkv.kvzip()
 
 

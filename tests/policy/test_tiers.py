@@ -12,9 +12,9 @@ from diffkv_jax.testing.tiny import tiny_model
 
 TOKENS = np.random.default_rng(2).integers(0, 97, (2, 130))
 SCHEDULE = {"window": 16, "flush": 8}
-ONLY = dkv.CompressionPolicy("only", ("K4V2",), **SCHEDULE)
-HIGH = dkv.CompressionPolicy("high", ("K4V2", "K2V1"), 0.0, 0.0, 16, **SCHEDULE)
-LOW = dkv.CompressionPolicy("low", ("K8V4", "K4V2"), 1e9, 0.0, 16, **SCHEDULE)
+ONLY = dkv.quantized("K4V2", **SCHEDULE)
+HIGH = dkv.diffkv(0.0, 0.0, tiers=("K4V2", "K2V1"), queries=16, **SCHEDULE)
+LOW = dkv.diffkv(1e9, 0.0, tiers=("K8V4", "K4V2"), queries=16, **SCHEDULE)
 
 
 def held(policy: dkv.CompressionPolicy):

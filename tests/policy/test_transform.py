@@ -35,9 +35,11 @@ def test_exact_tokens_give_the_same_text():
             params,
             TOKENS,
             100,
-            dkv.CompressionPolicy("exact", ("full",), rotate=rotate, window=16, flush=8),
+            dkv.CompressionPolicy(
+                "exact", transform=transform, schedule=dkv.Schedule(window=16, flush=8)
+            ),
         )
-        for rotate in (False, True)
+        for transform in (dkv.Exact(), dkv.Hadamard())
     ]
     np.testing.assert_allclose(outputs[0][0], outputs[1][0], atol=2e-4)
     plain, turned = (held_tokens(cache, 0, 0, 1) for _, cache in outputs)
@@ -55,10 +57,10 @@ def test_norms_do_not_turn():
             model,
             params,
             TOKENS,
-            policy=dkv.key_norm(0.5, whole_layers=(), rotate=rotate, **options),
+            policy=dkv.key_norm(0.5, whole_layers=(), transform=transform, **options),
             max_new_tokens=1,
         ).cache
-        for rotate in (False, True)
+        for transform in (dkv.Exact(), dkv.Hadamard())
     )
     assert set(held_tokens(plain, 0, 1, 0)) == set(held_tokens(turned, 0, 1, 0))
 

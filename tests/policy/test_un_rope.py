@@ -13,7 +13,9 @@ from diffkv_jax.testing.readback import held_tokens
 from diffkv_jax.testing.tiny import tiny_model
 
 TOKENS = np.random.default_rng(2).integers(0, 97, (2, 120))
-BARE = dkv.CompressionPolicy("bare", ("full",), un_rope=True, window=16, flush=8)
+BARE = dkv.CompressionPolicy(
+    "bare", tiers=("full",), transform=dkv.WithoutRope(), schedule=dkv.Schedule(window=16, flush=8)
+)
 
 
 @pytest.mark.slow
@@ -21,9 +23,14 @@ def test_exact_tokens_give_the_same_text():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     outputs = [
         teacher_forced(
-            model, params, TOKENS, 100, dataclasses.replace(BARE, un_rope=bare), prefill_chunk=64
+            model,
+            params,
+            TOKENS,
+            100,
+            dataclasses.replace(BARE, transform=transform),
+            prefill_chunk=64,
         )[0]
-        for bare in (False, True)
+        for transform in (dkv.Exact(), dkv.WithoutRope())
     ]
     np.testing.assert_allclose(outputs[0], outputs[1], atol=2e-4)
 
@@ -39,7 +46,7 @@ def test_kept_keys_are_those_of_the_projection():
         held_tokens(
             dkv.generate(model, params, same, policy=policy, max_new_tokens=1).cache, 0, 0, 1
         )
-        for policy in (BARE, dataclasses.replace(BARE, un_rope=False))
+        for policy in (BARE, dataclasses.replace(BARE, transform=dkv.Exact()))
     )
     keys = np.stack([bare[at][1] for at in range(80)])
     np.testing.assert_allclose(keys, np.broadcast_to(keys[:1], keys.shape), atol=1e-4)
@@ -50,11 +57,3 @@ def test_kept_keys_are_those_of_the_projection():
             np.concatenate([pairs.real, pairs.imag]), plain[at][1], atol=1e-4
         )
     assert np.abs(plain[3][1] - plain[79][1]).max() > 0.1
-
-
-def test_what_cannot_work():
-    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
-    with pytest.raises(ValueError, match="choose one"):
-        dkv.generate(
-            model, params, TOKENS, policy=dataclasses.replace(BARE, rotate=True), max_new_tokens=1
-        )

@@ -7,7 +7,7 @@ import pytest
 
 import diffkv_jax as dkv
 from benchmarks.methods import compare, measure
-from diffkv_jax.methods.all import METHODS
+from diffkv_jax.methods import METHODS
 from diffkv_jax.methods.recipes import RECIPES
 
 METHOD_OF = {  # pages about one method, which they do not name again

@@ -17,7 +17,7 @@ import diffkv_jax as dkv
 from benchmarks.common.report import Row, Section
 from benchmarks.common.states import Setting, uniform
 from benchmarks.kernels.attention import check_memory
-from diffkv_jax.cache.pool_size import cache_bytes, tree_bytes
+from diffkv_jax.cache.pool_size import bound, cache_bytes, tree_bytes
 from diffkv_jax.models import ModelConfig, build_model, load_pretrained, param_shapes
 from diffkv_jax.testing.texts import load_text
 from diffkv_jax.units import parse_bytes
@@ -215,10 +215,9 @@ def full_bytes(served: Served, setting: Setting, load: Load, requests: int) -> i
         "kernels": setting.kernels,
     }
     spec = dkv.CacheSpec.build(attention, policy, num_pages=0, **sizes)
-    pages = spec.layout.pages_for(0, max_len - policy.window)
-    return cache_bytes(
-        dataclasses.replace(spec, num_pages=pages * spec.num_heads * len(spec.paged_layers))
-    )
+    pages = spec.layout.pages_for(0, max_len - policy.schedule.window)
+    pages *= spec.num_heads * len(spec.paged_layers)
+    return cache_bytes(dataclasses.replace(spec, num_pages=pages), bound(spec, policy))
 
 
 def served_model(setting: Setting, load: Load) -> Served:

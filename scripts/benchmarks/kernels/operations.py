@@ -25,7 +25,7 @@ from diffkv_jax.pallas_kernels.codecs import KVFormat, demote, encode
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk, Scale, column_sums, prefill_attention
 from diffkv_jax.pallas_kernels.recent_window import append_recent, shift_recent
-from diffkv_jax.steps.prefill import PAGES_A_ROUND
+from diffkv_jax.steps.store_chunk import PAGES_A_ROUND
 
 COLUMNS = {
     "operation": "",

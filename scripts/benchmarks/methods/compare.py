@@ -71,19 +71,21 @@ QUANTISED = (
 AS_THEY_COME = {
     "full cache": dkv.CompressionPolicy.none(),
     **{
-        f"{codec}{' rotated' * turn}": dkv.quantized(codec, rotate=turn)
+        f"{codec}{' rotated' * turn}": dkv.quantized(
+            codec, transform=dkv.Hadamard() if turn else dkv.Exact()
+        )
         for codec in ("K8V4", "K4V4", "K4V2")
         for turn in (False, True)
     },
     **{f"TurboQuant {bits} bit": dkv.turboquant(bits) for bits in (4, 2)},
     "DiffKV (0.5, 0)": dkv.diffkv(0.5, 0.0),
     "DiffKV (1, 0)": dkv.diffkv(1.0, 0.0),
-    "DiffKV (1, 0) rotated": dkv.diffkv(1.0, 0.0, rotate=True),
+    "DiffKV (1, 0) rotated": dkv.diffkv(1.0, 0.0, transform=dkv.Hadamard()),
     "DiffKV (1, 0) K8V4 + K4nV2n rotated": dkv.diffkv(
-        1.0, 0.0, tiers=("K8V4", "K4nV2n"), rotate=True
+        1.0, 0.0, tiers=("K8V4", "K4nV2n"), transform=dkv.Hadamard()
     ),
     "DiffKV (1, 0) K4nV4n + K2nV2n rotated": dkv.diffkv(
-        1.0, 0.0, tiers=("K4nV4n", "K2nV2n"), rotate=True
+        1.0, 0.0, tiers=("K4nV4n", "K2nV2n"), transform=dkv.Hadamard()
     ),
     "DiffKV (1, 0.02)": dkv.diffkv(1.0, 0.02),
     "DiffKV (1, 0.02) K8V4 + K4nV2n rotated": dkv.load_policy("diffkv_rotated"),

@@ -118,7 +118,7 @@ class Yardstick:
 
 def _in_one_chunk(policy: dkv.CompressionPolicy) -> bool:
     """Whether tokens are dropped before they are encoded in blocks."""
-    return policy.block is not None and policy.score is not None
+    return policy.group is not None and policy.score is not None
 
 
 def _chunk(policy: dkv.CompressionPolicy, context: int) -> int:

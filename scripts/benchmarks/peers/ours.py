@@ -106,7 +106,12 @@ class Ours:
         assert self.kept is not None, "keep a prompt first"
         amount, requests = parse_bytes(budget), 0
         need = len(used_pages(self.kept)) + spare_pages(self.kept, steps)
-        while cache_bytes(_sized(self.kept, requests + 1, (requests + 1) * need)) <= amount:
+
+        def size(requests: int) -> int:
+            spec = _sized(self.kept, requests, requests * need)
+            return cache_bytes(spec, _repeated(self.kept.policy, requests))
+
+        while size(requests + 1) <= amount:
             requests += 1
         return requests
 
@@ -185,6 +190,11 @@ def spare_pages(cache: dkv.KVCache, steps: int) -> int:
     return heads * (spec.layout.pages_for(0, steps + spec.flush) + spec.layout.tiers)
 
 
+def _repeated(policy: dkv.CompressionPolicy, requests: int) -> dkv.CompressionPolicy:
+    """A bound policy of one request for several."""
+    return jax.tree.map(lambda x: np.repeat(np.asarray(x), requests, axis=1), policy)
+
+
 def _sized(source: dkv.KVCache, requests: int, num_pages: int) -> dkv.CacheSpec:
     return dataclasses.replace(source.spec, num_requests=requests, num_pages=num_pages)
 
@@ -198,9 +208,7 @@ def replicate(source: dkv.KVCache, requests: int, spare: int) -> dkv.KVCache:
     source, used = complete(source), used_pages(source)
     spec = _sized(source, requests, max(1, requests * (len(used) + spare)))
     new = complete(
-        jax.jit(empty_cache, static_argnames="spec")(
-            spec, np.repeat(np.asarray(source.limits), requests, axis=1)
-        )
+        jax.jit(empty_cache, static_argnames="spec")(spec, _repeated(source.policy, requests))
     )
     pages, table = new.pages, np.full(new.page_table.shape, spec.num_pages, np.int32)
     renamed = np.full(source.spec.num_pages + 1, spec.num_pages, np.int32)
