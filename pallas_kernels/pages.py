@@ -9,9 +9,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from .codecs import Block, KVFormat
+from .codecs.formats import Block, KVFormat, native_formats
 
 
 def least_waste(sizes: Iterable[int], waste: Callable[[int], Sequence[float]]) -> int:
@@ -106,12 +107,9 @@ class PageLayout:
         )
         return layout(rows)
 
-    @property
-    def in_kernels(self) -> bool:
-        """Whether all operations of the native, Triton and TPU kernels know such pages, and not
-        decode attention at most.
-        """
-        return self.rope is None and all(fmt.in_kernels for fmt in self.formats)
+    def native_formats(self) -> np.ndarray:
+        """The tiers' codecs as `Layout::make` of native/pages.h reads them: int64 [tiers * 5]."""
+        return native_formats(self.formats, self.blocks)
 
     @property
     def tiers(self) -> int:

@@ -38,7 +38,10 @@ def after_prompt(policy, length=LENGTH, chunk=256, tokens=TOKENS):
     model, params = model_of()
     sizes = np.full(len(tokens), length)
     cache = make_cache(
-        model, policy, sizes + 1, kernels=dkv.cache.kernels_for(policy, model.attention, "xla")
+        model,
+        policy,
+        sizes + 1,
+        kernels=dkv.cache.cache.kernels_for(policy, model.attention, "xla"),
     )
     return prefill(model, params, cache, tokens[:, :length], sizes, chunk)[1]
 

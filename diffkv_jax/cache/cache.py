@@ -5,7 +5,7 @@ description.
 import logging
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,10 @@ from diffkv_jax.cache.layout import layout_of
 from diffkv_jax.cache.query_counts import nothing_observed
 from diffkv_jax.methods.query_statistics import QueryStatistics, no_queries
 from diffkv_jax.model import AttentionSpec
-from diffkv_jax.pallas_kernels.apply_event import FreeRing
-from diffkv_jax.pallas_kernels.codecs import KVFormat, table_shape
+from diffkv_jax.pallas_kernels.apply_event import APPLY_EVENT, FreeRing
+from diffkv_jax.pallas_kernels.codecs import Codec
 from diffkv_jax.pallas_kernels.codecs.full import DTYPES
+from diffkv_jax.pallas_kernels.decode_attention import DECODE_ATTENTION
 from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from diffkv_jax.policy.checks import check_lengths
@@ -107,7 +108,7 @@ class CacheSpec:
                 f"policy {policy.name!r}: nested=True needs a model without sliding-window "
                 f"layers, which would see dropped tokens"
             )
-        if kernels.implementation != "xla" and _known(policy, attention) == "nothing":
+        if kernels.implementation != "xla" and _unsupported(policy, layout, kernels):
             raise ValueError(
                 f"policy {policy.name!r} runs in plain XLA only, not on "
                 f"{kernels.implementation!r} kernels: leave it to 'xla'"
@@ -132,11 +133,9 @@ class CacheSpec:
         )
 
     @property
-    def page_kernels(self) -> Kernels:
-        """What runs prefill attention and events: `kernels`, or plain XLA where of those only
-        decode attention knows the pages.
-        """
-        return self.kernels if self.layout.in_kernels else XLA
+    def event_kernels(self) -> Kernels:
+        """What runs events, which take all layers at once on kernels."""
+        return APPLY_EVENT.chosen(self.kernels, self.layout)
 
     @cached_property
     def paged_layers(self) -> tuple[int, ...]:
@@ -217,18 +216,26 @@ def kernels_for(
     """The kernels asked for, or those of the platform; plain XLA where only it can do what policy
     and model ask for.
 
-    The log says so, and also where of the kernels only decode attention can
-    (`CacheSpec.page_kernels`).
+    The log says so, and also where of the kernels only decode attention can.
 
     Raises:
         ValueError: the kernels asked for cannot run here, or do not know what policy and model ask
             for.
     """
     kernels = Kernels.resolve(implementation, interpret=interpret)
-    known, log = _known(policy, attention), logging.getLogger(__name__)
-    if kernels.implementation == "xla" or known == "all":
+    if kernels.implementation == "xla":
         return kernels
-    if known == "decode attention":
+    try:
+        _, layout = layout_of(
+            attention, policy, max_len=1, dtype=attention.dtype, tokens=None, kernels=kernels
+        )
+    except ValueError:  # `CacheSpec.build` says it
+        return kernels
+    log = logging.getLogger(__name__)
+    reason = _unsupported(policy, layout, kernels)
+    if reason is None:
+        if APPLY_EVENT.supports(kernels.implementation, layout) is None:
+            return kernels
         log.info(
             "policy %r: decode attention runs on %r, prefill attention and events in plain XLA",
             policy.name,
@@ -240,21 +247,17 @@ def kernels_for(
             f"policy {policy.name!r} runs in plain XLA only: leave "
             f"implementation={implementation!r} out or take 'xla'"
         )
-    reason = "its codecs or transforms, or the model's latent, are not in the platform's kernels"
     log.info("policy %r runs in plain XLA: %s", policy.name, reason)
     return XLA
 
 
-def _known(
-    policy: CompressionPolicy, attention: AttentionSpec
-) -> Literal["all", "decode attention", "nothing"]:
-    """Which of the kernels' operations know what policy and model ask of the pages."""
-    if attention.latent is not None or policy.block is not None or policy.merge is not None:
-        return "nothing"
-    formats = [KVFormat.parse(tier) for tier in policy.tiers]
-    if not policy.un_rope and all(fmt.in_kernels for fmt in formats):
-        return "all"
-    return "decode attention" if all(fmt.in_decode_kernels for fmt in formats) else "nothing"
+def _unsupported(policy: CompressionPolicy, layout: PageLayout, kernels: Kernels) -> str | None:
+    """Why no operation of the kernels can work on a policy's pages; None where decode attention can
+    at least.
+    """
+    if policy.block is not None:
+        return f"block={policy.block} is not the kernels'"
+    return DECODE_ATTENTION.supports(kernels.implementation, layout)
 
 
 class Waiting(NamedTuple):
@@ -332,8 +335,8 @@ def table_shapes(spec: CacheSpec) -> tuple[tuple[tuple[int, ...] | None, ...], .
     attention = spec.attention
     heads = (len(spec.paged_layers), attention.num_kv_heads)
 
-    def of(codec: Any, width: int) -> tuple[int, ...] | None:
-        shape = table_shape(codec, width)
+    def of(codec: Codec, width: int) -> tuple[int, ...] | None:
+        shape = codec.table_shape(width)
         return shape and (*heads, *shape)
 
     formats = ((fmt, *fmt.widths(attention.head_dim)) for fmt in spec.layout.formats)

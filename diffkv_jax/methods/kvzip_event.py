@@ -23,7 +23,7 @@ def drop_least(cache: KVCache, due: Array) -> KVCache:
     overflows and is emptied. The kernels take all layers at once, plain XLA one by one.
     """
     tau = _thresholds(cache)
-    if cache.spec.page_kernels.implementation != "xla":
+    if cache.spec.event_kernels.implementation != "xla":
         return _drop(cache, None, tau.reshape(-1, 2), due)
     return lax.fori_loop(
         0, len(tau), lambda layer, cache: _drop(cache, layer, tau[layer], due), cache
@@ -80,7 +80,7 @@ def _drop(cache: KVCache, layer: Array | None, tau: Array, due: Array) -> KVCach
         rule,
         one_victim=False,
         max_len=spec.max_len,
-        kernels=spec.page_kernels,
+        kernels=spec.kernels,
     )
     recent_k, recent_v = (take_layer(x, layer) for x in (cache.recent_k, cache.recent_v))
     nothing = jnp.zeros(recent_k.shape[:2])

@@ -101,7 +101,7 @@ def compress(cache: KVCache, due: Array) -> KVCache:
 
 
 def _compress(cache: KVCache, leaving: Array) -> KVCache:
-    if cache.spec.page_kernels.implementation == "xla":
+    if cache.spec.event_kernels.implementation == "xla":
         return _compress_by_layer(cache, leaving)
     plan = _plan(cache, None, leaving)
     needed = plan.pages.reshape(len(cache.spec.paged_layers), cache.spec.num_requests, -1).sum(

@@ -87,7 +87,7 @@ def plan_event(
         rule,
         one_victim=one_victim,
         max_len=spec.max_len,
-        kernels=spec.page_kernels,
+        kernels=spec.kernels,
     )
     return Plan(entering, rule, moves, pages_beyond(layout, stored.tier_len, entering, moves))
 
@@ -198,5 +198,5 @@ def apply_plan(
         one_victim=one_victim,
         max_len=spec.max_len,
         pages_a_round=pages_a_round,
-        kernels=spec.page_kernels,
+        kernels=spec.kernels,
     )

@@ -67,9 +67,7 @@ def prefill_layer(
     chunk = _by_head(cache, q, k, v, present)
     scale = Scale(spec.attention.sm_scale, spec.attention.logits_soft_cap)
     layout = layer_layout(cache, layer)
-    out, lse = prefill_attention(
-        chunk, cache.pages, layout, heads, scale, kernels=spec.page_kernels
-    )
+    out, lse = prefill_attention(chunk, cache.pages, layout, heads, scale, kernels=spec.kernels)
     # [R, C, Hq, d]
     out = jnp.moveaxis(out.reshape(*_grouped(spec), *out.shape[2:]), 3, 1).reshape(
         *q.shape[:-1], -1
@@ -170,7 +168,7 @@ def _scores(
 
     def score(sums: ColumnSums) -> ColumnSums:
         pages = dataclasses.replace(cache.pages, significance=sums.pages)
-        return column_sums(chunk, lse, rows, pages, layout, heads, scale, kernels=spec.page_kernels)
+        return column_sums(chunk, lse, rows, pages, layout, heads, scale, kernels=spec.kernels)
 
     return when(step.compress | (spec.selection.observe == "all"), score, silent)
 

@@ -1,5 +1,6 @@
 """Tokens into and out of tiers, in place; free pages as a ring on the device."""
 
+from .api import APPLY_EVENT as APPLY_EVENT
 from .api import apply_event as apply_event
 from .columns import ranked as ranked
 from .reference import Stored as Stored

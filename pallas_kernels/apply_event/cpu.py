@@ -51,7 +51,7 @@ def apply_event(
         *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed),
         aliases={i: i for i in range(len(changed))},
     )
-    formats = build.format_codes(layout)
+    formats = layout.native_formats()
     *arrays, table, lengths, ids, start, count = run(
         *changed,
         moves.dropped,

@@ -203,7 +203,7 @@ def _encoded(head: Head, tier: int, nth: Array, valid: Array) -> Columns:
     inputs, fmt, head_dim = head.inputs, head.layout.formats[tier], head.layout.head_dim
     k, v = (
         encoded(c, head_dim, x, head.index, nth, valid)
-        for c, x in ((fmt.key, inputs.k), (fmt.value, inputs.v))
+        for c, x in zip(fmt.scalars(), (inputs.k, inputs.v), strict=True)
     )
     at = (head.index, jnp.where(valid, nth, 0))
     significance, position = (

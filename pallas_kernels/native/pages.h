@@ -23,7 +23,7 @@ struct Codec {
   bool ranged;   // one table for all channels, of levels of the range that the token's scale and zero point tell
   int outliers;  // of a token, kept beside: rows of their channels behind the codes, rows of their values behind scale and zero point
 
-  // `code` as build.py's format_codes gives it: 1, 2, 4, 8 bits; 16 bfloat16, 17 float16, 32 float32; 64 + bits for normal levels,
+  // `code` as `Codec.native` gives it: 1, 2, 4, 8 bits; 16 bfloat16, 17 float16, 32 float32; 64 + bits for normal levels,
   // 128 + bits for a table a group of `number` channels, 192 + bits for a table of levels of the token's range; 256 more an outlier.
   static Codec make(int64_t code, int64_t number, int64_t head_dim) {
     const int outliers = static_cast<int>(code / 256);
