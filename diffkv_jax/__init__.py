@@ -34,6 +34,8 @@ from diffkv_jax.methods.all import turboquant as turboquant
 from diffkv_jax.methods.registry import load_policy as load_policy
 from diffkv_jax.model import AttentionSpec as AttentionSpec
 from diffkv_jax.model import CausalLM as CausalLM
+from diffkv_jax.pallas_kernels.codecs import Codec as Codec
+from diffkv_jax.pallas_kernels.codecs import register_codec as register_codec
 from diffkv_jax.policy.pairs import Merge as Merge
 from diffkv_jax.policy.policy import CompressionPolicy as CompressionPolicy
 from diffkv_jax.policy.protect import TokenClasses as TokenClasses

@@ -233,14 +233,13 @@ def kernels_for(
         return kernels
     log = logging.getLogger(__name__)
     reason = _unsupported(policy, layout, kernels)
-    if reason is None:
-        if APPLY_EVENT.supports(kernels.implementation, layout) is None:
-            return kernels
+    if reason is None and APPLY_EVENT.supports(kernels.implementation, layout):
         log.info(
             "policy %r: decode attention runs on %r, prefill attention and events in plain XLA",
             policy.name,
             kernels.implementation,
         )
+    if reason is None:
         return kernels
     if implementation is not None:
         raise ValueError(
@@ -256,7 +255,7 @@ def _unsupported(policy: CompressionPolicy, layout: PageLayout, kernels: Kernels
     at least.
     """
     if policy.block is not None:
-        return f"block={policy.block} is not the kernels'"
+        return f"block={policy.block} is no size of block that the kernels choose"
     return DECODE_ATTENTION.supports(kernels.implementation, layout)
 
 

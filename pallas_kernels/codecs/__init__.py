@@ -4,6 +4,7 @@ from .api import demote as demote
 from .api import encode as encode
 from .codec import Codec as Codec
 from .codec import Fitting as Fitting
+from .codec import without_meta as without_meta
 from .coupled import Coupled as Coupled
 from .formats import Block as Block
 from .formats import KVFormat as KVFormat
