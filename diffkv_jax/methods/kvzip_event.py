@@ -8,10 +8,10 @@ from jax import Array, lax
 from diffkv_jax.cache.admission import make_room
 from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.cache.layer import layer_layout, per_head, stored_layer, take_layer, with_stored
-from diffkv_jax.pallas_kernels.apply_event import Tokens
+from diffkv_jax.pallas_kernels.apply_event import Tokens, pages_beyond
 from diffkv_jax.pallas_kernels.plan_event import DROPPED, Rule, count_moves
 from diffkv_jax.policy.keep import stored_scores
-from diffkv_jax.steps.event import Plan, apply_plan, pages_beyond, tier_thresholds
+from diffkv_jax.steps.event import Plan, apply_plan, tier_thresholds
 from diffkv_jax.steps.prefill import PAGES_A_ROUND
 
 

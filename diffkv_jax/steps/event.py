@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from diffkv_jax.cache.cache import CacheSpec
-from diffkv_jax.pallas_kernels.apply_event import Stored, Tokens, apply_event
+from diffkv_jax.pallas_kernels.apply_event import Stored, Tokens, apply_event, pages_beyond
 from diffkv_jax.pallas_kernels.pages import PageLayout
 from diffkv_jax.pallas_kernels.plan_event import (
     DROPPED,
@@ -143,22 +143,6 @@ def tier_thresholds(
         for budget in budgets.T[-spec.layout.tiers :]
     ]
     return jnp.stack([columns[0], columns[-1]], axis=-1)
-
-
-def pages_beyond(layout: PageLayout, tier_len: Array, entering: Array, moves: Moves) -> Array:
-    """Pages beyond the present ones that each head will hold after the event (never more in
-    between: see `apply_event`).
-    """
-    before, after = jnp.zeros_like(moves.demoted), jnp.zeros_like(moves.demoted)
-    for tier in range(layout.tiers):
-        arriving = (entering == tier + 1).sum(axis=-1) + (
-            moves.demoted if tier == 1 else -moves.demoted
-        )
-        before = before + layout.pages_for(tier, tier_len[:, tier])
-        after = after + layout.pages_for(
-            tier, tier_len[:, tier] - moves.dropped[:, tier] + arriving
-        )
-    return jnp.maximum(after - before, 0)
 
 
 def admit(needed: Array, free: Array) -> Array:
