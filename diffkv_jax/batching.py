@@ -248,7 +248,7 @@ def check_evicts_once(spec: CacheSpec, seen: np.ndarray, lengths: np.ndarray, si
     Raises:
         ValueError: a prompt of several chunks, or one after another.
     """
-    if spec.layout.together == 1 or spec.selection.score is None:
+    if spec.layout.tokens_per_group == 1 or spec.selection.score is None:
         return
     rule = (
         f"{spec.layout.formats[0].name} shares numbers between tokens, so the policy drops tokens "

@@ -157,7 +157,7 @@ def test_bits_are_those_of_the_formula(bits, group, rank, outliers, backbone):
     shares = [2 * max(1, round(outliers * n / 2)) / n if outliers else 0 for n in (group, d)]
     wanted = 2 * bits + scales + 2 * 16 * rank * (group + d) / (group * d) + 24 * sum(shares)
     assert layout.formats[0].token_bytes(d) * 8 / d == pytest.approx(wanted)
-    assert layout.together == group
+    assert layout.tokens_per_group == group
 
 
 @pytest.mark.slow

@@ -190,8 +190,8 @@ class CacheSpec:
         """Tokens of `count` (ints or arrays), those in the recent window and new ones, that stay
         exact: the window and no whole block.
         """
-        beyond = count - self.window
-        return count - beyond * (beyond > 0) // self.layout.together * self.layout.together
+        beyond, group = count - self.window, self.layout.tokens_per_group
+        return count - beyond * (beyond > 0) // group * group
 
     @property
     def one_victim(self) -> bool:

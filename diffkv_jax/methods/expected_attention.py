@@ -20,7 +20,7 @@ from diffkv_jax.pallas_kernels.decode_attention.stream import (
     over_chunks,
     read_chunk,
 )
-from diffkv_jax.pallas_kernels.pages import PageLayout, read_sides, write_side
+from diffkv_jax.pallas_kernels.pages import PageLayout, read_token_data, write_token_array
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk
 from diffkv_jax.pallas_kernels.rope import at_positions, turn_pairs
 from diffkv_jax.policy.selection import is_protected
@@ -95,7 +95,7 @@ def expected_attention(
     pages = dataclasses.replace(stored.pages, significance=significance)
     exponents, norms, counted, before = [], [], [], []
     for tier in range(layout.tiers):
-        score, position, live = read_sides(
+        score, position, live = read_token_data(
             pages, layout, stored.page_table, stored.tier_len, tier, spec.max_len
         )
         in_tier = _stored_exponents(spec, layout, stored, tier, mean, covariance)
@@ -115,7 +115,7 @@ def expected_attention(
     first = 0
     for tier, score in enumerate(before):
         values = jnp.where(is_protected(score), score, scores[:, first : first + score.shape[1]])
-        significance = write_side(
+        significance = write_token_array(
             significance, layout, stored.page_table, tier, stored.tier_len[:, tier], values
         )
         first += score.shape[1]

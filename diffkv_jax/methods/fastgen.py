@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.cache.layer import per_head, put_layer, stored_layer, take_layer
-from diffkv_jax.pallas_kernels.pages import read_sides, write_side
+from diffkv_jax.pallas_kernels.pages import read_token_data, write_token_array
 from diffkv_jax.policy.keep import reached_by
 from diffkv_jax.policy.protect import PUNCTUATION, SPECIAL, classes_at
 
@@ -88,7 +88,7 @@ def _mark(
 ) -> tuple[KVCache, Array]:
     """`chooses` bool [R]: whose heads pick a policy now; None: all keep what they have."""
     spec, held = cache.spec, stored_layer(cache, layer)
-    stored, stored_position, live = read_sides(
+    stored, stored_position, live = read_token_data(
         held.pages, spec.layout, held.page_table, held.tier_len, 0, spec.max_len
     )
     every = jnp.where(
@@ -110,7 +110,7 @@ def _mark(
         jnp.where(live, marked[:, : live.shape[1]], stored),
         jnp.where(valid, marked[:, live.shape[1] :], scores),
     )
-    significance = write_side(
+    significance = write_token_array(
         cache.pages.significance, spec.layout, held.page_table, 0, held.tier_len[:, 0], stored
     )
     pages = dataclasses.replace(cache.pages, significance=significance)

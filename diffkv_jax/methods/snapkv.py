@@ -10,7 +10,7 @@ from jax import Array, lax
 from diffkv_jax.cache.cache import CacheSpec, KVCache
 from diffkv_jax.pallas_kernels.apply_event import Stored
 from diffkv_jax.pallas_kernels.branch import when
-from diffkv_jax.pallas_kernels.pages import read_sides, write_side
+from diffkv_jax.pallas_kernels.pages import read_token_data, write_token_array
 from diffkv_jax.policy.selection import is_protected
 
 
@@ -56,7 +56,7 @@ def smooth(
     )
     places = []
     for tier in range(layout.tiers):
-        scores, stored_position, live = read_sides(
+        scores, stored_position, live = read_token_data(
             pages, layout, stored.page_table, stored.tier_len, tier, spec.max_len
         )
         places.append((scores, jnp.where(live, stored_position.astype(jnp.int32), spec.max_len)))
@@ -67,7 +67,7 @@ def smooth(
     for tier, (scores, stored_position) in enumerate(places):
         new = jnp.take_along_axis(averaged, jnp.minimum(stored_position, spec.max_len - 1), axis=1)
         values = jnp.where(is_protected(scores), scores, new)
-        significance = write_side(
+        significance = write_token_array(
             significance, layout, stored.page_table, tier, stored.tier_len[:, tier], values
         )
     return significance, jnp.take_along_axis(
@@ -90,10 +90,10 @@ def average_heads(
 
     for tier in range(layout.tiers):
         pages = dataclasses.replace(stored.pages, significance=significance)
-        scores, _, _ = read_sides(
+        scores, _, _ = read_token_data(
             pages, layout, stored.page_table, stored.tier_len, tier, spec.max_len
         )
-        significance = write_side(
+        significance = write_token_array(
             significance, layout, stored.page_table, tier, stored.tier_len[:, tier], mean(scores)
         )
     return significance, mean(entering)

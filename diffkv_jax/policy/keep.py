@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from diffkv_jax.pallas_kernels.apply_event import Stored
-from diffkv_jax.pallas_kernels.pages import PageLayout, read_sides
+from diffkv_jax.pallas_kernels.pages import PageLayout, read_token_data
 from diffkv_jax.pallas_kernels.plan_event import mean_significance
 from diffkv_jax.policy.selection import PROTECTED, Selection
 
@@ -80,7 +80,7 @@ def stored_scores(
     """
     scores, live = [], []
     for tier in range(layout.tiers):
-        total, position, there = read_sides(
+        total, position, there = read_token_data(
             stored.pages, layout, stored.page_table, stored.tier_len, tier, max_len
         )
         scores.append(mean_significance(total, position, observed))

@@ -70,15 +70,15 @@ def plan_event(
     tau = _thresholds(spec, stored, clock, mean, leaving)
     codes = classify(mean, tau, layout.tiers)
     entering = jnp.where(leaving, codes, DROPPED)
-    if layout.together > 1 and spec.selection.budgeted:
+    if layout.tokens_per_group > 1 and spec.selection.budgeted:
         # tier code 1
-        entering = in_whole_blocks(entering != DROPPED, leaving, mean, layout.together).astype(
-            entering.dtype
-        )
-    joined = jnp.stack(
+        entering = in_whole_blocks(
+            entering != DROPPED, leaving, mean, layout.tokens_per_group
+        ).astype(entering.dtype)
+    receives = jnp.stack(
         [(entering == tier + 1).any(axis=-1) for tier in range(layout.tiers)], axis=-1
     )
-    rule = Rule(tau, clock.observed, leaving.any(axis=-1), joined)
+    rule = Rule(tau, clock.observed, leaving.any(axis=-1), receives)
     moves = count_moves(
         stored.pages,
         layout,

@@ -43,8 +43,8 @@ def apply_event(
             f"tokens of shapes {shapes}, {types}, must be alike and at least {entering.shape[1]}"
         )
     pages, ring = stored.pages, stored.ring
-    sides = pages.payload, pages.meta, pages.significance, pages.position
-    changed = *sides, stored.page_table, stored.tier_len, ring.ids, ring.start, ring.count
+    arrays = pages.payload, pages.meta, pages.significance, pages.position
+    changed = *arrays, stored.page_table, stored.tier_len, ring.ids, ring.start, ring.count
     run = build.call(
         "apply_event",
         "apply_event_cpu",

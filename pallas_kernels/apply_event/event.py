@@ -49,7 +49,7 @@ def apply_event(
             falls = low & gate
 
     def change(stored: Stored) -> Stored:
-        if layout.scored and layout.together == 1:  # whole blocks stay as they are
+        if layout.scored and layout.tokens_per_group == 1:  # whole blocks stay as they are
             for tier in reversed(range(layout.tiers)):
                 demoted = falls if tier == 0 else None
                 stored = remove_tokens(

@@ -55,7 +55,7 @@ def apply_event(
         extra=extra[:, None],
         granted=granted,
         tail=_tails(layout, stored, sizes),
-        observed=rule.observed.reshape(len(extra), -1),
+        query_spans=rule.query_spans.reshape(len(extra), -1),
     )
     surplus, table, pages = _call(
         stored, layout, rule.tau, numbers, tokens, entering, one_victim, blocks, interpret
@@ -141,7 +141,7 @@ def _call(
         columns,
         Blocks() if blocks is None else blocks,
     )
-    side = jnp.stack(
+    token_data = jnp.stack(
         [
             entering,
             lax.bitcast_convert_type(tokens.significance[:, :n], jnp.int32),
@@ -162,7 +162,7 @@ def _call(
         tau=tau[:, None],
         k=_plain(tokens.k),
         v=_plain(tokens.v),
-        side=jnp.pad(side, ((0, 0), (0, 0), (0, tiles * tile - n))),
+        token_data=jnp.pad(token_data, ((0, 0), (0, 0), (0, tiles * tile - n))),
         table=_live_table(stored, layout)[:, None],
         pool=pool,
     )
@@ -210,10 +210,10 @@ def _specs(inputs: Inputs, tile: int) -> list:
         )
 
     rows = pl.BlockSpec((None, tile, head_dim), lambda head, i: (head, i, 0))
-    side = pl.BlockSpec((None, 3, tile), lambda head, i: (head, 0, i))
+    token_data = pl.BlockSpec((None, 3, tile), lambda head, i: (head, 0, i))
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     numbers = [scalars(inputs.numbers), scalars(inputs.upcoming, ahead=1), scalars(inputs.tau)]
-    return [*numbers, rows, rows, side, hbm, jax.tree.map(lambda _: hbm, inputs.pool)]
+    return [*numbers, rows, rows, token_data, hbm, jax.tree.map(lambda _: hbm, inputs.pool)]
 
 
 def _cost(layout: PageLayout, heads: int, entering: int) -> pl.CostEstimate:

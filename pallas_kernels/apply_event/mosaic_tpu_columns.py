@@ -34,8 +34,14 @@ class Columns:
         fmt, d = layout.formats[tier], layout.head_dim
         k, end = fmt.key.rows(d), fmt.key.rows(d) + fmt.value.rows(d)
         v_meta = end + fmt.key.meta_rows
-        side = v_meta + fmt.value.meta_rows
-        return Columns((0, k), (end, v_meta), side, side + layout.scored, side + layout.scored + 1)
+        token_data = v_meta + fmt.value.meta_rows
+        return Columns(
+            (0, k),
+            (end, v_meta),
+            token_data,
+            token_data + layout.scored,
+            token_data + layout.scored + 1,
+        )
 
     @property
     def meta_end(self) -> int:

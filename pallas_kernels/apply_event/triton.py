@@ -102,7 +102,7 @@ def _plan(
     give = lax.rem(ring.start + ring.count, size) + jnp.cumsum(given) - given
     inputs = Inputs(
         rule.tau,
-        rule.observed,
+        rule.query_spans,
         admitted.astype(jnp.int32),
         sizes.leaving,
         moves.victim,
@@ -143,7 +143,7 @@ def _kernel(
         head = Head(inputs, state, layout, blocks, one_victim, barrier, index, held)
         head.take_granted(lengths)
         if layout.scored:
-            judge = Judge.of(inputs.tau, inputs.observed, index, layout.tiers)
+            judge = Judge.of(inputs.tau, inputs.query_spans, index, layout.tiers)
             for tier in reversed(range(layout.tiers)):
                 lengths = remove(head, judge, tier, lengths)
         for tier in range(layout.tiers):

@@ -99,12 +99,12 @@ def copy(pool: Pool, layout: PageLayout, tier: int, source: Slots, target: Slots
         for part in parts:
             for first, count in _pieces(part.rows):
                 part.store(target, first, part.load(source, first, count))
-    for side in (pool.significance, pool.position):
-        if side is not None:
+    for array in (pool.significance, pool.position):
+        if array is not None:
             value = plgpu.load(
-                side.at[source.page, source.block, source.lane], mask=source.valid, other=0
+                array.at[source.page, source.block, source.lane], mask=source.valid, other=0
             )
-            plgpu.store(side.at[target.page, target.block, target.lane], value, mask=target.valid)
+            plgpu.store(array.at[target.page, target.block, target.lane], value, mask=target.valid)
 
 
 def write(pool: Pool, layout: PageLayout, tier: int, slots: Slots, columns: Columns) -> None:
@@ -116,14 +116,14 @@ def write(pool: Pool, layout: PageLayout, tier: int, slots: Slots, columns: Colu
             payload.store(slots, first, rows)
         for row, values in encoded.meta.items():
             meta.store(slots, row, values[None, :])
-    for side, values in (
+    for array, values in (
         (pool.significance, columns.significance),
         (pool.position, columns.position),
     ):
-        if side is not None and values is not None:
+        if array is not None and values is not None:
             plgpu.store(
-                side.at[slots.page, slots.block, slots.lane],
-                values.astype(side.dtype),
+                array.at[slots.page, slots.block, slots.lane],
+                values.astype(array.dtype),
                 mask=slots.valid,
             )
 

@@ -50,13 +50,13 @@ struct Tier {
 };
 
 struct Layout {
-  int head_dim, tokens, rows, meta_rows, side_rows, tiers;
+  int head_dim, tokens, rows, meta_rows, token_data_rows, tiers;
   Tier tier[2];
 
   // `formats` holds key code, key groups, value code, value groups and blocks of each tier.
   template <typename Numbers>
-  static Layout make(const Numbers& formats, int64_t head_dim, int64_t tokens, int64_t rows, int64_t meta_rows, int64_t side_rows) {
-    Layout layout{int(head_dim), int(tokens), int(rows), int(meta_rows), int(side_rows), int(formats.size() / 5), {}};
+  static Layout make(const Numbers& formats, int64_t head_dim, int64_t tokens, int64_t rows, int64_t meta_rows, int64_t token_data_rows) {
+    Layout layout{int(head_dim), int(tokens), int(rows), int(meta_rows), int(token_data_rows), int(formats.size() / 5), {}};
     for (int t = 0; t < layout.tiers; ++t) {
       const int64_t* f = &formats[5 * t];
       layout.tier[t] = {Codec::make(f[0], f[1], head_dim), Codec::make(f[2], f[3], head_dim), int(f[4])};
@@ -109,7 +109,7 @@ inline void prefetch(const Stored& at, const Codec& codec, int stride) {
 
 struct Strip {
   Stored key, value;
-  int64_t side;  // index of its first token in significance and position
+  int64_t token;  // index of its first token in significance and position
   int tier, live;
 };
 
@@ -131,7 +131,7 @@ struct Pool {
     const int64_t left = length - i * kStrip;
     return {{rows + key_row * layout.tokens, metas + key_meta * layout.tokens},
             {rows + value_row * layout.tokens, metas + value_meta * layout.tokens},
-            (page * layout.side_rows + block) * layout.tokens + lane,
+            (page * layout.token_data_rows + block) * layout.tokens + lane,
             t,
             static_cast<int>(left < kStrip ? left : kStrip)};
   }

@@ -61,7 +61,7 @@ def count_moves(
             never used.
         rule: thresholds and clocks.
         one_victim: at most one token leaves each tier: the least significant one (the oldest of
-            equals), if it must leave and a token enters its tier (`rule.joined`).
+            equals), if it must leave and a token enters its tier (`rule.receives`).
         max_len: bounds the tokens of a head.
         kernels: which implementation runs.
     """
