@@ -16,6 +16,8 @@ from diffkv_jax.methods.replay import Replay as Replay
 from diffkv_jax.methods.replay import replay_words as replay_words
 from diffkv_jax.model import AttentionSpec as AttentionSpec
 from diffkv_jax.model import CausalLM as CausalLM
+from diffkv_jax.pallas_kernels.codecs import Codec as Codec
+from diffkv_jax.pallas_kernels.codecs import register_codec as register_codec
 from diffkv_jax.policy.keep import Budget as Budget
 from diffkv_jax.policy.keep import Keep as Keep
 from diffkv_jax.policy.keep import KeepAll as KeepAll

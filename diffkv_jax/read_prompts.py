@@ -89,7 +89,7 @@ def check_evicts_once(cache: KVCache, seen: np.ndarray, lengths: np.ndarray, siz
         ValueError: a prompt of several chunks, or one after another.
     """
     spec = cache.spec
-    if spec.layout.together == 1 or cache.policy.score is None:
+    if spec.layout.tokens_per_group == 1 or cache.policy.score is None:
         return
     rule = (
         f"{spec.layout.formats[0].name} shares numbers between tokens, so the policy drops tokens "

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from typing import Any, Literal
 
 import jax
@@ -66,23 +65,6 @@ class Kernels:
             )
         return Kernels(implementation, interpret)
 
-    def function(
-        self, api: str, name: str, fallback: Callable[..., Any], *, module: str = "{}"
-    ) -> Callable[..., Any]:
-        """The function `name` of this implementation of the operation whose public functions are in
-        `api`; `fallback` is that of plain XLA.
-
-        Args:
-            api: `__name__` of the caller, a module of the operation's package.
-            module: name of the module, "{}" standing for the implementation.
-        """
-        if self.implementation == "xla":
-            return fallback
-        found = getattr(
-            import_module(f"{api.rpartition('.')[0]}.{module.format(self.implementation)}"), name
-        )
-        return partial(found, interpret=self.interpret) if self.implementation in PALLAS else found
-
     @property
     def meta_dtype(self) -> str:
         """How the kernels want float16 metadata kept: TPU kernels as int16 bits, and a bitcast of
@@ -99,6 +81,38 @@ class Kernels:
 
 
 XLA = Kernels()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of the cache, and what runs it.
+
+    Attributes:
+        reference: the function in plain jax.numpy, which can do all.
+        kernels: imports and gives the function of "triton", "mosaic_tpu" or "cpu".
+        supports: implementation and layout of the pages to why those kernels cannot do it there;
+            None where they can.
+    """
+
+    reference: Callable[..., Any]
+    kernels: Callable[[str], Callable[..., Any]]
+    supports: Callable[[str, Any], str | None] = lambda implementation, layout: None
+
+    def chosen(self, kernels: Kernels, layout: Any = None) -> Kernels:
+        """What runs it on pages of a layout: `kernels`, or plain XLA where they cannot."""
+        if kernels.implementation == "xla" or self.supports(kernels.implementation, layout):
+            return XLA
+        return kernels
+
+    def on(self, kernels: Kernels, layout: Any = None) -> Callable[..., Any]:
+        """The function that runs it (see `chosen`)."""
+        kernels = self.chosen(kernels, layout)
+        if kernels == XLA:
+            return self.reference
+        found = self.kernels(kernels.implementation)
+        if kernels.implementation in PALLAS:
+            return partial(found, interpret=kernels.interpret)
+        return found
 
 
 def _default(platform: str) -> str:

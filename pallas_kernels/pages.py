@@ -9,9 +9,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from .codecs import Block, KVFormat
+from .codecs.formats import Block, KVFormat, native_formats
 
 
 def least_waste(sizes: Iterable[int], waste: Callable[[int], Sequence[float]]) -> int:
@@ -106,12 +107,9 @@ class PageLayout:
         )
         return layout(rows)
 
-    @property
-    def in_kernels(self) -> bool:
-        """Whether all operations of the native, Triton and TPU kernels know such pages, and not
-        decode attention at most.
-        """
-        return self.rope is None and all(fmt.in_kernels for fmt in self.formats)
+    def native_formats(self) -> np.ndarray:
+        """The tiers' codecs as `Layout::make` of native/pages.h reads them: int64 [tiers * 5]."""
+        return native_formats(self.formats, self.blocks)
 
     @property
     def tiers(self) -> int:
@@ -119,30 +117,32 @@ class PageLayout:
         return len(self.formats)
 
     @property
-    def together(self) -> int:
+    def tokens_per_group(self) -> int:
         """Tokens that enter a tier together, encoded once as a block: T where a codec shares
         numbers over a block, else 1.
         """
         return 1 if all(fmt.separable for fmt in self.formats) else self.tokens
 
     @property
-    def side_rows(self) -> int:
+    def token_data_rows(self) -> int:
         """Rows of significance and of position of one page: its blocks, filled up for the TPU."""
         return _tile_rows(max(self.blocks), self.tokens)
 
     @property
-    def side_bytes(self) -> int:
+    def token_data_bytes(self) -> int:
         """Bytes of significance and position of one token."""
         return (4 if self.scored else 0) + jnp.dtype(self.position_dtype).itemsize
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all arrays of the pool."""
-        return self.tokens * (self.rows + 2 * self.meta_rows + self.side_rows * self.side_bytes)
+        return self.tokens * (
+            self.rows + 2 * self.meta_rows + self.token_data_rows * self.token_data_bytes
+        )
 
     def token_bytes(self, tier: int) -> int:
         """Bytes one token of a tier needs: payload, metadata, significance and position."""
-        return self.formats[tier].token_bytes(self.head_dim) + self.side_bytes
+        return self.formats[tier].token_bytes(self.head_dim) + self.token_data_bytes
 
     def tokens_per_page(self, tier: int) -> int:
         """Tokens of a tier that one page holds."""
@@ -233,7 +233,7 @@ class Pages:
     @staticmethod
     def zeros(layout: PageLayout, num_pages: int) -> "Pages":
         """An empty pool of `num_pages` pages."""
-        blocks, lanes = layout.side_rows, layout.tokens
+        blocks, lanes = layout.token_data_rows, layout.tokens
         return Pages(
             payload=jnp.zeros((num_pages, layout.rows, lanes), jnp.uint8),
             meta=jnp.zeros((num_pages, layout.meta_rows, lanes), layout.meta_dtype),
@@ -264,7 +264,7 @@ def tier_page_ids(page_table: Array, tier: int, first, count: int) -> Array:
     return jnp.take_along_axis(page_table, jnp.clip(column, 0, max_pages - 1), axis=-1)
 
 
-def read_side(
+def read_token_array(
     array: Array, layout: PageLayout, page_table: Array, tier: int, capacity: int
 ) -> Array:
     """Significance or position of a tier of each head in slot order, `[B, capacity]`; what lies
@@ -280,7 +280,7 @@ def read_side(
     return rows.reshape(page_table.shape[0], -1)
 
 
-def read_sides(
+def read_token_data(
     pages: "Pages", layout: PageLayout, page_table: Array, tier_len: Array, tier: int, max_len: int
 ) -> tuple[Array, Array, Array]:
     """Significance and position of a tier of each head, and where there is a token: `[B, capacity]`
@@ -288,16 +288,16 @@ def read_sides(
     """
     capacity = layout.pages_for(tier, max_len) * layout.tokens_per_page(tier)
     significance, position = (
-        read_side(x, layout, page_table, tier, capacity)
+        read_token_array(x, layout, page_table, tier, capacity)
         for x in (pages.significance, pages.position)
     )
     return significance, position, jnp.arange(capacity) < tier_len[:, tier, None]
 
 
-def write_side(
+def write_token_array(
     array: Array, layout: PageLayout, page_table: Array, tier: int, length: Array, values: Array
 ) -> Array:
-    """Inverse of `read_side`: `array` with a tier's tokens of each head set to `values [B,
+    """Inverse of `read_token_array`: `array` with a tier's tokens of each head set to `values [B,
     capacity]`; pages beyond `length [B]` stay.
     """
     pages = values.shape[1] // layout.tokens_per_page(tier)

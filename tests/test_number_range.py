@@ -14,7 +14,7 @@ import diffkv_jax as dkv
 from diffkv_jax.evaluate import _feed
 from diffkv_jax.make_cache import make_cache
 from diffkv_jax.methods.registry import NAMED
-from diffkv_jax.pallas_kernels.codecs import KVFormat, shared_format, table_shape, with_table
+from diffkv_jax.pallas_kernels.codecs import KVFormat, shared_format
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.native.build import why_unavailable
 from diffkv_jax.read_prompts import prefill
@@ -126,7 +126,7 @@ def encode_and_decode(fmt: KVFormat, x: np.ndarray, size: float) -> list[np.ndar
     """
     fmt, rng, found = fmt.for_block(64, 32), np.random.default_rng(0), []
     for codec in (fmt.key, fmt.value):
-        shape = table_shape(codec, 64)
+        shape = codec.table_shape(64)
         if shape is not None:
             ranged = len(shape) == 1
             table = (
@@ -135,7 +135,7 @@ def encode_and_decode(fmt: KVFormat, x: np.ndarray, size: float) -> list[np.ndar
                 else rng.normal(size=(2, *shape)) * 3 * size
             )
             table = table if ranged or shape[-1] > 1 else np.sort(table, axis=-2)
-            codec = with_table(codec, jnp.asarray(table, jnp.float16 if ranged else jnp.bfloat16))
+            codec = codec.with_table(jnp.asarray(table, jnp.float16 if ranged else jnp.bfloat16))
         payload, meta = jax.jit(codec.encode)(jnp.asarray(x * size, jnp.float32))
         merged = (
             jnp.moveaxis(part, 1, 2).reshape(2, part.shape[2], 3 * 32) for part in (payload, meta)

@@ -12,7 +12,7 @@ from jax import Array
 from diffkv_jax.cache.query_counts import nothing_observed
 from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.pallas_kernels.apply_event import FreeRing
-from diffkv_jax.pallas_kernels.codecs import table_shape
+from diffkv_jax.pallas_kernels.codecs import Codec
 from diffkv_jax.pallas_kernels.pages import Pages
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.stage import with_leaves
@@ -104,8 +104,8 @@ def table_shapes(spec: CacheSpec) -> tuple[tuple[tuple[int, ...] | None, ...], .
     attention = spec.attention
     heads = (len(spec.paged_layers), attention.num_kv_heads)
 
-    def of(codec: Any, width: int) -> tuple[int, ...] | None:
-        shape = table_shape(codec, width)
+    def of(codec: Codec, width: int) -> tuple[int, ...] | None:
+        shape = codec.table_shape(width)
         return shape and (*heads, *shape)
 
     formats = ((fmt, *fmt.widths(attention.head_dim)) for fmt in spec.layout.formats)

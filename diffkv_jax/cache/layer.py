@@ -14,7 +14,7 @@ from jax import Array, lax
 from diffkv_jax.cache.cache import KVCache, Table
 from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.pallas_kernels.apply_event import Stored
-from diffkv_jax.pallas_kernels.codecs import read_by, with_table
+from diffkv_jax.pallas_kernels.codecs import read_by
 from diffkv_jax.pallas_kernels.decode_attention import Heads
 from diffkv_jax.pallas_kernels.pages import PageLayout
 from diffkv_jax.policy.keep import Keep
@@ -157,8 +157,8 @@ def layer_layout(cache: KVCache, layer: Array | None, *, learned: bool = True) -
     formats = (
         dataclasses.replace(
             fmt,
-            key=with_table(fmt.key, of_heads(key)),
-            value=with_table(fmt.value, of_heads(value)),
+            key=fmt.key.with_table(of_heads(key)),
+            value=fmt.value.with_table(of_heads(value)),
         )
         for fmt, (key, value) in zip(layout.formats, cache.tables, strict=True)
     )

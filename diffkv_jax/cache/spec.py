@@ -6,9 +6,10 @@ from functools import cached_property, partial
 import jax
 
 from diffkv_jax.arguments import instance, integer, one_of
-from diffkv_jax.cache.kernels import known_operations
+from diffkv_jax.cache.kernels import unsupported
 from diffkv_jax.cache.layout import layout_of
 from diffkv_jax.model import AttentionSpec
+from diffkv_jax.pallas_kernels.apply_event import APPLY_EVENT
 from diffkv_jax.pallas_kernels.codecs.full import DTYPES
 from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout
@@ -79,7 +80,7 @@ class CacheSpec:
             pairs, layout = layout_of(attention, policy, **sizes)
         except ValueError as error:
             raise ValueError(f"policy {policy.name!r} with tiers={policy.tiers}: {error}") from None
-        if kernels.implementation != "xla" and known_operations(policy, attention) == "nothing":
+        if kernels.implementation != "xla" and unsupported(policy, layout, kernels):
             raise ValueError(
                 f"policy {policy.name!r} runs in plain XLA only, not on "
                 f"{kernels.implementation!r} kernels: leave it to 'xla'"
@@ -99,11 +100,9 @@ class CacheSpec:
         )
 
     @property
-    def page_kernels(self) -> Kernels:
-        """What runs prefill attention and events: `kernels`, or plain XLA where of those only
-        decode attention knows the pages.
-        """
-        return self.kernels if self.layout.in_kernels else XLA
+    def event_kernels(self) -> Kernels:
+        """What runs events, which take all layers at once on kernels."""
+        return APPLY_EVENT.chosen(self.kernels, self.layout)
 
     @cached_property
     def paged_layers(self) -> tuple[int, ...]:
@@ -158,8 +157,8 @@ class CacheSpec:
         """Tokens of `count` (ints or arrays), those in the recent window and new ones, that stay
         exact: the window and no whole block.
         """
-        beyond = count - self.window
-        return count - beyond * (beyond > 0) // self.layout.together * self.layout.together
+        beyond, group = count - self.window, self.layout.tokens_per_group
+        return count - beyond * (beyond > 0) // group * group
 
     @property
     def num_heads(self) -> int:

@@ -1,6 +1,7 @@
 """`calibrate`: learned codecs' tables from what a model makes of some text."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +15,12 @@ from diffkv_jax.batching import as_batch, check_context
 from diffkv_jax.cache.cache import table_shapes
 from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
-from diffkv_jax.calibration.learn import Learning, as_stored, learn_table
+from diffkv_jax.calibration.kmeans import weighted_kmeans
 from diffkv_jax.calibration.probe import Activations, activations
 from diffkv_jax.inputs import as_params, as_policy, check_model, check_outside_jit
 from diffkv_jax.model import CausalLM
-from diffkv_jax.pallas_kernels.codecs import learned_part
+from diffkv_jax.pallas_kernels.codecs import Codec, Fitting
+from diffkv_jax.pallas_kernels.codecs.scales import needs_wide
 from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.pallas_kernels.rope import at_positions
 from diffkv_jax.policy.policy import CompressionPolicy
@@ -96,33 +98,34 @@ def calibrate(
     # exact sinks never meet a learned codec
     at = _spread(batch, samples, policy.protect.sinks if policy.tiers[0] == "full" else 0)
     both = _collect(model, params, batch, spec, policy.transform, at, fisher, progress)
+    how = Fitting(partial(weighted_kmeans, iterations=iterations), q_norm)
     with tqdm(total=total, desc="learning tables", unit=" layers", disable=not progress) as bar:
 
-        def learned(codec: Any, given: Samples) -> np.ndarray | None:
-            if learned_part(codec) is None:
+        def learned(codec: Codec, given: Samples) -> np.ndarray | None:
+            if not codec.learned:
                 return None
             layers = []
             for layer, (x, weight) in enumerate(zip(given.x, given.fisher, strict=True)):
                 # [K, d, n]
                 block, cost = (jnp.moveaxis(jnp.asarray(part), 0, 2) for part in (x, weight))
                 layers.append(
-                    np.asarray(
-                        learn_table(
-                            codec,
-                            block,
-                            cost,
-                            jax.random.fold_in(key, layer),
-                            Learning(iterations, q_norm),
-                        )
-                    )
+                    np.asarray(codec.fit(block, cost, jax.random.fold_in(key, layer), how))
                 )
                 bar.update()
-            return as_stored(np.stack(layers))
+            return _as_stored(np.stack(layers))
 
         tables = tuple(
             (learned(fmt.key, both[0]), learned(fmt.value, both[1])) for fmt in spec.layout.formats
         )
     return Calibration(tables, policy.tiers, policy.transform, fingerprint(model, params))
+
+
+def _as_stored(tables: np.ndarray) -> np.ndarray:
+    """The float32 tables `[L, K, ...]` of all layers in float16; in bfloat16 where that does not
+    hold all of them.
+    """
+    largest = np.abs(tables).max(axis=tuple(range(2, tables.ndim)))
+    return tables.astype(jnp.bfloat16 if needs_wide(jnp.asarray(largest)).any() else np.float16)
 
 
 def _checked(model: CausalLM, tokens: Any) -> np.ndarray:

@@ -53,7 +53,7 @@ def compress(cache: KVCache, due: Array) -> KVCache:
     leaving = jnp.where(due, cache.recent_len - cache.spec.num_unquantized(cache.recent_len), 0)
     if cache.policy.in_decode:
         cache = rescore_oldest(cache, leaving)
-    if cache.spec.page_kernels.implementation == "xla":
+    if cache.spec.event_kernels.implementation == "xla":
         cache = _compress_by_layer(cache, leaving)
     else:
         cache = _compress_at_once(cache, leaving)

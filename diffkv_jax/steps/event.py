@@ -18,8 +18,8 @@ from diffkv_jax.cache.layer import (
 )
 from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.cache.token_class import protected_tokens
-from diffkv_jax.pallas_kernels.apply_event import Stored, Tokens, apply_event
-from diffkv_jax.pallas_kernels.pages import PageLayout, read_sides
+from diffkv_jax.pallas_kernels.apply_event import Stored, Tokens, apply_event, pages_beyond
+from diffkv_jax.pallas_kernels.pages import PageLayout, read_token_data
 from diffkv_jax.pallas_kernels.plan_event import (
     DROPPED,
     Moves,
@@ -83,8 +83,8 @@ def plan_event(
     layout, mean = spec.layout, mean_significance(scores, position, clock.observed)
     tau = _thresholds(spec, stored, clock, mean, leaving)
     entering = jnp.where(leaving, classify(mean, tau, layout.tiers), DROPPED)
-    if layout.together > 1 and clock.keep.ranks:
-        whole = in_whole_blocks(entering != DROPPED, leaving, mean, layout.together)
+    if layout.tokens_per_group > 1 and clock.keep.ranks:
+        whole = in_whole_blocks(entering != DROPPED, leaving, mean, layout.tokens_per_group)
         entering = whole.astype(entering.dtype)  # tier code 1
     return planned(spec, stored, clock.observed, tau, entering, leaving.any(axis=-1), one_victim)
 
@@ -102,9 +102,9 @@ def planned(
     `changes` (bool [B]).
     """
     layout, table = spec.layout, (stored.page_table, stored.tier_len)
-    joined = [(entering == tier + 1).any(axis=-1) for tier in range(layout.tiers)]
-    rule = Rule(tau, observed, changes, jnp.stack(joined, axis=-1))
-    how = {"one_victim": one_victim, "max_len": spec.max_len, "kernels": spec.page_kernels}
+    receives = [(entering == tier + 1).any(axis=-1) for tier in range(layout.tiers)]
+    rule = Rule(tau, observed, changes, jnp.stack(receives, axis=-1))
+    how = {"one_victim": one_victim, "max_len": spec.max_len, "kernels": spec.kernels}
     moves = count_moves(stored.pages, layout, *table, rule, **how)
     return Plan(entering, rule, moves, pages_beyond(layout, stored.tier_len, entering, moves))
 
@@ -146,28 +146,12 @@ def stored_scores(
     """
     scores, live = [], []
     for tier in range(layout.tiers):
-        total, position, there = read_sides(
+        total, position, there = read_token_data(
             stored.pages, layout, stored.page_table, stored.tier_len, tier, max_len
         )
         scores.append(mean_significance(total, position, observed))
         live.append(there)
     return jnp.concatenate(scores, axis=1), jnp.concatenate(live, axis=1)
-
-
-def pages_beyond(layout: PageLayout, tier_len: Array, entering: Array, moves: Moves) -> Array:
-    """Pages beyond the present ones that each head will hold after the event (never more in
-    between: see `apply_event`).
-    """
-    before, after = jnp.zeros_like(moves.demoted), jnp.zeros_like(moves.demoted)
-    for tier in range(layout.tiers):
-        arriving = (entering == tier + 1).sum(axis=-1) + (
-            moves.demoted if tier == 1 else -moves.demoted
-        )
-        before = before + layout.pages_for(tier, tier_len[:, tier])
-        after = after + layout.pages_for(
-            tier, tier_len[:, tier] - moves.dropped[:, tier] + arriving
-        )
-    return jnp.maximum(after - before, 0)
 
 
 def apply_plan(
@@ -195,6 +179,6 @@ def apply_plan(
         one_victim=one_victim,
         max_len=spec.max_len,
         pages_a_round=pages_a_round,
-        kernels=spec.page_kernels,
+        kernels=spec.kernels,
     )
     return with_stored(cache, layer, stored)

@@ -24,7 +24,7 @@ def drop_least(cache: KVCache, due: Array) -> KVCache:
     overflows and is emptied. The kernels take all layers at once, plain XLA one by one.
     """
     tau = _thresholds(cache)
-    if cache.spec.page_kernels.implementation != "xla":
+    if cache.spec.event_kernels.implementation != "xla":
         return _drop(cache, None, tau.reshape(-1, 2), due)
     layers = len(cache.spec.paged_layers)
     return lax.fori_loop(

@@ -49,7 +49,7 @@ def prefill_layer(
     scale = Scale(spec.attention.sm_scale, spec.attention.logits_soft_cap)
     layout = layer_layout(cache, layer)
     out, lse = prefill_attention(
-        chunk, cache.pages, layout, heads, scale, kernels=spec.page_kernels
+        chunk, cache.pages, layout, heads, scale, kernels=spec.kernels
     )
     out = jnp.moveaxis(out.reshape(*_grouped(cache), *out.shape[2:]), 3, 1)
     out = out.reshape(*q.shape[:-1], -1)  # [R, C, Hq, d]
@@ -129,7 +129,7 @@ def _scores(
 
     def sum_up(sums: ColumnSums) -> ColumnSums:
         pages = dataclasses.replace(cache.pages, significance=sums.pages)
-        kernels = cache.spec.page_kernels
+        kernels = cache.spec.kernels
         return column_sums(chunk, lse, rows, pages, layout, heads, scale, kernels=kernels)
 
     return when(step.compress | (score.queries == "all"), sum_up, silent)

@@ -290,7 +290,7 @@ def random_pool(layout, lengths, recent_len, *, max_len: int, slots: int, seed: 
     per_page = [blocks * layout.tokens for blocks in layout.blocks]
     counts = -(-lengths // per_page)
     num_pages, max_pages = int(counts.sum()) + 3, -(-max_len // per_page[0]) + layout.tiers
-    blocks = layout.side_rows
+    blocks = layout.token_data_rows
     pages = {
         "payload": np.full((num_pages, layout.rows, layout.tokens), 255, np.uint8),
         "meta": np.full((num_pages, layout.meta_rows, layout.tokens), np.nan, np.float16).view(

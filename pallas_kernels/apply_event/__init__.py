@@ -1,7 +1,9 @@
 """Tokens into and out of tiers, in place; free pages as a ring on the device."""
 
+from .api import APPLY_EVENT as APPLY_EVENT
 from .api import apply_event as apply_event
 from .columns import ranked as ranked
+from .plan import pages_beyond as pages_beyond
 from .reference import Stored as Stored
 from .reference import Tokens as Tokens
 from .reference import append_tokens as append_tokens

@@ -1,13 +1,34 @@
 """The compression event of many heads at once: the public function."""
 
+from collections.abc import Callable
+from typing import Any
+
 from jax import Array
 
-from ..dispatch import XLA, Kernels
+from ..dispatch import XLA, Kernels, Operation
 from ..pages import PageLayout
 from ..plan_event.reference import Moves, Rule
 from ..precision import in_32_bits
+from ..support import writes
 from . import event
 from .reference import Stored, Tokens
+
+
+def _kernels(implementation: str) -> Callable[..., Any]:
+    if implementation == "triton":
+        from .triton import apply_event as run
+    elif implementation == "mosaic_tpu":
+        from .mosaic_tpu import apply_event as run
+    else:
+        from .cpu import apply_event as run
+    return run
+
+
+APPLY_EVENT = Operation(
+    event.apply_event,
+    _kernels,
+    supports=writes,
+)
 
 
 @in_32_bits
@@ -49,21 +70,8 @@ def apply_event(
         pages_a_round: pages of victims that the reference handles at a time; the kernels ignore it.
         kernels: which implementation runs.
     """
-    if kernels.implementation == "xla":
-        rounds = dict(pages_a_round=pages_a_round)
-        return event.apply_event(
-            stored,
-            layout,
-            rule,
-            tokens,
-            entering,
-            admitted,
-            one_victim=one_victim,
-            max_len=max_len,
-            **rounds,
-        )
-    apply = kernels.function(__name__, "apply_event", event.apply_event)
-    return apply(
+    plain = APPLY_EVENT.chosen(kernels, layout) == XLA
+    return APPLY_EVENT.on(kernels, layout)(
         stored,
         layout,
         rule,
@@ -73,4 +81,5 @@ def apply_event(
         admitted,
         one_victim=one_victim,
         max_len=max_len,
+        **dict(pages_a_round=pages_a_round) if plain else {},
     )

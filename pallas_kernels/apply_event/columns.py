@@ -49,8 +49,8 @@ def read_tokens(
     halves = [lax.bitcast_convert_type(part, jnp.float16) for part in parts[2:]]
     return (
         Block(parts[0], parts[1], *halves),
-        _read_side(pages.significance, slots),
-        _read_side(pages.position, slots),
+        _read_array(pages.significance, slots),
+        _read_array(pages.position, slots),
     )
 
 
@@ -69,8 +69,8 @@ def write_tokens(
         meta=_write_column(
             meta, slots, v_meta[1], lax.bitcast_convert_type(block.v_meta, meta_dtype)
         ),
-        significance=_write_side(pages.significance, slots, significance),
-        position=_write_side(pages.position, slots, position),
+        significance=_write_array(pages.significance, slots, significance),
+        position=_write_array(pages.position, slots, position),
     )
 
 
@@ -115,13 +115,13 @@ def _write_column(array: Array, slots: Slots, first: Array, column: Array) -> Ar
     return lax.scatter(array, index, column, dims, mode=lax.GatherScatterMode.FILL_OR_DROP)
 
 
-def _read_side(array: Array, slots: Slots) -> Array:
+def _read_array(array: Array, slots: Slots) -> Array:
     if array.shape[1] == 0:  # the policy does not score
         return jnp.zeros(slots.page.shape, array.dtype)
     return array.at[slots.page, slots.block, slots.lane].get(mode="clip")
 
 
-def _write_side(array: Array, slots: Slots, values: Array) -> Array:
+def _write_array(array: Array, slots: Slots, values: Array) -> Array:
     if array.shape[1] == 0:
         return array
     return array.at[slots.page, slots.block, slots.lane].set(

@@ -113,8 +113,8 @@ uint8_t* mark_leaving(const Judge& judge, const Held& head, int t, const Leaving
     leaves[leaving.victim[t]] = t == 0 && leaving.demoted ? 2 : 1;
     return leaves;
   }
-  over_slots(judge.layout, head, t, [&](int64_t slot, int64_t side, int64_t) {
-    const Floats mean = judge.mean(side);
+  over_slots(judge.layout, head, t, [&](int64_t slot, int64_t token, int64_t) {
+    const Floats mean = judge.mean(token);
     store(leaves + slot, low_bytes((judge.dropped(mean) & 1) | (judge.demoted(mean, t) & 2)));
   });
   return leaves;
@@ -146,7 +146,7 @@ void encode_piece(const State& state, const Entering& tokens, const Piece& piece
       encode(codec_of(layout.tier[piece.t], i), layout.head_dim, x, {to.payload[i], to.meta[i], layout.tokens, first, last - first});
     }
     for (int lane = first; lane < last; ++lane) {
-      state.set_side(to.side + lane, tokens.significance[index[lane]], tokens.position[index[lane]]);
+      state.set_token_data(to.token + lane, tokens.significance[index[lane]], tokens.position[index[lane]]);
     }
   }
 }
@@ -171,7 +171,7 @@ int64_t cut(const State& state, const Entering& tokens, const Plan* plans, Piece
 ffi::Error run(ffi::ThreadPool& threads, const State& state, const Rules& rules, const Entering& tokens, int64_t& taken, int64_t& given) {
   uint8_t* seen = scratch<struct SeenPages, uint8_t>(state.num_pages);
   if (auto error = check(state, tokens, seen); error.failure()) return error;
-  const Sides sides = {state.significance, state.position, state.wide};
+  const TokenData token_data = {state.significance, state.position, state.wide};
   Plan* plans = scratch<struct Plans, Plan>(state.heads);
   int32_t* orders = scratch<struct Orders, int32_t>(state.heads * (tokens.n + 1));
   parallel_for(threads, state.heads, [&](int64_t head) {
@@ -179,11 +179,11 @@ ffi::Error run(ffi::ThreadPool& threads, const State& state, const Rules& rules,
     plan.order = orders + head * (tokens.n + 1);
     if (!tokens.admitted[head]) return;
     list_entering(state, tokens, head, plan);
-    if (state.scored) plan.leaving = leaving_of(Judge{state.layout, sides, rules, head}, state.held(head));
+    if (state.scored) plan.leaving = leaving_of(Judge{state.layout, token_data, rules, head}, state.held(head));
   });
   if (auto error = share_ring(state, tokens, seen, plans, taken, given); error.failure()) return error;
   parallel_for(threads, state.heads, [&](int64_t head) {
-    if (!plans[head].idle()) change_tables(state, Judge{state.layout, sides, rules, head}, plans[head]);
+    if (!plans[head].idle()) change_tables(state, Judge{state.layout, token_data, rules, head}, plans[head]);
   });
   const int64_t most = tokens.n / kPiece + 2 * state.layout.tiers;
   Piece* pieces = scratch<struct Pieces, Piece>(state.heads * most);
@@ -196,7 +196,7 @@ ffi::Error run(ffi::ThreadPool& threads, const State& state, const Rules& rules,
 // here so that XLA knows that it has read the pool.
 ffi::Error apply_event(ffi::ThreadPool threads, ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer,
                        ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer, ffi::Buffer<ffi::F32> tau,
-                       ffi::Buffer<ffi::S32> observed, ffi::Buffer<ffi::PRED> stirred, ffi::Buffer<ffi::PRED> joined, ffi::AnyBuffer k,
+                       ffi::Buffer<ffi::S32> query_spans, ffi::Buffer<ffi::PRED> has_new_tokens, ffi::Buffer<ffi::PRED> receives, ffi::AnyBuffer k,
                        ffi::AnyBuffer v, ffi::Buffer<ffi::F32> token_significance, ffi::Buffer<ffi::S32> token_position,
                        ffi::Buffer<ffi::S32> entering, ffi::Buffer<ffi::PRED> admitted, ffi::ResultBuffer<ffi::U8> payload,
                        ffi::Result<ffi::AnyBuffer> meta, ffi::ResultBuffer<ffi::F32> significance, ffi::Result<ffi::AnyBuffer> position,
@@ -213,7 +213,7 @@ ffi::Error apply_event(ffi::ThreadPool threads, ffi::AnyBuffer, ffi::AnyBuffer, 
   state.heads = table->dimensions()[0], state.max_pages = table->dimensions()[1], state.num_pages = pages[0];
   int32_t &start = ring_start->typed_data()[0], &free_pages = ring_count->typed_data()[0];
   state.ring_start = start, state.ring_count = free_pages;
-  const Rules rules = Rules::of(tau, observed, stirred, joined, one_victim);
+  const Rules rules = Rules::of(tau, query_spans, has_new_tokens, receives, one_victim);
   const Entering tokens = {k.untyped_data(),           v.untyped_data(),       exact_type(k.element_type()), token_significance.typed_data(),
                            token_position.typed_data(), entering.typed_data(), admitted.typed_data(),        entering.dimensions()[1],
                            k.dimensions()[1]};

@@ -43,15 +43,15 @@ def apply_event(
             f"tokens of shapes {shapes}, {types}, must be alike and at least {entering.shape[1]}"
         )
     pages, ring = stored.pages, stored.ring
-    sides = pages.payload, pages.meta, pages.significance, pages.position
-    changed = *sides, stored.page_table, stored.tier_len, ring.ids, ring.start, ring.count
+    arrays = pages.payload, pages.meta, pages.significance, pages.position
+    changed = *arrays, stored.page_table, stored.tier_len, ring.ids, ring.start, ring.count
     run = build.call(
         "apply_event",
         "apply_event_cpu",
         *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed),
         aliases={i: i for i in range(len(changed))},
     )
-    formats = build.format_codes(layout)
+    formats = layout.native_formats()
     *arrays, table, lengths, ids, start, count = run(
         *changed,
         moves.dropped,

@@ -20,7 +20,7 @@ struct State {
   int64_t heads, num_pages, max_pages, ring_start, ring_count;
 
   Held held(int64_t head) const { return {table + head * max_pages, lengths + head * layout.tiers, max_pages}; }
-  void set_side(int64_t at, float score, int32_t where) const {
+  void set_token_data(int64_t at, float score, int32_t where) const {
     if (scored) significance[at] = score;
     if (wide) {
       static_cast<int32_t*>(position)[at] = where;
@@ -33,11 +33,11 @@ struct State {
   }
 };
 
-// A slot, or the 16 from it on where it is a multiple of 16: K (0) and V (1) in payload and metadata, and the place in the side arrays.
+// A slot, or the 16 from it on where it is a multiple of 16: K (0) and V (1) in payload and metadata, and the place in the token arrays.
 struct Place {
   uint8_t* payload[2];
   uint16_t* meta[2];
-  int64_t side;
+  int64_t token;
 };
 
 inline const Codec& codec_of(const Tier& tier, int tensor) { return tensor ? tier.value : tier.key; }
@@ -55,7 +55,7 @@ inline Place place(const State& state, int64_t head, int t, int64_t slot) {
     at.payload[tensor] = state.payload + (page * layout.rows + rows[tensor]) * layout.tokens + lane;
     at.meta[tensor] = state.meta + (page * layout.meta_rows + metas[tensor]) * layout.tokens + lane;
   }
-  at.side = (page * layout.side_rows + block) * layout.tokens + lane;
+  at.token = (page * layout.token_data_rows + block) * layout.tokens + lane;
   return at;
 }
 
@@ -73,7 +73,7 @@ inline void copy_token(const State& state, const Tier& tier, const Place& from, 
     copy_column(from.payload[tensor], stride, to.payload[tensor], stride, codec.rows);
     copy_column(from.meta[tensor], stride, to.meta[tensor], stride, codec.meta_rows());
   }
-  state.set_side(to.side, state.scored ? state.significance[from.side] : 0, state.position_at(from.side));
+  state.set_token_data(to.token, state.scored ? state.significance[from.token] : 0, state.position_at(from.token));
 }
 
 // Tokens of tier 0 taken out of the pool, side by side as they will lie in tier 1.
@@ -100,7 +100,7 @@ struct Falling {
       copy_column(from.payload[i], tokens, const_cast<uint8_t*>(tensor[i].payload) + lane, stride, codec.rows);
       copy_column(from.meta[i], tokens, const_cast<uint16_t*>(tensor[i].meta) + lane, stride, codec.meta_rows());
     }
-    significance[count] = state.significance[from.side], position[count] = state.position_at(from.side);
+    significance[count] = state.significance[from.token], position[count] = state.position_at(from.token);
     ++count;
   }
 };
@@ -185,7 +185,7 @@ class Head {
       }
       for (int i = first; i < last; ++i) {
         const int token = lane + i - falling.first;
-        state_.set_side(to.side + i, falling.significance[token], falling.position[token]);
+        state_.set_token_data(to.token + i, falling.significance[token], falling.position[token]);
       }
     }
   }

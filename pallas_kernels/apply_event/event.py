@@ -7,7 +7,7 @@ from jax import Array
 
 from ..branch import when
 from ..pages import PageLayout
-from ..plan_event.reference import DROPPED, Rule, stored_victims
+from ..plan_event.reference import DROPPED, Moves, Rule, stored_victims
 from .reference import Stored, Tokens, append_tokens, remove_tokens
 
 
@@ -15,6 +15,7 @@ def apply_event(
     stored: Stored,
     layout: PageLayout,
     rule: Rule,
+    moves: Moves,
     tokens: Tokens,
     entering: Array,
     admitted: Array,
@@ -28,6 +29,7 @@ def apply_event(
     Behind a condition on the whole plan, so that all of it has been read from the pool before the
     pool changes: no copy is needed.
     """
+    del moves  # found out again, so that all is read before anything changes
     gate = admitted[:, None]
     entering = jnp.where(gate, entering, DROPPED)
     victims, falls = [], None
@@ -47,7 +49,7 @@ def apply_event(
             falls = low & gate
 
     def change(stored: Stored) -> Stored:
-        if layout.scored and layout.together == 1:  # whole blocks stay as they are
+        if layout.scored and layout.tokens_per_group == 1:  # whole blocks stay as they are
             for tier in reversed(range(layout.tiers)):
                 demoted = falls if tier == 0 else None
                 stored = remove_tokens(

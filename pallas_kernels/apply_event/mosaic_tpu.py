@@ -14,9 +14,10 @@ from jax.experimental.pallas import tpu as pltpu
 from ..dispatch import tpu_interpreter
 from ..pages import PageLayout, Pages, meta_as_bits, meta_like, tier_page_ids
 from ..plan_event.mosaic_tpu import Blocks
-from ..plan_event.reference import DROPPED, Moves, Rule
+from ..plan_event.reference import Moves, Rule
 from .mosaic_tpu_kernel import Inputs, Outputs, carry_out
 from .mosaic_tpu_pages import Plan, Pool, Scratch
+from .plan import Sizes, of_admitted, sizes_after
 from .reference import Stored, Tokens
 from .ring import allocate, release
 
@@ -41,42 +42,27 @@ def apply_event(
     where the caller donates them.
     """
     del max_len  # lengths are read
-    entering = jnp.where(admitted[:, None], entering, DROPPED)
-    dropped, demoted = (
-        jnp.where(gate, x, 0)
-        for gate, x in ((admitted[:, None], moves.dropped), (admitted, moves.demoted))
-    )
-    arriving = jnp.stack(
-        [(entering == tier + 1).sum(axis=-1, dtype=jnp.int32) for tier in range(layout.tiers)],
-        axis=-1,
-    )
-    leaving = dropped.at[:, 0].add(demoted)
-    length = (
-        stored.tier_len
-        - leaving
-        + (arriving.at[:, 1].add(demoted) if layout.tiers == 2 else arriving)
-    )
-    before, after = (_pages(layout, x).sum(axis=-1) for x in (stored.tier_len, length))
-    granted, ring = allocate(
-        stored.ring, jnp.maximum(after - before, 0), _most_extra(layout, entering.shape[1])
-    )
+    entering, moves = of_admitted(entering, moves, admitted)
+    sizes = sizes_after(layout, stored.tier_len, entering, moves)
+    extra = jnp.maximum(sizes.more, 0)
+    granted, ring = allocate(stored.ring, extra, _most_extra(layout, entering.shape[1]))
     numbers = dict(
-        busy=(arriving.any(axis=-1) | leaving.any(axis=-1))[:, None],
+        busy=(sizes.arriving.any(axis=-1) | sizes.leaving.any(axis=-1))[:, None],
         length=stored.tier_len,
-        dropped=dropped,
-        demoted=demoted[:, None],
+        dropped=moves.dropped,
+        demoted=moves.demoted[:, None],
         victim=moves.victim,
-        extra=jnp.maximum(after - before, 0)[:, None],
+        extra=extra[:, None],
         granted=granted,
-        tail=_tails(layout, stored, leaving, length),
-        observed=rule.observed.reshape(len(before), -1),
+        tail=_tails(layout, stored, sizes),
+        query_spans=rule.query_spans.reshape(len(extra), -1),
     )
     surplus, table, pages = _call(
         stored, layout, rule.tau, numbers, tokens, entering, one_victim, blocks, interpret
     )
     nth = jnp.arange(surplus.shape[-1])
-    ring = release(ring, surplus, nth < jnp.maximum(before - after, 0)[:, None])
-    return Stored(pages, ring, table, length)
+    ring = release(ring, surplus, nth < jnp.maximum(-sizes.more, 0)[:, None])
+    return Stored(pages, ring, table, sizes.tier_len)
 
 
 def _pages(layout: PageLayout, tier_len: Array) -> Array:
@@ -86,7 +72,7 @@ def _pages(layout: PageLayout, tier_len: Array) -> Array:
     )
 
 
-def _tails(layout: PageLayout, stored: Stored, leaving: Array, length: Array) -> Array:
+def _tails(layout: PageLayout, stored: Stored, sizes: Sizes) -> Array:
     """Id of the last page of each tier `[B, tiers]` that loses tokens, or gains some and has room
     in it; else -1.
     """
@@ -95,7 +81,8 @@ def _tails(layout: PageLayout, stored: Stored, leaving: Array, length: Array) ->
         last = layout.pages_for(tier, before[:, tier]) - 1
         page_id = tier_page_ids(stored.page_table, tier, jnp.maximum(last, 0), 1)[:, 0]
         room = before[:, tier] % layout.tokens_per_page(tier) > 0
-        wanted = (leaving[:, tier] > 0) | (room & (length[:, tier] > before[:, tier]))
+        grows = sizes.tier_len[:, tier] > before[:, tier]
+        wanted = (sizes.leaving[:, tier] > 0) | (room & grows)
         ids.append(jnp.where(wanted, page_id, -1))
     return jnp.stack(ids, axis=-1)
 
@@ -154,7 +141,7 @@ def _call(
         columns,
         Blocks() if blocks is None else blocks,
     )
-    side = jnp.stack(
+    token_data = jnp.stack(
         [
             entering,
             lax.bitcast_convert_type(tokens.significance[:, :n], jnp.int32),
@@ -175,7 +162,7 @@ def _call(
         tau=tau[:, None],
         k=_plain(tokens.k),
         v=_plain(tokens.v),
-        side=jnp.pad(side, ((0, 0), (0, 0), (0, tiles * tile - n))),
+        token_data=jnp.pad(token_data, ((0, 0), (0, 0), (0, tiles * tile - n))),
         table=_live_table(stored, layout)[:, None],
         pool=pool,
     )
@@ -223,10 +210,10 @@ def _specs(inputs: Inputs, tile: int) -> list:
         )
 
     rows = pl.BlockSpec((None, tile, head_dim), lambda head, i: (head, i, 0))
-    side = pl.BlockSpec((None, 3, tile), lambda head, i: (head, 0, i))
+    token_data = pl.BlockSpec((None, 3, tile), lambda head, i: (head, 0, i))
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     numbers = [scalars(inputs.numbers), scalars(inputs.upcoming, ahead=1), scalars(inputs.tau)]
-    return [*numbers, rows, rows, side, hbm, jax.tree.map(lambda _: hbm, inputs.pool)]
+    return [*numbers, rows, rows, token_data, hbm, jax.tree.map(lambda _: hbm, inputs.pool)]
 
 
 def _cost(layout: PageLayout, heads: int, entering: int) -> pl.CostEstimate:

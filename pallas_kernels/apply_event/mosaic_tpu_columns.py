@@ -8,14 +8,13 @@ position.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..codecs import Codec
-from ..codecs.tiles import Tile
-from ..codecs.uniform import Uniform
+from ..codecs.tiles import Scalar, Tile
 from ..pages import PageLayout
 
 
@@ -35,8 +34,14 @@ class Columns:
         fmt, d = layout.formats[tier], layout.head_dim
         k, end = fmt.key.rows(d), fmt.key.rows(d) + fmt.value.rows(d)
         v_meta = end + fmt.key.meta_rows
-        side = v_meta + fmt.value.meta_rows
-        return Columns((0, k), (end, v_meta), side, side + layout.scored, side + layout.scored + 1)
+        token_data = v_meta + fmt.value.meta_rows
+        return Columns(
+            (0, k),
+            (end, v_meta),
+            token_data,
+            token_data + layout.scored,
+            token_data + layout.scored + 1,
+        )
 
     @property
     def meta_end(self) -> int:
@@ -115,7 +120,7 @@ def one_hot(valid: Array, lane: Array, lanes: int) -> Array:
 def encode(layout: PageLayout, tier: int, k: Array, v: Array, out: Any) -> None:
     """Float32 `[d, T]` to the payload and metadata of the columns `out [rows, T]` of a tier."""
     columns, fmt = Columns.of(layout, tier), layout.formats[tier]
-    for tensor, (codec, x) in enumerate(((fmt.key, k), (fmt.value, v))):
+    for tensor, (codec, x) in enumerate(zip(fmt.scalars(), (k, v), strict=True)):
         tiles = codec.tiles(layout.head_dim)
         codes, meta = codec.encode_tiles(
             tiles, [x[tile.channel : tile.channel + tile.channels] for tile in tiles]
@@ -129,21 +134,11 @@ def requantise(layout: PageLayout, source: Any, out: Any) -> None:
     """
     above, below = Columns.of(layout, 0), Columns.of(layout, 1)
     high, low = layout.formats
-    for tensor, (old, new) in enumerate(((high.key, low.key), (high.value, low.value))):
-        tiles, new_tiles = old.tiles(layout.head_dim, new), new.tiles(layout.head_dim, old)
-        codes = [_codes(above, tensor, tile, source) for tile in tiles]
+    for tensor, (old, new) in enumerate(zip(high.scalars(), low.scalars(), strict=True)):
         meta = {row: source[above.meta[tensor] + row] for row in range(old.meta_rows)}
-        if isinstance(old, Uniform) and old.can_demote_to(new):
-            codes, meta = old.demote_tiles(new, [code.astype(jnp.int32) for code in codes], meta)
-        else:
-            codes, meta = new.encode_tiles(
-                new_tiles,
-                [
-                    tile.value(code, meta.__getitem__)
-                    for code, tile in zip(codes, tiles, strict=True)
-                ],
-            )
-        _write(below, tensor, new, new_tiles, codes, meta, out)
+        codes = partial(_codes, above, tensor, source=source)
+        lower = old.demote_tiles(new, layout.head_dim, codes, meta.__getitem__)
+        _write(below, tensor, new, *lower, out)
     out[below.significance :] = source[above.significance :]
 
 
@@ -155,7 +150,7 @@ def _codes(columns: Columns, tensor: int, tile: Tile, source: Any) -> Array:
 def _write(
     columns: Columns,
     tensor: int,
-    codec: Codec,
+    codec: Scalar,
     tiles: Sequence[Tile],
     codes,
     meta: dict[int, Array],

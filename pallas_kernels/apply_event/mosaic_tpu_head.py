@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from ..plan_event.mosaic_tpu import Sides, Thresholds, scan_pages, slots
+from ..plan_event.mosaic_tpu import Thresholds, TokenData, scan_pages, slots
 from .mosaic_tpu_columns import Columns
 from .mosaic_tpu_pages import Plan, Pool, Scratch, Tier
 
@@ -21,7 +21,7 @@ class Inputs(NamedTuple):
     tau: Any  # float32 [1, 2] in SMEM
     k: Any  # [W, d]
     v: Any
-    side: Any  # int32 [3, W]: tier code, bits of the significance, position
+    token_data: Any  # int32 [3, W]: tier code, bits of the significance, position
     table: Any  # int32 [B, 1, max_pages] in HBM
     pool: Pool
 
@@ -44,8 +44,8 @@ class Head:
         self.row = lax.rem(self.index, 2)
         self.plan, self.layout, self.x, self.s, self.pool = plan, plan.layout, x, s, out.pool
         self.tiers = [Tier(plan, out.pool, s, tier, self.row) for tier in range(plan.layout.tiers)]
-        observed = self.plan.numbers["observed"]
-        spans = [(x.numbers[0, i], x.numbers[0, i + 1]) for i in observed[::2]]
+        query_spans = self.plan.numbers["query_spans"]
+        spans = [(x.numbers[0, i], x.numbers[0, i + 1]) for i in query_spans[::2]]
         self.rule = Thresholds(x.tau[0, 0], x.tau[0, 1], spans)
 
     def number(self, name: str, index: int = 0, *, upcoming: bool = False):
@@ -92,8 +92,8 @@ class Head:
                 found = found + jnp.where(some, 1, 0)
             return found
 
-        sides = Sides(self.pool.significance, self.pool.position, *self.s.sides)
+        token_data = TokenData(self.pool.significance, self.pool.position, *self.s.token_data)
         pages = self.layout.pages_for(tier, stop)
         return scan_pages(
-            sides, self.plan.scan, pages, self.tiers[tier].page_id, visit, jnp.int32(0)
+            token_data, self.plan.scan, pages, self.tiers[tier].page_id, visit, jnp.int32(0)
         )

@@ -146,7 +146,7 @@ def _await_row(head: Head, out: Outputs, row) -> None:
 
 def _enter(head: Head, tier: Tier) -> None:
     """Encode and append those tokens of the tile that enter a tier."""
-    enters = jnp.where(head.x.side[0:1] == tier.tier + 1, 1, 0)
+    enters = jnp.where(head.x.token_data[0:1] == tier.tier + 1, 1, 0)
     count = jnp.sum(enters)
 
     @pl.when(count > 0)
@@ -156,9 +156,9 @@ def _enter(head: Head, tier: Tier) -> None:
         to = one_hot(as_column(enters) > 0, lane, lanes)
         k, v = (_as_lanes(x[...], to) for x in (head.x.k, head.x.v))
         encode(head.layout, tier.tier, k, v, tier.fresh)
-        side = move(head.x.side[...], to, 4)
+        token_data = move(head.x.token_data[...], to, 4)
         first = 1 if head.layout.scored else 2
-        tier.fresh[tier.columns.meta_end :] = side[first:]
+        tier.fresh[tier.columns.meta_end :] = token_data[first:]
         tier.append(count)
 
 

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..pages import PageLayout, page_column
-from ..plan_event.mosaic_tpu import Blocks, Sides
+from ..plan_event.mosaic_tpu import Blocks, TokenData
 from .mosaic_tpu_columns import Columns
 
 TAIL, HOLE = 0, 1  # the page at the tail of a tier and the page whose holes are being filled
@@ -71,14 +71,14 @@ class Scratch(NamedTuple):
     returning: Any  # [2, 2] whether a row of `table` or of `free` is
     row_arrived: Any  # semaphore
     row_returned: Any  # semaphores [2, 2]
-    sides: tuple[Any, ...]  # for the scan of significance and positions
+    token_data: tuple[Any, ...]  # for the scan of significance and positions
 
     @staticmethod
     def shapes(plan: Plan) -> "Scratch":
         """What the kernel is to allocate."""
         layout, tiers, lanes = plan.layout, plan.layout.tiers, plan.layout.tokens
         columns = [Columns.of(layout, tier) for tier in range(tiers)]
-        blocks = layout.side_rows
+        blocks = layout.token_data_rows
 
         def staging(slots: int) -> Pool:
             return Pool(
@@ -117,7 +117,7 @@ class Scratch(NamedTuple):
             returning=scalars(2, 2),
             row_arrived=pltpu.SemaphoreType.DMA,
             row_returned=pltpu.SemaphoreType.DMA((2, 2)),
-            sides=tuple(Sides.scratch(layout, plan.scan)) if layout.scored else (),
+            token_data=tuple(TokenData.scratch(layout, plan.scan)) if layout.scored else (),
         )
 
 

@@ -52,10 +52,10 @@ def append_tokens(
         k = jnp.take_along_axis(tokens.k, index[..., None], axis=1)
         v = jnp.take_along_axis(tokens.v, index[..., None], axis=1)
         block = layout.formats[tier].encode(_lanes(k, layout, tier), _lanes(v, layout, tier))
-        side = (
+        token_data = (
             jnp.take_along_axis(x, index, axis=1) for x in (tokens.significance, tokens.position)
         )
-        return (block, *side)
+        return (block, *token_data)
 
     return _append(stored, layout, tier, cumulative[:, -1], last + 1, fetch)
 
@@ -176,7 +176,7 @@ def _append_demoted(
     """Requantise `tokens [B, n]` (as `read_tokens` gives them) of a tier where `leaving`, and put
     them at the tail of the next one.
     """
-    block, *sides = tokens
+    block, *token_data = tokens
     cumulative = jnp.cumsum(leaving, axis=-1)
     last = leaving.shape[1] - 1
 
@@ -187,7 +187,7 @@ def _append_demoted(
         source, target = layout.formats[tier], layout.formats[tier + 1]
         return (
             source.demote(target, lanes),
-            *(jnp.take_along_axis(side, index, axis=1) for side in sides),
+            *(jnp.take_along_axis(x, index, axis=1) for x in token_data),
         )
 
     return _append(stored, layout, tier + 1, cumulative[:, -1], last + 1, fetch)
@@ -236,12 +236,12 @@ def _overlay(
     return Pages(
         payload=pages.payload.at[ids].set(payload, mode="drop"),
         meta=pages.meta.at[ids].set(meta, mode="drop"),
-        significance=_overlay_side(pages.significance, ids, fresh, significance),
-        position=_overlay_side(pages.position, ids, fresh, position),
+        significance=_overlay_array(pages.significance, ids, fresh, significance),
+        position=_overlay_array(pages.position, ids, fresh, position),
     )
 
 
-def _overlay_side(array: Array, ids: Array, fresh: Array, values: Array) -> Array:
+def _overlay_array(array: Array, ids: Array, fresh: Array, values: Array) -> Array:
     if array.shape[1] == 0:  # the policy does not score
         return array
     kept = array.at[ids].get(mode="clip")

@@ -13,6 +13,7 @@ from ..decode_attention.triton_keys import check_pool
 from ..pages import PageLayout, Pages
 from ..plan_event.reference import Moves, Rule
 from ..plan_event.triton import Judge
+from .plan import of_admitted, sizes_after
 from .reference import Stored, Tokens
 from .ring import FreeRing
 from .triton_columns import Columns, Pool, check_tiles, encoded, write
@@ -94,32 +95,18 @@ def _plan(
     are the places of pages that heads hold, so that the two never meet, wherever the ring wraps
     around: programs may read and write them in any order.
     """
-    gate = admitted[:, None]
-    arriving = jnp.stack(
-        [((entering == tier + 1) & gate).sum(axis=-1) for tier in range(layout.tiers)], axis=-1
-    )
-    if layout.scored:
-        leaving = jnp.where(gate, moves.dropped.at[:, 0].add(moves.demoted), 0)
-    else:
-        leaving = jnp.zeros_like(stored.tier_len)
-    after = stored.tier_len - leaving + arriving
-    if layout.scored and layout.tiers == 2:
-        after = after.at[:, 1].add(jnp.where(admitted, moves.demoted, 0))
-    more = sum(
-        layout.pages_for(t, after[:, t]) - layout.pages_for(t, stored.tier_len[:, t])
-        for t in range(layout.tiers)
-    )
-    granted, given = jnp.maximum(more, 0), jnp.maximum(-more, 0)
+    sizes = sizes_after(layout, stored.tier_len, *of_admitted(entering, moves, admitted))
+    granted, given = jnp.maximum(sizes.more, 0), jnp.maximum(-sizes.more, 0)
     ring, size = stored.ring, stored.ring.ids.shape[0]
     take = ring.start + jnp.cumsum(granted) - granted
     give = lax.rem(ring.start + ring.count, size) + jnp.cumsum(given) - given
     inputs = Inputs(
         rule.tau,
-        rule.observed,
+        rule.query_spans,
         admitted.astype(jnp.int32),
-        leaving,
+        sizes.leaving,
         moves.victim,
-        arriving,
+        sizes.arriving,
         granted,
         take,
         give,
@@ -156,7 +143,7 @@ def _kernel(
         head = Head(inputs, state, layout, blocks, one_victim, barrier, index, held)
         head.take_granted(lengths)
         if layout.scored:
-            judge = Judge.of(inputs.tau, inputs.observed, index, layout.tiers)
+            judge = Judge.of(inputs.tau, inputs.query_spans, index, layout.tiers)
             for tier in reversed(range(layout.tiers)):
                 lengths = remove(head, judge, tier, lengths)
         for tier in range(layout.tiers):
@@ -203,7 +190,7 @@ def _encoded(head: Head, tier: int, nth: Array, valid: Array) -> Columns:
     inputs, fmt, head_dim = head.inputs, head.layout.formats[tier], head.layout.head_dim
     k, v = (
         encoded(c, head_dim, x, head.index, nth, valid)
-        for c, x in ((fmt.key, inputs.k), (fmt.value, inputs.v))
+        for c, x in zip(fmt.scalars(), (inputs.k, inputs.v), strict=True)
     )
     at = (head.index, jnp.where(valid, nth, 0))
     significance, position = (

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import triton as plgpu
 
-from ..codecs import Codec, Uniform
 from ..codecs.scales import as_half
-from ..codecs.tiles import Tile
+from ..codecs.tiles import Scalar, Tile
 from ..pages import PageLayout
 from ..plan_event.triton import Slots
 
@@ -100,12 +99,12 @@ def copy(pool: Pool, layout: PageLayout, tier: int, source: Slots, target: Slots
         for part in parts:
             for first, count in _pieces(part.rows):
                 part.store(target, first, part.load(source, first, count))
-    for side in (pool.significance, pool.position):
-        if side is not None:
+    for array in (pool.significance, pool.position):
+        if array is not None:
             value = plgpu.load(
-                side.at[source.page, source.block, source.lane], mask=source.valid, other=0
+                array.at[source.page, source.block, source.lane], mask=source.valid, other=0
             )
-            plgpu.store(side.at[target.page, target.block, target.lane], value, mask=target.valid)
+            plgpu.store(array.at[target.page, target.block, target.lane], value, mask=target.valid)
 
 
 def write(pool: Pool, layout: PageLayout, tier: int, slots: Slots, columns: Columns) -> None:
@@ -117,14 +116,14 @@ def write(pool: Pool, layout: PageLayout, tier: int, slots: Slots, columns: Colu
             payload.store(slots, first, rows)
         for row, values in encoded.meta.items():
             meta.store(slots, row, values[None, :])
-    for side, values in (
+    for array, values in (
         (pool.significance, columns.significance),
         (pool.position, columns.position),
     ):
-        if side is not None and values is not None:
+        if array is not None and values is not None:
             plgpu.store(
-                side.at[slots.page, slots.block, slots.lane],
-                values.astype(side.dtype),
+                array.at[slots.page, slots.block, slots.lane],
+                values.astype(array.dtype),
                 mask=slots.valid,
             )
 
@@ -137,7 +136,7 @@ def demoted(
     """
     source, target = layout.formats[tier : tier + 2]
     pairs = zip(
-        ((source.key, target.key), (source.value, target.value)),
+        zip(source.scalars(), target.scalars(), strict=True),
         _parts(pool, layout, tier),
         strict=True,
     )
@@ -146,7 +145,7 @@ def demoted(
 
 
 def _requantised(
-    source: Codec, target: Codec, head_dim: int, payload: _Part, meta: _Part, slots: Slots
+    source: Scalar, target: Scalar, head_dim: int, payload: _Part, meta: _Part, slots: Slots
 ) -> Encoded:
     planes: dict[tuple[int, int], Array] = {}
 
@@ -161,18 +160,10 @@ def _requantised(
     def number(row: int) -> Array:
         return meta.load(slots, row, 1).reshape(-1)
 
-    tiles, new_tiles = source.tiles(head_dim, target), target.tiles(head_dim, source)
-    if isinstance(source, Uniform) and source.can_demote_to(target):
-        numbers = {row: number(row) for row in range(source.meta_rows)}
-        new = source.demote_tiles(
-            target, [codes(tile).astype(jnp.int32) for tile in tiles], numbers
-        )
-    else:
-        new = target.encode_tiles(new_tiles, [tile.value(codes(tile), number) for tile in tiles])
-    return _packed(target, new_tiles, *new)
+    return _packed(target, *source.demote_tiles(target, head_dim, codes, number))
 
 
-def encoded(codec: Codec, head_dim: int, exact: Any, head, index: Array, valid: Array) -> Encoded:
+def encoded(codec: Scalar, head_dim: int, exact: Any, head, index: Array, valid: Array) -> Encoded:
     """Quantise tokens `index [n]` of a head, `exact` a Ref `[B, tokens, head_dim]` (DiffKV, arXiv
     2412.03131 sec. 5.1).
     """
@@ -186,7 +177,7 @@ def encoded(codec: Codec, head_dim: int, exact: Any, head, index: Array, valid: 
 
 
 def _packed(
-    codec: Codec, tiles: Sequence[Tile], codes: Sequence[Array], meta: dict[int, Array]
+    codec: Scalar, tiles: Sequence[Tile], codes: Sequence[Array], meta: dict[int, Array]
 ) -> Encoded:
     payload = {row: x.astype(jnp.uint8) for row, x in codec.pack_tiles(tiles, codes).items()}
     return Encoded(payload, {row: as_half(x) for row, x in meta.items()})
@@ -207,11 +198,11 @@ def check_tiles(layout: PageLayout) -> None:
     for.
     """
     formats = layout.formats
-    codecs = [(codec,) for fmt in formats for codec in (fmt.key, fmt.value)]
+    codecs = [(codec,) for fmt in formats for codec in fmt.scalars()]
     codecs += [
         pair
         for high, low in zip(formats, formats[1:], strict=False)
-        for pair in ((high.key, low.key), (high.value, low.value))
+        for pair in zip(high.scalars(), low.scalars(), strict=True)
     ]
     names = "+".join(fmt.name for fmt in formats)
     for codec, *others in codecs:

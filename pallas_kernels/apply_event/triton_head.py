@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
     """The Refs that the kernel reads."""
 
     tau: Any  # float32 [B, 2]
-    observed: Any  # int32 [B, spans, 2]
+    query_spans: Any  # int32 [B, spans, 2]
     admitted: Any  # int32 [B]
     leaving: Any  # int32 [B, tiers] tokens that leave each tier
     victim: Any  # int32 [B, tiers] with `one_victim` the slot of the one that leaves

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
-from ..plan_event.triton import Judge, Slots, read_sides
+from ..plan_event.triton import Judge, Slots, read_token_data
 from .triton_columns import copy, demoted, write
 from .triton_head import Head
 
@@ -46,7 +46,7 @@ def remove(head: Head, judge: Judge, tier: int, lengths: tuple) -> tuple:
         this = _plan(head, judge, tier, length - cleared, kept, search)
         columns = falls = None
         if falls_too:
-            significance, position = read_sides(
+            significance, position = read_token_data(
                 head.state.pool.significance, head.state.pool.position, this.removed
             )
             falls = this.removed.valid & judge.leaving(judge.mean(significance, position), tier)[1]
@@ -141,7 +141,8 @@ def _leaves(head: Head, judge: Judge, tier: int, slot: Array, at: Slots) -> Arra
     if head.one_victim:
         return at.valid & (slot == head.inputs.victim[head.index, tier])
     dropped, falls = judge.leaving(
-        judge.mean(*read_sides(head.state.pool.significance, head.state.pool.position, at)), tier
+        judge.mean(*read_token_data(head.state.pool.significance, head.state.pool.position, at)),
+        tier,
     )
     return at.valid & (dropped | falls)
 

@@ -2,15 +2,15 @@
 
 from .api import demote as demote
 from .api import encode as encode
+from .codec import Codec as Codec
+from .codec import Fitting as Fitting
+from .codec import without_meta as without_meta
 from .coupled import Coupled as Coupled
 from .formats import Block as Block
-from .formats import Codec as Codec
 from .formats import KVFormat as KVFormat
+from .formats import register_codec as register_codec
 from .full import Full as Full
 from .latent import LatentFormat as LatentFormat
-from .learned import learned_part as learned_part
-from .learned import table_shape as table_shape
-from .learned import with_table as with_table
 from .levels import Levels as Levels
 from .levels import StaticLevels as StaticLevels
 from .low_rank import LowRank as LowRank

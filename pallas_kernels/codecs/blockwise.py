@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from .formats import Codec, KVFormat
+from .formats import KVFormat
 from .full import Full
-from .tiles import Tile
-from .uniform import Uniform
+from .tiles import Scalar, Tile
 
 Planes = dict[int, Array]  # {first payload row: bytes int32 [channels, T]}
 Meta = dict[int, Array]  # {metadata row: bits int32 [T]}
 
 
-def head_dim_of(codec: Codec, rows: int) -> int:
+def head_dim_of(codec: Any, rows: int) -> int:
     """The head_dim of a payload of `rows` rows."""
     return (
         rows // jnp.dtype(codec.dtype).itemsize
@@ -45,16 +44,17 @@ def parts_of(fmt: KVFormat, parts: Sequence) -> Parts:
 
 
 def encode_block(
-    codec: Codec, head_dim: int, values: Callable[[Tile], Array]
+    codec: Scalar, head_dim: int, values: Callable[[Tile], Array]
 ) -> tuple[Planes, Meta]:
     """`Codec.encode` of a block of which `values(tile)` reads a tile as float32 `[channels, T]`."""
     tiles = codec.tiles(head_dim)
-    return _packed(codec, tiles, [values(tile) for tile in tiles])
+    codes, meta = codec.encode_tiles(tiles, [values(tile) for tile in tiles])
+    return codec.pack_tiles(tiles, codes), meta
 
 
 def demote_block(
-    source: Codec,
-    target: Codec,
+    source: Scalar,
+    target: Scalar,
     head_dim: int,
     planes: Callable[[int, int], Array],
     meta: Callable[[int], Array],
@@ -65,19 +65,10 @@ def demote_block(
     `planes(row, channels)` reads payload rows as int32 `[channels, T]`, `meta(row)` one metadata
     row `[T]` as it is stored.
     """
-    tiles, target_tiles = source.tiles(head_dim, target), target.tiles(head_dim, source)
-    codes = [tile.unpack([planes(row, tile.channels) for row in tile.rows]) for tile in tiles]
+
+    def codes(tile: Tile) -> Array:
+        return tile.unpack([planes(row, tile.channels) for row in tile.rows])
+
     rows = {row: meta(row) for row in range(source.meta_rows)}
-    if isinstance(source, Uniform) and source.can_demote_to(target):
-        lower, rows = source.demote_tiles(target, [code.astype(jnp.int32) for code in codes], rows)
-        return target.pack_tiles(target_tiles, lower), rows
-    return _packed(
-        target,
-        target_tiles,
-        [tile.value(code, rows.__getitem__) for tile, code in zip(tiles, codes, strict=True)],
-    )
-
-
-def _packed(codec: Codec, tiles: Sequence[Tile], values: Sequence[Array]) -> tuple[Planes, Meta]:
-    codes, meta = codec.encode_tiles(tiles, values)
-    return codec.pack_tiles(tiles, codes), meta
+    tiles, lower, numbers = source.demote_tiles(target, head_dim, codes, rows.__getitem__)
+    return target.pack_tiles(tiles, lower), numbers

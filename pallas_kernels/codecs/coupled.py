@@ -7,21 +7,22 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .looked_up import LookedUp
+from .codec import Fitting, without_meta
 from .packing import fills_bytes, pack_planes, packed_rows, unpack_planes
 from .scales import unit_of
+from .tiles import Tile, Tiled, looked_up
 
 BITS = (1, 2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
-class Coupled(LookedUp):
+class Coupled(Tiled):
     """Codec of one tensor (K or V): `channels` contiguous channels become one code of `bits` bits,
     a row of their codebook.
 
     A block is `[B, ..., head_dim, T]`; its payload is uint8 `[B, ..., rows, T]`, and there is no
     metadata. `table` float16 or bfloat16 `[B, head_dim / channels, 2**bits, channels]` holds the
-    codebooks of the `B` heads (`learned.with_table` sets it).
+    codebooks of the `B` heads (`with_table` sets it).
     """
 
     bits: int
@@ -47,9 +48,14 @@ class Coupled(LookedUp):
         return packed_rows(self.bits, head_dim // self.channels)
 
     @property
-    def meta_rows(self) -> int:
-        """No metadata."""
-        return 0
+    def native(self) -> tuple[int, int]:
+        """See `Codec.native`."""
+        return 128 + self.bits, self.channels
+
+    @property
+    def learned(self) -> bool:
+        """It is."""
+        return True
 
     def table_shape(self, head_dim: int) -> tuple[int, ...]:
         """Shape of one head's table."""
@@ -65,9 +71,7 @@ class Coupled(LookedUp):
         # [groups, B, n], one group's distances at a time
         codes = lax.map(lambda one: nearest(*one), by_group)
         codes = jnp.moveaxis(codes, 0, 2).reshape(*tokens.shape[:-1], -1)
-        return pack_planes(jnp.swapaxes(codes, -1, -2), self.bits), jnp.zeros(
-            (*x.shape[:-2], 0, x.shape[-1]), jnp.float16
-        )
+        return pack_planes(jnp.swapaxes(codes, -1, -2), self.bits), without_meta(x)
 
     def decode(self, payload: Array, meta: Array) -> Array:
         """Back to float32 `[B, ..., d, T]`: the rows of the codebooks."""
@@ -80,6 +84,20 @@ class Coupled(LookedUp):
         vectors = jnp.take_along_axis(self._codebooks(), by_group[..., None], axis=2)
         tokens = jnp.swapaxes(vectors, 1, 2).reshape(*codes.shape[:-1], -1)
         return jnp.swapaxes(tokens, -1, -2)
+
+    def tile(self, head_dim: int, channel: int, channels: int) -> Tile:
+        """Codes that are looked up; no scale."""
+        del head_dim
+        return Tile(channel, channels, (), None, None, looked_up)
+
+    def fit(self, x: Array, fisher: Array, key: Array, how: Fitting) -> Array:
+        """The weight of a vector of channels is the squared norm of its gradient."""
+        heads, d, n = x.shape
+        # [K * groups, n, channels]
+        by_group = (jnp.swapaxes(part.reshape(-1, self.channels, n), 1, 2) for part in (x, fisher))
+        vectors, weight = by_group
+        centroids = how.kmeans(vectors, weight.sum(axis=-1), key, 2**self.bits)
+        return centroids.reshape(heads, *self.table_shape(d))
 
     def _codebooks(self) -> Array:
         assert self.table is not None, (

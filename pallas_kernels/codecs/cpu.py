@@ -6,9 +6,8 @@ import numpy as np
 from jax import Array
 
 from ..native import build
-from ..pages import PageLayout
 from .blockwise import head_dim_of
-from .formats import Block, KVFormat
+from .formats import Block, KVFormat, native_formats
 
 LANES = 16  # tokens that the kernels handle side by side
 
@@ -56,7 +55,6 @@ def _shapes(fmt: KVFormat, count: int, head_dim: int, tokens: int) -> list[jax.S
 
 
 def _codes(head_dim: int, tokens: int, *formats: KVFormat) -> np.ndarray:
-    """The codecs of formats as the kernels read them: each that of pages of its own."""
-    return np.concatenate(
-        [build.format_codes(PageLayout.solve((fmt,), head_dim, tokens=tokens)) for fmt in formats]
-    )
+    """The codecs of formats as the kernels read them."""
+    of_blocks = [fmt.for_block(head_dim, tokens) for fmt in formats]
+    return native_formats(of_blocks, [1] * len(formats))

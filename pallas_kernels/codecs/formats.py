@@ -3,24 +3,23 @@ formats.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 from jax import Array
 
+from .codec import Codec
 from .coupled import Coupled
 from .full import Full
-from .learned import learned_part
 from .levels import Levels, StaticLevels
 from .low_rank import LowRank
 from .normal import Normal
 from .outliers import Outliers
 from .per_channel import PerChannel
+from .tiles import Scalar
 from .uniform import Grouped, Uniform
-
-# and in formats of which kernels know decode attention at most `PlainXLA`, typed as Any
-Codec = Uniform | Normal | Full
 
 
 class Kind(NamedTuple):
@@ -32,7 +31,7 @@ class Kind(NamedTuple):
         outliers, fill: along which vectors `+o` keeps outliers apart, and what replaces them.
     """
 
-    make: Callable[..., Any]
+    make: Callable[..., Codec]
     takes: Literal["groups", "number"] | None = None
     outliers: Literal["token", "channel"] = "token"
     fill: Literal["mean", "median"] = "mean"
@@ -47,9 +46,35 @@ KINDS = {
     "t": Kind(Levels, fill="median"),
     "s": Kind(StaticLevels, fill="median"),
 }
+_BUILT_IN = frozenset(KINDS)
 _LONGEST = 100  # characters of a name
 _TENSOR = r"(\d+)([a-z]?)(\d*)"
 _NAME = re.compile(rf"K{_TENSOR}V{_TENSOR}(?::(\d+),(\d+))?(?:\+o(\d+\.?\d*))?(?:\+r(\d+))?")
+
+
+def register_codec(
+    letter: str, make: Callable[..., Codec], *, takes: Literal["groups", "number"] | None = None
+) -> None:
+    """Let `letter` behind the bits in a format's name stand for a codec of your own: with "x", the
+    tier "K4xV8" keeps keys as `make(4)` does. Plain XLA runs it, wherever a policy takes tiers.
+
+    A process knows the letter once this has been called, also policies read from JSON. Calling it
+    again replaces the codec.
+
+    Args:
+        letter: one of a to z that no format of this library uses.
+        make: the codec from its bits and, where it `takes` one, one number more: the "number"
+            behind the letter ("K4x16V8"), or the "groups" a token behind the colon.
+
+    Raises:
+        ValueError: the letter is not one, or taken.
+    """
+    if not re.fullmatch("[a-z]", str(letter)) or letter in _BUILT_IN:
+        taken = sorted(_BUILT_IN - {""})
+        raise ValueError(f"letter={letter!r} must be one of a to z, and none of {taken}")
+    if takes not in (None, "groups", "number"):
+        raise ValueError(f"takes={takes!r} must be 'groups', 'number' or None")
+    KINDS[letter] = Kind(make, takes)
 
 
 class Block(NamedTuple):
@@ -125,7 +150,7 @@ class KVFormat:
     @property
     def learned(self) -> bool:
         """Whether either codec has a table that `calibrate` makes."""
-        return learned_part(self.key) is not None or learned_part(self.value) is not None
+        return self.key.learned or self.value.learned
 
     def widths(self, head_dim: int) -> tuple[int, int]:
         """Channels of a block's first half (`k_payload`) and of its second: those of K and of V."""
@@ -167,23 +192,30 @@ class KVFormat:
         del k
         return v
 
-    @property
-    def in_kernels(self) -> bool:
-        """Whether the native, Triton and TPU kernels know both codecs."""
-        return self.key.in_kernels and self.value.in_kernels
-
-    @property
-    def in_decode_kernels(self) -> bool:
-        """Whether decode attention of the native, Triton and TPU kernels knows both codecs."""
-        return self.key.in_decode_kernels and self.value.in_decode_kernels
+    def scalars(self) -> tuple[Scalar, Scalar]:
+        """Both codecs, where kernels read and write them."""
+        assert isinstance(self.key, Scalar) and isinstance(self.value, Scalar), self
+        return self.key, self.value
 
     def demote(self, target: "KVFormat", block: Block) -> Block:
         """Requantise a block of this format to `target`: on the integer codes where the groups
         match, else through float32.
         """
-        k_payload, k_meta = _demote(self.key, target.key, block.k_payload, block.k_meta)
-        v_payload, v_meta = _demote(self.value, target.value, block.v_payload, block.v_meta)
+        k_payload, k_meta = self.key.demote(target.key, block.k_payload, block.k_meta)
+        v_payload, v_meta = self.value.demote(target.value, block.v_payload, block.v_meta)
         return Block(k_payload, v_payload, k_meta, v_meta)
+
+
+def native_formats(formats: Sequence[KVFormat], blocks: Sequence[int]) -> np.ndarray:
+    """Codecs of tiers with so many blocks a page, as `Layout::make` of native/pages.h reads them:
+    int64 [tiers * 5].
+    """
+    numbers = []
+    for fmt, count in zip(formats, blocks, strict=True):
+        key, value = fmt.key.native, fmt.value.native
+        assert key is not None and value is not None, fmt
+        numbers += [*key, *value, count]
+    return np.array(numbers, np.int64)
 
 
 def _tensor(
@@ -195,7 +227,7 @@ def _tensor(
     share: str | None,
     rank: str | None,
     as_tokens: bool = False,
-) -> Any:
+) -> Codec:
     """The codec of one tensor of the format `name`; `share` of outliers in percent, `as_tokens` as
     `Grouped` has it.
     """
@@ -211,16 +243,10 @@ def _tensor(
             f"format {name!r}: {bits}{letter} has no groups a token, give 1 for it after the colon"
         )
     extra = {"groups": int(groups or 1), "number": int(number or 0), None: None}[kind.takes]
-    codec: Any = kind.make(int(bits)) if kind.takes is None else kind.make(int(bits), extra)
+    codec = kind.make(int(bits)) if kind.takes is None else kind.make(int(bits), extra)
     if letter == "g":
         codec = Grouped(int(bits), extra or 0, as_tokens)
     codec = (
         codec if share is None else Outliers(codec, float(share) / 100, kind.outliers, kind.fill)
     )
     return codec if rank is None else LowRank(codec, int(rank))
-
-
-def _demote(source: Codec, target: Codec, payload: Array, meta: Array) -> tuple[Array, Array]:
-    if isinstance(source, Uniform) and source.can_demote_to(target):
-        return source.demote(target, payload, meta)
-    return target.encode(source.decode(payload, meta))

@@ -9,22 +9,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .codec import without_meta
 from .halves import float_to_half, half_to_float
-from .tiles import Tile, cut_points
+from .tiles import Scalar, Tile
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Scalar):
     """Codec of one tensor (K or V) kept exactly in `dtype`. Byte plane `i` (rows `i * d` to `(i +
     1) * d`) holds byte `i` of each value.
     """
 
     dtype: str
-
-    in_kernels = in_decode_kernels = True  # and not in plain XLA only
-    separable = True  # a token's lane stands for itself
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -34,25 +32,20 @@ class Full:
     def _bytes(self) -> int:
         return jnp.dtype(self.dtype).itemsize
 
-    def for_block(self, head_dim: int, tokens: int) -> "Full":
-        """Itself: rows depend on `head_dim` alone."""
-        del head_dim, tokens
-        return self
-
     def rows(self, head_dim: int) -> int:
         """Payload rows (bytes a token) of one block."""
         return head_dim * self._bytes
 
     @property
-    def meta_rows(self) -> int:
-        """No metadata."""
-        return 0
+    def native(self) -> tuple[int, int]:
+        """See `Codec.native`."""
+        return {"bfloat16": 16, "float16": 17, "float32": 32}[self.dtype], 1
 
     def encode(self, x: Array) -> tuple[Array, Array]:
         """`[..., d, T]` to (payload uint8 `[..., rows, T]`, empty metadata)."""
         planes = jax.lax.bitcast_convert_type(x.astype(self.dtype), jnp.uint8)  # [..., d, T, bytes]
         payload = jnp.moveaxis(planes, -1, -3).reshape(*x.shape[:-2], -1, x.shape[-1])
-        return payload, jnp.zeros((*x.shape[:-2], 0, x.shape[-1]), jnp.float16)
+        return payload, without_meta(x)
 
     def decode(self, payload: Array, meta: Array) -> Array:
         """Back to float32 `[..., d, T]`."""
@@ -62,39 +55,10 @@ class Full:
             jnp.moveaxis(planes, -3, -1), jnp.dtype(self.dtype)
         ).astype(jnp.float32)
 
-    def key_logits(self, q: Array, payload: Array, meta: Array) -> Array:
-        """`q [..., G, d]` times the block, `[..., G, T]`."""
-        return jnp.einsum("...Gc,...ct->...Gt", q, self.decode(payload, meta))
-
-    def value_mix(self, p: Array, payload: Array, meta: Array, valid: Array) -> Array:
-        """Weights `p [..., G, T]` times the block, `[..., G, d]`; tokens not `valid [..., T]` are
-        never read.
-        """
-        values = jnp.where(valid[..., None, :], self.decode(payload, meta), 0)
-        return jnp.einsum("...Gt,...ct->...Gc", p, values)
-
-    def plane_channels(self, head_dim: int) -> int:
-        """Channels that one byte plane holds: all."""
-        return head_dim
-
-    scale_groups = 1  # one cut of the channels: there is no scale
-
-    def tiles(self, head_dim: int, *others) -> tuple[Tile, ...]:
-        """The tiles of a block, cut so that the blocks of the codecs `others` have the same
-        channels in theirs.
-        """
-        points = cut_points(head_dim, (self, *others))
-        return tuple(
-            Tile(
-                a,
-                b - a,
-                tuple(a + byte * head_dim for byte in range(self._bytes)),
-                None,
-                None,
-                self._from_bytes,
-            )
-            for a, b in zip(points, points[1:], strict=False)
-        )
+    def tile(self, head_dim: int, channel: int, channels: int) -> Tile:
+        """A plane for each byte."""
+        rows = tuple(channel + byte * head_dim for byte in range(self._bytes))
+        return Tile(channel, channels, rows, None, None, self._from_bytes)
 
     def encode_tiles(
         self, tiles: Sequence[Tile], values: Sequence[Array]

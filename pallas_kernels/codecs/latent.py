@@ -37,11 +37,6 @@ class LatentFormat(KVFormat):
             )
         return LatentFormat(fmt.key, Full(dtype), fmt.name, rank)
 
-    @property
-    def in_kernels(self) -> bool:
-        """No."""
-        return False
-
     def widths(self, head_dim: int) -> tuple[int, int]:
         """Channels of the latent and of the rotary part."""
         return self.rank, head_dim - self.rank

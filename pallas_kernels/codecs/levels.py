@@ -8,22 +8,24 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from . import scales
-from .coupled import BITS, Coupled
-from .looked_up import LookedUp
+from .codec import Fitting
+from .coupled import BITS, Coupled, nearest
 from .packing import fills_bytes, pack_planes, packed_rows, unpack_planes
+from .tiles import Tile, Tiled, looked_up
+
+NUMBERS = 2**17  # that one layer's levels are learned from, evenly spaced over all
 
 
 @dataclass(frozen=True)
-class Levels(LookedUp):
+class Levels(Tiled):
     """Codec of one tensor (V): each channel takes the nearest of `2**bits` levels, ascending in -1
     to 1, of the token's range.
 
     A block is `[B, ..., head_dim, T]`; its payload is uint8 `[B, ..., rows, T]`, its metadata
     float16 `[B, ..., 2, T]`: half of the range, and its middle (`scales`). `table` float16 `[B,
-    2**bits]` holds the levels (`learned.with_table` sets it).
+    2**bits]` holds the levels (`with_table` sets it).
     """
 
-    scale_row, zero_row = 0, 1
     channels = 1  # that share a code
 
     bits: int
@@ -45,6 +47,16 @@ class Levels(LookedUp):
     def meta_rows(self) -> int:
         """Half of the range, and its middle."""
         return 2
+
+    @property
+    def native(self) -> tuple[int, int]:
+        """See `Codec.native`."""
+        return 192 + self.bits, self.channels
+
+    @property
+    def learned(self) -> bool:
+        """It is."""
+        return True
 
     def table_shape(self, head_dim: int) -> tuple[int, ...]:
         """Shape of one head's table."""
@@ -76,6 +88,16 @@ class Levels(LookedUp):
             * half
             + middle
         )
+
+    def tile(self, head_dim: int, channel: int, channels: int) -> Tile:
+        """Codes that are looked up, on the scale of the token's range."""
+        del head_dim
+        return Tile(channel, channels, (), 0, 1, looked_up)
+
+    def fit(self, x: Array, fisher: Array, key: Array, how: Fitting) -> Array:
+        """The layer's levels, the same for all its heads."""
+        levels = fitted_levels(self.bits, normalised(x, *token_range(x)), fisher, key, how)
+        return jnp.tile(levels, (x.shape[0], 1))
 
     def _levels(self, ndim: int) -> Array:
         """`[2**bits, B, 1, ...]`, as many axes as a block and one before."""
@@ -126,3 +148,48 @@ class StaticLevels(Coupled):
         low, high = (self._codebooks()[:, :, level, 0] for level in (0, -1))
         low, span = (y.reshape(y.shape[0], *(1,) * (x.ndim - 3), -1, 1) for y in (low, high - low))
         return (x - low) / jnp.where(span > 0, span, 1.0)
+
+    def fit(
+        self, x: Array, fisher: Array, key: Array, how: Fitting, outliers: float = 0.0
+    ) -> Array:
+        """A channel's range without its share of `outliers`, and the layer's levels on it (sec.
+        3).
+        """
+        # [K, d, 1]
+        low, high = jnp.quantile(
+            x, jnp.array([outliers / 2, 1 - outliers / 2]), axis=-1, keepdims=True
+        )
+        half, middle = (high - low) / 2, (high + low) / 2
+        scaled = normalised(x, half, middle)
+        weight = jnp.where(jnp.abs(scaled) <= 1, fisher, 0.0)
+        levels = fitted_levels(self.bits, scaled, weight, key, how)
+        return (levels * half + middle)[..., None]
+
+
+def fitted_levels(bits: int, scaled: Array, weight: Array, key: Array, how: Fitting) -> Array:
+    """Ascending levels `[2**bits]` for numbers on the scale -1 to 1, those of weight 0 left out
+    (sec. 3.3).
+
+    Q-Norm (appendix): moved and stretched, so that what is decoded has the mean and the deviation
+    of what was coded.
+    """
+    step = -(-scaled.size // NUMBERS)
+    values, weight = (x.reshape(-1)[::step] for x in (scaled, weight))
+    levels = jnp.sort(how.kmeans(values[None, :, None], weight[None], key, 2**bits)[0, :, 0])
+    if not (bits <= 2 if how.q_norm is None else how.q_norm):
+        return levels
+    coded = levels[nearest(values[:, None], levels[:, None])]
+    counts = jnp.where(weight > 0, 1.0, 0.0)
+    (mean, deviation), (coded_mean, coded_deviation) = (
+        _moments(values, counts),
+        _moments(coded, counts),
+    )
+    return (levels - coded_mean) * deviation / jnp.where(
+        coded_deviation > 0, coded_deviation, 1.0
+    ) + mean
+
+
+def _moments(x: Array, counts: Array) -> tuple[Array, Array]:
+    """Mean and standard deviation of the numbers that count."""
+    mean = jnp.average(x, weights=counts)
+    return mean, jnp.sqrt(jnp.average(jnp.square(x - mean), weights=counts))

@@ -2,7 +2,6 @@
 arXiv:2403.05527, sec. 3).
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -10,17 +9,16 @@ import numpy as np
 from jax import Array
 
 from . import scales
+from .codec import Beside, Codec
 from .halves import float_to_half
 from .lanes import apart, as_rows, from_rows, rows_for, side_by_side
-from .plain import PlainXLA
-from .uniform import Uniform
 
 ITERATIONS = 3
 FAR = 2.0**12
 
 
 @dataclass(frozen=True)
-class LowRank(PlainXLA):
+class LowRank(Beside):
     """`codec` and the error E = x - decode(encode(x)) of a block as Q P^T of `rank`, Q `[T, rank]`
     and P `[d, rank]` in float16.
 
@@ -31,7 +29,7 @@ class LowRank(PlainXLA):
     (`lanes.as_rows`). Plain XLA runs it.
     """
 
-    codec: "PlainXLA | Uniform"
+    codec: Codec
     rank: int
     head_dim: int = 0  # given by `for_block`
     tokens: int = 0
@@ -42,16 +40,14 @@ class LowRank(PlainXLA):
         if self.rank < 1:
             raise ValueError(f"rank={self.rank} of the error must be at least 1")
 
-    def for_block(self, head_dim: int, tokens: int) -> "LowRank":
+    def for_block(self, head_dim: int, tokens: int) -> Codec:
         """The codec of blocks `[head_dim, tokens]`."""
         if not 1 <= self.rank <= min(head_dim, tokens):
             raise ValueError(
                 f"rank={self.rank} must be at least 1 and at most that of a block of "
                 f"{head_dim} channels and {tokens} tokens"
             )
-        return dataclasses.replace(
-            self, codec=self.codec.for_block(head_dim, tokens), head_dim=head_dim, tokens=tokens
-        )
+        return super().for_block(head_dim, tokens)
 
     def rows(self, head_dim: int) -> int:
         """Payload rows (bytes a token) of one block."""

@@ -15,8 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..dispatch import tpu_interpreter
 from .blockwise import Meta, Parts, Planes, demote_block, encode_block, head_dim_of, parts_of
-from .formats import Block, Codec, KVFormat
+from .formats import Block, KVFormat
 from .halves import half_to_float
+from .tiles import Scalar
 
 STEP_BYTES = 1 << 20  # of K and V that one grid step reads, in VMEM twice
 
@@ -52,12 +53,12 @@ def _encode(k_ref: Any, v_ref: Any, *refs: Any, fmt: KVFormat) -> None:
 
     Reads 2 d values a token, writes `fmt.token_bytes(d)` bytes a token.
     """
-    out = parts_of(fmt, refs)
+    out, (key, value) = parts_of(fmt, refs), fmt.scalars()
 
     def one(i: Array, none: None) -> None:
         for codec, source, payload, meta in (
-            (fmt.key, k_ref, out.k_payload, out.k_meta),
-            (fmt.value, v_ref, out.v_payload, out.v_meta),
+            (key, k_ref, out.k_payload, out.k_meta),
+            (value, v_ref, out.v_payload, out.v_meta),
         ):
             x = source[i]
             x = (
@@ -103,25 +104,17 @@ def _demote(*refs: Any, source: KVFormat, target: KVFormat, head_dim: int) -> No
     count = sum(1 + (codec.meta_rows > 0) for codec in (source.key, source.value))
     old, new = parts_of(source, refs[:count]), parts_of(target, refs[count:])
 
-    def requantise(high: Codec, low: Codec, payload: Array, meta: Any) -> tuple[Planes, Meta]:
+    def requantise(high: Scalar, low: Scalar, payload: Array, meta: Any) -> tuple[Planes, Meta]:
         return demote_block(
             high, low, head_dim, lambda row, n: payload[row : row + n], lambda row: meta[row]
         )
 
+    k, v = zip(source.scalars(), target.scalars(), strict=True)
+
     def one(i: Array, none: None) -> None:
         read = Parts(*(None if ref is None else ref[i].astype(jnp.int32) for ref in old))
-        _write(
-            i,
-            *requantise(source.key, target.key, read.k_payload, read.k_meta),
-            new.k_payload,
-            new.k_meta,
-        )
-        _write(
-            i,
-            *requantise(source.value, target.value, read.v_payload, read.v_meta),
-            new.v_payload,
-            new.v_meta,
-        )
+        _write(i, *requantise(*k, read.k_payload, read.k_meta), new.k_payload, new.k_meta)
+        _write(i, *requantise(*v, read.v_payload, read.v_meta), new.v_payload, new.v_meta)
 
     lax.fori_loop(0, refs[0].shape[0], one, None)
 

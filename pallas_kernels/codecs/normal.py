@@ -11,7 +11,7 @@ from jax import Array
 
 from .packing import pack_planes, pack_tiles, packed_rows, unpack_planes
 from .scales import as_half, scale_bits, scale_of, unit_of
-from .tiles import Tile, cut_points
+from .tiles import Scalar, Tile
 
 # The positive half of the Lloyd-Max levels of N(0, 1), rounded to bfloat16: kernels multiply levels
 # as exactly as integer codes.
@@ -23,7 +23,7 @@ LEVELS = {
 
 
 @dataclass(frozen=True)
-class Normal:
+class Normal(Scalar):
     """Codec of one tensor (K or V) whose channels look like draws of one normal distribution, as
     they do once rotated: one scale a token.
 
@@ -36,11 +36,6 @@ class Normal:
 
     bits: int
 
-    in_kernels = in_decode_kernels = True  # and not in plain XLA only
-    separable = True  # a token's lane stands for itself
-    meta_rows = 1  # float16 metadata rows of one block: the scale
-    scale_groups = 1  # groups of channels with their own scale
-
     def __post_init__(self):
         if self.bits not in LEVELS:
             raise ValueError(
@@ -48,10 +43,15 @@ class Normal:
                 f"normal distribution"
             )
 
-    def for_block(self, head_dim: int, tokens: int) -> "Normal":
-        """Itself: rows depend on `head_dim` alone."""
-        del head_dim, tokens
-        return self
+    @property
+    def meta_rows(self) -> int:
+        """The scale."""
+        return 1
+
+    @property
+    def native(self) -> tuple[int, int]:
+        """See `Codec.native`."""
+        return 64 + self.bits, 1
 
     def rows(self, head_dim: int) -> int:
         """Payload rows (bytes a token) of one block."""
@@ -88,22 +88,11 @@ class Normal:
         """Channels that one byte plane holds."""
         return self.rows(head_dim)
 
-    def tiles(self, head_dim: int, *others) -> tuple[Tile, ...]:
-        """The tiles of a block, cut so that the blocks of the codecs `others` have the same
-        channels in theirs.
-        """
-        points, width = cut_points(head_dim, (self, *others)), self.plane_channels(head_dim)
-        return tuple(
-            Tile(
-                a,
-                b - a,
-                (a % width,),
-                0,
-                None,
-                partial(_plane, shift=a // width * self.bits, bits=self.bits),
-            )
-            for a, b in zip(points, points[1:], strict=False)
-        )
+    def tile(self, head_dim: int, channel: int, channels: int) -> Tile:
+        """One plane of codes, scaled by the token's scale."""
+        width = self.plane_channels(head_dim)
+        unpack = partial(_plane, shift=channel // width * self.bits, bits=self.bits)
+        return Tile(channel, channels, (channel % width,), 0, None, unpack)
 
     def encode_tiles(
         self, tiles: Sequence[Tile], values: Sequence[Array]

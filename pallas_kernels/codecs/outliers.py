@@ -4,28 +4,27 @@ range.
 GEAR (arXiv:2403.05527, sec. 3) and KVQuant (arXiv:2401.18079, sec. 3.4): per-vector outliers.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .codec import Beside, Codec, Fitting
 from .lanes import apart, as_rows, from_rows, rows_for, side_by_side
 from .levels import StaticLevels
-from .plain import PlainXLA
 from .scales import as_half, outlier_bits, outliers_of
-from .uniform import Uniform
+from .tiles import Tile
 
 
 @dataclass(frozen=True)
-class Outliers(PlainXLA):
+class Outliers(Beside):
     """`codec` with the outliers of each vector stored apart, value (16 bits) and index (a byte).
 
     A vector is one token's channels (`axis="token"`) or one channel over the tokens of a block
     (`axis="channel"`). Its largest and its smallest values, `share` of it in all and at least one
     of each, are replaced by the vector's mean or median before the codec encodes it. Where it runs:
-    plain XLA, and decode attention of the kernels where `in_decode_kernels`.
+    plain XLA, and decode attention of the kernels with "token" beside codecs that it reads.
 
     Values come in pairs, number i of the large ones and of the small ones: `scales.outlier_bits`
     keeps such a pair.
@@ -35,7 +34,7 @@ class Outliers(PlainXLA):
     `lanes.as_rows`.
     """
 
-    codec: "PlainXLA | Uniform"
+    codec: Codec
     share: float
     axis: Literal["token", "channel"] = "token"
     fill: Literal["mean", "median"] = "mean"
@@ -51,21 +50,29 @@ class Outliers(PlainXLA):
                 f"is longer than 256"
             )
 
-    def for_block(self, head_dim: int, tokens: int) -> "Outliers":
-        """The codec of blocks `[head_dim, tokens]`."""
-        return dataclasses.replace(
-            self, codec=self.codec.for_block(head_dim, tokens), head_dim=head_dim, tokens=tokens
-        )
-
     @property
     def separable(self) -> bool:
         """Whether a token's lane stands for itself."""
         return self.axis == "token" and self.codec.separable
 
+    def tiles(self, head_dim: int, *others: Codec) -> tuple[Tile, ...] | None:
+        """Those of the codec, where a token has its outliers: its rows come first."""
+        return self.codec.tiles(head_dim, *others) if self.axis == "token" else None
+
     @property
-    def in_decode_kernels(self) -> bool:
-        """Decode attention of the kernels reads those of tokens, beside codecs that it knows."""
-        return self.axis == "token" and self.codec.in_decode_kernels
+    def native(self) -> tuple[int, int] | None:
+        """See `Codec.native`: where a token has its outliers, and the codec is known."""
+        if self.axis == "channel" or self.codec.native is None:
+            return None
+        code, number = self.codec.native
+        return code + 256 * self.count, number
+
+    def fit(self, x: Array, fisher: Array, key: Array, how: Fitting) -> Array:
+        """The outliers do not count."""
+        if isinstance(self.codec, StaticLevels):  # tells them on a scale that it learns first
+            return self.codec.fit(x, fisher, key, how, outliers=self.share)
+        x, taken = self.without_outliers(x)
+        return self.codec.fit(x, jnp.where(taken, 0.0, fisher), key, how)
 
     @property
     def count(self) -> int:
@@ -176,6 +183,6 @@ def _in_order(index: Array, values: Array) -> tuple[Array, Array]:
     return index, as_half(jnp.concatenate(outlier_bits(larger, smaller), axis=-1))
 
 
-def beneath(codec: Any) -> Any:
+def beneath(codec: Codec) -> Any:
     """The codec without the outliers that are kept beside it."""
     return codec.codec if isinstance(codec, Outliers) else codec

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from . import scales
+from .codec import Codec
 from .lanes import apart, as_rows, from_rows, rows_for, side_by_side
 from .packing import pack_planes, unpack_planes
-from .plain import PlainXLA
 from .uniform import BITS, Uniform
 
 
 @dataclass(frozen=True)
-class PerChannel(PlainXLA):
+class PerChannel(Codec):
     """Codec of one tensor: `bits` a channel, a scale and a zero point for each channel, shared by
     the block's T tokens.
 

@@ -3,20 +3,19 @@ plain XLA only.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .formats import Codec, KVFormat
-from .plain import PlainXLA
+from .codec import Codec
+from .formats import KVFormat
 from .scales import as_half, length, scale_bits, scale_of
 
 SMALL = 1e-3  # sines below which SLERP becomes a line: float32 knows angles from cosines no better
 
 
 @dataclass(frozen=True)
-class Shared(PlainXLA):
+class Shared(Codec):
     """Codec of one tensor (K or V) of two layers: `inner` keeps the direction half-way between
     both, metadata the two norms (`scales`).
 
@@ -34,7 +33,7 @@ class Shared(PlainXLA):
     reads: int | Array = 0
 
     def for_block(self, head_dim: int, tokens: int) -> "Shared":
-        """See `PlainXLA.for_block`."""
+        """See `Codec.for_block`."""
         return replace(self, inner=self.inner.for_block(head_dim, tokens))
 
     def rows(self, head_dim: int) -> int:
@@ -82,8 +81,7 @@ def shared_format(fmt: KVFormat, t: float) -> KVFormat:
     """How tokens of two layers are stored as one: directions as `fmt` stores one layer's tokens, at
     `t` between both layers.
     """
-    key, value = (cast(Any, Shared(codec, t)) for codec in (fmt.key, fmt.value))
-    return KVFormat(key, value, name=f"shared {fmt.name}")
+    return KVFormat(Shared(fmt.key, t), Shared(fmt.value, t), name=f"shared {fmt.name}")
 
 
 def read_by(fmt: KVFormat, which: int | Array) -> KVFormat:

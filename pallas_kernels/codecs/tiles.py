@@ -6,11 +6,14 @@ its blocks into tiles with `codec.tiles(head_dim)`. The functions of a tile work
 `[channels, T]`, so the Triton and the TPU kernels inline them.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from jax import Array
 
+from .codec import Codec
 from .scales import scale_of, zero_of
 
 
@@ -52,6 +55,11 @@ class Tile:
         )
 
 
+def looked_up(planes: Sequence[Array]) -> Array:
+    """`Tile.unpack` of codes that are looked up in a learned table, which kernels do otherwise."""
+    raise TypeError("codes of a learned table are looked up, not unpacked")
+
+
 def cut_points(head_dim: int, codecs: Iterable) -> tuple[int, ...]:
     """Channel boundaries 0 ... head_dim at which every plane and group of all `codecs` begins, the
     same within every plane.
@@ -66,3 +74,65 @@ def cut_points(head_dim: int, codecs: Iterable) -> tuple[int, ...]:
         if more == points:
             return (*sorted(points), head_dim)
         points = more
+
+
+class Tiled(Codec):
+    """A codec whose blocks Triton and TPU kernels read tile by tile. A subclass says which bytes a
+    tile has.
+    """
+
+    @abstractmethod
+    def tile(self, head_dim: int, channel: int, channels: int) -> Tile:
+        """The tile of channels `[channel, channel + channels)`, which share a plane and a group."""
+
+    def plane_channels(self, head_dim: int) -> int:
+        """Channels that one byte plane holds: all, unless said otherwise."""
+        return head_dim
+
+    @property
+    def scale_groups(self) -> int:
+        """Groups of channels with their own scale."""
+        return 1
+
+    def tiles(self, head_dim: int, *others: Codec) -> tuple[Tile, ...]:
+        """The tiles of a block, cut so that the blocks of the codecs `others`, `Tiled` too, have
+        the same channels in theirs.
+        """
+        points = cut_points(head_dim, (self, *others))
+        return tuple(self.tile(head_dim, a, b - a) for a, b in pairwise(points))
+
+
+class Scalar(Tiled):
+    """A codec with a code for each channel, which kernels do not only read, but encode and demote,
+    tile by tile.
+    """
+
+    @abstractmethod
+    def encode_tiles(
+        self, tiles: Sequence[Tile], values: Sequence[Array]
+    ) -> tuple[list[Array], dict[int, Array]]:
+        """`encode` tile by tile: values float32 `[channels, T]` to codes (int32, same shapes) and
+        `{metadata row: bits int32 [T]}`.
+        """
+
+    @abstractmethod
+    def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
+        """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row
+        once.
+        """
+
+    def demote_tiles(
+        self,
+        target: "Scalar",
+        head_dim: int,
+        codes: Callable[[Tile], Array],
+        number: Callable[[int], Array],
+    ) -> tuple[tuple[Tile, ...], list[Array], dict[int, Array]]:
+        """`demote` tile by tile: the tiles of `target`, and what its `encode_tiles` gives.
+
+        `codes(tile)` reads codes float32 `[channels, T]` (`Tile.unpack`), `number(row)` one
+        metadata row `[T]` as it is stored.
+        """
+        tiles, new_tiles = self.tiles(head_dim, target), target.tiles(head_dim, self)
+        values = [tile.value(codes(tile), number) for tile in tiles]
+        return new_tiles, *target.encode_tiles(new_tiles, values)

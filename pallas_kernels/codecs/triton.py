@@ -12,8 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from .blockwise import Meta, Planes, demote_block, encode_block, head_dim_of, parts_of
-from .formats import Block, Codec, KVFormat
+from .formats import Block, KVFormat
 from .scales import as_half
+from .tiles import Scalar
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def encode(
     Raises:
         ValueError: T or the channels of a tile are no power of two.
     """
-    _check_powers_of_two(k.shape, (fmt.key,), (fmt.value,))
+    _check_powers_of_two(k.shape, *((codec,) for codec in fmt.scalars()))
     blocks = Blocks.choose(*k.shape[1:]) if blocks is None else blocks
     return _call(partial(_encode, fmt=fmt), fmt, (k, v), blocks, interpret, "encode")
 
@@ -57,9 +58,10 @@ def _encode(k_ref: Any, v_ref: Any, *refs: Any, fmt: KVFormat) -> None:
     Reads 2 d values a token, writes `fmt.token_bytes(d)` bytes a token.
     """
     out = parts_of(fmt, refs)
+    key, value = fmt.scalars()
     for codec, values, payload, meta in (
-        (fmt.key, k_ref, out.k_payload, out.k_meta),
-        (fmt.value, v_ref, out.v_payload, out.v_meta),
+        (key, k_ref, out.k_payload, out.k_meta),
+        (value, v_ref, out.v_payload, out.v_meta),
     ):
         _write(*encode_block(codec, values.shape[0], _tile_of(values)), payload, meta)
 
@@ -83,9 +85,8 @@ def demote(
     """
     count, rows, tokens = block.k_payload.shape
     head_dim = head_dim_of(source.key, rows)
-    _check_powers_of_two(
-        (count, head_dim, tokens), (source.key, target.key), (source.value, target.value)
-    )
+    pairs = zip(source.scalars(), target.scalars(), strict=True)
+    _check_powers_of_two((count, head_dim, tokens), *pairs)
     blocks = Blocks.choose(head_dim, tokens) if blocks is None else blocks
     kernel = partial(_demote, source=source, target=target, head_dim=head_dim)
     operands = tuple(x for x in block if x.shape[1])
@@ -101,7 +102,7 @@ def _demote(*refs: Any, source: KVFormat, target: KVFormat, head_dim: int) -> No
     count = sum(1 + (codec.meta_rows > 0) for codec in (source.key, source.value))
     old, new = parts_of(source, refs[:count]), parts_of(target, refs[count:])
 
-    def requantise(high: Codec, low: Codec, payload: Any, meta: Any) -> tuple[Planes, Meta]:
+    def requantise(high: Scalar, low: Scalar, payload: Any, meta: Any) -> tuple[Planes, Meta]:
         return demote_block(
             high,
             low,
@@ -110,14 +111,9 @@ def _demote(*refs: Any, source: KVFormat, target: KVFormat, head_dim: int) -> No
             lambda row: meta[row, :],
         )
 
-    _write(
-        *requantise(source.key, target.key, old.k_payload, old.k_meta), new.k_payload, new.k_meta
-    )
-    _write(
-        *requantise(source.value, target.value, old.v_payload, old.v_meta),
-        new.v_payload,
-        new.v_meta,
-    )
+    k, v = zip(source.scalars(), target.scalars(), strict=True)
+    _write(*requantise(*k, old.k_payload, old.k_meta), new.k_payload, new.k_meta)
+    _write(*requantise(*v, old.v_payload, old.v_meta), new.v_payload, new.v_meta)
 
 
 def _write(planes: Planes, metadata: Meta, payload: Any, meta: Any) -> None:
@@ -164,7 +160,7 @@ def _call(
     return Block(*(empty if part is None else part for part in parts_of(fmt, parts)))
 
 
-def _check_powers_of_two(shape: tuple[int, ...], *codecs: tuple[Codec, ...]) -> None:
+def _check_powers_of_two(shape: tuple[int, ...], *codecs: tuple[Scalar, ...]) -> None:
     _, head_dim, tokens = shape
     sizes = {tile.channels for first, *others in codecs for tile in first.tiles(head_dim, *others)}
     for name, size in [

@@ -2,7 +2,7 @@
 docs/design.md 1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeGuard
@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from . import scales
+from .codec import Codec
 from .halves import round_half_even
 from .packing import pack_planes, pack_tiles, packed_rows, unpack_planes
-from .tiles import Tile, cut_points
+from .tiles import Scalar, Tile
 
 BITS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Scalar):
     """Codec of one tensor (K or V): `bits` a channel, `groups` of contiguous channels with their
     own scale and zero point.
 
@@ -30,19 +31,11 @@ class Uniform:
     bits: int
     groups: int = 1
 
-    in_kernels = in_decode_kernels = True  # and not in plain XLA only
-    separable = True  # a token's lane stands for itself
-
     def __post_init__(self):
         if self.bits not in BITS:
             raise ValueError(f"bits={self.bits} must be one of {BITS}")
         if self.groups < 1:
             raise ValueError(f"groups={self.groups} must be at least 1")
-
-    def for_block(self, head_dim: int, tokens: int) -> "Uniform":
-        """Itself: rows depend on `head_dim` alone."""
-        del head_dim, tokens
-        return self
 
     def rows(self, head_dim: int) -> int:
         """Payload rows (bytes a token) of one block."""
@@ -58,6 +51,11 @@ class Uniform:
     def meta_rows(self) -> int:
         """float16 metadata rows of one block."""
         return 2 * self.groups
+
+    @property
+    def native(self) -> tuple[int, int]:
+        """See `Codec.native`."""
+        return self.bits, self.groups
 
     def encode(self, x: Array) -> tuple[Array, Array]:
         """Quantise `[..., d, T]` to (payload, metadata). Rounds half to even with the scale and
@@ -101,13 +99,15 @@ class Uniform:
         mixed = mixed + jnp.einsum("...Gt,...gt->...Gg", p, zero)[..., None]
         return mixed.reshape(*mixed.shape[:-2], -1)
 
-    def demote(self, target: "Uniform", payload: Array, meta: Array) -> tuple[Array, Array]:
-        """Requantise to `target` (same groups, no more bits) on the integer codes alone; equals
-        quantising the decoded block.
+    def demote(self, target: Codec, payload: Array, meta: Array) -> tuple[Array, Array]:
+        """Requantise to `target`: with the same groups and no more bits on the integer codes alone,
+        which equals quantising the decoded block.
 
         The extremes of a group are codes 0 and `2**bits - 1`, so both tiers share the zero point
         and the scales differ by the whole factor `r = (2**bits - 1) / (2**target.bits - 1)`.
         """
+        if not self.can_demote_to(target):
+            return super().demote(target, payload, meta)
         ratio = (2**self.bits - 1) // (2**target.bits - 1)
         if ratio == 1:
             return payload, meta
@@ -115,8 +115,8 @@ class Uniform:
         stored = _demoted(meta[..., : self.groups, :], meta[..., self.groups :, :], ratio)
         return pack_planes(codes, target.bits), scales.as_half(jnp.concatenate(stored, axis=-2))
 
-    def can_demote_to(self, target) -> TypeGuard["Uniform"]:
-        """Whether `demote` applies: same groups, no more bits."""
+    def can_demote_to(self, target: Codec) -> TypeGuard["Uniform"]:
+        """Whether `demote` works on integer codes: same groups, no more bits."""
         return (
             isinstance(target, Uniform)
             and target.groups == self.groups
@@ -132,23 +132,11 @@ class Uniform:
         """Groups of channels with their own scale and zero point."""
         return self.groups
 
-    def tiles(self, head_dim: int, *others) -> tuple[Tile, ...]:
-        """The tiles of a block, cut so that the blocks of the codecs `others` have the same
-        channels in theirs.
-        """
-        points = cut_points(head_dim, (self, *others))
-        width, group = self.plane_channels(head_dim), head_dim // self.groups
-        return tuple(
-            Tile(
-                a,
-                b - a,
-                (a % width,),
-                a // group,
-                self.groups + a // group,
-                partial(_plane, shift=a // width * self.bits, bits=self.bits),
-            )
-            for a, b in zip(points, points[1:], strict=False)
-        )
+    def tile(self, head_dim: int, channel: int, channels: int) -> Tile:
+        """One plane of codes, with the scale and the zero point of its group."""
+        width, group = self.plane_channels(head_dim), channel // (head_dim // self.groups)
+        unpack = partial(_plane, shift=channel // width * self.bits, bits=self.bits)
+        return Tile(channel, channels, (channel % width,), group, self.groups + group, unpack)
 
     def encode_tiles(
         self, tiles: Sequence[Tile], values: Sequence[Array]
@@ -176,17 +164,23 @@ class Uniform:
         return codes, meta
 
     def demote_tiles(
-        self, target: "Uniform", codes: Sequence[Array], meta: dict[int, Array]
-    ) -> tuple[list[Array], dict[int, Array]]:
-        """`demote` tile by tile: int32 codes and `{metadata row: [T]}` of this codec to those of
-        `target`, its metadata as bits.
-        """
+        self,
+        target: Scalar,
+        head_dim: int,
+        codes: Callable[[Tile], Array],
+        number: Callable[[int], Array],
+    ) -> tuple[tuple[Tile, ...], list[Array], dict[int, Array]]:
+        """On the integer codes where `demote` is."""
+        if not self.can_demote_to(target):
+            return super().demote_tiles(target, head_dim, codes, number)
         ratio, numbers = (2**self.bits - 1) // (2**target.bits - 1), {}
         for row in range(self.groups):
             numbers[row], numbers[self.groups + row] = _demoted(
-                meta[row], meta[self.groups + row], ratio
+                number(row), number(self.groups + row), ratio
             )
-        return [(code + ratio // 2) // ratio for code in codes], numbers
+        whole = (codes(tile).astype(jnp.int32) for tile in self.tiles(head_dim, target))
+        lower = [(code + ratio // 2) // ratio for code in whole]
+        return target.tiles(head_dim, self), lower, numbers
 
     def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
         """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row
@@ -200,7 +194,7 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class Grouped:
+class Grouped(Codec):
     """`Uniform` with groups of `channels` contiguous channels, at most all: what `for_block` gives
     once head_dim is known.
 
@@ -212,9 +206,6 @@ class Grouped:
     bits: int
     channels: int
     as_tokens: bool = False
-
-    in_kernels = in_decode_kernels = True
-    separable = True
 
     def __post_init__(self):
         Uniform(self.bits)  # checks them
@@ -235,6 +226,19 @@ class Grouped:
                 f"{nearest_divisor(head_dim, channels)} would do"
             )
         return Uniform(self.bits, head_dim // channels)
+
+    def rows(self, head_dim: int) -> int:
+        """Payload rows (bytes a token) of one block."""
+        return self.for_block(head_dim, 0).rows(head_dim)
+
+    def encode(self, x: Array) -> tuple[Array, Array]:
+        """As the codec of `for_block`."""
+        return self.for_block(*x.shape[-2:]).encode(x)
+
+    def decode(self, payload: Array, meta: Array) -> Array:
+        """As the codec of `for_block`."""
+        rows, tokens = payload.shape[-2:]
+        return self.for_block(rows * 8 // self.bits, tokens).decode(payload, meta)
 
 
 def nearest_divisor(head_dim: int, channels: int) -> int:

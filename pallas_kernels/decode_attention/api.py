@@ -1,12 +1,33 @@
 """Decode attention over paged, mixed-precision tiers: the public function."""
 
+from collections.abc import Callable
+from typing import Any
+
 from jax import Array
 
-from ..dispatch import XLA, Kernels
+from ..dispatch import XLA, Kernels, Operation
 from ..pages import PageLayout, Pages
 from ..precision import in_32_bits
+from ..support import reads
 from . import reference
 from .reference import Heads, Sliding
+
+
+def _kernels(implementation: str) -> Callable[..., Any]:
+    if implementation == "triton":
+        from .triton import decode_attention as run
+    elif implementation == "mosaic_tpu":
+        from .mosaic_tpu import decode_attention as run
+    else:
+        from .cpu import decode_attention as run
+    return run
+
+
+DECODE_ATTENTION = Operation(
+    reference.decode_attention,
+    _kernels,
+    supports=reads,
+)
 
 
 @in_32_bits
@@ -47,8 +68,7 @@ def decode_attention(
         tokens, then maximum or mean over the G query heads: `layout.group`); the recent tokens'
         probabilities float32 `[B, window + flush]` likewise (zeros when the layout is not scored).
     """
-    attend = kernels.function(__name__, "decode_attention", reference.decode_attention)
-    return attend(
+    return DECODE_ATTENTION.on(kernels, layout)(
         q,
         pages,
         layout,

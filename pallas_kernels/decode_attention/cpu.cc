@@ -49,7 +49,7 @@ void score(const Problem& p, const Split& split) {
   for (int i = 0; i < split.count; ++i) {
     const Strip strip = p.strip(split.head, split.first + i);
     for (int half = 0; half < 2; ++half) {
-      float* to = p.significance + strip.side + half * kLanes;
+      float* to = p.significance + strip.token + half * kLanes;
       const Ints live = lanes() + half * kLanes < strip.live;
       const Floats old = load<Floats>(to);
       store(to, select(live, old + shares(i * kStrip + half * kLanes), old));
@@ -127,7 +127,7 @@ ffi::Error decode_attention(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::Buff
   for (int64_t i = 0; i < count; ++i) queries[i] = numbers.number(i);
   p.group = int(q.dimensions()[1]), p.queries = queries, p.pairs = numbers.type == Exact::bfloat16;
   p.sm_scale = sm_scale, p.cap = cap, p.sliding = int(sliding), p.query_position = query_position.typed_data();
-  p.sides = {significance_out->typed_data(), position.untyped_data(), position.element_type() == ffi::DataType::S32};
+  p.token_data = {significance_out->typed_data(), position.untyped_data(), position.element_type() == ffi::DataType::S32};
   p.scored = significance_out->dimensions()[1] > 0, p.mean = mean, p.significance = significance_out->typed_data();
   p.out = out->typed_data(), p.recent_scores = recent_scores->typed_data();
   plan(p);

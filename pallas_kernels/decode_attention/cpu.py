@@ -57,7 +57,7 @@ def decode_attention(
         jnp.asarray(heads.layer, jnp.int32),
         jnp.zeros(b, jnp.int32) if sliding is None else sliding.position,
         *tables,
-        formats=build.format_codes(layout),
+        formats=layout.native_formats(),
         frequencies=np.asarray(layout.rope or (), np.float32),
         sm_scale=np.float32(sm_scale),
         cap=np.float32(logits_soft_cap or 0),

@@ -42,7 +42,7 @@ struct Problem {
   int sliding;          // 0 = none
   const int32_t* query_position;
   const float* queries;  // [B, G, d]
-  Sides sides;
+  TokenData token_data;
   float *significance, *recent_scores, *out;
   std::vector<Split> splits;
 
@@ -92,7 +92,7 @@ inline void decoded_keys(const Problem& p, const Queries& q, int head, const Str
   const int d = p.d();
   Floats* k = decoded(p.layout().tier[strip.tier].key, strip.key, p.layout().tokens, d, p.tables[strip.tier][0].of(head), strip.live);
   if (p.frequencies.size()) {
-    turn_pairs(k, d, p.frequencies.begin(), {p.sides.position_at(strip.side), p.sides.position_at(strip.side + kLanes)});
+    turn_pairs(k, d, p.frequencies.begin(), {p.token_data.position_at(strip.token), p.token_data.position_at(strip.token + kLanes)});
   }
   over_heads(p.group, [&](int first, auto heads) {
     Floats total[heads][2] = {};
@@ -130,7 +130,7 @@ inline void key_strip(const Problem& p, const Queries& q, int head, const Strip&
   stored_keys(p, q, head, strip, logits, pitch);
   for (int half = 0; half < 2; ++half) {
     Ints seen = lanes() + half * kLanes < strip.live;
-    if (p.sliding) seen &= p.sides.position_at(strip.side + half * kLanes) > p.query_position[head] - p.sliding;
+    if (p.sliding) seen &= p.token_data.position_at(strip.token + half * kLanes) > p.query_position[head] - p.sliding;
     for (int h = 0; h < p.group; ++h) finish(p, logits + h * pitch + half * kLanes, seen);
   }
 }

@@ -164,7 +164,7 @@ def _score_scratch(plan: Plan, group: int, max_len: int) -> dict:
     kept_pages = plan.max_pages + max(plan.pages)
     return dict(
         logits=pltpu.VMEM((logit_blocks, group, layout.tokens), jnp.float32),
-        scores=pltpu.VMEM((2, kept_pages, layout.side_rows, layout.tokens), jnp.float32),
+        scores=pltpu.VMEM((2, kept_pages, layout.token_data_rows, layout.tokens), jnp.float32),
     )
 
 
@@ -242,7 +242,7 @@ def _build(
     if plan.positions:
         inputs["position"] = hbm
         scratch["position_buffer"] = pltpu.VMEM(
-            (plan.buffers, used, layout.side_rows, layout.tokens), pages.position.dtype
+            (plan.buffers, used, layout.token_data_rows, layout.tokens), pages.position.dtype
         )
     outputs = dict(output=of_head(group, head_dim), recent_scores=of_head(1, slots))
     shapes: list = [
@@ -292,7 +292,7 @@ def _cost(plan: Plan, batch: int, group: int, max_len: int) -> pl.CostEstimate:
     layout, tokens = plan.layout, batch * max_len
     pages = batch * plan.layout.pages_for(0, max_len)
     page_bytes = layout.tokens * (
-        layout.rows + 2 * layout.meta_rows + (8 if layout.scored else 0) * layout.side_rows
+        layout.rows + 2 * layout.meta_rows + (8 if layout.scored else 0) * layout.token_data_rows
     )
     return pl.CostEstimate(
         flops=4 * group * layout.head_dim * tokens,

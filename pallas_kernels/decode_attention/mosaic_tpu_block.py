@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from ..codecs.looked_up import LookedUp
 from ..codecs.outliers import Outliers, beneath
 from ..codecs.packing import unpack_planes
 from ..codecs.scales import outliers_of
@@ -77,7 +76,7 @@ class StoredBlock:
         """Float32 codes `[channels, T]` of K (0) or V (1), or what the learned table has for
         them.
         """
-        if isinstance(self._codecs[tensor], LookedUp):
+        if self._codecs[tensor].learned:
             return self._looked_up(tensor)
         planes: dict[tuple[int, int], Array] = {}
         parts = []

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ..pages import PageLayout, Pages
+from ..support import writes
 from .reference import Heads, Sliding
 from .stream import Scale
 from .triton_keys import (
@@ -56,7 +57,7 @@ class Blocks:
         """
         exact, small = itemsize > 2, layout.head_dim < 128
         # look-ups and rotary embeddings take registers
-        few = exact or small or layout.head_dim > 128 or not layout.in_kernels
+        few = exact or small or layout.head_dim > 128 or writes("triton", layout) is not None
         keys = max(layout.tokens, 32 if few else 64)
         splits = min(MOST_SPLITS, pl.cdiv(max_len, TOKENS_A_SPLIT))
         return Blocks(

@@ -17,12 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import numpy as np
 from filelock import FileLock, Timeout
 
-from ..codecs import Coupled, Full, Levels, Normal, Outliers
 from ..once import once
-from ..pages import PageLayout
 
 HEADERS = Path(__file__).parent
 FLAGS = (
@@ -69,28 +66,6 @@ def call(operation: str, target: str, *outputs, aliases: dict[int, int] | None =
     _register(operation, target)
     return jax.ffi.ffi_call(
         f"diffkv_jax.{target}", outputs, input_output_aliases=aliases, vmap_method="sequential"
-    )
-
-
-def format_codes(layout: PageLayout) -> np.ndarray:
-    """The tiers' codecs as `Layout::make` of native/pages.h reads them: int64 [tiers * 5]."""
-    codes = {"bfloat16": 16, "float16": 17, "float32": 32}
-
-    def codec(one) -> list[int]:
-        if isinstance(one, Full):
-            return [codes[one.dtype], 1]
-        if isinstance(one, Outliers):
-            code, number = codec(one.codec)
-            return [code + 256 * one.count, number]
-        if isinstance(one, Coupled):
-            return [128 + one.bits, one.channels]
-        if isinstance(one, Levels):
-            return [192 + one.bits, 1]
-        return [64 + one.bits, 1] if isinstance(one, Normal) else [one.bits, one.groups]
-
-    tiers = zip(layout.formats, layout.blocks, strict=True)
-    return np.array(
-        [x for fmt, blocks in tiers for x in (*codec(fmt.key), *codec(fmt.value), blocks)], np.int64
     )
 
 

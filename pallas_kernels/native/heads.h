@@ -35,7 +35,7 @@ inline xla::ffi::Error check(const Layout& layout, const Held& head, int64_t num
 }
 
 // Significance and position of the pool's tokens.
-struct Sides {
+struct TokenData {
   const float* significance;
   const void* position;
   bool wide;  // int32 positions, else uint16
@@ -48,14 +48,14 @@ struct Sides {
 // Rules of B heads, as pallas_kernels/plan_event/reference.py has them.
 struct Rules {
   const float* tau;         // [B, 2] high, low
-  const int32_t* observed;  // [B, spans, 2] end, length
-  const bool *stirred, *joined;
+  const int32_t* query_spans;  // [B, spans, 2] end, length
+  const bool *has_new_tokens, *receives;
   int64_t spans;
   bool one_victim;
 
-  static Rules of(const xla::ffi::Buffer<xla::ffi::F32>& tau, const xla::ffi::Buffer<xla::ffi::S32>& observed,
-                  const xla::ffi::Buffer<xla::ffi::PRED>& stirred, const xla::ffi::Buffer<xla::ffi::PRED>& joined, bool one_victim) {
-    return {tau.typed_data(), observed.typed_data(), stirred.typed_data(), joined.typed_data(), observed.dimensions()[1], one_victim};
+  static Rules of(const xla::ffi::Buffer<xla::ffi::F32>& tau, const xla::ffi::Buffer<xla::ffi::S32>& query_spans,
+                  const xla::ffi::Buffer<xla::ffi::PRED>& has_new_tokens, const xla::ffi::Buffer<xla::ffi::PRED>& receives, bool one_victim) {
+    return {tau.typed_data(), query_spans.typed_data(), has_new_tokens.typed_data(), receives.typed_data(), query_spans.dimensions()[1], one_victim};
   }
 };
 
@@ -69,42 +69,42 @@ struct Leaving {
 // Decides over the stored tokens of one head.
 struct Judge {
   const Layout& layout;
-  Sides sides;
+  TokenData token_data;
   Rules rules;
   int64_t head;
 
-  // S / n of 16 tokens; `total` and `position` are those of the pool from `side` on.
-  Floats mean(int64_t side) const {
-    const Ints position = sides.position_at(side);
+  // S / n of 16 tokens; `total` and `position` are those of the pool from `token` on.
+  Floats mean(int64_t token) const {
+    const Ints position = token_data.position_at(token);
     Ints queries = {};
     for (int64_t s = 0; s < rules.spans; ++s) {
-      const int32_t* span = rules.observed + (head * rules.spans + s) * 2;
+      const int32_t* span = rules.query_spans + (head * rules.spans + s) * 2;
       if (span[1] <= 0) continue;
       Ints after = span[0] - position;
       after = after > 0 ? after : Ints{};
       queries += after < span[1] ? after : Ints{} + span[1];
     }
-    return load<Floats>(sides.significance + side) / to_floats(queries > 1 ? queries : Ints{} + 1);
+    return load<Floats>(token_data.significance + token) / to_floats(queries > 1 ? queries : Ints{} + 1);
   }
   Ints dropped(Floats mean) const { return mean < rules.tau[2 * head + 1]; }
   Ints demoted(Floats mean, int t) const { return t == 0 && layout.tiers == 2 ? (mean < rules.tau[2 * head]) & ~dropped(mean) : Ints{}; }
 };
 
-// Calls body(slot, side, live) for every 16 slots of a tier: their place in significance and position, and how many hold tokens.
+// Calls body(slot, token, live) for every 16 slots of a tier: their place in significance and position, and how many hold tokens.
 template <typename Body>
 void over_slots(const Layout& layout, const Held& head, int t, const Body& body) {
   const int64_t per_page = layout.tier[t].blocks * layout.tokens, length = head.lengths[t];
   for (int64_t first = 0, index = 0; first < length; first += per_page, ++index) {
-    const int64_t side = head.page(t, index) * layout.side_rows * layout.tokens;
-    for (int64_t i = 0; i < std::min(per_page, length - first); i += kLanes) body(first + i, side + i, length - first - i);
+    const int64_t token = head.page(t, index) * layout.token_data_rows * layout.tokens;
+    for (int64_t i = 0; i < std::min(per_page, length - first); i += kLanes) body(first + i, token + i, length - first - i);
   }
 }
 
 // How many tokens of a tier leave it.
 inline void count_leaving(const Judge& judge, const Held& head, int t, Leaving& leaving) {
   Ints dropped = {}, demoted = {};
-  over_slots(judge.layout, head, t, [&](int64_t, int64_t side, int64_t live) {
-    const Floats mean = judge.mean(side);
+  over_slots(judge.layout, head, t, [&](int64_t, int64_t token, int64_t live) {
+    const Floats mean = judge.mean(token);
     const Ints counted = lanes() < int(std::min<int64_t>(live, kLanes));
     dropped -= counted & judge.dropped(mean);
     demoted -= counted & judge.demoted(mean, t);
@@ -120,9 +120,9 @@ inline void find_victim(const Judge& judge, const Held& head, int t, Leaving& le
   constexpr int32_t kLast = std::numeric_limits<int32_t>::max();
   Floats least = splat(INFINITY);
   Ints oldest = Ints{} + kLast, slots = oldest;
-  over_slots(judge.layout, head, t, [&](int64_t slot, int64_t side, int64_t live) {
-    const Floats mean = judge.mean(side);
-    const Ints position = judge.sides.position_at(side);
+  over_slots(judge.layout, head, t, [&](int64_t slot, int64_t token, int64_t live) {
+    const Floats mean = judge.mean(token);
+    const Ints position = judge.token_data.position_at(token);
     const Ints less = (lanes() < int(std::min<int64_t>(live, kLanes))) & ((mean < least) | ((mean == least) & (position < oldest)));
     least = select(less, mean, least), oldest = less ? position : oldest, slots = less ? lanes() + int(slot) : slots;
   });
@@ -140,11 +140,11 @@ inline void find_victim(const Judge& judge, const Held& head, int t, Leaving& le
 // Which stored tokens of a head leave, none where no token enters it.
 inline Leaving leaving_of(const Judge& judge, const Held& head) {
   Leaving leaving;
-  if (!judge.rules.stirred[judge.head]) return leaving;
+  if (!judge.rules.has_new_tokens[judge.head]) return leaving;
   for (int t = 0; t < judge.layout.tiers; ++t) {
     if (!judge.rules.one_victim) {
       count_leaving(judge, head, t, leaving);
-    } else if (judge.rules.joined[judge.head * judge.layout.tiers + t]) {
+    } else if (judge.rules.receives[judge.head * judge.layout.tiers + t]) {
       find_victim(judge, head, t, leaving);
     }
   }

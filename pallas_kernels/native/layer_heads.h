@@ -14,14 +14,14 @@ struct Heads {
 
   // Sets `heads` from a kernel's operands, or says what is wrong with them: lengths and page ids that would lead out of an array.
   static xla::ffi::Error read(Heads& heads, xla::ffi::Span<const int64_t> formats, const xla::ffi::Buffer<xla::ffi::U8>& payload,
-                              const xla::ffi::AnyBuffer& meta, int64_t side_rows, const xla::ffi::Buffer<xla::ffi::S32>& table,
+                              const xla::ffi::AnyBuffer& meta, int64_t token_data_rows, const xla::ffi::Buffer<xla::ffi::S32>& table,
                               const xla::ffi::Buffer<xla::ffi::S32>& lengths, const xla::ffi::AnyBuffer& recent_k,
                               const xla::ffi::AnyBuffer& recent_v, const xla::ffi::Buffer<xla::ffi::S32>& recent_lengths,
                               const xla::ffi::Buffer<xla::ffi::S32>& layer) {
     const auto window = recent_k.dimensions(), pages = payload.dimensions();
     const int64_t at = layer.typed_data()[0], count = window[1], slots = window[2], d = window[3];
     if (auto error = check_layer(recent_k, at); error.failure()) return error;
-    const Layout layout = Layout::make(formats, d, pages[2], pages[1], meta.dimensions()[1], side_rows);
+    const Layout layout = Layout::make(formats, d, pages[2], pages[1], meta.dimensions()[1], token_data_rows);
     const int64_t offset = at * count * slots * d;
     heads = {{payload.typed_data(), static_cast<const uint16_t*>(meta.untyped_data()), layout},
              count,

@@ -23,7 +23,7 @@ struct Codec {
   bool ranged;   // one table for all channels, of levels of the range that the token's scale and zero point tell
   int outliers;  // of a token, kept beside: rows of their channels behind the codes, rows of their values behind scale and zero point
 
-  // `code` as build.py's format_codes gives it: 1, 2, 4, 8 bits; 16 bfloat16, 17 float16, 32 float32; 64 + bits for normal levels,
+  // `code` as `Codec.native` gives it: 1, 2, 4, 8 bits; 16 bfloat16, 17 float16, 32 float32; 64 + bits for normal levels,
   // 128 + bits for a table a group of `number` channels, 192 + bits for a table of levels of the token's range; 256 more an outlier.
   static Codec make(int64_t code, int64_t number, int64_t head_dim) {
     const int outliers = static_cast<int>(code / 256);
@@ -50,13 +50,13 @@ struct Tier {
 };
 
 struct Layout {
-  int head_dim, tokens, rows, meta_rows, side_rows, tiers;
+  int head_dim, tokens, rows, meta_rows, token_data_rows, tiers;
   Tier tier[2];
 
   // `formats` holds key code, key groups, value code, value groups and blocks of each tier.
   template <typename Numbers>
-  static Layout make(const Numbers& formats, int64_t head_dim, int64_t tokens, int64_t rows, int64_t meta_rows, int64_t side_rows) {
-    Layout layout{int(head_dim), int(tokens), int(rows), int(meta_rows), int(side_rows), int(formats.size() / 5), {}};
+  static Layout make(const Numbers& formats, int64_t head_dim, int64_t tokens, int64_t rows, int64_t meta_rows, int64_t token_data_rows) {
+    Layout layout{int(head_dim), int(tokens), int(rows), int(meta_rows), int(token_data_rows), int(formats.size() / 5), {}};
     for (int t = 0; t < layout.tiers; ++t) {
       const int64_t* f = &formats[5 * t];
       layout.tier[t] = {Codec::make(f[0], f[1], head_dim), Codec::make(f[2], f[3], head_dim), int(f[4])};
@@ -109,7 +109,7 @@ inline void prefetch(const Stored& at, const Codec& codec, int stride) {
 
 struct Strip {
   Stored key, value;
-  int64_t side;  // index of its first token in significance and position
+  int64_t token;  // index of its first token in significance and position
   int tier, live;
 };
 
@@ -131,7 +131,7 @@ struct Pool {
     const int64_t left = length - i * kStrip;
     return {{rows + key_row * layout.tokens, metas + key_meta * layout.tokens},
             {rows + value_row * layout.tokens, metas + value_meta * layout.tokens},
-            (page * layout.side_rows + block) * layout.tokens + lane,
+            (page * layout.token_data_rows + block) * layout.tokens + lane,
             t,
             static_cast<int>(left < kStrip ? left : kStrip)};
   }

@@ -1,5 +1,6 @@
 """Significance to tiers."""
 
+from .api import COUNT_MOVES as COUNT_MOVES
 from .api import count_moves as count_moves
 from .reference import DROPPED as DROPPED
 from .reference import HIGH as HIGH

@@ -1,12 +1,37 @@
 """Which stored tokens leave their tier: the public function."""
 
+from collections.abc import Callable
+from typing import Any
+
 from jax import Array
 
-from ..dispatch import XLA, Kernels
+from ..dispatch import XLA, Kernels, Operation
 from ..pages import PageLayout, Pages
 from ..precision import in_32_bits
+from ..support import writes
 from . import reference
 from .reference import Moves, Rule
+
+
+def _kernels(implementation: str) -> Callable[..., Any]:
+    if implementation == "triton":
+        from .triton import count_moves as run
+    elif implementation == "mosaic_tpu":
+        from .mosaic_tpu import count_moves as run
+    else:
+        from .cpu import count_moves as run
+    return run
+
+
+def _supports(implementation: str, layout: PageLayout) -> str | None:
+    return writes(implementation, layout) if layout.scored else "tokens have no scores: none leaves"
+
+
+COUNT_MOVES = Operation(
+    reference.count_moves,
+    _kernels,
+    supports=_supports,
+)
 
 
 @in_32_bits
@@ -36,13 +61,9 @@ def count_moves(
             never used.
         rule: thresholds and clocks.
         one_victim: at most one token leaves each tier: the least significant one (the oldest of
-            equals), if it must leave and a token enters its tier (`rule.joined`).
+            equals), if it must leave and a token enters its tier (`rule.receives`).
         max_len: bounds the tokens of a head.
         kernels: which implementation runs.
     """
-    count = (
-        kernels.function(__name__, "count_moves", reference.count_moves)
-        if layout.scored
-        else reference.count_moves
-    )
+    count = COUNT_MOVES.on(kernels, layout)
     return count(pages, layout, page_table, tier_len, rule, one_victim=one_victim, max_len=max_len)

@@ -9,20 +9,20 @@ namespace {
 
 ffi::Error count_moves(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> significance, ffi::AnyBuffer position,
                        ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> tau,
-                       ffi::Buffer<ffi::S32> observed, ffi::Buffer<ffi::PRED> stirred, ffi::Buffer<ffi::PRED> joined,
+                       ffi::Buffer<ffi::S32> query_spans, ffi::Buffer<ffi::PRED> has_new_tokens, ffi::Buffer<ffi::PRED> receives,
                        ffi::ResultBuffer<ffi::S32> dropped, ffi::ResultBuffer<ffi::S32> demoted, ffi::ResultBuffer<ffi::S32> victim,
                        ffi::Span<const int64_t> formats, bool one_victim) {
-  const auto sides = position.dimensions();
+  const auto shape = position.dimensions();
   const int64_t heads = table.dimensions()[0], max_pages = table.dimensions()[1];
-  const Layout layout = Layout::make(formats, 0, sides[2], 0, 0, sides[1]);
+  const Layout layout = Layout::make(formats, 0, shape[2], 0, 0, shape[1]);
   const auto held = [&](int64_t head) {
     return Held{table.typed_data() + head * max_pages, lengths.typed_data() + head * layout.tiers, max_pages};
   };
   for (int64_t head = 0; head < heads; ++head) {
-    if (auto error = check(layout, held(head), sides[0]); error.failure()) return error;
+    if (auto error = check(layout, held(head), shape[0]); error.failure()) return error;
   }
-  const Sides scores = {significance.typed_data(), position.untyped_data(), position.element_type() == ffi::DataType::S32};
-  const Rules rules = Rules::of(tau, observed, stirred, joined, one_victim);
+  const TokenData scores = {significance.typed_data(), position.untyped_data(), position.element_type() == ffi::DataType::S32};
+  const Rules rules = Rules::of(tau, query_spans, has_new_tokens, receives, one_victim);
   parallel_for(threads, heads, [&](int64_t head) {
     const Leaving leaving = leaving_of(Judge{layout, scores, rules, head}, held(head));
     for (int t = 0; t < layout.tiers; ++t) {

@@ -30,4 +30,4 @@ def count_moves(
     demoted = jax.ShapeDtypeStruct(tier_len.shape[:1], jnp.int32)
     run = build.call("plan_event", "count_moves_cpu", per_tier, demoted, per_tier)
     operands = pages.significance, pages.position, page_table, tier_len, *rule
-    return Moves(*run(*operands, formats=build.format_codes(layout), one_victim=one_victim))
+    return Moves(*run(*operands, formats=layout.native_formats(), one_victim=one_victim))

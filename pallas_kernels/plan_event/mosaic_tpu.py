@@ -33,7 +33,7 @@ class Blocks:
     buffers: int = 4
 
 
-class Sides(NamedTuple):
+class TokenData(NamedTuple):
     """Significance and position in HBM, and where pages of them arrive in VMEM."""
 
     significance: Any  # float32 [P, blocks, T]
@@ -45,7 +45,7 @@ class Sides(NamedTuple):
     @staticmethod
     def scratch(layout: PageLayout, cut: Blocks) -> list:
         """Shapes of the last three."""
-        shape = (cut.buffers, cut.pages, layout.side_rows, layout.tokens)
+        shape = (cut.buffers, cut.pages, layout.token_data_rows, layout.tokens)
         return [
             pltpu.VMEM(shape, jnp.float32),
             pltpu.VMEM(shape, jnp.dtype(layout.position_dtype)),
@@ -58,11 +58,11 @@ class Thresholds(NamedTuple):
 
     high: Array  # float32
     low: Array
-    observed: Sequence[tuple[Array, Array]]  # int32 (end, length) of each span
+    query_spans: Sequence[tuple[Array, Array]]  # int32 (end, length) of each span
 
     def mean(self, total: Array, position: Array) -> Array:
         """`mean_significance` of reference.py."""
-        scored_by = sum(jnp.clip(end - position, 0, length) for end, length in self.observed)
+        scored_by = sum(jnp.clip(end - position, 0, length) for end, length in self.query_spans)
         return total / jnp.maximum(scored_by, 1).astype(jnp.float32)
 
     def leaving(self, mean: Array, tier: int, tiers: int) -> tuple[Array, Array]:
@@ -74,7 +74,9 @@ class Thresholds(NamedTuple):
         return dropped, falls
 
 
-def scan_pages(sides: Sides, cut: Blocks, count: Array, page_id: Callable, visit: Callable, carry):
+def scan_pages(
+    token_data: TokenData, cut: Blocks, count: Array, page_id: Callable, visit: Callable, carry
+):
     """`carry = visit(index of the first page, significance, int32 position, carry)` for each step
     over pages 0 to `count` of a tier.
 
@@ -86,11 +88,11 @@ def scan_pages(sides: Sides, cut: Blocks, count: Array, page_id: Callable, visit
     def copies(step, i, page) -> list:
         buffer = lax.rem(step, cut.buffers)
         pairs = (
-            (sides.significance, sides.near_significance),
-            (sides.position, sides.near_position),
+            (token_data.significance, token_data.near_significance),
+            (token_data.position, token_data.near_position),
         )
         return [
-            pltpu.make_async_copy(far.at[page], near.at[buffer, i], sides.arrived.at[buffer])
+            pltpu.make_async_copy(far.at[page], near.at[buffer, i], token_data.arrived.at[buffer])
             for far, near in pairs
         ]
 
@@ -114,8 +116,8 @@ def scan_pages(sides: Sides, cut: Blocks, count: Array, page_id: Callable, visit
         buffer = lax.rem(step, cut.buffers)
         return visit(
             step * cut.pages,
-            sides.near_significance[buffer],
-            sides.near_position[buffer].astype(jnp.int32),
+            token_data.near_significance[buffer],
+            token_data.near_position[buffer].astype(jnp.int32),
             carry,
         )
 
@@ -153,9 +155,9 @@ def count_moves(
     (heads, max_pages), tiers = page_table.shape, layout.tiers
     cut = Blocks() if blocks is None else blocks
     numbers = [
-        jnp.where(rule.stirred[:, None], tier_len, 0),
-        rule.joined.astype(jnp.int32),
-        rule.observed.reshape(heads, -1),
+        jnp.where(rule.has_new_tokens[:, None], tier_len, 0),
+        rule.receives.astype(jnp.int32),
+        rule.query_spans.reshape(heads, -1),
     ]
     numbers = jnp.concatenate(numbers, axis=1)
 
@@ -163,14 +165,14 @@ def count_moves(
         return pl.BlockSpec((None, 1, width), lambda head: (head, 0, 0), memory_space=pltpu.SMEM)
 
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    page_bytes = layout.tokens * layout.side_rows * layout.side_bytes
+    page_bytes = layout.tokens * layout.token_data_rows * layout.token_data_bytes
     found = pl.pallas_call(
         partial(_count, layout=layout, cut=cut, one_victim=one_victim, max_pages=max_pages),
         grid=(heads,),
         in_specs=[of_head(numbers.shape[1]), of_head(2), of_head(max_pages), hbm, hbm],
         out_specs=of_head(2 * tiers + 1),
         out_shape=jax.ShapeDtypeStruct((heads, 1, 2 * tiers + 1), jnp.int32),
-        scratch_shapes=Sides.scratch(layout, cut),
+        scratch_shapes=TokenData.scratch(layout, cut),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         cost_estimate=pl.CostEstimate(
             flops=16 * heads * max_pages * layout.tokens,
@@ -197,17 +199,17 @@ def _count(
 ) -> None:
     """One head: count what leaves each tier (DiffKV, arXiv 2412.03131 sec. 4, Algorithm 1).
 
-    Scalars int32 [1, n] in SMEM: lengths (0 where nothing may leave), tiers joined, spans;
+    Scalars int32 [1, n] in SMEM: lengths (0 where nothing may leave), tiers that receive, spans;
     thresholds float32 [1, 2]; table [1, max_pages]. Reads T * blocks * (4 + position bytes) bytes
     of each live page, writes int32 [1, 2 tiers + 1]: dropped, demoted, victims.
     """
     significance, position, found, *near = refs
-    sides, tiers = Sides(significance, position, *near), layout.tiers
+    token_data, tiers = TokenData(significance, position, *near), layout.tiers
     spans = range(2 * tiers, numbers.shape[1], 2)
     rule = Thresholds(tau[0, 0], tau[0, 1], [(numbers[0, i], numbers[0, i + 1]) for i in spans])
     count = _least_of_tier if one_victim else _all_of_tier
     for tier in range(tiers):
-        length, joined = numbers[0, tier], numbers[0, tiers + tier] > 0
+        length, receives = numbers[0, tier], numbers[0, tiers + tier] > 0
 
         def scan(visit: Callable, carry, tier=tier, length=length):
             def live(first, total, position, carry):
@@ -219,20 +221,20 @@ def _count(
             def page_id(index):
                 return page_table[0, page_column(tier, index, max_pages)]
 
-            return scan_pages(sides, cut, layout.pages_for(tier, length), page_id, live, carry)
+            return scan_pages(token_data, cut, layout.pages_for(tier, length), page_id, live, carry)
 
-        dropped, demoted, victim = count(scan, rule, tier, layout, cut, joined)
+        dropped, demoted, victim = count(scan, rule, tier, layout, cut, receives)
         found[0, tier], found[0, tiers + 1 + tier] = dropped, victim
         if tier == 0:
             found[0, tiers] = demoted
 
 
 def _all_of_tier(
-    scan: Callable, rule: Thresholds, tier: int, layout: PageLayout, cut: Blocks, joined: Array
+    scan: Callable, rule: Thresholds, tier: int, layout: PageLayout, cut: Blocks, receives: Array
 ):
     """How many tokens of a tier are dropped and demoted."""
-    del joined
-    zero = jnp.zeros((cut.pages, layout.side_rows, layout.tokens), jnp.int32)
+    del receives
+    zero = jnp.zeros((cut.pages, layout.token_data_rows, layout.tokens), jnp.int32)
 
     def visit(mean, position, slot, live, carry):
         leaves = rule.leaving(mean, tier, layout.tiers)
@@ -245,12 +247,12 @@ def _all_of_tier(
 
 
 def _least_of_tier(
-    scan: Callable, rule: Thresholds, tier: int, layout: PageLayout, cut: Blocks, joined: Array
+    scan: Callable, rule: Thresholds, tier: int, layout: PageLayout, cut: Blocks, receives: Array
 ):
     """The same where only the least significant token of the tier, the oldest of equals, may leave;
     and its slot.
     """
-    shape = (cut.pages, layout.side_rows, layout.tokens)
+    shape = (cut.pages, layout.token_data_rows, layout.tokens)
 
     def visit(mean, position, slot, live, carry):
         best = carry
@@ -268,7 +270,7 @@ def _least_of_tier(
     least = jnp.min(mean)
     oldest = jnp.min(jnp.where(mean == least, position, OLDEST))
     victim = jnp.min(jnp.where((mean == least) & (position == oldest), slot, OLDEST))
-    some = joined & (victim != OLDEST)
+    some = receives & (victim != OLDEST)
     dropped, falls = (some & leave for leave in rule.leaving(least, tier, layout.tiers))
     return (
         dropped.astype(jnp.int32),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from ..pages import PageLayout, Pages, read_sides
+from ..pages import PageLayout, Pages, read_token_data
 
 DROPPED, HIGH, LOW = 0, 1, 2  # tier codes: 0 is dropped, code t is stored tier t - 1
 
@@ -17,9 +17,9 @@ class Rule(NamedTuple):
 
     tau: Array  # float32 [B, 2] thresholds of the mean significance (high, low)
     # int32 [B, spans, 2] (end, length) of the spans of positions whose queries have scored
-    observed: Array
-    stirred: Array  # bool [B] heads that some token enters; nothing leaves the others
-    joined: Array  # bool [B, tiers] tiers that a token enters; read with `one_victim` only
+    query_spans: Array
+    has_new_tokens: Array  # bool [B] heads that some token enters; nothing leaves the others
+    receives: Array  # bool [B, tiers] tiers that a token enters; read with `one_victim` only
 
 
 class Moves(NamedTuple):
@@ -32,16 +32,16 @@ class Moves(NamedTuple):
     victim: Array
 
 
-def mean_significance(total: Array, position: Array, observed: Array) -> Array:
+def mean_significance(total: Array, position: Array, query_spans: Array) -> Array:
     """`S / n`, `n` the queries that scored the token: those at or after its position in the spans
-    `observed [B, spans, 2]` (end, length).
+    `query_spans [B, spans, 2]` (end, length).
 
     `total`, `position [B, tokens]`.
     """
     position = position.astype(jnp.int32)
     scored_by = sum(
         jnp.clip(end[:, None] - position, 0, length[:, None])
-        for end, length in jnp.moveaxis(observed, 0, -1)
+        for end, length in jnp.moveaxis(query_spans, 0, -1)
     )
     return total / jnp.maximum(scored_by, 1).astype(jnp.float32)
 
@@ -79,15 +79,17 @@ def stored_victims(
     """Masks `[B, capacity]` (slot order) of a tier's tokens that leave it, and of those among them
     that fall to the low tier.
     """
-    total, position, live = read_sides(pages, layout, page_table, tier_len, tier, max_len)
+    total, position, live = read_token_data(pages, layout, page_table, tier_len, tier, max_len)
     if not layout.scored:
         return jnp.zeros_like(live), jnp.zeros_like(live)
-    mean = mean_significance(total, position, rule.observed)
+    mean = mean_significance(total, position, rule.query_spans)
     codes = classify(mean, rule.tau, layout.tiers)
     stays = HIGH if tier == 0 else LOW
-    victim = live & (codes != stays) & ((codes == DROPPED) | (tier == 0)) & rule.stirred[:, None]
+    victim = (
+        live & (codes != stays) & ((codes == DROPPED) | (tier == 0)) & rule.has_new_tokens[:, None]
+    )
     if one_victim:
-        victim = victim & least_significant(mean, position, live) & rule.joined[:, tier, None]
+        victim = victim & least_significant(mean, position, live) & rule.receives[:, tier, None]
     return victim, victim & (codes == LOW) & (tier == 0)
 
 

@@ -50,7 +50,7 @@ def locate(
     return Slots(jnp.where(valid, page, num_pages), block, within - block * lanes, valid)
 
 
-def read_sides(significance: Any, position: Any, slots: Slots) -> tuple[Array, Array]:
+def read_token_data(significance: Any, position: Any, slots: Slots) -> tuple[Array, Array]:
     """Significance float32 and position int32 `[n]` of tokens, 0 where not valid; Refs as in
     `Pages`.
     """
@@ -82,21 +82,22 @@ class Judge(NamedTuple):
     """`classify` of one head: thresholds and clocks as scalars."""
 
     tau: tuple[Array, Array]  # float32, high and low
-    observed: tuple[tuple[Array, Array], ...]  # int32 (end, length) of each span
+    query_spans: tuple[tuple[Array, Array], ...]  # int32 (end, length) of each span
     tiers: int
 
     @staticmethod
-    def of(tau: Any, observed: Any, head, tiers: int) -> "Judge":
+    def of(tau: Any, query_spans: Any, head, tiers: int) -> "Judge":
         """Read from the Refs of a `Rule`."""
         spans = tuple(
-            (observed[head, span, 0], observed[head, span, 1]) for span in range(observed.shape[1])
+            (query_spans[head, span, 0], query_spans[head, span, 1])
+            for span in range(query_spans.shape[1])
         )
         return Judge((tau[head, 0], tau[head, 1]), spans, tiers)
 
     def mean(self, total: Array, position: Array) -> Array:
         """`mean_significance` of tokens `[n]`."""
         scored_by = jnp.zeros_like(position)
-        for end, length in self.observed:
+        for end, length in self.query_spans:
             scored_by += jnp.minimum(jnp.maximum(end - position, 0), length)
         return divide(total, jnp.maximum(scored_by, 1))
 
@@ -112,9 +113,9 @@ class _Inputs(NamedTuple):
     """The Refs that the kernel reads."""
 
     tau: Any  # float32 [B, 2]
-    observed: Any  # int32 [B, spans, 2]
-    stirred: Any  # int32 [B]
-    joined: Any  # int32 [B, tiers]
+    query_spans: Any  # int32 [B, spans, 2]
+    has_new_tokens: Any  # int32 [B]
+    receives: Any  # int32 [B, tiers]
     page_table: Any  # int32 [B, max_pages]
     tier_len: Any  # int32 [B, tiers]
     significance: Any  # float32 [num_pages, blocks, T]
@@ -136,7 +137,7 @@ def count_moves(
     """`count_moves` of api.py on GPUs, one launch. The layout is scored."""
     del max_len  # lengths are read
     blocks, heads, tiers = blocks or Blocks(), page_table.shape[0], layout.tiers
-    stirred, joined = (x.astype(jnp.int32) for x in (rule.stirred, rule.joined))
+    has_new_tokens, receives = (x.astype(jnp.int32) for x in (rule.has_new_tokens, rule.receives))
     per_tier = jax.ShapeDtypeStruct((heads, tiers), jnp.int32)
     dropped, demoted, victim = pl.pallas_call(
         partial(_kernel, layout=layout, one_victim=one_victim, blocks=blocks),
@@ -148,9 +149,9 @@ def count_moves(
     )(
         *_Inputs(
             rule.tau,
-            rule.observed,
-            stirred,
-            joined,
+            rule.query_spans,
+            has_new_tokens,
+            receives,
             page_table,
             tier_len,
             pages.significance,
@@ -169,9 +170,9 @@ def _kernel(*refs, layout: PageLayout, one_victim: bool, blocks: Blocks) -> None
     """
     inputs, (dropped, demoted, victim) = _Inputs(*refs[:-3]), refs[-3:]
     head = pl.program_id(0)
-    judge = Judge.of(inputs.tau, inputs.observed, head, layout.tiers)
+    judge = Judge.of(inputs.tau, inputs.query_spans, head, layout.tiers)
     for tier in range(layout.tiers):
-        length = jnp.where(inputs.stirred[head] != 0, inputs.tier_len[head, tier], 0)
+        length = jnp.where(inputs.has_new_tokens[head] != 0, inputs.tier_len[head, tier], 0)
         if one_victim:
             gone, falls, slot = _least(inputs, layout, tier, head, judge, length, blocks.slots)
         else:
@@ -187,7 +188,7 @@ def _tokens(
 ) -> tuple[Array, Array]:
     """Mean significance and position of the tokens at `slot [n]`."""
     slots = locate(inputs.page_table, inputs.position.shape[0], layout, tier, head, slot, live)
-    total, position = read_sides(inputs.significance, inputs.position, slots)
+    total, position = read_token_data(inputs.significance, inputs.position, slots)
     return judge.mean(total, position), position
 
 
@@ -236,6 +237,6 @@ def _least(
     least = mean.min()
     oldest = jnp.where(mean == least, position, last).min()
     slot = jnp.where((mean == least) & (position == oldest), slot, last).min()
-    may_leave = (inputs.joined[head, tier] != 0) & (length > 0)
+    may_leave = (inputs.receives[head, tier] != 0) & (length > 0)
     gone, falls = (may_leave & leaves for leaves in judge.leaving(least, tier))
     return gone.astype(jnp.int32), falls.astype(jnp.int32), jnp.where(gone | falls, slot, -1)

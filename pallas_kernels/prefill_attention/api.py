@@ -1,14 +1,50 @@
 """Attention of a prompt chunk and the significance it gives: the public functions."""
 
+from collections.abc import Callable
+from typing import Any
+
 from jax import Array
 
 from ..decode_attention.reference import Heads
-from ..dispatch import XLA, Kernels
+from ..dispatch import XLA, Kernels, Operation
 from ..pages import PageLayout, Pages
 from ..precision import in_32_bits
+from ..support import writes
 from . import reference, sums_reference
 from .reference import Chunk, Scale
 from .sums_reference import ColumnSums
+
+
+def _kernels(implementation: str) -> Callable[..., Any]:
+    if implementation == "triton":
+        from .triton import prefill_attention as run
+    elif implementation == "mosaic_tpu":
+        from .mosaic_tpu import prefill_attention as run
+    else:
+        from .cpu import prefill_attention as run
+    return run
+
+
+def _kernels_sums(implementation: str) -> Callable[..., Any]:
+    if implementation == "triton":
+        from .triton_sums import column_sums as run
+    elif implementation == "mosaic_tpu":
+        from .mosaic_tpu_sums import column_sums as run
+    else:
+        from .cpu_sums import column_sums as run
+    return run
+
+
+PREFILL_ATTENTION = Operation(
+    reference.prefill_attention,
+    _kernels,
+    supports=writes,
+)
+COLUMN_SUMS = Operation(
+    sums_reference.column_sums,
+    _kernels_sums,
+    supports=writes,
+)
 
 
 @in_32_bits
@@ -38,8 +74,7 @@ def prefill_attention(
         (the first `C - length`) hold anything finite. No array of the size of rows times keys
         exists.
     """
-    attend = kernels.function(__name__, "prefill_attention", reference.prefill_attention)
-    return attend(chunk, pages, layout, heads, scale)
+    return PREFILL_ATTENTION.on(kernels, layout)(chunk, pages, layout, heads, scale)
 
 
 @in_32_bits
@@ -66,5 +101,4 @@ def column_sums(
         recent and of chunk tokens (zeros where there is no token). No array of the size of rows
         times keys exists.
     """
-    sums = kernels.function(__name__, "column_sums", sums_reference.column_sums, module="{}_sums")
-    return sums(chunk, lse, observe, pages, layout, heads, scale)
+    return COLUMN_SUMS.on(kernels, layout)(chunk, lse, observe, pages, layout, heads, scale)

@@ -25,7 +25,7 @@ void with_word(const Problem& p, const Body& body) {
 // The operands that both handlers have; sets `problem` or says what is wrong with them.
 ffi::Error read_operands(Problem& problem, const ffi::AnyBuffer& q, const ffi::AnyBuffer& k, const ffi::AnyBuffer& v,
                          const ffi::Buffer<ffi::S32>& length, const ffi::Buffer<ffi::U8>& payload, const ffi::AnyBuffer& meta,
-                         int64_t side_rows, const ffi::Buffer<ffi::S32>& table, const ffi::Buffer<ffi::S32>& lengths,
+                         int64_t token_data_rows, const ffi::Buffer<ffi::S32>& table, const ffi::Buffer<ffi::S32>& lengths,
                          const ffi::AnyBuffer& recent_k, const ffi::AnyBuffer& recent_v, const ffi::Buffer<ffi::S32>& recent_lengths,
                          const ffi::Buffer<ffi::S32>& layer, ffi::Span<const int64_t> formats) {
   const auto shape = q.dimensions();
@@ -34,10 +34,10 @@ ffi::Error read_operands(Problem& problem, const ffi::AnyBuffer& q, const ffi::A
     const int32_t tokens = problem.chunk.length[head];
     if (tokens < 0 || tokens > shape[2]) return ffi::Error::InvalidArgument("length outside the chunk");
   }
-  return Heads::read(problem.heads, formats, payload, meta, side_rows, table, lengths, recent_k, recent_v, recent_lengths, layer);
+  return Heads::read(problem.heads, formats, payload, meta, token_data_rows, table, lengths, recent_k, recent_v, recent_lengths, layer);
 }
 
-ffi::Error prefill_attention(ffi::ThreadPool threads, ffi::Span<const int64_t> formats, float sm_scale, float cap, int64_t side_rows,
+ffi::Error prefill_attention(ffi::ThreadPool threads, ffi::Span<const int64_t> formats, float sm_scale, float cap, int64_t token_data_rows,
                              ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Buffer<ffi::S32> length,
                              ffi::Buffer<ffi::U8> payload, ffi::AnyBuffer meta, ffi::Buffer<ffi::S32> table,
                              ffi::Buffer<ffi::S32> lengths, ffi::AnyBuffer recent_k, ffi::AnyBuffer recent_v,
@@ -45,7 +45,7 @@ ffi::Error prefill_attention(ffi::ThreadPool threads, ffi::Span<const int64_t> f
                              ffi::ResultBuffer<ffi::F32> lse) {
   Problem p{};
   p.sm_scale = sm_scale, p.cap = cap;
-  auto error = read_operands(p, q, k, v, length, payload, meta, side_rows, table, lengths, recent_k, recent_v, recent_lengths, layer,
+  auto error = read_operands(p, q, k, v, length, payload, meta, token_data_rows, table, lengths, recent_k, recent_v, recent_lengths, layer,
                              formats);
   if (error.failure()) return error;
   const Attended to{out->typed_data(), lse->typed_data()};
@@ -59,7 +59,7 @@ ffi::Error prefill_attention(ffi::ThreadPool threads, ffi::Span<const int64_t> f
   return ffi::Error::Success();
 }
 
-ffi::Error column_sums(ffi::ThreadPool threads, ffi::Span<const int64_t> formats, float sm_scale, float cap, int64_t side_rows,
+ffi::Error column_sums(ffi::ThreadPool threads, ffi::Span<const int64_t> formats, float sm_scale, float cap, int64_t token_data_rows,
                        int64_t observe, bool mean, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::Buffer<ffi::S32> length,
                        ffi::Buffer<ffi::U8> payload, ffi::AnyBuffer meta, ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> lengths,
                        ffi::AnyBuffer recent_k, ffi::Buffer<ffi::S32> recent_lengths, ffi::Buffer<ffi::S32> layer,
@@ -68,7 +68,7 @@ ffi::Error column_sums(ffi::ThreadPool threads, ffi::Span<const int64_t> formats
   (void)significance;  // the result lies in its memory
   Problem p{};
   p.sm_scale = sm_scale, p.cap = cap;
-  auto error = read_operands(p, q, k, k, length, payload, meta, side_rows, table, lengths, recent_k, recent_k, recent_lengths, layer,
+  auto error = read_operands(p, q, k, k, length, payload, meta, token_data_rows, table, lengths, recent_k, recent_k, recent_lengths, layer,
                              formats);
   if (error.failure()) return error;
   const Scored to{significance_out->typed_data(), recent->typed_data(), chunk->typed_data(), mean};
@@ -100,7 +100,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(prefill_attention_cpu, prefill_attention,
                                   .Attr<ffi::Span<const int64_t>>("formats")
                                   .Attr<float>("sm_scale")
                                   .Attr<float>("cap")
-                                  .Attr<int64_t>("side_rows")
+                                  .Attr<int64_t>("token_data_rows")
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
@@ -122,7 +122,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(column_sums_cpu, column_sums,
                                   .Attr<ffi::Span<const int64_t>>("formats")
                                   .Attr<float>("sm_scale")
                                   .Attr<float>("cap")
-                                  .Attr<int64_t>("side_rows")
+                                  .Attr<int64_t>("token_data_rows")
                                   .Attr<int64_t>("observe")
                                   .Attr<bool>("mean")
                                   .Arg<ffi::AnyBuffer>()

@@ -54,8 +54,8 @@ def readable(chunk: Chunk) -> Chunk:
 def attributes(layout: PageLayout, scale: Scale) -> dict[str, np.ndarray | np.generic]:
     """What both handlers want to know of the pages and the logits."""
     return {
-        "formats": build.format_codes(layout),
+        "formats": layout.native_formats(),
         "sm_scale": np.float32(scale.sm_scale),
         "cap": np.float32(scale.soft_cap or 0),
-        "side_rows": np.int64(layout.side_rows),
+        "token_data_rows": np.int64(layout.token_data_rows),
     }

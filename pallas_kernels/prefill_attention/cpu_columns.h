@@ -33,8 +33,8 @@ inline void deliver(const Problem& p, int64_t head, const Span& span, const floa
     const Floats scores = over_group(p.chunk.group, to.mean, [&](int g) { return load<Floats>(sums + g * kKeys + at); });
     const int live = std::min(kLanes, span.count - at);
     if (span.stored()) {
-      float* side = to.significance + p.heads.strip(head, span.tier(), (span.first + at) / kStrip).side + at % kStrip;
-      for (int i = 0; i < live; ++i) side[i] += scores[i];
+      float* sums = to.significance + p.heads.strip(head, span.tier(), (span.first + at) / kStrip).token + at % kStrip;
+      for (int i = 0; i < live; ++i) sums[i] += scores[i];
     } else {
       float* row = span.source == Source::recent ? to.recent + head * p.heads.slots : to.chunk + head * p.chunk.rows;
       std::memcpy(row + span.first + at, &scores, live * sizeof(float));

@@ -207,7 +207,9 @@ def queries(ref, layout: PageLayout) -> Callable[[Group], tuple[Array, Array]]:
     float32 sums over them `[G * rows, 1]`.
     """
     g, rows, d = ref.shape
-    groups = {group[:2] for fmt in layout.formats for group in groups_of(fmt.key, d)} | {(0, d)}
+    groups = {group[:2] for fmt in layout.formats for group in groups_of(fmt.scalars()[0], d)} | {
+        (0, d)
+    }
     loaded = {}
     for first, size in sorted(groups):
         q = ref[:, :, first : first + size].reshape(g * rows, size)

@@ -10,8 +10,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..codecs.formats import Codec
-from ..codecs.tiles import Tile
+from ..codecs.tiles import Scalar, Tile
 from ..pages import PageLayout, Pages, meta_as_bits, page_column
 from .reference import Scale
 
@@ -105,7 +104,7 @@ class Group(NamedTuple):
     tiles: tuple[Tile, ...]
 
 
-def groups_of(codec: Codec, head_dim: int) -> list[Group]:
+def groups_of(codec: Scalar, head_dim: int) -> list[Group]:
     """The groups of a codec; one for exact types."""
     by_row: dict[int | None, list[Tile]] = {}
     for tile in codec.tiles(head_dim):
@@ -171,14 +170,14 @@ class Tier(NamedTuple):
         """Of each group of channels: codes `[channels, n]` of the keys in `slot`, float32 scale and
         zero point `[1, n]` or None.
         """
-        return self._read(self.layout.formats[self.number].key, slot, valid, dtype, 0, 0)
+        return self._read(self.layout.formats[self.number].scalars()[0], slot, valid, dtype, 0, 0)
 
     def values(
         self, slot, valid: Array, dtype
     ) -> list[tuple[Group, Array, Array | None, Array | None]]:
         """The same of the values."""
         return self._read(
-            self.layout.formats[self.number].value,
+            self.layout.formats[self.number].scalars()[1],
             slot,
             valid,
             dtype,
@@ -186,7 +185,7 @@ class Tier(NamedTuple):
         )
 
     def _read(
-        self, codec: Codec, slot, valid: Array, dtype, first_row: int, first_meta: int
+        self, codec: Scalar, slot, valid: Array, dtype, first_row: int, first_meta: int
     ) -> list:
         blocks = [
             (page, block)

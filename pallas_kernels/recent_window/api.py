@@ -1,10 +1,43 @@
 """New tokens into the recent window, old ones out of it: the public functions."""
 
+from collections.abc import Callable
+from typing import Any
+
 from jax import Array
 
-from ..dispatch import XLA, Kernels
+from ..dispatch import XLA, Kernels, Operation
 from ..precision import in_32_bits
 from . import reference
+
+
+def _kernels_append(implementation: str) -> Callable[..., Any]:
+    if implementation == "triton":
+        from .triton import append_recent as run
+    elif implementation == "mosaic_tpu":
+        from .mosaic_tpu import append_recent as run
+    else:
+        from .cpu import append_recent as run
+    return run
+
+
+def _kernels_shift(implementation: str) -> Callable[..., Any]:
+    if implementation == "triton":
+        from .triton import shift_recent as run
+    elif implementation == "mosaic_tpu":
+        from .mosaic_tpu import shift_recent as run
+    else:
+        from .cpu import shift_recent as run
+    return run
+
+
+APPEND_RECENT = Operation(
+    reference.append_recent,
+    _kernels_append,
+)
+SHIFT_RECENT = Operation(
+    reference.shift_recent,
+    _kernels_shift,
+)
 
 
 @in_32_bits
@@ -28,8 +61,7 @@ def append_recent(
         slot: int32 `[B]`, where; nothing is written for a head whose slot is not in `[0, N)`.
         kernels: which implementation runs.
     """
-    append = kernels.function(__name__, "append_recent", reference.append_recent)
-    return append(recent_k, recent_v, layer, k, v, slot)
+    return APPEND_RECENT.on(kernels)(recent_k, recent_v, layer, k, v, slot)
 
 
 @in_32_bits
@@ -52,5 +84,4 @@ def shift_recent(
         shift: int32 `[B]`, 0 to N: how many leave; windows with 0 keep their bits.
         kernels: which implementation runs.
     """
-    shifted = kernels.function(__name__, "shift_recent", reference.shift_recent)
-    return shifted(recent_k, recent_v, significance, layer, shift)
+    return SHIFT_RECENT.on(kernels)(recent_k, recent_v, significance, layer, shift)

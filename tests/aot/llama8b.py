@@ -14,7 +14,7 @@ from diffkv_jax.cache.cache import KVCache, empty_cache
 from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.models import ModelConfig, build_model
 from diffkv_jax.pallas_kernels.apply_event import FreeRing, Stored
-from diffkv_jax.pallas_kernels.codecs import KVFormat, table_shape
+from diffkv_jax.pallas_kernels.codecs import KVFormat
 from diffkv_jax.pallas_kernels.decode_attention import Heads
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
@@ -67,7 +67,7 @@ def heads(of: PageLayout) -> Heads:
     window = Shape((LAYERS, HEADS, SLOTS, of.head_dim), jnp.bfloat16)
 
     def table(codec) -> Shape | None:
-        shape = table_shape(codec, of.head_dim)
+        shape = codec.table_shape(of.head_dim)
         return None if shape is None else Shape((LAYERS, KV_HEADS, *shape), jnp.float16)
 
     tables = tuple((table(fmt.key), table(fmt.value)) for fmt in of.formats)

@@ -93,7 +93,7 @@ def test_the_same_tokens(name: str, implementation: str):
     got, wanted = run(name, implementation), run(name, "xla")
     np.testing.assert_array_equal(got.tokens, wanted.tokens)
     cache, plain = got.cache, wanted.cache
-    assert (cache.spec.kernels, cache.spec.page_kernels) == (
+    assert (cache.spec.kernels, cache.spec.event_kernels) == (
         Kernels(implementation, implementation in PALLAS),
         XLA,
     ) and plain.spec.kernels == XLA

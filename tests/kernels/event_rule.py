@@ -51,9 +51,9 @@ def sides(
     ][at].astype(np.int32)
 
 
-def mean_of(total: np.ndarray, position: np.ndarray, observed: np.ndarray) -> np.ndarray:
+def mean_of(total: np.ndarray, position: np.ndarray, query_spans: np.ndarray) -> np.ndarray:
     """S / n in float32, n the queries of all spans (end, length) at or after the position."""
-    queries = sum(np.clip(end - position, 0, length) for end, length in observed)
+    queries = sum(np.clip(end - position, 0, length) for end, length in query_spans)
     return total.astype(np.float32) / np.maximum(queries, 1).astype(np.float32)
 
 
@@ -114,7 +114,7 @@ def expected(world: World, head: int, one_victim: bool) -> list[list[Token]]:
     ]
     if not world.admitted[head]:
         return tiers
-    if layout.scored and rule.stirred[head]:
+    if layout.scored and rule.has_new_tokens[head]:
         fallen = []
         for tier in reversed(range(layout.tiers)):
             tiers[tier], gone = remove(rule, head, tier, tiers[tier], layout.tiers, one_victim)
@@ -141,11 +141,11 @@ def remove(
     """(tokens that stay, in slot order; (token, whether it falls) of those that leave, in the order
     in which the top is cleared).
     """
-    (high, low), observed = rule.tau[head], rule.observed[head]
+    (high, low), query_spans = rule.tau[head], rule.query_spans[head]
     mean = mean_of(
         np.array([t.significance for t in tokens]),
         np.array([t.position for t in tokens], int),
-        observed,
+        query_spans,
     )
     falls = [bool(low <= m < high) and tier == 0 and tiers == 2 for m in mean]
     leaves = [bool(m < low) or falls[slot] for slot, m in enumerate(mean)]
@@ -154,7 +154,7 @@ def remove(
             range(len(tokens)), key=lambda slot: (mean[slot], tokens[slot].position), default=None
         )
         leaves = [
-            leaves[slot] and slot == least and rule.joined[head, tier]
+            leaves[slot] and slot == least and rule.receives[head, tier]
             for slot in range(len(tokens))
         ]
     slots, gone = list(tokens), []

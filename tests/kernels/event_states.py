@@ -24,7 +24,7 @@ class Scenario(NamedTuple):
     high: float
     low: float
     enters: tuple[float, float] = (0.4, 0.4)  # odds that a new token enters each tier
-    stirred: bool = True
+    has_new_tokens: bool = True
     admitted: bool = True
 
 
@@ -36,7 +36,7 @@ SCENARIOS = {
     "full pages demoted, none free": Scenario((3, 1), 2, -1, (0, 0)),
     "not admitted": Scenario((1.4, 0.9), 0.7, 0.4, admitted=False),
     "empty": Scenario((0, 0), 0.5, 0.2),
-    "not stirred": Scenario((1.2, 0.8), 0.7, 0.4, (0, 0), stirred=False),
+    "no new tokens": Scenario((1.2, 0.8), 0.7, 0.4, (0, 0), has_new_tokens=False),
     "long": Scenario((12, 2.5), 0.25, 0.1, (0.7, 0.1)),
 }
 
@@ -107,13 +107,14 @@ def build(case: Case, seed: int = 0) -> World:
 def draw_rule(rng, layout: PageLayout, pool, lengths: np.ndarray) -> tuple[Rule, np.ndarray]:
     """Thresholds at the quantiles that the scenarios name, and codes of the new tokens."""
     heads = len(lengths)
-    observed = np.stack(
+    query_spans = np.stack(
         [rng.integers(300, 900, (heads, 2)), rng.integers(5, 400, (heads, 2))], axis=-1
     ).astype(np.int32)
     tau, entering = np.zeros((heads, 2), np.float32), np.zeros((heads, NEW), np.int32)
     for head, scenario in enumerate(SCENARIOS.values()):
         mean = mean_of(
-            *sides(layout, pool.pages, pool.page_table[head], 0, lengths[head, 0]), observed[head]
+            *sides(layout, pool.pages, pool.page_table[head], 0, lengths[head, 0]),
+            query_spans[head],
         )
         for i, share in enumerate((scenario.high, scenario.low)):
             # a token's own: it stays
@@ -123,10 +124,12 @@ def draw_rule(rng, layout: PageLayout, pool, lengths: np.ndarray) -> tuple[Rule,
             tau[head, i] = INFINITE if share > 1 else -INFINITE if share < 0 else inside
         odds = [1 - sum(scenario.enters[: layout.tiers]), *scenario.enters[: layout.tiers]]
         entering[head] = rng.choice(len(odds), NEW, p=odds)
-    joined = np.stack(
+    receives = np.stack(
         [(entering == tier + 1).any(axis=-1) for tier in range(layout.tiers)], axis=-1
     )
-    return Rule(tau, observed, np.array([s.stirred for s in SCENARIOS.values()]), joined), entering
+    return Rule(
+        tau, query_spans, np.array([s.has_new_tokens for s in SCENARIOS.values()]), receives
+    ), entering
 
 
 def with_ring(world: World, one_victim: bool, rng) -> Stored:

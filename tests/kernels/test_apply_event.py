@@ -140,7 +140,7 @@ def test_the_scenarios_do_what_they_say():
     assert demoted["mixed"] > 5 < dropped["mixed"].min() and (moves.victim == -1).all()
     assert (
         not dropped["nothing leaves"].any()
-        and not dropped["not stirred"].any()
+        and not dropped["no new tokens"].any()
         and not demoted["nothing leaves"]
     )
     assert int(world.stored.ring.start) + int(world.stored.ring.count) > len(world.stored.ring.ids)
@@ -234,8 +234,10 @@ MISTAKES = {
     "not strict": lambda w: w._replace(
         rule=w.rule._replace(tau=np.nextafter(w.rule.tau, INFINITE))
     ),
-    "a query more": lambda w: w._replace(rule=w.rule._replace(observed=w.rule.observed + 1)),
-    "all stirred": lambda w: w._replace(rule=w.rule._replace(stirred=w.rule.stirred | True)),
+    "a query more": lambda w: w._replace(rule=w.rule._replace(query_spans=w.rule.query_spans + 1)),
+    "new tokens everywhere": lambda w: w._replace(
+        rule=w.rule._replace(has_new_tokens=w.rule.has_new_tokens | True)
+    ),
     "all admitted": lambda w: w._replace(admitted=w.admitted | True),
     "an entering token less": lambda w: w._replace(
         entering=np.where(np.arange(NEW) == 20, 0, w.entering)

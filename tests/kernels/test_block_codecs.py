@@ -13,8 +13,6 @@ from diffkv_jax.pallas_kernels.codecs import (
     Outliers,
     PerChannel,
     Uniform,
-    table_shape,
-    with_table,
 )
 from diffkv_jax.testing.blocks import kivi_keys, with_outliers
 from diffkv_jax.testing.quantiser import fake_quantise
@@ -106,9 +104,9 @@ def test_separable_is_what_it_says():
         "K4tV4t+o5",
     ):
         codec = KVFormat.parse(name).key
-        if (shape := table_shape(codec.for_block(HEAD_DIM, TOKENS), HEAD_DIM)) is not None:
+        if (shape := codec.for_block(HEAD_DIM, TOKENS).table_shape(HEAD_DIM)) is not None:
             table = np.sort(rng.uniform(-1, 1, (2, *shape)), axis=-1 if len(shape) == 1 else -2)
-            codec = with_table(codec, jnp.asarray(table, jnp.float16))
+            codec = codec.with_table(jnp.asarray(table, jnp.float16))
         among, alone = (
             stored(codec, X)[..., 5:6],
             stored(codec, np.repeat(X[..., 5:6], TOKENS, axis=-1))[..., 5:6],

@@ -82,7 +82,7 @@ def test_page_bytes_are_those_of_the_arrays(names, scored: bool, max_len: int, d
     arrays = (pages.payload, pages.meta, pages.significance, pages.position)
     assert 5 * layout.page_bytes == sum(x.size * x.dtype.itemsize for x in arrays)
     assert layout.position_dtype == dtype and pages.position.dtype == dtype and pages.num_pages == 5
-    assert layout.side_bytes == (4 if scored else 0) + (2 if dtype == "uint16" else 4)
+    assert layout.token_data_bytes == (4 if scored else 0) + (2 if dtype == "uint16" else 4)
 
 
 @pytest.mark.parametrize("name", ["K8V8", "K8V4", "K8V2", "K4V4", "K4V2", "K4V1", "full"])

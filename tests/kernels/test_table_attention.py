@@ -13,7 +13,7 @@ import pytest
 from implementations import IMPLEMENTATIONS, LONG, NATIVE, SLOW, crossed, marked
 from test_decode_attention import Attended, same, softmax
 
-from diffkv_jax.pallas_kernels.codecs import KVFormat, table_shape, with_table
+from diffkv_jax.pallas_kernels.codecs import KVFormat
 from diffkv_jax.pallas_kernels.decode_attention import Heads, Sliding, decode_attention
 from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
@@ -98,7 +98,7 @@ class Case:
 
     def _table(self, codec: Any, rng: np.random.Generator) -> np.ndarray | None:
         """Of two layers and the KV heads."""
-        shape = table_shape(codec, self.shape.head_dim)
+        shape = codec.table_shape(self.shape.head_dim)
         return (
             None
             if shape is None
@@ -113,8 +113,8 @@ class Case:
         formats = tuple(
             dataclasses.replace(
                 fmt,
-                key=with_table(fmt.key, of_heads(key)),
-                value=with_table(fmt.value, of_heads(value)),
+                key=fmt.key.with_table(of_heads(key)),
+                value=fmt.value.with_table(of_heads(value)),
             )
             for fmt, (key, value) in zip(self.layout.formats, tables, strict=True)
         )

@@ -8,7 +8,7 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax.make_cache import make_cache
-from diffkv_jax.pallas_kernels.codecs import KVFormat, table_shape, with_table
+from diffkv_jax.pallas_kernels.codecs import KVFormat
 from diffkv_jax.pallas_kernels.codecs.low_rank import nearest
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout
@@ -89,8 +89,8 @@ def test_what_learned_codecs_get_wrong():
     plain, ranked = (
         KVFormat.parse(name).for_block(64, 32).value for name in ("K2sV2t+o5", "K2sV2t+o5+r4")
     )
-    assert table_shape(ranked, 64) == table_shape(plain, 64) == (4,)
-    bound = [with_table(codec, levels) for codec in (plain, ranked)]
+    assert ranked.table_shape(64) == plain.table_shape(64) == (4,)
+    bound = [codec.with_table(levels) for codec in (plain, ranked)]
     without, found = map(
         np.asarray, jax.jit(lambda x: [codec.decode(*codec.encode(x)) for codec in bound])(x)
     )
@@ -157,7 +157,7 @@ def test_bits_are_those_of_the_formula(bits, group, rank, outliers, backbone):
     shares = [2 * max(1, round(outliers * n / 2)) / n if outliers else 0 for n in (group, d)]
     wanted = 2 * bits + scales + 2 * 16 * rank * (group + d) / (group * d) + 24 * sum(shares)
     assert layout.formats[0].token_bytes(d) * 8 / d == pytest.approx(wanted)
-    assert layout.together == group
+    assert layout.tokens_per_group == group
 
 
 @pytest.mark.slow

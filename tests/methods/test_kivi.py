@@ -148,7 +148,7 @@ def test_bits_are_those_of_the_formula(bits, group, head_dim):
         policy.formats("bfloat16"), head_dim, tokens=policy.group, scored=False
     )
     assert layout.formats[0].token_bytes(head_dim) * 8 / (2 * head_dim) == bits + 32 / group
-    assert layout.together == group
+    assert layout.tokens_per_group == group
 
 
 @pytest.mark.slow

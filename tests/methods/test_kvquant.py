@@ -3,7 +3,7 @@ outliers apart; and with CQ keys.
 """
 
 import dataclasses
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,14 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax.cache.layer import layer_heads, layer_layout
-from diffkv_jax.calibration.learn import Learning, learn_table
+from diffkv_jax.calibration.kmeans import weighted_kmeans
 from diffkv_jax.pallas_kernels.codecs import (
+    Fitting,
     KVFormat,
     Levels,
     LowRank,
     Outliers,
     StaticLevels,
-    with_table,
 )
 from diffkv_jax.pallas_kernels.decode_attention import decode_attention
 from diffkv_jax.testing.quantiser import fake_quantise, pack
@@ -28,7 +28,7 @@ from diffkv_jax.testing.tiny import tiny_model
 
 TOKENS = np.random.default_rng(3).integers(0, 97, (2, 90))
 FREQUENCIES = 10000.0 ** (-np.arange(16) / 16)
-HOW = Learning(iterations=30, q_norm=False)
+HOW = Fitting(partial(weighted_kmeans, iterations=30), q_norm=False)
 POLICIES = {
     "kvquant": dkv.kvquant(3, window=16, flush=8),
     "CQ keys": dkv.CompressionPolicy(
@@ -126,10 +126,8 @@ def test_outliers_of_keys_are_those_beyond_their_channels_range():
     scale = np.exp(rng.normal(size=32) * 2)  # channels of very different size
     table = half(np.sort(rng.uniform(-1, 1, (1, 8))) * scale[:, None] + scale[:, None])
     x = (rng.normal(size=(50, 32)) * scale + scale).astype(np.float32)
-    codec = with_table(
-        Outliers(StaticLevels(3), 0.01, fill="median").for_block(32, 50),
-        jnp.asarray(table[None, ..., None], jnp.float16),
-    )
+    codec = Outliers(StaticLevels(3), 0.01, fill="median").for_block(32, 50)
+    codec = codec.with_table(jnp.asarray(table[None, ..., None], jnp.float16))
     found = run(codec, x)
     scaled = (x - table[:, 0]) / (table[:, -1] - table[:, 0])
     np.testing.assert_allclose(
@@ -169,9 +167,7 @@ def test_levels_are_learned():
 
     def learn(fisher, **how) -> np.ndarray:
         return np.asarray(
-            learn_table(
-                codec, jnp.asarray(x), fisher, jax.random.key(0), dataclasses.replace(HOW, **how)
-            ),
+            codec.fit(jnp.asarray(x), fisher, jax.random.key(0), HOW._replace(**how)),
             np.float32,
         )[..., 0]
 
@@ -214,7 +210,7 @@ def test_levels_are_learned():
 
 def test_learned_levels_lose_less_than_even_ones():
     x = np.random.default_rng(0).normal(size=(600, 64)).astype(np.float32)
-    table = learn_table(Levels(3), block(x), jnp.ones((1, 64, 600)), jax.random.key(0), HOW)
+    table = Levels(3).fit(block(x), jnp.ones((1, 64, 600)), jax.random.key(0), HOW)
     learned, even = (
         np.square(y - x).mean() for y in (run(Levels(3, table), x), fake_quantise(x, 3))
     )
@@ -226,8 +222,7 @@ def test_a_low_rank_beside_changes_nothing_that_is_learned():
     apart = Outliers(Levels(2), 0.05, fill="median").for_block(32, 64)
     codecs = (apart, LowRank(apart, 2).for_block(32, 64), Levels(2))
     with_rank, without, plain = (
-        np.asarray(learn_table(c, jnp.asarray(x), jnp.ones_like(x), jax.random.key(0), HOW))
-        for c in codecs
+        np.asarray(c.fit(jnp.asarray(x), jnp.ones_like(x), jax.random.key(0), HOW)) for c in codecs
     )
     np.testing.assert_array_equal(with_rank, without)
     assert (without != plain).any()

@@ -122,11 +122,13 @@ def event_rows(
     position = jnp.tile(most + 100 + jnp.arange(n, dtype=jnp.int32), (heads, 1))
     tokens = Tokens(k, v, jnp.asarray(rng.uniform(0, 2, (heads, n)), jnp.float32), position)
     entering = jnp.asarray(rng.integers(0, layout.tiers + 1, (heads, n)), jnp.int32)
-    joined = jnp.stack([(entering == tier + 1).any(axis=1) for tier in range(layout.tiers)], axis=1)
+    receives = jnp.stack(
+        [(entering == tier + 1).any(axis=1) for tier in range(layout.tiers)], axis=1
+    )
     # one query has scored every token
     spans = jnp.zeros((heads, 8, 2), jnp.int32).at[:, -1].set(jnp.array([2 * max_len, 1]))
     rule = Rule(
-        jnp.tile(jnp.asarray(tau, jnp.float32), (heads, 1)), spans, jnp.ones(heads, bool), joined
+        jnp.tile(jnp.asarray(tau, jnp.float32), (heads, 1)), spans, jnp.ones(heads, bool), receives
     )
     admitted = jnp.ones(heads, bool).at[-1].set(heads == 1)
     options: dict[str, Any] = {"one_victim": one_victim, "max_len": max_len}

@@ -76,7 +76,7 @@ def time_count(setting: Setting, sizes: Sizes, effort: Effort) -> Row:
         state = (empty + 0, empty[:, 0] + 0, empty + 0)
         return Looped(step).on(state, stored.pages, stored.page_table, stored.tier_len, rule)
 
-    return compare(setting, runner, effort, heads * sizes.context * layout.side_bytes, "GB/s")
+    return compare(setting, runner, effort, heads * sizes.context * layout.token_data_bytes, "GB/s")
 
 
 def time_event(
@@ -127,5 +127,5 @@ def time_event(
         4 * setting.head_dim + layout.token_bytes(0)
     )
     return compare(
-        setting, runner, effort, heads * (sizes.context * layout.side_bytes + moving), "GB/s"
+        setting, runner, effort, heads * (sizes.context * layout.token_data_bytes + moving), "GB/s"
     )

@@ -62,9 +62,9 @@ def _judged_pool(s: Setting, event: Event) -> tuple[Pages, Rule, int]:
     n = s.heads
     rule = Rule(
         tau=_of_heads(n, [1.0, 0.5], np.float32),
-        observed=_of_heads(n, [[s.context, OBSERVE]]),
-        stirred=_of_heads(n, True, bool),
-        joined=_of_heads(n, [True] * layout.tiers, bool),
+        query_spans=_of_heads(n, [[s.context, OBSERVE]]),
+        has_new_tokens=_of_heads(n, True, bool),
+        receives=_of_heads(n, [True] * layout.tiers, bool),
     )
     return replace(pages, significance=significance, position=position), rule, fills
 
@@ -77,7 +77,7 @@ def event_cases(s: Setting) -> list[Case]:
     moves = Moves(
         _of_heads(n, event.dropped), _of_heads(n, event.demoted), _of_heads(n, [-1] * layout.tiers)
     )
-    sides = layout.side_bytes * n * sum(s.lengths)
+    sides = layout.token_data_bytes * n * sum(s.lengths)
     ids = 4.0 * n * sum(s.pages_of_head())
     judge, carry_out = (
         partial(f, one_victim=False, max_len=max_len, kernels=s.kernels)
@@ -101,7 +101,7 @@ def event_cases(s: Setting) -> list[Case]:
     def apply(stored, rule, moves, tokens, entering, admitted):
         return carry_out(stored, layout, rule, moves, tokens, entering, admitted, pages_a_round=1)
 
-    column = [s.bytes_of(tier) + layout.side_bytes for tier in range(layout.tiers)]
+    column = [s.bytes_of(tier) + layout.token_data_bytes for tier in range(layout.tiers)]
     leaving_tier = [
         event.dropped[tier] + (event.demoted if tier == 0 else 0) for tier in range(layout.tiers)
     ]
@@ -116,7 +116,7 @@ def event_cases(s: Setting) -> list[Case]:
     )
     moved += 2 * fills * max(column) if fills else 0
     must = {
-        "sides": float(layout.side_bytes * n * scanned),
+        "sides": float(layout.token_data_bytes * n * scanned),
         "columns": float(n * moved),
         "tables": ids + 100.0 * n,
     }
