@@ -48,9 +48,7 @@ def prefill_layer(
     chunk = _by_head(cache, q, k, v, present)
     scale = Scale(spec.attention.sm_scale, spec.attention.logits_soft_cap)
     layout = layer_layout(cache, layer)
-    out, lse = prefill_attention(
-        chunk, cache.pages, layout, heads, scale, kernels=spec.kernels
-    )
+    out, lse = prefill_attention(chunk, cache.pages, layout, heads, scale, kernels=spec.kernels)
     out = jnp.moveaxis(out.reshape(*_grouped(cache), *out.shape[2:]), 3, 1)
     out = out.reshape(*q.shape[:-1], -1)  # [R, C, Hq, d]
     if isinstance(step, ScoreStep):

@@ -147,7 +147,9 @@ def _view(
     spec, stored = cache.spec.unmerged, stored_layer(cache, layer)
     layout, table = spec.layout, (stored.page_table, stored.tier_len)
     pages = dataclasses.replace(stored.pages, significance=significance)
-    sides = [read_token_data(pages, layout, *table, tier, spec.max_len) for tier in range(layout.tiers)]
+    sides = [
+        read_token_data(pages, layout, *table, tier, spec.max_len) for tier in range(layout.tiers)
+    ]
     stored_score, position, live = (jnp.concatenate(x, axis=1) for x in zip(*sides, strict=True))
     at = jnp.concatenate([position.astype(jnp.int32), outside.tokens.position], axis=1)
     protected = protected_tokens(cache, outside.tokens.position)
@@ -159,7 +161,9 @@ def _view(
         for tier, (score, _, _) in enumerate(sides):
             part = values[:, first : first + score.shape[1]]
             length = stored.tier_len[:, tier]
-            significance = write_token_array(significance, layout, stored.page_table, tier, length, part)
+            significance = write_token_array(
+                significance, layout, stored.page_table, tier, length, part
+            )
             first += score.shape[1]
         return significance
 

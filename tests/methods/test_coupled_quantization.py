@@ -21,7 +21,7 @@ from diffkv_jax.testing.readback import check_pool, held_tokens
 from diffkv_jax.testing.tiny import tiny_latent_model, tiny_model
 
 TOKENS = np.random.default_rng(3).integers(0, 97, (2, 90))
-POLICY = dkv.coupled_quantization(4, 8, schedule=dkv.Schedule(window=16, flush=8))
+POLICY = dkv.coupled_quantization(4, 8, window=16, flush=8)
 FREQUENCIES = 10000.0 ** (-np.arange(16) / 16)
 
 

@@ -408,7 +408,6 @@ def test_choices_that_cannot_work(changes, message):
             "replay.type=None must be a Replay",
         ),
     ],
-    ids=str,
 )
 def test_stages_that_cannot_be(make, message):
     with pytest.raises(ValueError, match=message):
