@@ -64,6 +64,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
+	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/python -m compileall -q $(FOLDERS)
 
 demo: $(VENV_DEMO)/.installed

@@ -3,7 +3,6 @@ uses.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +37,7 @@ REALS = (
 class ModelConfig:
     """Sizes and choices of one model; hashable, so it can be a static argument of `jax.jit`.
 
-    Build it from a checkpoint's config.json with `from_hf`. Where a name needs more than its
+    `config_from_hf` makes it of a checkpoint's config.json. Where a name needs more than its
     config.json meaning:
 
     Attributes:
@@ -100,20 +99,6 @@ class ModelConfig:
                 f"hidden_act={self.hidden_act!r} is not supported; supported are "
                 f"{', '.join(ACTIVATIONS)}."
             )
-
-    @classmethod
-    def from_hf(cls, raw: Mapping[str, Any]) -> "ModelConfig":
-        """The config of a parsed Hugging Face config.json, in today's or the pre-5 layout.
-
-        Raises:
-            ValueError: an architecture, rope type or option that is not supported, or a value that
-                cannot be right.
-        """
-        from .hf_config import (
-            read_hf_config,  # that module needs the families, and they need this one
-        )
-
-        return cls(**read_hf_config(raw))
 
     @property
     def sliding_windows(self) -> tuple[int | None, ...]:

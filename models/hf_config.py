@@ -1,9 +1,9 @@
-"""From a parsed Hugging Face config.json to the fields of a `ModelConfig`."""
+"""From a parsed Hugging Face config.json to a `ModelConfig`."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from .config import COUNTS, REALS, check_size
+from .config import COUNTS, REALS, ModelConfig, check_size
 from .end_tokens import end_tokens
 from .family import REQUIRED, Family
 from .hf_keys import check_keys
@@ -14,8 +14,18 @@ _RENAMED = {"hidden_activation": "hidden_act"}
 """Keys of some families that mean a field with another name."""
 
 
-def read_hf_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`ModelConfig`'s fields by name; see `ModelConfig.from_hf`."""
+def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+    """The config of a parsed Hugging Face config.json, in today's or the pre-5 layout.
+
+    Raises:
+        ValueError: an architecture, rope type or option that is not supported, or a value that
+            cannot be right.
+    """
+    return ModelConfig(**_fields(raw))
+
+
+def _fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`ModelConfig`'s fields by name."""
     ends = end_tokens(raw)
     raw = _text_part(raw)
     if not raw.get("model_type"):

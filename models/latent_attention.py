@@ -90,7 +90,7 @@ class LatentAttention(nn.Module):
             q = jnp.concatenate(
                 [jnp.einsum("bthn,rhn->bthr", q[..., :nope], up[..., :nope]), q_rope], axis=-1
             )
-            out, cache = attend(cache, data.number, q, k, k[..., :0], shared.positions, shared.step)
+            out, cache = attend(cache, data.number, q, k, k[..., :0], shared.step)
             out = jnp.einsum("bthr,rhv->bthv", out, up[..., nope:])
         joined = out.reshape(*hidden.shape[:-1], -1)
         outwards = self._projection(

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .checkpoint import Checkpoint, check_destination, is_checkpoint, save_checkpoint
-from .config import ModelConfig
 from .decoder import Decoder, param_shapes
 from .end_tokens import with_generation_config
 from .fill import fill_params
 from .folder import hugging_face_packages, read_tokenizer
+from .hf_config import config_from_hf
 from .registry import build_model
 from .source import WeightSource
 
@@ -95,7 +95,7 @@ def _load(
     progress: bool,
 ) -> Pretrained:
     """The tokenizer before the weights: it fails sooner."""
-    config = ModelConfig.from_hf(with_generation_config(opened.config, opened.generation_config))
+    config = config_from_hf(with_generation_config(opened.config, opened.generation_config))
     model = build_model(config, dtype)
     text = _tokenizer(path, opened, tokenizer)
     shapes = param_shapes(model)

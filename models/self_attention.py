@@ -122,4 +122,4 @@ class SelfAttention(nn.Module):
             return plain_attention(
                 q, k, v, shared.positions, data.window, sm_scale=scale, logits_soft_cap=cap
             ), None
-        return attend(cache, data.number, q, k, v, shared.positions, shared.step)
+        return attend(cache, data.number, q, k, v, shared.step)

@@ -13,7 +13,7 @@ import pytest
 from diffkv_jax import CompressionPolicy, diffkv, make_cache, quantized
 from diffkv_jax.batching import as_batch, chunk_size
 from diffkv_jax.evaluate import _log_softmax
-from diffkv_jax.models import ModelConfig, build_model, load_pretrained
+from diffkv_jax.models import build_model, config_from_hf, load_pretrained
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.native.build import why_unavailable
 from diffkv_jax.read_prompts import prefill
@@ -69,7 +69,7 @@ def tiny(dtype: str, model_type: str = "llama", head_dim: int = 64):
             rope_local_base_freq=1e4,
         )
         raw |= dict(query_pre_attn_scalar=head_dim, hidden_activation="gelu_pytorch_tanh")
-    model = build_model(ModelConfig.from_hf(raw | {"tie_word_embeddings": True}), dtype)
+    model = build_model(config_from_hf(raw | {"tie_word_embeddings": True}), dtype)
     one = jnp.zeros((1, 1), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(0), one, one)["params"]
     noise = np.random.default_rng(1)

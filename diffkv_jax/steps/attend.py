@@ -8,7 +8,6 @@ from jax import Array, lax
 
 from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.cache.spec import CacheSpec
-from diffkv_jax.calibration.probe import Probe
 from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
 from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.steps.decode import decode_layer
@@ -19,33 +18,30 @@ from diffkv_jax.steps.step import DecodeStep, PrefillStep, ScoreStep
 
 @in_32_bits
 def attend(
-    cache: KVCache | Probe,
+    cache: Any,
     layer: Array,
     q: Array,
     k: Array,
     v: Array,
-    positions: Array,
     step: DecodeStep | PrefillStep | ScoreStep,
-) -> tuple[Array, KVCache | Probe]:
+) -> tuple[Array, Any]:
     """Attention of one layer of one step over the cache, which takes the new tokens in.
 
     Args:
-        cache: as it is before this layer; a `Probe` attends plainly and keeps what it sees.
+        cache: `KVCache` as it is before this layer; another object attends itself, by its
+            `attend(layer, q, k, v)`, as the one of `calibrate` does.
         layer: int32 [], index of the layer in the model; may be traced.
         q: [R, T, num_q_heads, head_dim] after RoPE.
         k, v: [R, T, num_kv_heads, head_dim], K after RoPE; with `AttentionSpec.latent` V has no
             channels.
-        positions: unused here (the cache knows the positions); part of the call so that a model
-            needs no other channel.
         step: `DecodeStep` (T = 1), `PrefillStep` (right-aligned chunk) or `ScoreStep` (likewise;
             its tokens are not taken in).
 
     Returns:
         The output [R, T, num_q_heads, head_dim (or latent)] in q's dtype, and the cache. `seq_len`
-        and its like change after the last layer only (`diffkv_jax.steps.after`).
+        and its like change after the last layer only (`steps.jitted`).
     """
-    del positions
-    if isinstance(cache, Probe):
+    if not isinstance(cache, KVCache):
         return cache.attend(layer, q, k, v)
     spec = cache.spec
     slot = jnp.asarray(_slots(spec))[layer]

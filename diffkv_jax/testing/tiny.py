@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffkv_jax.models import ModelConfig, build_model
+from diffkv_jax.models import ModelConfig, build_model, config_from_hf
 
 
 @lru_cache
@@ -72,7 +72,7 @@ def tiny_latent_model(*, layers=2, sharpness=4.0, seed=0, **changes):
         q_lora_rank=None,
         num_experts_per_tok=2,
     )
-    model = build_model(ModelConfig.from_hf(raw | changes), "float32")
+    model = build_model(config_from_hf(raw | changes), "float32")
     one = jnp.zeros((1, 1), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(seed), one, one)["params"]
     for stack in params.values():

@@ -66,7 +66,7 @@ class TableModel:
 
         def layer(cache, index):
             q, k, v = (table[index][rows, jnp.maximum(positions, 0)] for table in tables)
-            return attend(cache, index, q, k, v, positions, step)[1], None
+            return attend(cache, index, q, k, v, step)[1], None
 
         cache, _ = jax.lax.scan(layer, cache, jnp.arange(LAYERS))
         return jnp.zeros((REQUESTS, 1 if last_only else tokens.shape[1], SPEC.vocab_size)), cache

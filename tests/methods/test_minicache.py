@@ -52,7 +52,7 @@ class Layers:
         """Outputs [R, 1, L, T, H, d]."""
 
         def layer(cache, inputs):
-            out, cache = attend(cache, *inputs, positions, step)
+            out, cache = attend(cache, *inputs, step)
             return cache, out
 
         cache, outs = lax.scan(

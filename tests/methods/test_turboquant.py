@@ -147,9 +147,7 @@ def test_a_cache_holds_the_rotated_tokens_in_levels():
         schedule=dkv.Schedule(window=16, flush=8),
     )
     _, full = teacher_forced(model, params, TOKENS, 100, exact)
-    _, cache = teacher_forced(
-        model, params, TOKENS, 100, dkv.turboquant(4, window=16, flush=8)
-    )
+    _, cache = teacher_forced(model, params, TOKENS, 100, dkv.turboquant(4, window=16, flush=8))
     wanted, got = held_tokens(full, 0, 1, 1), held_tokens(cache, 0, 1, 1)
     stored = [position for position, token in got.items() if token[0] == "high"]
     assert len(stored) > 90 and set(got) == set(wanted)

@@ -1,4 +1,4 @@
-"""`ModelConfig.from_hf` on configs in the style of published checkpoints, and what it refuses."""
+"""`config_from_hf` on configs in the style of published checkpoints, and what it refuses."""
 
 import dataclasses
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from diffkv_jax.models import ModelConfig, build_model
+from diffkv_jax.models import ModelConfig, build_model, config_from_hf
 from diffkv_jax.models.registry import FAMILIES
 from diffkv_jax.models.rope import RopeScaling
 
@@ -131,11 +131,11 @@ GEMMA3_4B = {
 
 
 def test_llama32():
-    config = ModelConfig.from_hf(LLAMA32)
+    config = config_from_hf(LLAMA32)
     assert config.rope_scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
     assert (config.rope_theta, config.head_dim, config.num_key_value_heads) == (500000.0, 64, 8)
     assert config.tie_word_embeddings and config.sliding_windows == (None,) * 16
-    assert hash(config) == hash(ModelConfig.from_hf(dict(LLAMA32)))
+    assert hash(config) == hash(config_from_hf(dict(LLAMA32)))
 
 
 def test_a_size_that_follows_from_others():
@@ -144,20 +144,20 @@ def test_a_size_that_follows_from_others():
         for k, v in LLAMA32.items()
         if k not in ("head_dim", "num_key_value_heads", "tie_word_embeddings")
     }
-    config = ModelConfig.from_hf(small)
+    config = config_from_hf(small)
     assert (config.head_dim, config.num_key_value_heads, config.tie_word_embeddings) == (
         64,
         32,
         False,
     )
-    assert ModelConfig.from_hf({**small, "num_key_value_heads": None}) == config
+    assert config_from_hf({**small, "num_key_value_heads": None}) == config
 
 
 def test_the_two_layouts_of_rope_are_one():
-    old = ModelConfig.from_hf(LLAMA32)
+    old = config_from_hf(LLAMA32)
     rest = {k: v for k, v in LLAMA32.items() if k not in ("rope_scaling", "rope_theta")}
     assert (
-        ModelConfig.from_hf(
+        config_from_hf(
             {
                 **rest,
                 "rope_parameters": {**LLAMA32_ROPE, "rope_type": "llama3", "rope_theta": 500000.0},
@@ -166,16 +166,16 @@ def test_the_two_layouts_of_rope_are_one():
         == old
     )
     assert (
-        ModelConfig.from_hf(
+        config_from_hf(
             {**rest, "rope_theta": 500000.0, "rope_scaling": {**LLAMA32_ROPE, "type": "llama3"}}
         )
         == old
     )
-    assert ModelConfig.from_hf(rest).rope_theta == 10000.0
-    linear = ModelConfig.from_hf({**rest, "rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert config_from_hf(rest).rope_theta == 10000.0
+    linear = config_from_hf({**rest, "rope_scaling": {"type": "linear", "factor": 2.0}})
     assert linear.rope_scaling == RopeScaling("linear", 2.0)
     assert (
-        ModelConfig.from_hf(
+        config_from_hf(
             {**rest, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
         ).rope_scaling
         is None
@@ -186,17 +186,15 @@ def test_llama3_rope_without_an_original_context_takes_the_context():
     block = {
         k: v for k, v in LLAMA32["rope_scaling"].items() if k != "original_max_position_embeddings"
     }
-    scaling = ModelConfig.from_hf({**LLAMA32, "rope_scaling": block}).rope_scaling
+    scaling = config_from_hf({**LLAMA32, "rope_scaling": block}).rope_scaling
     assert scaling is not None and scaling.original_max_position_embeddings == 131072
 
 
 def test_mistral_windows():
-    assert ModelConfig.from_hf(MISTRAL).sliding_windows == (4096,) * 32
-    assert ModelConfig.from_hf({**MISTRAL, "sliding_window": None}).sliding_windows == (None,) * 32
+    assert config_from_hf(MISTRAL).sliding_windows == (4096,) * 32
+    assert config_from_hf({**MISTRAL, "sliding_window": None}).sliding_windows == (None,) * 32
     assert (
-        ModelConfig.from_hf(
-            {k: v for k, v in MISTRAL.items() if k != "sliding_window"}
-        ).sliding_windows
+        config_from_hf({k: v for k, v in MISTRAL.items() if k != "sliding_window"}).sliding_windows
         == (4096,) * 32
     )
 
@@ -204,23 +202,23 @@ def test_mistral_windows():
 @pytest.mark.parametrize("raw", [QWEN25, QWEN3])
 def test_qwen_windows(raw):
     layers = raw["num_hidden_layers"]
-    assert ModelConfig.from_hf(raw).sliding_windows == (None,) * layers
+    assert config_from_hf(raw).sliding_windows == (None,) * layers
     used = {**raw, "use_sliding_window": True, "sliding_window": 99, "max_window_layers": 20}
-    assert ModelConfig.from_hf(used).sliding_windows == (None,) * 20 + (99,) * (layers - 20)
+    assert config_from_hf(used).sliding_windows == (None,) * 20 + (99,) * (layers - 20)
     kinds = ["sliding_attention"] + ["full_attention"] * (layers - 1)
-    assert ModelConfig.from_hf({**used, "layer_types": kinds}).sliding_windows == (99,) + (
-        None,
-    ) * (layers - 1)
+    assert config_from_hf({**used, "layer_types": kinds}).sliding_windows == (99,) + (None,) * (
+        layers - 1
+    )
 
 
 def test_qwen_sizes():
-    assert ModelConfig.from_hf(QWEN25).head_dim == 64
-    assert ModelConfig.from_hf(QWEN3).head_dim == 128
-    assert ModelConfig.from_hf({k: v for k, v in QWEN3.items() if k != "head_dim"}).head_dim == 128
+    assert config_from_hf(QWEN25).head_dim == 64
+    assert config_from_hf(QWEN3).head_dim == 128
+    assert config_from_hf({k: v for k, v in QWEN3.items() if k != "head_dim"}).head_dim == 128
 
 
 def test_gemma3_text():
-    config = ModelConfig.from_hf(GEMMA3_1B)
+    config = config_from_hf(GEMMA3_1B)
     assert config.sliding_windows == ((512,) * 5 + (None,)) * 4 + (512, 512)
     assert (config.rope_theta, config.rope_local_base_freq, config.rope_scaling) == (
         1000000,
@@ -243,11 +241,11 @@ def test_gemma3_text():
         "full_attention" if window is None else "sliding_attention"
         for window in config.sliding_windows
     ]
-    assert ModelConfig.from_hf(new) == config
+    assert config_from_hf(new) == config
 
 
 def test_gemma3_text_config_inside_a_multimodal_one():
-    config = ModelConfig.from_hf(GEMMA3_4B)
+    config = config_from_hf(GEMMA3_4B)
     assert config.model_type == "gemma3_text"
     assert (
         config.num_attention_heads,
@@ -259,9 +257,9 @@ def test_gemma3_text_config_inside_a_multimodal_one():
     assert config.rope_scaling == RopeScaling("linear", 8.0)
     assert config.sliding_windows[:7] == (1024,) * 5 + (None, 1024)
     assert config.tie_word_embeddings
-    assert not ModelConfig.from_hf({**GEMMA3_4B, "tie_word_embeddings": False}).tie_word_embeddings
+    assert not config_from_hf({**GEMMA3_4B, "tie_word_embeddings": False}).tie_word_embeddings
     without_type = {k: v for k, v in GEMMA3_4B["text_config"].items() if k != "model_type"}
-    assert ModelConfig.from_hf({**GEMMA3_4B, "text_config": without_type}) == config
+    assert config_from_hf({**GEMMA3_4B, "text_config": without_type}) == config
 
 
 def _longrope(factor: float = 4.0) -> dict[str, Any]:
@@ -407,11 +405,11 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 @pytest.mark.parametrize(("raw", "change", "message"), BAD)
 def test_what_cannot_be_right_is_refused(raw, change, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_hf({**raw, **change})
+        config_from_hf({**raw, **change})
 
 
 def test_an_unknown_family_or_dtype_is_refused_by_build_model():
-    config = ModelConfig.from_hf(LLAMA32)
+    config = config_from_hf(LLAMA32)
     with pytest.raises(ValueError, match="model_type='falcon' is not supported"):
         build_model(dataclasses.replace(config, model_type="falcon"))
     with pytest.raises(ValueError, match="dtype=int8 is not supported"):

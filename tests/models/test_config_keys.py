@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from diffkv_jax.models import ModelConfig
+from diffkv_jax.models import config_from_hf
 from diffkv_jax.models.rope import RopeScaling
 from helpers_model import FAMILIES, tiny_config
 
@@ -76,9 +76,9 @@ CHANGING: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("key", "value"), CHANGING)
 def test_unread_keys_that_change_the_computation(family: str, key: str, value: Any) -> None:
     raw = raw_of(family)
-    ModelConfig.from_hf(raw)
+    config_from_hf(raw)
     with pytest.raises(ValueError) as error:
-        ModelConfig.from_hf(raw | {key: value})
+        config_from_hf(raw | {key: value})
     assert f"{key}={value!r}" in str(error.value) and f"model_type={family!r}" in str(error.value)
 
 
@@ -113,7 +113,7 @@ def test_keys_that_another_family_reads(family: str, key: str, value: Any) -> No
     with pytest.raises(
         ValueError, match=f"{key}={value}" if not isinstance(value, str) else f"{key}='{value}'"
     ):
-        ModelConfig.from_hf(raw_of(family) | {key: value})
+        config_from_hf(raw_of(family) | {key: value})
 
 
 PUBLISHED: dict[str, Any] = {
@@ -157,7 +157,7 @@ PUBLISHED: dict[str, Any] = {
 @pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v2", "deepseek_v3"])
 def test_what_published_files_have(family: str) -> None:
     raw = raw_of(family)
-    assert ModelConfig.from_hf(PUBLISHED | raw) == ModelConfig.from_hf(raw)
+    assert config_from_hf(PUBLISHED | raw) == config_from_hf(raw)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_what_transformers_writes(family: str) -> None:
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     changes = {"num_experts_per_tok": 6} if family == "DeepseekV2" else {}
-    ModelConfig.from_hf(getattr(transformers, f"{family}Config")(**changes).to_dict())
+    config_from_hf(getattr(transformers, f"{family}Config")(**changes).to_dict())
 
 
 ROPE_REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -209,30 +209,30 @@ ROPE_REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("block", "message"), ROPE_REFUSED)
 def test_rope_blocks_with_unknown_keys(layout: str, block: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
-        ModelConfig.from_hf(tiny_config("llama") | {layout: block})
+        config_from_hf(tiny_config("llama") | {layout: block})
 
 
 @pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
 def test_unknown_keys_of_gemmas_blocks(kind: str) -> None:
     with pytest.raises(ValueError, match="factor=2.0, which rope_type='default'"):
-        ModelConfig.from_hf(
+        config_from_hf(
             tiny_config("gemma3_text")
             | {"rope_parameters": {kind: {"rope_type": "default", "factor": 2.0}}}
         )
     with pytest.raises(ValueError, match="has .'rope_theta'. beside its blocks"):
-        ModelConfig.from_hf(
+        config_from_hf(
             tiny_config("gemma3_text") | {"rope_parameters": {kind: {}, "rope_theta": 5.0}}
         )
 
 
 def test_two_rope_layouts_that_differ() -> None:
     one, two = {"rope_type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 4.0}
-    same = ModelConfig.from_hf(tiny_config("llama") | {"rope_scaling": one, "rope_parameters": one})
+    same = config_from_hf(tiny_config("llama") | {"rope_scaling": one, "rope_parameters": one})
     assert same.rope_scaling == RopeScaling("linear", 2.0)
     with pytest.raises(ValueError, match="rope_scaling and rope_parameters differ in .'factor'."):
-        ModelConfig.from_hf(tiny_config("llama") | {"rope_scaling": one, "rope_parameters": two})
+        config_from_hf(tiny_config("llama") | {"rope_scaling": one, "rope_parameters": two})
     with pytest.raises(ValueError, match="rope_scaling=2.0 must be an object or null"):
-        ModelConfig.from_hf(tiny_config("llama") | {"rope_scaling": 2.0})
+        config_from_hf(tiny_config("llama") | {"rope_scaling": 2.0})
 
 
 def test_keys_that_the_rope_types_share() -> None:
@@ -242,7 +242,7 @@ def test_keys_that_the_rope_types_share() -> None:
         "original_max_position_embeddings": 8192,
         "finetuned": True,
     }
-    scaling = ModelConfig.from_hf(tiny_config("llama") | {"rope_scaling": yarn}).rope_scaling
+    scaling = config_from_hf(tiny_config("llama") | {"rope_scaling": yarn}).rope_scaling
     assert scaling is not None and (scaling.factor, scaling.original_max_position_embeddings) == (
         16.0,
         8192,
@@ -253,7 +253,7 @@ def test_an_original_context_outside_the_block_wins() -> None:
     """As transformers has it for Phi-3 and all who write it there."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     raw = tiny_config("llama") | {"rope_scaling": yarn, "original_max_position_embeddings": 64}
-    scaling = ModelConfig.from_hf(raw).rope_scaling
+    scaling = config_from_hf(raw).rope_scaling
     assert scaling is not None and scaling.original_max_position_embeddings == 64
     transformers = pytest.importorskip("transformers")
     theirs = transformers.LlamaConfig(
@@ -266,17 +266,17 @@ def test_an_original_context_outside_the_block_wins() -> None:
 @pytest.mark.parametrize("key", ["rope_theta", "rope_local_base_freq"])
 def test_a_base_of_zero_is_no_default(key: str) -> None:
     with pytest.raises(ValueError, match=f"{key}=0.0 must be a finite number above 0"):
-        ModelConfig.from_hf(tiny_config("gemma3_text") | {key: 0})
+        config_from_hf(tiny_config("gemma3_text") | {key: 0})
 
 
 def test_two_activations_that_differ() -> None:
     raw = tiny_config("gemma3_text")
     assert (
-        ModelConfig.from_hf(raw | {"hidden_activation": "gelu", "hidden_act": "gelu"}).hidden_act
+        config_from_hf(raw | {"hidden_activation": "gelu", "hidden_act": "gelu"}).hidden_act
         == "gelu"
     )
     for first, second in (("gelu", "silu"), ("silu", "gelu")):
         with pytest.raises(
             ValueError, match=f"hidden_act='{first}' and hidden_activation='{second}' must agree"
         ):
-            ModelConfig.from_hf(raw | {"hidden_act": first, "hidden_activation": second})
+            config_from_hf(raw | {"hidden_act": first, "hidden_activation": second})

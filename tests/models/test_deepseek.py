@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffkv_jax.models import ModelConfig, build_model, load_pretrained
+from diffkv_jax.models import build_model, config_from_hf, load_pretrained
 from helpers_model import randomize
 
 torch = pytest.importorskip("torch")
@@ -195,7 +195,7 @@ def _raw(**changes: Any) -> dict[str, Any]:
 )
 def test_bad_configs_are_refused(raw, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_hf(raw)
+        config_from_hf(raw)
 
 
 def test_sizes_left_out_are_those_of_transformers():
@@ -208,7 +208,7 @@ def test_sizes_left_out_are_those_of_transformers():
         "first_k_dense_replace",
     )
     for family, kind in (("DeepseekV2", "deepseek_v2"), ("DeepseekV3", "deepseek_v3")):
-        ours = ModelConfig.from_hf(
+        ours = config_from_hf(
             {key: value for key, value in _raw(model_type=kind).items() if key not in left_out}
         )
         theirs = getattr(transformers, f"{family}Config")()

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from diffkv_jax.models import ModelConfig, build_model, load_pretrained
+from diffkv_jax.models import build_model, config_from_hf, load_pretrained
 from diffkv_jax.models.load import convert_pretrained
 from helpers_model import FAMILIES, tiny_config, tiny_tensors, write_folder, write_model_gguf
 
@@ -68,7 +68,7 @@ def test_a_multimodal_config_has_them_outside_or_inside() -> None:
         ({"eos_token_id": [1, 106], "text_config": text | {"eos_token_id": 3}}, (1, 106)),
     ):
         assert (
-            ModelConfig.from_hf({"model_type": "gemma3", "text_config": text} | raw).stop_token_ids
+            config_from_hf({"model_type": "gemma3", "text_config": text} | raw).stop_token_ids
             == expected
         )
 
@@ -153,7 +153,7 @@ def test_a_checkpoint_from_before_the_field(tmp_path: Path) -> None:
 
 
 def test_they_do_not_tell_models_apart_for_jit() -> None:
-    config = ModelConfig.from_hf(tiny_config("llama"))
+    config = config_from_hf(tiny_config("llama"))
     other = dataclasses.replace(config, stop_token_ids=(1, 2))
     assert (
         config == other
@@ -173,7 +173,7 @@ def test_they_do_not_tell_models_apart_for_jit() -> None:
     [([1, 2], TypeError), ((1, 1), ValueError), ((1.0,), ValueError), ((160,), ValueError)],
 )
 def test_a_config_by_hand(ids: Any, kind: type[Exception]) -> None:
-    config = ModelConfig.from_hf(tiny_config("llama"))
+    config = config_from_hf(tiny_config("llama"))
     with pytest.raises(kind, match="stop_token_ids"):
         dataclasses.replace(config, stop_token_ids=ids)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffkv_jax.models import ModelConfig, load_pretrained
+from diffkv_jax.models import config_from_hf, load_pretrained
 from diffkv_jax.models.names import flatten
 from helpers_model import (
     FAMILIES,
@@ -254,7 +254,7 @@ def test_llama3_rope_scaling_is_recovered(tmp_path: Path) -> None:
         "original_max_position_embeddings": 8192,
     }
     assert config_from_gguf(GGUFFile(path))["rope_scaling"] == scaling
-    expected = ModelConfig.from_hf(tiny_config("llama", rope_theta=500000.0, rope_scaling=scaling))
+    expected = config_from_hf(tiny_config("llama", rope_theta=500000.0, rope_scaling=scaling))
     assert load_pretrained(path).model.config == expected
     plain = with_rope_freqs(tmp_path / "b.gguf", np.ones(8, np.float32))
     assert config_from_gguf(GGUFFile(plain))["rope_scaling"] is None
@@ -273,7 +273,7 @@ def test_linear_rope_scaling(tmp_path: Path) -> None:
     loaded = load_pretrained(
         write_model_gguf(tmp_path / "a.gguf", config, tiny_tensors(config), **extra)
     ).model.config
-    assert loaded == ModelConfig.from_hf(
+    assert loaded == config_from_hf(
         config | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     )
     assert loaded.rope_scaling is not None and loaded.rope_scaling.factor == 8.0

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffkv_jax.models import ModelConfig, build_model, param_shapes
+from diffkv_jax.models import build_model, config_from_hf, param_shapes
 from diffkv_jax.models.names import canonical, flatten, hf_name, ignored_reason, slots, unflatten
 from helpers_model import FAMILIES, tiny_config, tiny_tensors
 
@@ -59,7 +59,7 @@ def test_slots_say_shape_layer_and_transpose() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_exactly_hugging_faces_tensors(family: str) -> None:
     config = tiny_config(family)
-    model = build_model(ModelConfig.from_hf(config))
+    model = build_model(config_from_hf(config))
     assert {name: slot.shape for name, slot in slots(param_shapes(model)).items()} == {
         name: value.shape for name, value in tiny_tensors(config).items()
     }
