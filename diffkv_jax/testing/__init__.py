@@ -5,14 +5,8 @@ Nothing in the library imports it, and it needs nothing that the library does no
 from their equations alone.
 """
 
-from diffkv_jax.testing.readback import (
-    TierTokens,
-    check_pool,
-    held_tokens,
-    on_device,
-    random_pool,
-    read_tier,
-)
+from diffkv_jax.testing.random_pool import on_device, random_pool
+from diffkv_jax.testing.readback import TierTokens, check_pool, held_tokens, read_tier
 from diffkv_jax.testing.texts import TEXTS, load_text
 from diffkv_jax.testing.tiny import prompt, tiny_latent_model, tiny_model
 

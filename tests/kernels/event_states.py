@@ -9,7 +9,8 @@ from diffkv_jax.pallas_kernels.apply_event import FreeRing, Stored, Tokens
 from diffkv_jax.pallas_kernels.codecs import KVFormat
 from diffkv_jax.pallas_kernels.pages import PageLayout
 from diffkv_jax.pallas_kernels.plan_event import Rule
-from diffkv_jax.testing.readback import random_pool, slot_addresses
+from diffkv_jax.testing.random_pool import random_pool
+from diffkv_jax.testing.readback import slot_addresses
 
 MAX_LEN, NEW, SLOTS = 960, 40, 48  # tokens of a head; tokens that may enter; tokens at hand
 INFINITE = np.float32(np.inf)

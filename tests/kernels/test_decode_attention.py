@@ -15,7 +15,8 @@ from diffkv_jax.pallas_kernels.codecs import KVFormat
 from diffkv_jax.pallas_kernels.decode_attention import Heads, Sliding, decode_attention
 from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
-from diffkv_jax.testing.readback import Pool, on_device, random_pool, read_tier, slot_addresses
+from diffkv_jax.testing.random_pool import Pool, on_device, random_pool
+from diffkv_jax.testing.readback import read_tier, slot_addresses
 
 SLOTS, MAX_LEN = 9, 640
 # 540 and 520: more than one chunk of the loop

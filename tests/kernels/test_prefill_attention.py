@@ -17,7 +17,8 @@ from diffkv_jax.pallas_kernels.decode_attention import Heads
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk, Scale, column_sums, prefill_attention
-from diffkv_jax.testing.readback import Pool, on_device, random_pool, read_tier, slot_addresses
+from diffkv_jax.testing.random_pool import Pool, on_device, random_pool
+from diffkv_jax.testing.readback import read_tier, slot_addresses
 
 SLOTS, MAX_LEN = 9, 640
 STORED = [(0, 0), (70, 0), (0, 70), (33, 65), (540, 3), (1, 0)]

@@ -17,14 +17,8 @@ from diffkv_jax.pallas_kernels.codecs import KVFormat
 from diffkv_jax.pallas_kernels.decode_attention import Heads, Sliding, decode_attention
 from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
-from diffkv_jax.testing.readback import (
-    Pool,
-    on_device,
-    random_pool,
-    read_tier,
-    slot_addresses,
-    tensor_rows,
-)
+from diffkv_jax.testing.random_pool import Pool, on_device, random_pool
+from diffkv_jax.testing.readback import read_tier, slot_addresses, tensor_rows
 
 SLOTS, MAX_LEN, KV_HEADS = 9, 640, 3  # of two requests
 LENGTHS = [(0, 0), (0, 70), (130, 0), (33, 65), (540, 5), (1, 520)]

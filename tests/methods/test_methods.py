@@ -2,6 +2,7 @@
 for all of them.
 """
 
+import ast
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -267,5 +268,6 @@ def test_the_compositions_of_the_docs_can_be_built():
         encoding="utf-8"
     )
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    built = [eval(line, {"dkv": dkv}) for line in code.strip().splitlines()]
+    lines = [ast.unparse(line) for line in ast.parse(code).body]
+    built = [eval(line, {"dkv": dkv}) for line in lines]
     assert len(built) == 7 and all(isinstance(policy, dkv.CompressionPolicy) for policy in built)

@@ -1,8 +1,8 @@
 """Every kernel against the XLA reference on the device at hand: attention, prompt chunks and the
 recent window.
 
-The states are those of the tests (`testing.readback`): random codes, and rubbish (NaN, 255, wild
-page ids) in all that is not live.
+The states are those of the tests (`testing.random_pool`): random codes, and rubbish (NaN, 255,
+wild page ids) in all that is not live.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from diffkv_jax.pallas_kernels.dispatch import XLA, Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk, Scale, column_sums, prefill_attention
 from diffkv_jax.pallas_kernels.recent_window import append_recent, shift_recent
-from diffkv_jax.testing.readback import on_device, random_pool
+from diffkv_jax.testing.random_pool import on_device, random_pool
 
 COLUMNS = {"kernel": "", "case": "", "error": ".1e", "limit": ".0e", "status": ""}
 # of the dtype that the kernel multiplies in; zeros have an error of 1

@@ -16,7 +16,8 @@ from diffkv_jax.pallas_kernels.codecs import Full, KVFormat, demote, encode
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from diffkv_jax.pallas_kernels.plan_event import Rule, count_moves
-from diffkv_jax.testing.readback import TierTokens, check_pool, random_pool, read_tier
+from diffkv_jax.testing.random_pool import random_pool
+from diffkv_jax.testing.readback import TierTokens, check_pool, read_tier
 
 FORMATS = ("K8V4", "K4V2", "K8V4:1,2", "K4V2:2,4", "K8V8", "K4V1", "full")
 DEMOTIONS = (("K8V4", "K4V2"), ("K8V4:1,2", "K4V2:2,4"), ("K8V8", "K2V1"), ("full", "K4V2"))
