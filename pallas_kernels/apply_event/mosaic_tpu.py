@@ -17,7 +17,7 @@ from ..plan_event.mosaic_tpu import Blocks
 from ..plan_event.reference import Moves, Rule
 from .mosaic_tpu_kernel import Inputs, Outputs, carry_out
 from .mosaic_tpu_pages import Plan, Pool, Scratch
-from .plan import Sizes, of_admitted, sizes_after
+from .plan import leaving_of, of_admitted, sizes_after
 from .reference import Stored, Tokens
 from .ring import allocate, release
 
@@ -44,17 +44,18 @@ def apply_event(
     del max_len  # lengths are read
     entering, moves = of_admitted(entering, moves, admitted)
     sizes = sizes_after(layout, stored.tier_len, entering, moves)
-    extra = jnp.maximum(sizes.more, 0)
+    arriving, length = (jnp.stack(x, axis=-1) for x in (sizes.arriving, sizes.tier_len))
+    leaving, extra = leaving_of(moves), jnp.maximum(sizes.more, 0)
     granted, ring = allocate(stored.ring, extra, _most_extra(layout, entering.shape[1]))
     numbers = dict(
-        busy=(sizes.arriving.any(axis=-1) | sizes.leaving.any(axis=-1))[:, None],
+        busy=(arriving.any(axis=-1) | leaving.any(axis=-1))[:, None],
         length=stored.tier_len,
         dropped=moves.dropped,
         demoted=moves.demoted[:, None],
         victim=moves.victim,
         extra=extra[:, None],
         granted=granted,
-        tail=_tails(layout, stored, sizes),
+        tail=_tails(layout, stored, leaving, length),
         query_spans=rule.query_spans.reshape(len(extra), -1),
     )
     surplus, table, pages = _call(
@@ -62,7 +63,7 @@ def apply_event(
     )
     nth = jnp.arange(surplus.shape[-1])
     ring = release(ring, surplus, nth < jnp.maximum(-sizes.more, 0)[:, None])
-    return Stored(pages, ring, table, sizes.tier_len)
+    return Stored(pages, ring, table, length)
 
 
 def _pages(layout: PageLayout, tier_len: Array) -> Array:
@@ -72,7 +73,7 @@ def _pages(layout: PageLayout, tier_len: Array) -> Array:
     )
 
 
-def _tails(layout: PageLayout, stored: Stored, sizes: Sizes) -> Array:
+def _tails(layout: PageLayout, stored: Stored, leaving: Array, length: Array) -> Array:
     """Id of the last page of each tier `[B, tiers]` that loses tokens, or gains some and has room
     in it; else -1.
     """
@@ -81,8 +82,7 @@ def _tails(layout: PageLayout, stored: Stored, sizes: Sizes) -> Array:
         last = layout.pages_for(tier, before[:, tier]) - 1
         page_id = tier_page_ids(stored.page_table, tier, jnp.maximum(last, 0), 1)[:, 0]
         room = before[:, tier] % layout.tokens_per_page(tier) > 0
-        grows = sizes.tier_len[:, tier] > before[:, tier]
-        wanted = (sizes.leaving[:, tier] > 0) | (room & grows)
+        wanted = (leaving[:, tier] > 0) | (room & (length[:, tier] > before[:, tier]))
         ids.append(jnp.where(wanted, page_id, -1))
     return jnp.stack(ids, axis=-1)
 

@@ -10,31 +10,31 @@ from ..plan_event.reference import DROPPED, Moves
 
 
 class Sizes(NamedTuple):
-    """What an event changes of `B` heads; int32."""
+    """What an event makes of `B` heads; int32 `[B]`, a tuple of one a tier where it says so."""
 
-    arriving: Array  # [B, tiers] entering tokens of each tier
-    leaving: Array  # [B, tiers] stored tokens that leave each tier, downwards or for good
-    tier_len: Array  # [B, tiers] tokens of each tier after
-    more: Array  # [B] pages after beyond those before, negative where there are fewer
+    arriving: tuple[Array, ...]  # entering tokens of each tier
+    tier_len: tuple[Array, ...]  # tokens of each tier after
+    more: Array  # pages after beyond those before, negative where there are fewer
 
 
 def sizes_after(layout: PageLayout, tier_len: Array, entering: Array, moves: Moves) -> Sizes:
     """Sizes after an event in which tokens of the tier codes `entering [B, n]` enter and stored
     ones leave as `moves` says; `tier_len [B, tiers]` before.
     """
-    arriving = jnp.stack(
-        [(entering == tier + 1).sum(axis=-1, dtype=jnp.int32) for tier in range(layout.tiers)],
-        axis=-1,
-    )
-    leaving = moves.dropped.at[:, 0].add(moves.demoted)
-    after = tier_len - leaving + arriving
-    if layout.tiers > 1:
-        after = after.at[:, 1].add(moves.demoted)
-    more = sum(
-        layout.pages_for(tier, after[:, tier]) - layout.pages_for(tier, tier_len[:, tier])
-        for tier in range(layout.tiers)
-    )
-    return Sizes(arriving, leaving, after, jnp.asarray(more))
+    before, after = jnp.zeros_like(moves.demoted), jnp.zeros_like(moves.demoted)
+    arriving, lengths = [], []
+    for tier in range(layout.tiers):
+        arriving.append((entering == tier + 1).sum(axis=-1))
+        gained = arriving[-1] + (moves.demoted if tier == 1 else -moves.demoted)
+        lengths.append(tier_len[:, tier] - moves.dropped[:, tier] + gained)
+        before = before + layout.pages_for(tier, tier_len[:, tier])
+        after = after + layout.pages_for(tier, lengths[-1])
+    return Sizes(tuple(arriving), tuple(lengths), after - before)
+
+
+def leaving_of(moves: Moves) -> Array:
+    """Stored tokens int32 `[B, tiers]` that leave their tier, downwards or for good."""
+    return moves.dropped.at[:, 0].add(moves.demoted)
 
 
 def of_admitted(entering: Array, moves: Moves, admitted: Array) -> tuple[Array, Moves]:

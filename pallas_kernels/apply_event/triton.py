@@ -13,7 +13,7 @@ from ..decode_attention.triton_keys import check_pool
 from ..pages import PageLayout, Pages
 from ..plan_event.reference import Moves, Rule
 from ..plan_event.triton import Judge
-from .plan import of_admitted, sizes_after
+from .plan import leaving_of, of_admitted, sizes_after
 from .reference import Stored, Tokens
 from .ring import FreeRing
 from .triton_columns import Columns, Pool, check_tiles, encoded, write
@@ -95,7 +95,8 @@ def _plan(
     are the places of pages that heads hold, so that the two never meet, wherever the ring wraps
     around: programs may read and write them in any order.
     """
-    sizes = sizes_after(layout, stored.tier_len, *of_admitted(entering, moves, admitted))
+    gated = of_admitted(entering, moves, admitted)
+    sizes = sizes_after(layout, stored.tier_len, *gated)
     granted, given = jnp.maximum(sizes.more, 0), jnp.maximum(-sizes.more, 0)
     ring, size = stored.ring, stored.ring.ids.shape[0]
     take = ring.start + jnp.cumsum(granted) - granted
@@ -104,9 +105,9 @@ def _plan(
         rule.tau,
         rule.query_spans,
         admitted.astype(jnp.int32),
-        sizes.leaving,
+        leaving_of(gated[1]),
         moves.victim,
-        sizes.arriving,
+        jnp.stack(sizes.arriving, axis=-1),
         granted,
         take,
         give,
