@@ -3,24 +3,22 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from diffkv_jax.arguments import flag, instance, integer
+from diffkv_jax.arguments import instance, integer
 from diffkv_jax.batching import Prompts, as_prompts, check_context, chunk_size
 from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.cache.claim import claimed
-from diffkv_jax.cache.kernels import kernels_for
 from diffkv_jax.cache.pool_size import check_pool
-from diffkv_jax.calibration.calibration import Calibration, fingerprint
+from diffkv_jax.calibration.calibration import fingerprint
 from diffkv_jax.decode_loop import FINISH_REASONS, Requests, State, begin, decode
 from diffkv_jax.inputs import (
     as_params,
-    as_policy,
     as_samplings,
     check_model,
     check_outside_jit,
@@ -28,11 +26,10 @@ from diffkv_jax.inputs import (
     stop_ids,
 )
 from diffkv_jax.interrupt import Held
-from diffkv_jax.make_cache import make_cache
+from diffkv_jax.make_cache import CacheOptions, cache_for, check_options
 from diffkv_jax.model import AttentionSpec, CausalLM
 from diffkv_jax.not_finite import warn_of_errors
 from diffkv_jax.pallas_kernels.precision import in_32_bits
-from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.read_prompts import Read, read_prompts
 from diffkv_jax.sampling import Greedy, Sample, rules
 
@@ -89,19 +86,13 @@ def generate(
     lengths: Sequence[int] | np.ndarray | None = None,
     *,
     attention_mask: Any = None,
-    policy: CompressionPolicy | str | None = None,
-    memory_budget: int | str | None = None,
     max_new_tokens: int = 128,
     sampling: Greedy | Sample | Mapping | str | Sequence | None = None,
     key: Array | int | None = None,
     stop_token_ids: Sequence[int] | None = None,
-    cache: KVCache | None = None,
-    max_len: int | None = None,
-    cache_dtype: str | None = None,
     prefill_chunk: int = 1024,
-    implementation: str | None = None,
-    interpret: bool = False,
-    calibration: Calibration | None = None,
+    cache: KVCache | None = None,
+    **options: Unpack[CacheOptions],
 ) -> GenerateOutput:
     """Continue prompts with a compressed KV cache.
 
@@ -120,10 +111,6 @@ def generate(
             request rest: it stays as it is.
         attention_mask: 0 or 1 for each of `tokens`, in place of `lengths`; prompts may be padded
             left or right.
-        policy: how to compress, or what `load_policy` takes; nothing is compressed when None. Fixed
-            by the first call when `cache` is given.
-        memory_budget: bytes or text such as "512MiB" for the whole cache; None reserves for every
-            token in the highest tier.
         max_new_tokens: most tokens to generate; 0 only reads the prompts.
         sampling: `Greedy()` (default) or `Sample(...)`, or a list with one for each request. Other
             values compile nothing.
@@ -132,17 +119,12 @@ def generate(
             sequence.
         stop_token_ids: a request ends with "eos" when it generates one of them; those of the model
             when None, `()` for none.
-        cache: from an earlier call: the prompts go on where it ended. Donated.
-        max_len: most tokens that a request may ever come to in this cache; what this call needs
-            when None.
-        cache_dtype: dtype of exact tokens ("full" tier, recent window); the model's when None.
         prefill_chunk: prompts go in chunks of this many tokens, a power of two; a prompt that fits
             one is attended exactly.
-        implementation: kernels: "xla", "cpu" (native), "triton" (GPU) or "mosaic_tpu" (TPU); None
-            takes those of the platform at hand.
-        interpret: run Pallas kernels in their interpreter, on any platform: slow, for tests.
-        calibration: what `calibrate` made for this model and policy; needed where codecs are
-            learned.
+        cache: from an earlier call: the prompts go on where it ended. Donated.
+        options: what a new cache is made with, without `cache` only: `policy`, `memory_budget`,
+            `max_len`, `cache_dtype`, `calibration`, `implementation` and `interpret`
+            (`diffkv_jax.make_cache.CacheOptions`).
 
     Raises:
         TypeError, ValueError: bad input, named, before anything is computed; a given cache is as it
@@ -160,24 +142,15 @@ def generate(
     asked = Requests(
         rules(samplings), keys, jnp.int32(max_new_tokens), stop_ids(stop_token_ids, model)
     )
-    fixed = {
-        "policy": policy,
-        "memory_budget": memory_budget,
-        "max_len": integer("max_len", max_len, least=1, most=None, optional=True),
-        "cache_dtype": cache_dtype,
-        "implementation": implementation,
-        "interpret": interpret if interpret == "checked" else flag("interpret", interpret) or None,
-        "calibration": calibration,
-    }
     if cache is None:
-        cache = _new_cache(model, params, prompts, max_new_tokens, prefill_chunk, **fixed)
+        _check_empty(prompts, np.full(len(prompts.lengths), -1))
+        totals = _totals(np.zeros(len(prompts.lengths), np.int64), prompts, max_new_tokens)
+        longest = int(prompts.lengths.max())
+        cache = cache_for(model, params, totals, longest, prefill_chunk, options)
     else:
-        _check_owner(
-            instance("cache", cache, KVCache, "an earlier call returned one as its .cache"),
-            model.attention,
-            prompts,
-        )
-        _check_unset(**fixed)
+        instance("cache", cache, KVCache, "an earlier call returned one as its .cache")
+        _check_owner(cache, model.attention, prompts)
+        check_options(options, "a cache keeps what the call that made it said")
     with claimed(cache):
         cache = _fingerprinted(cache, model, params)
         joined, size = _joined(cache, prompts, max_new_tokens, prefill_chunk)
@@ -186,9 +159,8 @@ def generate(
         warn_of_errors(
             out.cache, [i for i, reason in enumerate(out.finish_reason) if reason == "error"]
         )
-    except (
-        RuntimeWarning
-    ) as warning:  # where warnings are errors: the other requests and the cache are not lost
+    except RuntimeWarning as warning:
+        # where warnings are errors: the other requests and the cache are not lost
         warning.output = out  # pyright: ignore[reportAttributeAccessIssue]
         raise
     return out
@@ -234,35 +206,6 @@ def _output(held: Held, rests: np.ndarray, most: int, seconds: float) -> Generat
     return GenerateOutput(tokens[:, :most], lengths, reasons, held.cache, seconds)
 
 
-def _new_cache(
-    model: CausalLM,
-    params,
-    prompts: Prompts,
-    max_new_tokens: int,
-    prefill_chunk: int,
-    *,
-    policy: Any,
-    implementation: str | None,
-    interpret: Any,
-    calibration: Calibration | None,
-    **sizes: Any,
-) -> KVCache:
-    """An empty cache for these prompts and what is generated."""
-    policy = as_policy(policy)
-    _check_empty(prompts, np.full(len(prompts.lengths), -1))
-    chunk_size(int(prompts.lengths.max()), prefill_chunk, policy.queries)
-    kernels = kernels_for(policy, model.attention, implementation, interpret=interpret or False)
-    if calibration is not None:
-        instance(
-            "calibration",
-            calibration,
-            Calibration,
-            "calibrate(model, params, tokens, policy) makes it",
-        ).check(model, params)
-    totals = _totals(np.zeros(len(prompts.lengths), np.int64), prompts, max_new_tokens)
-    return make_cache(model, policy, totals, kernels=kernels, calibration=calibration, **sizes)
-
-
 def _totals(seen: np.ndarray, prompts: Prompts, max_new_tokens: int) -> np.ndarray:
     """Tokens int64 [R] that each request may come to; the last one generated is not fed."""
     fed = prompts.lengths.astype(np.int64) + max(max_new_tokens - 1, 0)
@@ -280,16 +223,6 @@ def _check_empty(prompts: Prompts, pending: np.ndarray) -> None:
     if prompts.rests.all():
         raise ValueError(
             "every prompt is None, so that all requests rest: give one of them a prompt"
-        )
-
-
-def _check_unset(**arguments: Any) -> None:
-    """Refuse arguments that a given cache has fixed."""
-    given = [name for name, value in arguments.items() if value is not None]
-    if given:
-        raise ValueError(
-            f"{' and '.join(given)} were fixed by the call that made the cache; "
-            f"leave them out when cache= is given"
         )
 
 

@@ -1,16 +1,25 @@
 """`make_cache`: an empty cache for requests of given lengths, within a memory budget."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
 
 import humanize
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffkv_jax.arguments import instance, integer, one_of, refuse, tuple_of
-from diffkv_jax.batching import check_context
+from diffkv_jax.arguments import (
+    WrongType,
+    flag,
+    instance,
+    integer,
+    nearest,
+    one_of,
+    refuse,
+    tuple_of,
+)
+from diffkv_jax.batching import check_context, chunk_size
 from diffkv_jax.cache.cache import KVCache, empty_cache
 from diffkv_jax.cache.kernels import kernels_for
 from diffkv_jax.cache.pool_size import bound, cache_bytes, kept_within, with_pool
@@ -23,6 +32,73 @@ from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.policy.keep import Budget, KeepAll
 from diffkv_jax.policy.policy import CompressionPolicy
+
+
+class CacheOptions(TypedDict, total=False):
+    """What `generate` makes a new cache with.
+
+    Attributes:
+        policy: how to compress, or what `load_policy` takes; nothing is compressed when None.
+        memory_budget: bytes or text such as "512MiB" for the whole cache; None reserves for every
+            token in the highest tier.
+        max_len: most tokens that a request may ever come to in this cache; what this call needs
+            when None.
+        cache_dtype: dtype of exact tokens ("full" tier, recent window); the model's when None.
+        calibration: what `calibrate` made for this model and policy; needed where codecs are
+            learned.
+        implementation: kernels: "xla", "cpu" (native), "triton" (GPU) or "mosaic_tpu" (TPU); None
+            takes those of the platform at hand.
+        interpret: run Pallas kernels in their interpreter, on any platform: slow, for tests.
+    """
+
+    policy: CompressionPolicy | str | None
+    memory_budget: int | str | None
+    max_len: int | None
+    cache_dtype: str | None
+    calibration: Calibration | None
+    implementation: str | None
+    interpret: bool | Literal["checked"]
+
+
+def check_options(options: Mapping[str, Any], fixed: str | None = None) -> None:
+    """Refuse names that are no `CacheOptions`, and all of them where the cache is `fixed`.
+
+    Raises:
+        TypeError: names them.
+    """
+    known = CacheOptions.__annotations__
+    if unknown := [name for name in options if name not in known]:
+        like = nearest(unknown, [*known, "max_new_tokens", "sampling", "prefill_chunk", "cache"])
+        raise TypeError(f"generate() got unexpected keyword arguments {unknown}{like}")
+    if fixed and options:
+        raise WrongType(f"{' and '.join(options)} beside cache=: {fixed}; leave them out")
+
+
+def cache_for(
+    model: CausalLM,
+    params: Any,
+    totals: np.ndarray,
+    longest: int,
+    prefill_chunk: int,
+    options: CacheOptions,
+) -> KVCache:
+    """An empty cache for requests that come to `totals` int [R] tokens, their longest prompt to
+    `longest`, which goes in chunks of `prefill_chunk`.
+
+    Raises:
+        TypeError, ValueError: bad input, named.
+    """
+    check_options(options)
+    given: dict[str, Any] = {**options}
+    interpret, implementation = given.pop("interpret", False), given.pop("implementation", None)
+    interpret = interpret if interpret == "checked" else flag("interpret", interpret)
+    policy, calibration = as_policy(given.pop("policy", None)), given.get("calibration")
+    chunk_size(longest, prefill_chunk, policy.queries)
+    kernels = kernels_for(policy, model.attention, implementation, interpret=interpret)
+    if calibration is not None:
+        remedy = "calibrate(model, params, tokens, policy) makes it"
+        instance("calibration", calibration, Calibration, remedy).check(model, params)
+    return make_cache(model, policy, totals, kernels=kernels, **given)
 
 
 @in_32_bits

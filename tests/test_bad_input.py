@@ -205,10 +205,12 @@ def test_sampling(field, value):
 def test_continuing(model, generate):
     cache = dkv.make_cache(model[0], NONE, [64, 64], max_len=64)
     two = [[1, 2], [3]]
-    with pytest.raises(ValueError, match="policy were fixed by the call that made the cache"):
+    with pytest.raises(ValueError, match="policy beside cache=: a cache keeps what the call"):
         generate(two, cache=cache, policy=NONE)
-    with pytest.raises(ValueError, match="memory_budget and max_len and cache_dtype were fixed"):
+    with pytest.raises(ValueError, match="memory_budget and max_len and cache_dtype beside"):
         generate(two, cache=cache, memory_budget="1MiB", max_len=64, cache_dtype="bfloat16")
+    with pytest.raises(TypeError, match=r"arguments \['polcy'\]; did you mean 'policy'"):
+        generate(two, polcy=NONE)
     with pytest.raises(ValueError, match="made for another model"):
         generate(two, cache=dkv.make_cache(tiny_model(kv_heads=3)[0], NONE, [64, 64], max_len=64))
     with pytest.raises(ValueError, match="the pool of . pages cannot hold"):
@@ -307,9 +309,13 @@ def test_policies_differ():
 
 
 JSON = {
-    "unknown field": (NONE.to_json().replace("window", "windows"), "any of"),
-    "missing name": ('{"tiers": ["full"]}', "with 'name', 'tiers'"),
-    "bad value": (json.dumps({"name": "x", "tiers": ["full"], "window": 0}), "window=0"),
+    "unknown field": (NONE.to_json().replace("tiers", "tier"), "any of"),
+    "missing name": ('{"tiers": ["full"]}', "missing 'name'"),
+    "unknown field of a stage": (
+        NONE.to_json().replace("window", "windows"),
+        r"schedule: Schedule has fields .*'window'.*, not \['windows'\]; did you mean 'window'",
+    ),
+    "bad value": (NONE.to_json().replace('"window": 64', '"window": 0'), "window=0"),
     "a list": ("[1, 2]", "must be a JSON object"),
     "no JSON": ("tiers: full", "Expecting value"),
 }

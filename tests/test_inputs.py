@@ -4,6 +4,7 @@ touched.
 
 import collections
 from functools import partial
+from importlib import import_module
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax import make_cache
 from diffkv_jax.batching import as_prompts
 from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.testing.tiny import prompt, tiny_model
@@ -268,7 +268,7 @@ def test_a_cache_that_the_memory_does_not_hold(monkeypatch):
     def exhausted(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(make_cache, "_empty", exhausted)
+    monkeypatch.setattr(import_module("diffkv_jax.make_cache"), "_empty", exhausted)
     with pytest.raises(
         ValueError,
         match="2 requests of up to 512 tokens takes .*B, more than the "

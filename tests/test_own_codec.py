@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
-from tiny import prompt, tiny_model
 
 import diffkv_jax as dkv
-from diffkv_jax.cache.cache import kernels_for
+from diffkv_jax.cache.kernels import kernels_for
 from diffkv_jax.pallas_kernels.codecs import KVFormat, formats, without_meta
 from diffkv_jax.pallas_kernels.dispatch import XLA
+from diffkv_jax.testing.tiny import prompt, tiny_model
 
 
 @dataclass(frozen=True)

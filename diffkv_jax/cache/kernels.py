@@ -1,6 +1,7 @@
 """Which kernels run a policy on a model."""
 
 import logging
+from typing import Literal
 
 from diffkv_jax.cache.layout import layout_of
 from diffkv_jax.model import AttentionSpec
@@ -16,7 +17,7 @@ def kernels_for(
     attention: AttentionSpec,
     implementation: str | None = None,
     *,
-    interpret: bool = False,
+    interpret: bool | Literal["checked"] = False,
 ) -> Kernels:
     """The kernels asked for, or those of the platform; plain XLA where only it can do what policy
     and model ask for.

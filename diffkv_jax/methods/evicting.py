@@ -2,6 +2,7 @@
 
 from typing import Any, TypedDict, Unpack
 
+from diffkv_jax.arguments import token_ids
 from diffkv_jax.policy.keep import Keep
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.protect import Protect
@@ -27,6 +28,7 @@ class Options(TypedDict, total=False):
 def evicting(name: str, score: Score, keep: Keep, **options: Unpack[Options]) -> CompressionPolicy:
     """The policy of a method that ranks tokens by `score` and keeps what `keep` says."""
     given: dict[str, Any] = {"sinks": 4} | options
+    given["protect"] = token_ids("protect", given.get("protect", ()))
     return CompressionPolicy(
         name,
         score=score,

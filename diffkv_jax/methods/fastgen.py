@@ -31,7 +31,10 @@ HEAD_POLICIES = (
 FULL = len(HEAD_POLICIES) - 1
 _SPECIAL, _PUNCTUATION = 1, 2  # token classes
 _recover = partial(
-    number, above=0, most=1, rule="the share of its attention that a head must hold: up to 1"
+    number,
+    above=0,
+    most=1,
+    rule="the share of its attention that a head must hold: above 0 and up to 1",
 )
 
 

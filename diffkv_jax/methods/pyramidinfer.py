@@ -11,6 +11,7 @@ from jax import Array
 from diffkv_jax.arguments import flag, number
 from diffkv_jax.methods.evicting import Options, evicting
 from diffkv_jax.methods.snapkv import LastQueries
+from diffkv_jax.policy.fields import tokens
 from diffkv_jax.policy.keep import Amount, Budget
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.score import ScoreView
@@ -54,7 +55,7 @@ def pyramidinfer(
     **options: Unpack[Options],
 ) -> CompressionPolicy:
     """PyramidInfer: `keep` is the mean over the layers; the last `window` queries score."""
-    queries = options.get("window", 64)
+    queries = tokens("window", options.get("window", 64))
     score = PivotalContext(
         queries=queries, reduce="mean", newest_weight=newest_weight, nested=nested
     )

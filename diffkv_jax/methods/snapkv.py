@@ -62,6 +62,6 @@ def snapkv(
     keep: Amount = 0.5, *, kernel_size: int = 5, **options: Unpack[Options]
 ) -> CompressionPolicy:
     """SnapKV: the prompt's last `window` queries score."""
-    queries = options.get("window", 64)
+    queries = tokens("window", options.get("window", 64))
     score = WindowAttention(queries=queries, reduce="mean", kernel_size=kernel_size)
     return evicting("snapkv", score, Budget(keep=keep), **options)

@@ -67,7 +67,7 @@ class CompressionPolicy(Stage):
             says why.
     """
 
-    name: str = static(default="none", convert=partial(text, rule="the text that reports show"))
+    name: str = static(convert=partial(text, rule="the text that reports show"))
     transform: Transform = data(default=EXACT, convert=partial(_stage, Transform))
     score: Score | None = data(default=None, convert=partial(_stage, Score, optional=True))
     keep: Keep = data(default=KeepAll(), convert=partial(_stage, Keep))
@@ -127,7 +127,8 @@ class CompressionPolicy(Stage):
 
     def bind(self, layers: int, requests: int, kv_heads: int) -> "CompressionPolicy":
         """The policy that a cache carries: thresholds and budgets as arrays [layers, requests,
-        kv_heads], and no name, which programs would be compiled by.
+        kv_heads]; without a name, by which programs would be compiled, and without pairs, of which
+        the cache's spec knows whether the model has any.
 
         `layers` counts those without a sliding window.
 
@@ -139,7 +140,7 @@ class CompressionPolicy(Stage):
             keep = self.keep.bind((layers, requests, kv_heads))
         except ValueError as error:
             raise type(error)(f"policy {self.name!r}: {error}") from None
-        return with_leaves(self, keep=keep, name="")
+        return with_leaves(self, keep=keep, pairs=None, name="")
 
     def to_json(self) -> str:
         """The policy as JSON; `from_json` reads it back."""
@@ -171,13 +172,15 @@ class CompressionPolicy(Stage):
             TypeError, ValueError: it is no mapping, a field is unknown, or its value cannot work.
         """
         names = ("name", "transform", "score", "keep", "protect", "tiers", "schedule", "pairs")
-        rule = f"a policy must be a JSON object with version {VERSION} and any of {list(names)}"
+        rule = f"a policy must be a JSON object with 'name' and any of {list(names[1:])}"
         if not isinstance(found, Mapping):
             raise ValueError(f"{rule}, given {shown(found)}")
         given = {name: value for name, value in found.items() if name not in ("version", "type")}
         _check_version(found.get("version", VERSION), given)
         if unknown := [name for name in given if not isinstance(name, str) or name not in names]:
             raise ValueError(f"{rule}; unknown {shown(unknown)}{nearest(unknown, names)}")
+        if "name" not in given:
+            raise ValueError(f"{rule}; missing 'name'")
         return CompressionPolicy(**given)
 
 

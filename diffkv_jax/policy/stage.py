@@ -21,9 +21,13 @@ Convert = Callable[[str, Any], Any]
 T = TypeVar("T")
 
 
-def static(*, default: Any, convert: Convert | None = None, length: bool = False) -> Any:
-    """A static field. `convert(name, value)` makes what is kept of what is given, or raises; a
-    `length` counts tokens, which are refused beyond the model's context.
+def static(
+    *, default: Any = dataclasses.MISSING, convert: Convert | None = None, length: bool = False
+) -> Any:
+    """A static field, needed where it has no `default`.
+
+    `convert(name, value)` makes what is kept of what is given, or raises; a `length` counts tokens,
+    which are refused beyond the model's context.
     """
     return dataclasses.field(default=default, metadata={"convert": convert, "length": length})
 

@@ -176,7 +176,7 @@ def test_save_and_load(tmp_path):
     model, params, calibration = calibrated()
     calibration.save(tmp_path / "cq")
     loaded = dkv.Calibration.load(tmp_path / "cq")
-    for field in ("tiers", "un_rope", "rotate", "fingerprint"):
+    for field in ("tiers", "transform", "fingerprint"):
         assert getattr(loaded, field) == getattr(calibration, field)
     for pair, other in zip(loaded.tables, calibration.tables, strict=True):
         for x, y in zip(pair, other, strict=True):

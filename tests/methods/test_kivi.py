@@ -333,4 +333,4 @@ def test_bad_input():
     with pytest.raises(ValueError, match="plain XLA only"):
         dkv.generate(model, params, TOKENS, policy=KIVI, implementation="cpu")
     assert dkv.CompressionPolicy.from_json(KIVI.to_json()) == KIVI
-    assert dkv.load_policy("kivi") == dkv.kivi() and dkv.quantized("K4cV4").block == 32
+    assert dkv.load_policy("kivi") == dkv.kivi() and dkv.quantized("K4cV4").group == 32

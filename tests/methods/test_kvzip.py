@@ -82,12 +82,12 @@ def of_kvpress(
 def kvzip(
     keep: float = 0.5, chunk: int = 2048, window: int = 1, **changes
 ) -> dkv.CompressionPolicy:
-    """`changes` of the budget, and `tiers`."""
-    options = {"tiers": changes.pop("tiers")} if "tiers" in changes else {}
+    """`changes` of the budget and the tiers, others as `dkv.kvzip` takes them."""
+    budget = {name: changes.pop(name) for name in ("share_layers", "keep_high") if name in changes}
+    tiers = changes.pop("tiers", ("full",))
     replay = dataclasses.replace(REPLAY, chunk=chunk)
-    policy = dkv.kvzip(keep, replay=replay, window=window, tiers=("full",))
-    budget = dataclasses.replace(policy.keep, **changes)
-    return dataclasses.replace(policy, keep=budget, **options)
+    policy = dkv.kvzip(keep, replay=replay, window=window, **changes)
+    return dataclasses.replace(policy, tiers=tiers, keep=dataclasses.replace(policy.keep, **budget))
 
 
 def scores(policy: dkv.CompressionPolicy, chunk: int = 512, kernels: str = "xla") -> np.ndarray:
@@ -159,11 +159,16 @@ def test_the_tokens_that_kvpress_keeps(policy, options):
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("change", [{"rotate": True}, {"un_rope": True}, {"replay": None}], ids=str)
-def test_transforms_change_no_score_and_words_do(change):
-    found = scores(dataclasses.replace(kvzip(window=8), **change))
+@pytest.mark.parametrize("transform", [dkv.Hadamard(), dkv.WithoutRope(), None], ids=str)
+def test_transforms_change_no_score_and_words_do(transform):
+    policy = kvzip(window=8)
+    if transform is None:
+        policy = dataclasses.replace(policy, score=ContextReconstruction())
+    else:
+        policy = dataclasses.replace(policy, transform=transform)
+    found = scores(policy)
     assert np.allclose(found[..., 4:-8], of_kvpress(2048)[1][..., 4:-8], rtol=2e-3, atol=1e-6) == (
-        "replay" not in change
+        transform is not None
     )
 
 
@@ -422,7 +427,9 @@ def test_prompts_that_cannot_be_gone_over():
     ):
         run(np.zeros((1, 2200), int), policy=dkv.kvzip())
     with pytest.raises(ValueError, match="token id 90, outside the vocabulary"):
-        dkv.Replay((90,)).check(dataclasses.replace(model.attention, vocab_size=80), np.array([5]))
+        dkv.Replay((90,)).check_prompts(
+            dataclasses.replace(model.attention, vocab_size=80), np.array([5])
+        )
     # half of the prompt would fit, and the whole one comes first
     with pytest.raises(ValueError, match="cannot hold"):
         run(np.tile(PROMPT, 4)[None], policy=dkv.kvzip(0.2), memory_budget="700kB")

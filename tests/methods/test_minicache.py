@@ -427,7 +427,7 @@ def test_memory_is_that_of_the_formula():
 
 def test_no_layer_merged_is_the_plain_cache():
     plain = make_cache(MODEL, dkv.CompressionPolicy.none(), [50], kernels=XLA)
-    merged = make_cache(MODEL, dkv.minicache(start=1.0), [50])
+    merged = make_cache(MODEL, dkv.minicache(start=1.0), [50], kernels=XLA)
     assert plain.spec == merged.spec  # the same programs run
     assert jax.tree.structure(plain) == jax.tree.structure(merged)
     assert make_cache(MODEL, dkv.minicache(), [50]).spec != plain.spec

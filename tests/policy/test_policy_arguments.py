@@ -267,13 +267,24 @@ SOURCES = {
     "a long name": ("x" * 5000, "policy='xxx.* must be the path"),
     "a null byte": ("a\0b", "policy=.* must be the path"),
     "an unknown field": (
-        {"name": "x", "tiers": ["full"], "windows": 3},
-        r"unknown \['windows'\]; "
-        r"did you mean 'window'",
+        {"name": "x", "tiers": ["full"], "schedules": 3},
+        r"unknown \['schedules'\]; did you mean 'schedule'",
     ),
     "a field that is no text": ({"name": "x", "tiers": ["full"], 3: 3}, r"unknown \[3\]"),
-    "no tiers": ({"name": "x"}, r"missing \['tiers'\]"),
-    "a bad field": ({"name": "x", "tiers": ["full"], "window": None}, "window=None must be"),
+    "no name": ({"tiers": ["full"]}, "missing 'name'"),
+    "a bad field": (
+        {"name": "x", "schedule": {"type": "Schedule", "window": None}},
+        "window=None must be",
+    ),
+    "a stage of no type": ({"name": "x", "schedule": {"window": 3}}, "schedule.type=None must be"),
+    "a stage of another type": (
+        {"name": "x", "schedule": {"type": "Budget"}},
+        "schedule.type='Budget' must be a Schedule",
+    ),
+    "a stage of one's own": (
+        {"name": "x", "score": {"type": "my_module:Mine"}},
+        "import the module that defines it first",
+    ),
 }
 
 
@@ -293,7 +304,7 @@ FILES = {
     "empty": (b"", "policy file .*must be the JSON of a policy"),
     "nested without end": (b"[" * 100_000, "policy file .*must be the JSON of a policy"),
     "endless digits": (
-        b'{"name": "x", "tiers": ["full"], "window": ' + b"9" * 5000 + b"}",
+        b'{"name": "x", "schedule": {"type": "Schedule", "window": ' + b"9" * 5000 + b"}}",
         "policy file .*must be the JSON of a policy",
     ),
     "a number": (b"3", "policy file .*must be a JSON object"),
@@ -302,7 +313,7 @@ FILES = {
         "policy file .*tiers='full' must be a list",
     ),
     "infinity": (
-        b'{"name": "x", "tiers": ["full"], "alpha_high": Infinity}',
+        b'{"name": "x", "keep": {"type": "Thresholds", "alpha_high": Infinity}}',
         "policy file .*alpha_high=inf must be finite",
     ),
 }
@@ -322,9 +333,9 @@ def test_files(case, tmp_path):
 
 def test_calibration_folders(tmp_path):
     made = dkv.Calibration(
-        ((None, np.zeros((1, 1, 2), np.float16)),), ["K4V8v4"], np.bool_(True), False, "x"
+        ((None, np.zeros((1, 1, 2), np.float16)),), ["K4V8v4"], {"type": "WithoutRope"}, "x"
     )
-    assert made.tiers == ("K4V8v4",) and made.un_rope is True
+    assert made.tiers == ("K4V8v4",) and made.transform == dkv.WithoutRope()
     made.save(tmp_path / "new" / "folder")
     assert dkv.Calibration.load(tmp_path / "new" / "folder").fingerprint == "x"
     (tmp_path / "file").write_text("x")

@@ -103,13 +103,14 @@ class Ours:
         """How many copies of the kept request, each with `steps` more tokens, a cache of so many
         bytes holds.
         """
-        assert self.kept is not None, "keep a prompt first"
+        kept = self.kept
+        assert kept is not None, "keep a prompt first"
         amount, requests = parse_bytes(budget), 0
-        need = len(used_pages(self.kept)) + spare_pages(self.kept, steps)
+        need = len(used_pages(kept)) + spare_pages(kept, steps)
 
         def size(requests: int) -> int:
-            spec = _sized(self.kept, requests, requests * need)
-            return cache_bytes(spec, _repeated(self.kept.policy, requests))
+            spec = _sized(kept, requests, requests * need)
+            return cache_bytes(spec, _repeated(kept.policy, requests))
 
         while size(requests + 1) <= amount:
             requests += 1
