@@ -101,8 +101,8 @@ def programs(model, params, cache):
         jax.jit(runner.decode_step, static_argnums=0, donate_argnums=2),
         (params, cache, length, flags),
     )
-    yield "replay", runner.replay_chunk, (params, cache, tokens, length, first)
-    yield "end", runner.end_replay, (cache, flags)
+    yield "replay", getattr(runner, "score_pass", None) or runner.replay_chunk, (params, cache, tokens, length, first)
+    yield "end", getattr(runner, "end_passes", None) or runner.end_replay, (cache, flags)
 
 
 def record(name: str, kind: str, implementation: str) -> dict:
