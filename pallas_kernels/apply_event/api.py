@@ -24,11 +24,7 @@ def _kernels(implementation: str) -> Callable[..., Any]:
     return run
 
 
-APPLY_EVENT = Operation(
-    event.apply_event,
-    _kernels,
-    supports=writes,
-)
+APPLY_EVENT = Operation(event.apply_event, _kernels, supports=writes)
 
 
 @in_32_bits

@@ -30,14 +30,8 @@ def _kernels_demote(implementation: str) -> Callable[..., Any]:
     return run
 
 
-ENCODE = Operation(
-    KVFormat.encode,
-    _kernels_encode,
-)
-DEMOTE = Operation(
-    KVFormat.demote,
-    _kernels_demote,
-)
+ENCODE = Operation(KVFormat.encode, _kernels_encode)
+DEMOTE = Operation(KVFormat.demote, _kernels_demote)
 
 
 @in_32_bits

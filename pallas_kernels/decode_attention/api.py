@@ -23,11 +23,7 @@ def _kernels(implementation: str) -> Callable[..., Any]:
     return run
 
 
-DECODE_ATTENTION = Operation(
-    reference.decode_attention,
-    _kernels,
-    supports=reads,
-)
+DECODE_ATTENTION = Operation(reference.decode_attention, _kernels, supports=reads)
 
 
 @in_32_bits

@@ -27,11 +27,7 @@ def _supports(implementation: str, layout: PageLayout) -> str | None:
     return writes(implementation, layout) if layout.scored else "tokens have no scores: none leaves"
 
 
-COUNT_MOVES = Operation(
-    reference.count_moves,
-    _kernels,
-    supports=_supports,
-)
+COUNT_MOVES = Operation(reference.count_moves, _kernels, supports=_supports)
 
 
 @in_32_bits

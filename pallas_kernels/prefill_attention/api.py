@@ -35,16 +35,8 @@ def _kernels_sums(implementation: str) -> Callable[..., Any]:
     return run
 
 
-PREFILL_ATTENTION = Operation(
-    reference.prefill_attention,
-    _kernels,
-    supports=writes,
-)
-COLUMN_SUMS = Operation(
-    sums_reference.column_sums,
-    _kernels_sums,
-    supports=writes,
-)
+PREFILL_ATTENTION = Operation(reference.prefill_attention, _kernels, supports=writes)
+COLUMN_SUMS = Operation(sums_reference.column_sums, _kernels_sums, supports=writes)
 
 
 @in_32_bits

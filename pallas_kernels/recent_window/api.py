@@ -30,14 +30,8 @@ def _kernels_shift(implementation: str) -> Callable[..., Any]:
     return run
 
 
-APPEND_RECENT = Operation(
-    reference.append_recent,
-    _kernels_append,
-)
-SHIFT_RECENT = Operation(
-    reference.shift_recent,
-    _kernels_shift,
-)
+APPEND_RECENT = Operation(reference.append_recent, _kernels_append)
+SHIFT_RECENT = Operation(reference.shift_recent, _kernels_shift)
 
 
 @in_32_bits
