@@ -101,7 +101,11 @@ def programs(model, params, cache):
         jax.jit(runner.decode_step, static_argnums=0, donate_argnums=2),
         (params, cache, length, flags),
     )
-    yield "replay", getattr(runner, "score_pass", None) or runner.replay_chunk, (params, cache, tokens, length, first)
+    yield (
+        "replay",
+        getattr(runner, "score_pass", None) or runner.replay_chunk,
+        (params, cache, tokens, length, first),
+    )
     yield "end", getattr(runner, "end_passes", None) or runner.end_replay, (cache, flags)
 
 

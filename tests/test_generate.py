@@ -204,13 +204,26 @@ def test_what_does_not_compile_again(model, plain):
     run(model, [p[:35] for p in PROMPTS])
     run(model, cache=with_free_pages(empty(model), 10))
     assert [f._cache_size() for f in (advance, begin, prefill_chunk)] == before
-    caches = [
-        make_cache(model[0], policy, [99], max_len=128)
-        for policy in (diffkv(1.0, 0.1), diffkv([[[3.0]], [[2.0]]], 0.0))
-    ]
+
+
+ALIKE = {
+    "thresholds": (diffkv(1.0, 0.1), diffkv([[[3.0]], [[2.0]]], 0.0)),
+    "shares": (h2o(0.5), dataclasses.replace(h2o([[[0.3]], [[0.4]]]), name="another name")),
+    "numbers": (snapkv(100), pyramidkv(120)),
+    "attention to recover": (fastgen(0.9), fastgen(0.5)),
+}
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+def test_another_budget_compiles_nothing(model, kind):
+    """What programs are compiled by: the structure of the cache and the types of its arrays."""
+    caches = [make_cache(model[0], policy, [99], max_len=128) for policy in ALIKE[kind]]
     assert jax.tree.structure(caches[0]) == jax.tree.structure(caches[1])
     for one, other in zip(*map(jax.tree.leaves, caches), strict=True):
         assert jax.typeof(one) == jax.typeof(other)
+    others = (h2o(0.5, sinks=5), h2o(0.5, flush=16), snapkv(0.5), snapkv(0.5, kernel_size=7))
+    structures = {jax.tree.structure(make_cache(model[0], p, [99], max_len=128)) for p in others}
+    assert len(structures) == len(others), "but another choice does"
 
 
 @pytest.mark.slow
