@@ -16,8 +16,12 @@ from diffkv_jax import (
     KVCache,
     Sample,
     diffkv,
+    fastgen,
     generate,
+    h2o,
     make_cache,
+    pyramidkv,
+    snapkv,
 )
 from diffkv_jax.decode_loop import Requests, advance, begin
 from diffkv_jax.read_prompts import prefill

@@ -255,7 +255,9 @@ class Budget(Keep):
             each[whole] = 2**30 if counts else 1.0
             return each
 
-        return with_leaves(self, keep=spread("keep"), keep_high=spread("keep_high"))
+        amounts = {name: spread(name) for name in ("keep", "keep_high")}
+        # what the amounts say now no program needs to be compiled by
+        return with_leaves(self, **amounts, layers="uniform", whole_layers=())
 
     def thresholds(self, view: KeepView) -> Array:
         amounts = (self.keep if self.keep_high is None else self.keep_high, self.keep)
