@@ -324,7 +324,7 @@ def test_report_counts_tokens(counted):
         counted.ring.count,
         counted.seq_len,
         counted.recent_len,
-        counted.observed,
+        counted.query_spans,
     )
     counters += (counted.overflow, counted.steps, counted.pending, counted.fingerprint)
     assert shared == sum(x.nbytes for x in counters)

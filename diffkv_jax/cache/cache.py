@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from diffkv_jax.cache.query_counts import nothing_observed
+from diffkv_jax.cache.query_counts import no_query_spans
 from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.pallas_kernels.apply_event import FreeRing
 from diffkv_jax.pallas_kernels.codecs import Codec
@@ -76,7 +76,7 @@ class KVCache:
     seq_len: Array  # int32 [R] tokens seen
     recent_len: Array  # int32 [R] tokens in the recent slots
     # int32 [R, spans, 2] (end, length) of the spans of positions whose queries have scored
-    observed: Array
+    query_spans: Array
     overflow: Array  # bool [R] the pool could not give this request a page
     steps: Array  # int32 [R] decode steps since the last prompt
     pending: Array  # int32 [R] token sampled last and not yet seen by the model, -1 = none
@@ -181,7 +181,7 @@ def _all_arrays(spec: CacheSpec, policy: CompressionPolicy, tables: Tables | Non
         classes=jnp.zeros((heads[0], spec.max_len if policy.classifies else 0), jnp.uint8),
         seq_len=counter,
         recent_len=counter,
-        observed=nothing_observed(spec.num_requests),
+        query_spans=no_query_spans(spec.num_requests),
         overflow=jnp.zeros(spec.num_requests, bool),
         steps=counter,
         pending=counter - 1,

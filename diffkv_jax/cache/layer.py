@@ -24,7 +24,7 @@ class Clock(NamedTuple):
     """Where each head stands. `B` = requests x KV heads."""
 
     seq_len: Array  # int32 [B] tokens seen
-    observed: Array  # int32 [B, spans, 2] queries that a score is divided by, as in `KVCache`
+    query_spans: Array  # int32 [B, spans, 2] queries that a score is divided by, as in `KVCache`
     keep: Keep  # which tokens stay, its leaves [B]
     exact: Array  # int32 [B] tokens that stay in the recent window
     # bool []; without, every token enters the high tier and none leaves it
@@ -177,18 +177,18 @@ def layer_clock(
     cache: KVCache,
     layer: Array | None,
     seq_len: Array,
-    observed: Array,
+    query_spans: Array,
     exact: Array,
     decides: Array,
 ) -> Clock:
     """Where the heads of a paged layer (all when None) stand.
 
-    `seq_len`, `exact` int32 [R], `observed` int32 [R, spans, 2] and `decides` bool [] are those of
+    `seq_len`, `exact` int32 [R], `query_spans` int32 [R, spans, 2] and `decides` bool [] are those of
     `Clock` a request.
     """
     keep = jax.tree.map(lambda leaf: take_layer(leaf, layer), cache.policy.keep)
     layers = 1 if layer is not None else len(cache.spec.paged_layers)
     divides = cache.policy.score is not None and cache.policy.score.per_query
-    divided_by = observed if divides else jnp.zeros_like(observed)
+    divided_by = query_spans if divides else jnp.zeros_like(query_spans)
     seq_len, divided_by, exact = (per_head(cache, x, layers) for x in (seq_len, divided_by, exact))
     return Clock(seq_len, divided_by, keep, exact, decides)

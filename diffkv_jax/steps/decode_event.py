@@ -11,7 +11,7 @@ from diffkv_jax.cache.admission import admit
 from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.cache.layer import all_heads, layer_clock, per_head, take_layer
 from diffkv_jax.cache.pair_pages import pages_of_pairs
-from diffkv_jax.cache.query_counts import count_observed
+from diffkv_jax.cache.query_counts import extend_query_spans
 from diffkv_jax.pallas_kernels.apply_event import Tokens
 from diffkv_jax.pallas_kernels.branch import when
 from diffkv_jax.pallas_kernels.recent_window import shift_recent
@@ -28,7 +28,7 @@ def after_decode(cache: KVCache, step: DecodeStep) -> KVCache:
         cache,
         seq_len=cache.seq_len + active,
         recent_len=cache.recent_len + active,
-        observed=count_observed(cache.observed, active, cache.seq_len + active),
+        query_spans=extend_query_spans(cache.query_spans, active, cache.seq_len + active),
         steps=cache.steps + active,
     )
     spec = cache.spec
@@ -106,7 +106,7 @@ def _plan(cache: KVCache, layer: Array | None, count: Array) -> Plan:
     """
     tokens, decides = _oldest(cache, layer), jnp.asarray(cache.policy.in_decode)
     exact = cache.recent_len - count
-    clock = layer_clock(cache, layer, cache.seq_len, cache.observed, exact, decides)
+    clock = layer_clock(cache, layer, cache.seq_len, cache.query_spans, exact, decides)
     layers = clock.seq_len.shape[0] // cache.spec.num_heads
     leaving = jnp.arange(cache.spec.flush) < per_head(cache, count, layers)[:, None]
     return plan_event(cache, layer, clock, tokens, leaving, one_victim=one_victim(cache))

@@ -80,19 +80,19 @@ def plan_event(
     """
     spec, stored, n = cache.spec.unmerged, stored_layer(cache, layer), leaving.shape[1]
     scores, position = tokens.significance[:, :n], tokens.position[:, :n]
-    layout, mean = spec.layout, mean_significance(scores, position, clock.observed)
+    layout, mean = spec.layout, mean_significance(scores, position, clock.query_spans)
     tau = _thresholds(spec, stored, clock, mean, leaving)
     entering = jnp.where(leaving, classify(mean, tau, layout.tiers), DROPPED)
     if layout.tokens_per_group > 1 and clock.keep.ranks:
         whole = in_whole_blocks(entering != DROPPED, leaving, mean, layout.tokens_per_group)
         entering = whole.astype(entering.dtype)  # tier code 1
-    return planned(spec, stored, clock.observed, tau, entering, leaving.any(axis=-1), one_victim)
+    return planned(spec, stored, clock.query_spans, tau, entering, leaving.any(axis=-1), one_victim)
 
 
 def planned(
     spec: CacheSpec,
     stored: Stored,
-    observed: Array,
+    query_spans: Array,
     tau: Array,
     entering: Array,
     changes: Array,
@@ -103,7 +103,7 @@ def planned(
     """
     layout, table = spec.layout, (stored.page_table, stored.tier_len)
     receives = [(entering == tier + 1).any(axis=-1) for tier in range(layout.tiers)]
-    rule = Rule(tau, observed, changes, jnp.stack(receives, axis=-1))
+    rule = Rule(tau, query_spans, changes, jnp.stack(receives, axis=-1))
     how = {"one_victim": one_victim, "max_len": spec.max_len, "kernels": spec.kernels}
     moves = count_moves(stored.pages, layout, *table, rule, **how)
     return Plan(entering, rule, moves, pages_beyond(layout, stored.tier_len, entering, moves))
@@ -120,16 +120,16 @@ def _thresholds(
         return jnp.where(clock.decides, keep.thresholds(view), 0.0)
 
     def layer_thresholds(heads: tuple) -> Array:
-        keep, page_table, tier_len, observed, seq_len, exact, entering, enters = heads
+        keep, page_table, tier_len, query_spans, seq_len, exact, entering, enters = heads
         held = stored._replace(page_table=page_table, tier_len=tier_len)
-        scores, live = stored_scores(spec.layout, held, observed, spec.max_len)
+        scores, live = stored_scores(spec.layout, held, query_spans, spec.max_len)
         scores = jnp.concatenate([scores, entering], axis=1)
         live = jnp.concatenate([live, enters], axis=1)
         return keep.thresholds(KeepView(scores, live, seq_len, exact, tiers, kv_heads))
 
     def decide(_: int, tau: Array) -> Array:
         table = stored.page_table, stored.tier_len
-        heads = (keep, *table, clock.observed, clock.seq_len, clock.exact, mean, leaving)
+        heads = (keep, *table, clock.query_spans, clock.seq_len, clock.exact, mean, leaving)
         by_layer = jax.tree.map(lambda x: x.reshape(-1, spec.num_heads, *x.shape[1:]), heads)
         # one layer's scores at a time
         return lax.map(layer_thresholds, by_layer).reshape(tau.shape)
@@ -139,17 +139,17 @@ def _thresholds(
 
 
 def stored_scores(
-    layout: PageLayout, stored: Stored, observed: Array, max_len: int
+    layout: PageLayout, stored: Stored, query_spans: Array, max_len: int
 ) -> tuple[Array, Array]:
     """Mean scores float32 [B, n] of the stored tokens of every tier, and where there is one, bool
-    [B, n]; `observed` as in `Rule`.
+    [B, n]; `query_spans` as in `Rule`.
     """
     scores, live = [], []
     for tier in range(layout.tiers):
         total, position, there = read_token_data(
             stored.pages, layout, stored.page_table, stored.tier_len, tier, max_len
         )
-        scores.append(mean_significance(total, position, observed))
+        scores.append(mean_significance(total, position, query_spans))
         live.append(there)
     return jnp.concatenate(scores, axis=1), jnp.concatenate(live, axis=1)
 

@@ -19,7 +19,7 @@ from diffkv_jax.steps.decode_event import after_decode
 from diffkv_jax.steps.passes import drop_least
 from diffkv_jax.steps.rescore import reset_scores
 from diffkv_jax.steps.step import DecodeStep, PrefillStep, ScoreStep
-from diffkv_jax.steps.store_chunk import observed_after, recent_after
+from diffkv_jax.steps.store_chunk import query_spans_after, recent_after
 
 
 @in_32_bits
@@ -77,12 +77,12 @@ def _after_prefill(cache: KVCache, step: PrefillStep, chunk_len: int) -> KVCache
     """Count the chunk's tokens. A request that found no page in some layer holds none any more: it
     starts from nothing.
     """
-    observed = observed_after(cache, step, chunk_len)
+    query_spans = query_spans_after(cache, step, chunk_len)
     return dataclasses.replace(
         cache,
         seq_len=jnp.where(cache.overflow, 0, cache.seq_len + step.length),
         recent_len=jnp.where(cache.overflow, 0, recent_after(cache, step)),
-        observed=jnp.where(cache.overflow[:, None, None], 0, observed),
+        query_spans=jnp.where(cache.overflow[:, None, None], 0, query_spans),
         steps=jnp.where(step.length > 0, 0, cache.steps),
         pending=jnp.where(step.length > 0, -1, cache.pending),
         in_chunk=InChunk(),

@@ -43,8 +43,8 @@ def _thresholds(cache: KVCache) -> Array:
         """`[L x R x K, ...]` to `[R x L x K, ...]`."""
         return x.reshape(*shape, *x.shape[1:]).swapaxes(0, 1).reshape(-1, *x.shape[1:])
 
-    observed = _of_all_heads(cache, jnp.zeros_like(cache.observed))
-    scores, live = stored_scores(spec.layout, stored, observed, spec.max_len)
+    query_spans = _of_all_heads(cache, jnp.zeros_like(cache.query_spans))
+    scores, live = stored_scores(spec.layout, stored, query_spans, spec.max_len)
     seq_len, exact = (_of_all_heads(cache, x) for x in (cache.seq_len, cache.recent_len))
     sharing = kv_heads * (layers if keep.share_layers else 1)
     scores, live, seq_len, exact = map(by_request, (scores, live, seq_len, exact))
@@ -63,9 +63,9 @@ def _drop(cache: KVCache, layer: Array | None, tau: Array, due: Array) -> KVCach
     spec, stored, heads = cache.spec, stored_layer(cache, layer), len(tau)
     layers = heads // spec.num_heads
     changes = per_head(cache, due, layers)
-    observed = jnp.zeros((heads, *cache.observed.shape[1:]), jnp.int32)
+    query_spans = jnp.zeros((heads, *cache.query_spans.shape[1:]), jnp.int32)
     entering = jnp.full((heads, spec.flush), DROPPED, jnp.int32)
-    plan = planned(spec, stored, observed, tau, entering, changes)
+    plan = planned(spec, stored, query_spans, tau, entering, changes)
     recent_k, recent_v = (take_layer(x, layer) for x in (cache.recent_k, cache.recent_v))
     nothing = jnp.zeros(recent_k.shape[:2])
     tokens = Tokens(recent_k, recent_v, nothing, nothing.astype(jnp.int32))

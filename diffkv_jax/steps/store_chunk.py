@@ -10,7 +10,7 @@ from diffkv_jax.cache.admission import make_room
 from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.cache.layer import layer_clock, per_head, put_layer, take_layer
 from diffkv_jax.cache.pair_pages import pages_needed
-from diffkv_jax.cache.query_counts import count_observed
+from diffkv_jax.cache.query_counts import extend_query_spans
 from diffkv_jax.pallas_kernels.apply_event import Tokens, ranked
 from diffkv_jax.pallas_kernels.decode_attention import Heads
 from diffkv_jax.pallas_kernels.plan_event import DROPPED
@@ -66,8 +66,8 @@ def store(
     """
     spec, (tokens, valid) = cache.spec, gathered
     seq_len, chunk_len = cache.seq_len + step.length, rows.shape[1]
-    observed, exact = observed_after(cache, step, chunk_len), recent_after(cache, step)
-    clock = layer_clock(cache, layer, seq_len, observed, exact, step.compress)
+    query_spans, exact = query_spans_after(cache, step, chunk_len), recent_after(cache, step)
+    clock = layer_clock(cache, layer, seq_len, query_spans, exact, step.compress)
     leaving = _leaving(cache, gathered, step)
     cache, scores = rescore(
         cache,
@@ -109,13 +109,13 @@ def _leaving(cache: KVCache, gathered: Gathered, step: PrefillStep) -> Array:
     return gathered.valid & (gathered.tokens.position < stay_from) & going
 
 
-def observed_after(cache: KVCache, step: PrefillStep, chunk_len: int) -> Array:
-    """`observed` once this chunk has scored."""
+def query_spans_after(cache: KVCache, step: PrefillStep, chunk_len: int) -> Array:
+    """`query_spans` once this chunk has scored."""
     queries = cache.policy.queries
     rows = chunk_len if queries == "all" else min(queries, chunk_len)
     scoring = jnp.minimum(step.length, rows)
     rows = jnp.where(step.compress | (queries == "all"), scoring, 0)
-    return count_observed(cache.observed, rows, cache.seq_len + step.length)
+    return extend_query_spans(cache.query_spans, rows, cache.seq_len + step.length)
 
 
 def recent_after(cache: KVCache, step: PrefillStep) -> Array:

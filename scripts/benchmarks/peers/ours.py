@@ -229,7 +229,7 @@ def replicate(source: dkv.KVCache, requests: int, spare: int) -> dkv.KVCache:
     by_row |= {
         "seq_len": 0,
         "recent_len": 0,
-        "observed": 0,
+        "query_spans": 0,
         "overflow": 0,
         "pending": 0,
         "steps": 0,
