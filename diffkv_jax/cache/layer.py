@@ -190,5 +190,6 @@ def layer_clock(
     layers = 1 if layer is not None else len(cache.spec.paged_layers)
     divides = cache.policy.score is not None and cache.policy.score.per_query
     divided_by = query_spans if divides else jnp.zeros_like(query_spans)
-    seq_len, divided_by, exact = (per_head(cache, x, layers) for x in (seq_len, divided_by, exact))
+    counters = (seq_len, divided_by, exact)
+    seq_len, divided_by, exact = (per_head(cache, x, layers) for x in counters)
     return Clock(seq_len, divided_by, keep, exact, decides)

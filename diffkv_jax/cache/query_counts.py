@@ -5,7 +5,7 @@ divides by the queries that saw it.
 import jax.numpy as jnp
 from jax import Array
 
-# a prompt that is query_spans only at its end opens a new span; beyond this many the two oldest are
+# a prompt that scores only at its end opens a new span; beyond this many the two oldest are
 # counted as one
 SPANS = 8
 
