@@ -183,8 +183,8 @@ def layer_clock(
 ) -> Clock:
     """Where the heads of a paged layer (all when None) stand.
 
-    `seq_len`, `exact` int32 [R], `query_spans` int32 [R, spans, 2] and `decides` bool [] are those of
-    `Clock` a request.
+    The arguments are those of `Clock`, by request: int32 [R], `query_spans` int32 [R, spans, 2],
+    `decides` bool [].
     """
     keep = jax.tree.map(lambda leaf: take_layer(leaf, layer), cache.policy.keep)
     layers = 1 if layer is not None else len(cache.spec.paged_layers)
