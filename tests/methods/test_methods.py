@@ -2,6 +2,7 @@
 for all of them.
 """
 
+import ast
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -267,5 +268,10 @@ def test_the_compositions_of_the_docs_can_be_built():
         encoding="utf-8"
     )
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    built = [eval(line, {"dkv": dkv}) for line in code.strip().splitlines()]
+    names, built = {"dkv": dkv}, []
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.Expr):
+            built.append(eval(ast.unparse(node), names))
+        else:
+            exec(ast.unparse(node), names)
     assert len(built) == 7 and all(isinstance(policy, dkv.CompressionPolicy) for policy in built)
