@@ -77,6 +77,17 @@ def test_native_kernels_and_plain_xla_agree(page, name: str):
         assert stored(out.cache, layer).keys() == stored(plain.cache, layer).keys()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_tpu"])
+def test_a_score_runs_on_every_implementation(page, implementation: str):
+    """A prompt and an event in decode in Pallas' interpreters."""
+    out = run(page, page.near, implementation=implementation, interpret=True, max_new_tokens=10)
+    plain = run(page, page.near, max_new_tokens=10)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    for layer in (0, 1):
+        assert sorted(stored(out.cache, layer)) == list(range(76, 125))
+
+
 def test_the_tokens_nearest_position_100_stay(page):
     for layer in (0, 1):
         assert sorted(stored(page.near_out.cache, layer)) == list(range(76, 125))
