@@ -5,6 +5,7 @@
 # make test-version JAX=0.11.2  generate() end to end on that JAX, which from 0.11 on needs Python 3.12 (creates .venv-jax-0.11.2)
 # make test-x64  some of the quick tests under jax_enable_x64               (.venv)
 # make benchmark  beside transformers, kvpress and, after `make benchmark-llama`, llama.cpp; hours (creates .venv-benchmark)
+# make docs       the documentation as a site, in build/site           (creates .venv-docs)
 # make lint       the static checks only
 # make clean      removes what these targets made, virtual environments included
 # PYTHON=... picks the interpreter; PYTEST_ARGS=..., DEMO_ARGS=... and BENCHMARK_ARGS=... are passed on.
@@ -19,6 +20,7 @@ VENV := .venv
 VENV_DEMO := .venv-demo
 VENV_COMPILE := .venv-compile
 VENV_BENCHMARK := .venv-benchmark
+VENV_DOCS := .venv-docs
 TEST_EXTRAS := hf,test
 # Two processes: small programs compile on one core each. XDIST= runs the quick tests in one process.
 XDIST := -n 2 --dist worksteal
@@ -40,7 +42,7 @@ define install
 	touch $@
 endef
 
-.PHONY: test test-slow test-compile test-version test-x64 demo benchmark benchmark-llama lint clean
+.PHONY: test test-slow test-compile test-version test-x64 demo benchmark benchmark-llama docs lint clean
 
 test: lint
 	$(VENV)/bin/python -m pytest -m "not slow and not compile" $(XDIST) $(PYTEST_ARGS)
@@ -77,6 +79,9 @@ benchmark: $(VENV_BENCHMARK)/.installed
 benchmark-llama: $(VENV_BENCHMARK)/.installed
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(VENV_BENCHMARK)/bin/python -m pip install -qq -c requirements/constraints.txt llama-cpp-python==0.3.36
 
+docs: $(VENV_DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict
+
 $(VENV)/.installed: $(INSTALLED_BY)
 	$(call install,$(VENV),$(TEST_EXTRAS),-r requirements/kvpress.txt)
 
@@ -98,6 +103,13 @@ $(VENV_BENCHMARK)/.installed: $(INSTALLED_BY) requirements/benchmark.txt
 	$(@D)/bin/python -m pip install -qq --no-deps -r requirements/data.txt -r requirements/kvpress.txt
 	touch $@
 
+# Reads the sources: the library itself is not installed.
+$(VENV_DOCS)/.installed: requirements/docs.txt
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv found: make PYTHON=/path/to/python"; exit 1; }
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -qq -r requirements/docs.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_DEMO) $(VENV_COMPILE) $(VENV_BENCHMARK) .venv-wheel .venv-newest .venv-jax-* build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV_DEMO) $(VENV_COMPILE) $(VENV_BENCHMARK) $(VENV_DOCS) .venv-wheel .venv-newest .venv-jax-* build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find $(FOLDERS) -name __pycache__ -prune -exec rm -rf {} +

@@ -1,11 +1,15 @@
 """KV-cache compression for language models in JAX: DiffKV tiers in one paged, immutable cache."""
 
 from diffkv_jax.cache.cache import KVCache as KVCache
+from diffkv_jax.cache.kept import kept_positions as kept_positions
 from diffkv_jax.cache.report import MemoryReport as MemoryReport
 from diffkv_jax.cache.report import memory_report as memory_report
 from diffkv_jax.cache.spec import CacheSpec as CacheSpec
 from diffkv_jax.calibration.calibrate import calibrate as calibrate
 from diffkv_jax.calibration.calibration import Calibration as Calibration
+from diffkv_jax.evaluate import Quality as Quality
+from diffkv_jax.evaluate import quality as quality
+from diffkv_jax.evaluate import teacher_forced as teacher_forced
 from diffkv_jax.generate import GenerateOutput as GenerateOutput
 from diffkv_jax.generate import GenerationInterrupted as GenerationInterrupted
 from diffkv_jax.generate import generate as generate
@@ -29,7 +33,9 @@ from diffkv_jax.policy.protect import Protect as Protect
 from diffkv_jax.policy.protect import TokenClasses as TokenClasses
 from diffkv_jax.policy.protect import token_classes as token_classes
 from diffkv_jax.policy.schedule import Schedule as Schedule
+from diffkv_jax.policy.score import KeyScore as KeyScore
 from diffkv_jax.policy.score import LeavingTokens as LeavingTokens
+from diffkv_jax.policy.score import PromptQueries as PromptQueries
 from diffkv_jax.policy.score import Score as Score
 from diffkv_jax.policy.score import ScoreView as ScoreView
 from diffkv_jax.policy.stage import data as data

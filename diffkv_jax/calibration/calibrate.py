@@ -53,7 +53,8 @@ def calibrate(
     """Learn the tables of a policy's codecs.
 
     Args:
-        model, params: as for `generate`; used in full precision, without a cache.
+        model: as for `generate`; used in full precision, without a cache.
+        params: its parameters.
         tokens: int [S, N], S sequences of calibration text, N at least 2. The papers take 16 of
             2,048.
         policy: whose codecs learn, from keys and values as it stores them (`transform`).

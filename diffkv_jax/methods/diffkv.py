@@ -31,8 +31,8 @@ def diffkv(
     the first tier, one below `alpha_low` times is dropped, the others go to the second.
 
     Args:
-        alpha_high, alpha_low: numbers, or nested lists that broadcast to [layers, requests,
-            kv_heads].
+        alpha_high: a number, or nested lists that broadcast to [layers, requests, kv_heads].
+        alpha_low: likewise.
         queries: how many of the prompt's last queries score it.
         options: see `diffkv_jax.methods.evicting.Options`; K8V4 and K4V2, no sinks when not given.
     """

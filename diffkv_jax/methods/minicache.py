@@ -1,8 +1,8 @@
 """MiniCache (arXiv:2405.14366): pairs of deep layers keep one direction for a token of both.
 
 What a pair stores is a stage of its own (`diffkv_jax.policy.pairs`) with three call sites beside
-the compression event, because it is about two layers at once: `steps.prefill`, `steps.event` and
-`cache.pool_size`.
+the compression event, because it is about two layers at once: `steps.prefill`,
+`steps.decode_event` and `cache.pool_size`.
 """
 
 from diffkv_jax.methods.format_names import named_format

@@ -6,6 +6,7 @@ checks itself.
 
 from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 
 from diffkv_jax.arguments import shown
@@ -64,6 +65,7 @@ def check_lengths(policy: "CompressionPolicy", context: int) -> None:
 
 def check_stages(policy: "CompressionPolicy") -> None:
     """All rules."""
+    _check_leaves(policy)
     _check_groups(policy)
     _check_ranking(policy)
     policy.keep.check_policy(policy)
@@ -73,6 +75,16 @@ def check_stages(policy: "CompressionPolicy") -> None:
         _check_budget(policy, policy.keep)
     if policy.pairs is not None:
         _check_pairs(policy)
+
+
+def _check_leaves(policy: "CompressionPolicy") -> None:
+    """Only what `keep` holds becomes arrays of the cache (`Keep.bind`)."""
+    for name in ("score", "transform", "protect", "schedule", "pairs"):
+        if jax.tree.leaves(getattr(policy, name)):
+            raise ValueError(
+                f"{name}={getattr(policy, name)} has fields made by data(): those are for keep=, "
+                "whose numbers compile nothing; make them by static()"
+            )
 
 
 def _check_groups(policy: "CompressionPolicy") -> None:

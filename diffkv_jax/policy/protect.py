@@ -28,7 +28,7 @@ class _Classes(NamedTuple):
 
 
 class TokenClasses(_Classes):
-    """Ids for `CompressionPolicy.protect` and `.punctuation`: (special, punctuation).
+    """Ids for `Protect.token_ids` and FastGen's `punctuation`: (special, punctuation).
 
     Raises:
         TypeError, ValueError: one of them is no list of token ids.

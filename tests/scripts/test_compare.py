@@ -86,7 +86,8 @@ def said_of(method: str) -> str:
 
 def test_every_page_says_what_was_measured():
     pages = {
-        path.stem: path.read_text(encoding="utf-8") for path in (DOCS / "methods").glob("*.md")
+        path.stem: " ".join(path.read_text(encoding="utf-8").split())
+        for path in (DOCS / "methods").glob("*.md")
     }
     found = {
         page: re.findall(r"(?:\)\): |; )(?:([^:;[]+): )?([^:;[]+ passkeys)(?=[.;])", text)

@@ -1,0 +1,51 @@
+"""The Python of docs/quality.md and docs/scale_and_limits.md, on a tiny model."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffkv_jax as dkv
+from diffkv_jax.testing.tiny import prompt, tiny_model
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def run(page: str, names: dict, given: str = "", shorter: str = "") -> None:
+    """Execute a page's only block, with `shorter` in place of what it has `given`."""
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text("utf-8"), flags=re.DOTALL)
+    assert given in code
+    exec(compile(code.replace(given, shorter) if given else code, page, "exec"), names)
+
+
+def test_quality_of_a_text(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_text.txt").write_text("to be or not to be, that is the question " * 8)
+    monkeypatch.chdir(tmp_path)
+    model, params = tiny_model()
+
+    def tokenizer(text: str) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[ord(letter) % 97 for letter in text])
+
+    names = {"model": model, "params": params, "tokenizer": tokenizer}
+    run("quality.md", names, "2048, 256", "256, 16")
+    printed = capsys.readouterr().out
+    assert printed.count("mean KL") == 2
+    assert names["found"].kl.shape == (1, 16) and names["found"].kl.mean() > 0
+    kept = [float(x) for x in re.findall(r"(\d+)% of bf16", printed)]
+    assert len(kept) == 2
+
+
+def test_a_copy_of_a_cache_outlives_the_call():
+    model, params = tiny_model()
+    policy = dkv.snapkv(0.5, window=16, flush=8)
+    names = {"dkv": dkv, "jax": jax, "jnp": jnp, "model": model, "params": params}
+    names |= {"policy": policy, "prompt": prompt(200)}
+    names |= {"question": prompt(9, 1), "another": prompt(9, 1)}
+    run("scale_and_limits.md", names)
+    np.testing.assert_array_equal(names["first"].tokens, names["second"].tokens)
+    with pytest.raises(ValueError, match="was given to an earlier call"):
+        dkv.generate(model, params, [prompt(9, 1)], cache=names["document"].cache)
