@@ -156,8 +156,12 @@ def test_cache_full_in_decode(starved_in_decode):
         and ample.finish_reason == ("length",) * 3
     )
     np.testing.assert_array_equal(out.tokens[[0, 2]], ample.tokens[[0, 2]])
-    assert out.lengths[1] == POLICY.flush and not out.tokens[1, POLICY.flush :].any()
-    np.testing.assert_array_equal(out.tokens[1, : POLICY.flush], ample.tokens[1, : POLICY.flush])
+    assert (
+        out.lengths[1] == POLICY.schedule.flush and not out.tokens[1, POLICY.schedule.flush :].any()
+    )
+    np.testing.assert_array_equal(
+        out.tokens[1, : POLICY.schedule.flush], ample.tokens[1, : POLICY.schedule.flush]
+    )
 
 
 def test_going_on_after_cache_full_in_decode(starved_in_decode):

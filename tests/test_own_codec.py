@@ -42,7 +42,7 @@ def letter(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def generate(tier: str, **options) -> dkv.GenerateOutput:
-    policy = dkv.CompressionPolicy(tier, (tier,), window=16, flush=8)
+    policy = dkv.quantized(tier, window=16, flush=8)
     model, params = tiny_model(q_heads=4, kv_heads=2)
     return dkv.generate(model, params, [prompt(90, 1)], policy=policy, max_new_tokens=20, **options)
 
@@ -83,7 +83,7 @@ def test_demotion_to_and_from_it(letter: str):
 
 def test_kernels_leave_it_to_plain_xla(letter: str):
     attention = tiny_model(q_heads=4, kv_heads=2)[0].attention
-    policy = dkv.CompressionPolicy("own", (f"K8{letter}V8",))
+    policy = dkv.CompressionPolicy("own", tiers=(f"K8{letter}V8",))
     assert kernels_for(policy, attention) == XLA
     with pytest.raises(ValueError, match="plain XLA only"):
         generate(f"K8{letter}V8", implementation="cpu")

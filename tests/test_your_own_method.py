@@ -65,6 +65,7 @@ def whole(page, score: dkv.Score | None) -> dkv.GenerateOutput:
 
 @pytest.mark.skipif(target_platform() != "cpu", reason="native kernels")
 @pytest.mark.skipif(why_unavailable() is not None, reason="no C++ compiler")
+@pytest.mark.daily(4)
 @pytest.mark.parametrize("name", RUNS)
 def test_native_kernels_and_plain_xla_agree(page, name: str):
     """The page ran on native kernels, but for its codec."""

@@ -86,9 +86,7 @@ class WithoutRope(Transform):
 
     def rope(self, attention: AttentionSpec) -> tuple[float, ...] | None:
         if attention.latent is not None:
-            raise ValueError(
-                "WithoutRope(), and a latent carries no rotary embedding: leave it out"
-            )
+            raise ValueError("WithoutRope(), and a latent carries no rotary embedding anyway")
         if attention.rope is None:
             raise ValueError(
                 "WithoutRope(), and the model does not tell its rotary embedding "

@@ -347,6 +347,7 @@ def stays_as_it_is(run: Run, request: int, steps: int) -> None:
             )
 
 
+@pytest.mark.slow
 def test_requests_that_have_ended_stay_as_they_are():
     stays_as_it_is(play(1, "planted", 2, LENGTHS[2], 4), request=1, steps=6)
 

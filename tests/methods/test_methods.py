@@ -268,6 +268,10 @@ def test_the_compositions_of_the_docs_can_be_built():
         encoding="utf-8"
     )
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    lines = [ast.unparse(line) for line in ast.parse(code).body]
-    built = [eval(line, {"dkv": dkv}) for line in lines]
+    names, built = {"dkv": dkv}, []
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.Expr):
+            built.append(eval(ast.unparse(node), names))
+        else:
+            exec(ast.unparse(node), names)
     assert len(built) == 7 and all(isinstance(policy, dkv.CompressionPolicy) for policy in built)

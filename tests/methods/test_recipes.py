@@ -80,4 +80,4 @@ def test_recipes_are_data():
     for recipe in recipes.RECIPES:
         policy = dkv.load_policy(recipe.__name__)
         assert policy == recipe() and dkv.CompressionPolicy.from_json(policy.to_json()) == policy
-    assert repr(dkv.CompressionPolicy.none()) == "CompressionPolicy()"
+    assert repr(dkv.CompressionPolicy.none()) == "CompressionPolicy(name='none')"

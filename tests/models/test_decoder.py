@@ -160,7 +160,6 @@ def _dense_attend(model: Any) -> Any:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        positions: jax.Array,
         step: Any,
     ) -> Any:
         assert layer.dtype == jnp.int32 and layer.shape == ()
@@ -169,7 +168,7 @@ def _dense_attend(model: Any) -> Any:
             "k": jax.lax.dynamic_update_slice(cache["k"], k[None], start),
             "v": jax.lax.dynamic_update_slice(cache["v"], v[None], start),
             "positions": jax.lax.dynamic_update_slice(
-                cache["positions"], positions, (0, step["used"])
+                cache["positions"], step["positions"], (0, step["used"])
             ),
         }
         full_q = jax.lax.dynamic_update_slice(
@@ -199,7 +198,7 @@ def test_a_cache_goes_through_all_layers_and_comes_back(key, monkeypatch):
     run = jax.jit(lambda *given: model.apply({"params": params}, *given))
     got = []
     for begin, end in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
-        step = {"used": jnp.int32(begin)}
+        step = {"used": jnp.int32(begin), "positions": positions[:, begin:end]}
         logits, cache = run(tokens[:, begin:end], positions[:, begin:end], cache, step)
         got.append(logits)
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), wanted, atol=1e-5)
