@@ -9,6 +9,7 @@ prompt chunk and a replay pass; on plain XLA and native code also what they take
 compiled and what `generate` computes, as digests of all arrays.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false
 import hashlib
 import json
 import re
@@ -23,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffkv_jax as dkv
+from diffkv_jax.methods.registry import NAMED
+from diffkv_jax.steps import jitted
 from diffkv_jax.testing.tiny import prompt, tiny_latent_model, tiny_model
 
 IMPLEMENTATIONS = ("xla", "cpu", "triton", "mosaic_tpu")
@@ -43,22 +46,6 @@ MODELS = {
     "latent": partial(tiny_latent_model, layers=2),
     "windows": partial(tiny_model, windows=(16, None)),
 }
-
-
-def named():
-    try:
-        from diffkv_jax.methods.registry import NAMED
-    except ImportError:
-        from diffkv_jax.named import NAMED
-    return NAMED
-
-
-def jitted():
-    try:
-        from diffkv_jax.steps import jitted as runner
-    except ImportError:
-        from diffkv_jax import runner
-    return runner
 
 
 def digest(array) -> str:
@@ -86,7 +73,6 @@ def primitives(jaxpr, found: Counter) -> Counter:
 
 
 def programs(model, params, cache):
-    runner = jitted()
     requests = len(LENGTHS)
     tokens, length = (
         jax.ShapeDtypeStruct((requests, CHUNK), jnp.int32),
@@ -95,24 +81,20 @@ def programs(model, params, cache):
     flag, flags, first = (
         jax.ShapeDtypeStruct(s, d) for s, d in (((), bool), ((requests,), bool), ((), jnp.int32))
     )
-    yield "prompt", runner.prefill_chunk, (params, cache, tokens, length, flag)
+    yield "prompt", jitted.prefill_chunk, (params, cache, tokens, length, flag)
     yield (
         "decode",
-        jax.jit(runner.decode_step, static_argnums=0, donate_argnums=2),
+        jax.jit(jitted.decode_step, static_argnums=0, donate_argnums=2),
         (params, cache, length, flags),
     )
-    yield (
-        "replay",
-        getattr(runner, "score_pass", None) or runner.replay_chunk,
-        (params, cache, tokens, length, first),
-    )
-    yield "end", getattr(runner, "end_passes", None) or runner.end_replay, (cache, flags)
+    yield "replay", jitted.score_pass, (params, cache, tokens, length, first)
+    yield "end", jitted.end_passes, (cache, flags)
 
 
 def record(name: str, kind: str, implementation: str) -> dict:
     model, params = MODELS[kind]()
-    policy = dkv.CompressionPolicy.none() if name == "none" else named()[name]()
-    asked = {
+    policy = dkv.CompressionPolicy.none() if name == "none" else NAMED[name]()
+    asked: dict = {
         "max_new_tokens": NEW,
         "implementation": implementation,
         "interpret": implementation in IMPLEMENTATIONS[2:],
@@ -162,7 +144,7 @@ def main() -> None:
     path, pattern = Path(sys.argv[2]), re.compile(sys.argv[3] if len(sys.argv) > 3 else "")
     results = json.loads(path.read_text()) if path.exists() else {}
     for kind in MODELS:
-        for name in ("none", *named()):
+        for name in ("none", *NAMED):
             for implementation in IMPLEMENTATIONS:
                 key = f"{kind}:{name}/{implementation}"
                 if kind and name not in OTHERS:
