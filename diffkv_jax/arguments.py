@@ -207,8 +207,8 @@ def nested(name: str, value: Any, each: Callable[[str, Any], Any], *, axes: int)
         refuse(
             name,
             value,
-            f"one value or nested lists of equal shapes, with up to {axes} axes "
-            f"and none of them empty",
+            f"one value or nested lists of equal shapes, with up to {axes} axes and none of them "
+            "empty",
         )
 
 
@@ -287,8 +287,8 @@ def _scalar(name: str, value: Any) -> Any:
     """
     if isinstance(value, Tracer):
         raise TypeError(
-            f"{name}={shown(value)} must be known when compiling: give a plain Python "
-            f"value, or mark it static for jax.jit"
+            f"{name}={shown(value)} must be known when compiling: give a plain Python value, or "
+            "mark it static for jax.jit"
         )
     if not isinstance(value, np.generic | np.ndarray | jax.Array) or value.ndim:
         return value

@@ -94,8 +94,8 @@ def teacher_forced(
     batch, sizes = as_batch(tokens, model.attention.vocab_size)
     if (sizes != batch.shape[1]).any():
         raise ValueError(
-            f"tokens must be texts of one length, given lengths {sizes.tolist()}: "
-            f"cut them to the shortest"
+            f"tokens must be texts of one length, given lengths {sizes.tolist()}: cut them to the "
+            "shortest"
         )
     context = integer("context", context, least=1)
     if context >= batch.shape[1]:

@@ -80,13 +80,13 @@ def check_destination(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(
-            f"{folder} must be empty or absent: choose another destination, or pass "
-            f"overwrite=True (--overwrite)"
+            f"{folder} must be empty or absent: choose another destination, or pass overwrite=True "
+            "(--overwrite)"
         )
     if not is_checkpoint(folder):
         raise ValueError(
             f"{folder} must hold a checkpoint of this library to be overwritten: choose another "
-            f"destination, or empty it yourself"
+            "destination, or empty it yourself"
         )
 
 
@@ -136,8 +136,8 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _damaged(path: str, error: Exception) -> ValueError:
     reason = (str(error).splitlines() or [""])[0][:200]  # TensorStore appends pages of details
     return ValueError(
-        f"{path} must be a complete Orbax checkpoint ({type(error).__name__}: "
-        f"{reason}): convert or copy it again"
+        f"{path} must be a complete Orbax checkpoint ({type(error).__name__}: {reason}): convert "
+        "or copy it again"
     )
 
 
@@ -161,6 +161,6 @@ def _check_finite(params: Mapping[str, Any], origin: str) -> None:
     for path, leaf in flatten(params).items():
         if leaf.dtype == jnp.float16 and not np.isfinite(np.asarray(leaf)).all():
             raise ValueError(
-                f"{origin}: {'/'.join(path)} must be finite in float16: load with "
-                f"dtype='bfloat16' or 'float32'"
+                f"{origin}: {'/'.join(path)} must be finite in float16: load with dtype='bfloat16' "
+                "or 'float32'"
             )

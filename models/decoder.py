@@ -59,12 +59,8 @@ class DecoderLayer(nn.Module):
         self, carry: tuple[jax.Array, Any], data: LayerData, shared: SharedData
     ) -> tuple[tuple[jax.Array, Any], Any]:
         hidden, cache = carry
-        config, switches, types, kernels = (
-            self.config,
-            self.switches,
-            (self.dtype, self.param_dtype),
-            kernels_of(cache),
-        )
+        config, switches = self.config, self.switches
+        types, kernels = (self.dtype, self.param_dtype), kernels_of(cache)
         norm = partial(self._norm, data=data, kernels=kernels)
         attention = SelfAttention if config.latent is None else LatentAttention
         self_attn = attention(config, switches, *types, name="self_attn")
@@ -229,9 +225,8 @@ def param_shapes(model: Decoder) -> dict[str, Any]:
 def _check_inputs(tokens: jax.Array, positions: jax.Array) -> None:
     if tokens.ndim != 2 or tokens.shape != positions.shape:
         raise ValueError(
-            f"tokens of shape {tokens.shape} and positions of shape {positions.shape} must both "
-            f"be [batch, length]; "
-            "for one sequence add a leading axis of 1."
+            f"tokens of shape {tokens.shape} and positions of shape {positions.shape} must both be "
+            "[batch, length]; for one sequence add a leading axis of 1."
         )
 
 
@@ -241,10 +236,8 @@ def _stacks(config: ModelConfig) -> list[tuple[str, int, ModelConfig]]:
     """
     if config.experts is None:
         return [("layers", 0, config)]
-    count, dense = (
-        config.num_hidden_layers,
-        min(config.experts.first_k_dense_replace, config.num_hidden_layers),
-    )
+    count = config.num_hidden_layers
+    dense = min(config.experts.first_k_dense_replace, config.num_hidden_layers)
     plain = dataclasses.replace(_part(config, 0, dense), experts=None) if dense else None
     before = [] if plain is None else [("dense_layers", 0, plain)]
     return before if dense == count else [*before, ("layers", dense, _part(config, dense, count))]

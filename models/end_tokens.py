@@ -56,7 +56,7 @@ def end_tokens(raw: Mapping[str, Any]) -> tuple[int, ...]:
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ValueError(
             f"eos_token_id={stated[0]!r} must be a token id or a list of token ids; correct it in "
-            f"generation_config.json or config.json."
+            "generation_config.json or config.json."
         )
     return tuple(dict.fromkeys(ids))
 

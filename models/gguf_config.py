@@ -65,9 +65,8 @@ def _architecture(file: GGUFFile) -> str:
     if arch not in SUPPORTED_ARCHITECTURES:
         raise ValueError(
             f"{file.path}: general.architecture must be one of {SUPPORTED_ARCHITECTURES}, given "
-            f"{arch!r}: "
-            "use a model of one of these families (Mistral models are labelled 'llama' or "
-            "'mistral3'; 'mistral3' is not supported)"
+            f"{arch!r}: use a model of one of these families (Mistral models are labelled 'llama' "
+            "or 'mistral3'; 'mistral3' is not supported)"
         )
     if file.metadata.get(f"{arch}.expert_count", 0):
         raise ValueError(
@@ -80,8 +79,8 @@ def _architecture(file: GGUFFile) -> str:
 def _key(file: GGUFFile, name: str) -> Any:
     if name not in file.metadata:
         raise ValueError(
-            f"{file.path} must state {name!r} in its metadata: convert the model to "
-            f"GGUF again with a current converter"
+            f"{file.path} must state {name!r} in its metadata: convert the model to GGUF again "
+            "with a current converter"
         )
     return file.metadata[name]
 
@@ -92,10 +91,8 @@ def _common(file: GGUFFile, arch: str) -> dict[str, Any]:
     named = "mistral" in str(file.metadata.get("general.name", "")).lower()
     if arch == "llama" and (named or file.metadata.get("llama.attention.sliding_window")):
         model_type = "mistral"
-    hidden, heads = (
-        _size(file, f"{arch}.embedding_length"),
-        _size(file, f"{arch}.attention.head_count"),
-    )
+    hidden = _size(file, f"{arch}.embedding_length")
+    heads = _size(file, f"{arch}.attention.head_count")
     head_dim = _head_dim(file, arch, hidden, heads)
     if "token_embd.weight" not in file.shapes:
         raise ValueError(
@@ -140,14 +137,14 @@ def _size(file: GGUFFile, key: str, default: int | None = None) -> int:
         name = _PER_LAYER.get(key.split(".", 1)[1], key)
         if len(set(value)) > 1:
             raise ValueError(
-                f"{file.path}: {name} must be the same in every layer, given "
-                f"{value}: use a model with uniform layers"
+                f"{file.path}: {name} must be the same in every layer, given {value}: use a model "
+                "with uniform layers"
             )
         value = value[0]
     if type(value) is not int or value < 1:
         raise ValueError(
-            f"{file.path}: {key}={value!r} must be an integer of at least 1: convert "
-            f"the model to GGUF again"
+            f"{file.path}: {key}={value!r} must be an integer of at least 1: convert the model to "
+            "GGUF again"
         )
     return value
 
@@ -157,8 +154,8 @@ def _head_dim(file: GGUFFile, arch: str, hidden: int, heads: int) -> int:
     if key not in file.metadata and hidden % heads:
         raise ValueError(
             f"{file.path}: {arch}.embedding_length={hidden} must be a multiple of "
-            f"{arch}.attention.head_count={heads} "
-            f"where {key} is not given: convert the model to GGUF again"
+            f"{arch}.attention.head_count={heads} where {key} is not given: convert the model to "
+            "GGUF again"
         )
     return _size(file, key, hidden // heads)
 

@@ -83,8 +83,7 @@ def check_keys(file: GGUFFile, arch: str) -> None:
         )
         raise ValueError(
             f"{file.path} states {listed}, which this reader does not know and which may change "
-            f"the computation: "
-            f"use a model of plain architecture {arch!r}, or its safetensors files"
+            f"the computation: use a model of plain architecture {arch!r}, or its safetensors files"
         )
 
 
@@ -114,15 +113,13 @@ def check_agreement(file: GGUFFile, arch: str, config: Mapping[str, Any]) -> Non
         if not math.isclose(number(file, f"{arch}.{name}", must), must, rel_tol=1e-5):
             raise ValueError(
                 f"{file.path}: {arch}.{name}={shown(value)!r} is not supported, it must be "
-                f"{must!r}: {why}; use the model's "
-                "safetensors files, or convert it again"
+                f"{must!r}: {why}; use the model's safetensors files, or convert it again"
             )
     tokens = file.metadata.get("tokenizer.ggml.tokens") or []
     if len(tokens) > config["vocab_size"]:
         raise ValueError(
             f"{file.path}: tokenizer.ggml.tokens has {len(tokens)} entries, and token_embd.weight "
-            f"only "
-            f"{config['vocab_size']} rows: convert the model to GGUF again"
+            f"only {config['vocab_size']} rows: convert the model to GGUF again"
         )
 
 

@@ -41,8 +41,8 @@ def tokenizer_from_gguf(metadata: dict[str, Any]) -> PreTrainedTokenizerFast | N
         return None
     if kind not in _BUILDERS:
         raise ValueError(
-            f"tokenizer.ggml.model must be one of {sorted(_BUILDERS)}, given "
-            f"{kind!r}: {_USE_ANOTHER}"
+            f"tokenizer.ggml.model must be one of {sorted(_BUILDERS)}, given {kind!r}: "
+            f"{_USE_ANOTHER}"
         )
     tokens = _required(metadata, "tokens")
     tokenizer = _BUILDERS[kind](metadata, tokens)
@@ -54,8 +54,8 @@ def _required(metadata: dict[str, Any], name: str) -> list[Any]:
     value = metadata.get(f"tokenizer.ggml.{name}")
     if not isinstance(value, list) or not value:
         raise ValueError(
-            f"the GGUF file must state a non-empty 'tokenizer.ggml.{name}', given "
-            f"{value!r}: {_USE_ANOTHER}"
+            f"the GGUF file must state a non-empty 'tokenizer.ggml.{name}', given {value!r}: "
+            f"{_USE_ANOTHER}"
         )
     return value
 

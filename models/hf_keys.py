@@ -20,14 +20,11 @@ _ROPE_KEYS = (
 
 _COMPUTES = frozenset(
     "act activation alibi attend attention attn bidirectional bias causal chunk clip cross depth "
-    "emb embedding embeddings "
-    "expert experts factor ffn gate gated head heads interleave interleaved kv layer layernorm "
-    "layers logit logits logn "
-    "lora mla mlp moe mtp multiplier mup norm ntk nope parallel position positional positions qk "
-    "qkv query ratio residual "
-    "rms rope rotary router scale scales scaling scalar scoring shared sink sinks softcap "
-    "softcapping softmax sparse "
-    "sparsity ssm swiglu topk value window windows yarn".split()
+    "emb embedding embeddings expert experts factor ffn gate gated head heads interleave "
+    "interleaved kv layer layernorm layers logit logits logn lora mla mlp moe mtp multiplier mup "
+    "norm ntk nope parallel position positional positions qk qkv query ratio residual rms rope "
+    "rotary router scale scales scaling scalar scoring shared sink sinks softcap softcapping "
+    "softmax sparse sparsity ssm swiglu topk value window windows yarn".split()
 )
 """A key with one of these words between its underscores speaks of the network itself."""
 
@@ -83,9 +80,8 @@ def check_keys(raw: Mapping[str, Any], family: Family) -> None:
         listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unread.items()))
         raise ValueError(
             f"config.json has {listed}, which would change the computation and is not supported "
-            f"for "
-            f"model_type={raw['model_type']!r}; use a checkpoint without it (remove a key only if "
-            f"the model ignores it)."
+            f"for model_type={raw['model_type']!r}; use a checkpoint without it (remove a key only "
+            "if the model ignores it)."
         )
 
 

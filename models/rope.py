@@ -46,13 +46,13 @@ class RopeScaling:
         if self.rope_type not in ROPE_TYPES[1:]:
             raise ValueError(
                 f"rope_type={self.rope_type!r} is not supported; supported are "
-                f"{', '.join(ROPE_TYPES)}. "
-                "Use a checkpoint with one of these (leave the scaling out for 'default')."
+                f"{', '.join(ROPE_TYPES)}. Use a checkpoint with one of these (leave the scaling "
+                "out for 'default')."
             )
         if self.factor < 1.0:
             raise ValueError(
-                f"rope factor={self.factor} must be at least 1.0; it is the context "
-                f"length's multiple."
+                f"rope factor={self.factor} must be at least 1.0; it is the context length's "
+                "multiple."
             )
         if not 0.0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
@@ -62,15 +62,13 @@ class RopeScaling:
         if not (0.0 < self.beta_slow < self.beta_fast and self.attention_factor > 0.0):
             raise ValueError(
                 f"beta_slow={self.beta_slow} must be positive and below "
-                f"beta_fast={self.beta_fast}, and "
-                f"attention_factor={self.attention_factor} positive; check rope_scaling in "
-                f"config.json."
+                f"beta_fast={self.beta_fast}, and attention_factor={self.attention_factor} "
+                "positive; check rope_scaling in config.json."
             )
         if self.original_max_position_embeddings < 1:
             raise ValueError(
-                f"original_max_position_embeddings={self.original_max_position_embeddings} must "
-                f"be at least 1; "
-                "it is the context length before scaling."
+                f"original_max_position_embeddings={self.original_max_position_embeddings} must be "
+                "at least 1; it is the context length before scaling."
             )
 
     @property
@@ -119,10 +117,8 @@ def _yarn(frequency: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarr
             / math.log(theta)
         )
 
-    first, last = (
-        max(math.floor(pair(scaling.beta_fast)), 0),
-        min(math.ceil(pair(scaling.beta_slow)), 2 * pairs - 1),
-    )
+    first = max(math.floor(pair(scaling.beta_fast)), 0)
+    last = min(math.ceil(pair(scaling.beta_slow)), 2 * pairs - 1)
     slowed = np.clip((np.arange(pairs) - first) / max(last - first, 0.001), 0.0, 1.0)
     return frequency * (1.0 - slowed + slowed / scaling.factor)
 

@@ -33,8 +33,8 @@ def check_unique(origin: object, meaning: Mapping[str, str]) -> None:
             for canonical, names in sorted(twice.items())
         )
         raise ValueError(
-            f"{origin} must hold every tensor once, but holds {listed}: remove the "
-            f"one that is not the model's"
+            f"{origin} must hold every tensor once, but holds {listed}: remove the one that is not "
+            "the model's"
         )
 
 

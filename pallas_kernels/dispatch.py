@@ -49,15 +49,14 @@ class Kernels:
         if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}, "
-                f"or None to choose by platform"
+                "or None to choose by platform"
             )
         needs = IMPLEMENTATIONS[implementation]
         if needs not in (None, platform) and not interpret:
             raise ValueError(
-                f"implementation={implementation!r} needs a {needs.upper()}, and this program "
-                f"runs on {platform.upper()}; "
-                "leave it out, take 'xla', or set interpret=True to run the kernels slowly in the "
-                "interpreter"
+                f"implementation={implementation!r} needs a {needs.upper()}, and this program runs "
+                f"on {platform.upper()}; leave it out, take 'xla', or set interpret=True to run "
+                "the kernels slowly in the interpreter"
             )
         if implementation == "cpu" and (reason := _no_native_kernels()):
             raise ValueError(

@@ -99,8 +99,8 @@ class PageLayout:
         if max(block_rows) > block_rows[0]:
             names = [f.name for f in formats]
             raise ValueError(
-                f"tiers {names} take {block_rows} payload bytes a token at "
-                f"{head_dim=}; a lower tier must not take more"
+                f"tiers {names} take {block_rows} payload bytes a token at {head_dim=}; a lower "
+                "tier must not take more"
             )
         rows = least_waste(
             range(max(block_rows), 4 * max(block_rows) + 1), lambda rows: layout(rows).waste()

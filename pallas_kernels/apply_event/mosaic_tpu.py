@@ -96,11 +96,8 @@ def _most_extra(layout: PageLayout, entering: int) -> int:
 
 def _live_table(stored: Stored, layout: PageLayout) -> Array:
     """The page table with `num_pages` in every column that no tier uses."""
-    pages, column, width = (
-        _pages(layout, stored.tier_len),
-        jnp.arange(stored.page_table.shape[1]),
-        stored.page_table.shape[1],
-    )
+    pages = _pages(layout, stored.tier_len)
+    column, width = jnp.arange(stored.page_table.shape[1]), stored.page_table.shape[1]
     used = column < pages[:, :1]
     if layout.tiers == 2:
         used |= column >= width - pages[:, 1:]

@@ -102,10 +102,8 @@ def remove_tokens(
         )
 
     def read(stored: Stored, cleared: Array):
-        this, at = (
-            plan(cleared),
-            partial(locate, layout, stored.page_table, tier, num_pages=stored.pages.num_pages),
-        )
+        this = plan(cleared)
+        at = partial(locate, layout, stored.page_table, tier, num_pages=stored.pages.num_pages)
         movers = read_tokens(stored.pages, layout, tier, at(this.top, this.moves))
         return movers, None if demoted is None else read_tokens(
             stored.pages, layout, tier, at(this.removed, this.falls)

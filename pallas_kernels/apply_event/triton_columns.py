@@ -210,8 +210,8 @@ def check_tiles(layout: PageLayout) -> None:
             if tile.channels & (tile.channels - 1):
                 raise ValueError(
                     f"formats {names} at head_dim={layout.head_dim} make a piece of "
-                    f"{tile.channels} channels; Triton needs powers of two: "
-                    "choose other groups or bits, or use implementation='xla'"
+                    f"{tile.channels} channels; Triton needs powers of two: choose other groups or "
+                    "bits, or use implementation='xla'"
                 )
     if layout.meta_dtype != "float16":
         raise ValueError(

@@ -33,11 +33,8 @@ def remove(head: Head, judge: Judge, tier: int, lengths: tuple) -> tuple:
     hole and stays. Full rounds free one page of tier 0 and need at most one for tier 1, whose pages
     hold no fewer tokens: the head's pages suffice.
     """
-    total, length, width = (
-        head.inputs.leaving[head.index, tier],
-        lengths[tier],
-        head.layout.tokens_per_page(0),
-    )
+    total, length = head.inputs.leaving[head.index, tier], lengths[tier]
+    width = head.layout.tokens_per_page(0)
     kept = length - total
     falls_too = tier == 0 and len(lengths) == 2
 

@@ -42,8 +42,7 @@ class Coupled(Tiled):
         if head_dim % self.channels or not fills_bytes(self.bits, head_dim // self.channels):
             raise ValueError(
                 f"head_dim={head_dim} must be a multiple of channels={self.channels}, and its "
-                f"codes of {self.bits} bits must fill bytes; "
-                "choose another number of channels"
+                f"codes of {self.bits} bits must fill bytes; choose another number of channels"
             )
         return packed_rows(self.bits, head_dim // self.channels)
 

@@ -114,17 +114,13 @@ class KVFormat:
         match = _NAME.fullmatch(name) if len(name) <= _LONGEST else None
         if match is None or match[2] not in KINDS or match[5] not in KINDS:
             raise ValueError(
-                f"format {name[:_LONGEST]!r} must be 'full' or K<bits>V<bits> such as 'K8V4', "
-                f"with a letter behind the bits of "
-                f"{[kind for kind in KINDS if kind]}, groups after a colon as in 'K4V2:2,4', "
-                f"outliers in percent "
-                "as in '+o2', ranks of the error as in '+r4'"
+                f"format {name[:_LONGEST]!r} must be 'full' or K<bits>V<bits> such as 'K8V4', with "
+                f"a letter behind the bits of {[kind for kind in KINDS if kind]}, groups after a "
+                "colon as in 'K4V2:2,4', outliers in percent as in '+o2', ranks of the error as in "
+                "'+r4'"
             )
-        k, v, beside = (
-            (match[1], match[2], match[3], match[7]),
-            (match[4], match[5], match[6], match[8]),
-            (match[9], match[10]),
-        )
+        k = (match[1], match[2], match[3], match[7])
+        v, beside = (match[4], match[5], match[6], match[8]), (match[9], match[10])
         return KVFormat(
             _tensor(name, *k, *beside), _tensor(name, *v, *beside, as_tokens=match[2] == "c"), name
         )
@@ -234,9 +230,8 @@ def _tensor(
     kind = KINDS[letter]
     if bool(number) != (kind.takes == "number"):
         raise ValueError(
-            f"format {name!r}: the letter {letter!r} "
-            f"{'takes no' if number else 'needs a'} number behind it, as in "
-            f"'K4g32V4c'"
+            f"format {name!r}: the letter {letter!r} {'takes no' if number else 'needs a'} number "
+            "behind it, as in 'K4g32V4c'"
         )
     if kind.takes != "groups" and groups not in (None, "1"):
         raise ValueError(

@@ -32,8 +32,7 @@ class LatentFormat(KVFormat):
         if fmt.key != fmt.value:
             raise ValueError(
                 f"format {fmt.name!r} keeps keys and values differently, and this model has one "
-                f"latent for both: "
-                "take one codec for the two, such as 'K8V8', 'K4V4' or 'full'"
+                "latent for both: take one codec for the two, such as 'K8V8', 'K4V4' or 'full'"
             )
         return LatentFormat(fmt.key, Full(dtype), fmt.name, rank)
 

@@ -44,8 +44,8 @@ class LowRank(Beside):
         """The codec of blocks `[head_dim, tokens]`."""
         if not 1 <= self.rank <= min(head_dim, tokens):
             raise ValueError(
-                f"rank={self.rank} must be at least 1 and at most that of a block of "
-                f"{head_dim} channels and {tokens} tokens"
+                f"rank={self.rank} must be at least 1 and at most that of a block of {head_dim} "
+                f"channels and {tokens} tokens"
             )
         return super().for_block(head_dim, tokens)
 

@@ -39,8 +39,8 @@ class Normal(Scalar):
     def __post_init__(self):
         if self.bits not in LEVELS:
             raise ValueError(
-                f"bits={self.bits} must be one of {tuple(LEVELS)} for levels of the "
-                f"normal distribution"
+                f"bits={self.bits} must be one of {tuple(LEVELS)} for levels of the normal "
+                "distribution"
             )
 
     @property
@@ -57,8 +57,8 @@ class Normal(Scalar):
         """Payload rows (bytes a token) of one block."""
         if (head_dim * self.bits) % 8:
             raise ValueError(
-                f"head_dim={head_dim} must be a multiple of {8 // self.bits}, the "
-                f"channels in a byte at {self.bits} bits"
+                f"head_dim={head_dim} must be a multiple of {8 // self.bits}, the channels in a "
+                f"byte at {self.bits} bits"
             )
         return packed_rows(self.bits, head_dim)
 

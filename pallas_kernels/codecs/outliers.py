@@ -46,8 +46,8 @@ class Outliers(Beside):
             raise ValueError(f"share={self.share} of outliers must lie between 0 and 1")
         if self._length > 256:
             raise ValueError(
-                f"outliers are counted by a byte: a vector of {self._length} values "
-                f"is longer than 256"
+                f"outliers are counted by a byte: a vector of {self._length} values is longer than "
+                "256"
             )
 
     @property
@@ -142,10 +142,8 @@ class Outliers(Beside):
         vectors = self._as_vectors(
             self.codec.decode(payload[..., :rows, :], meta[..., :meta_rows, :])
         )
-        index, stored = (
-            self._unpacked(payload[..., rows:, :]),
-            self._unpacked(meta[..., meta_rows:, :]),
-        )
+        index = self._unpacked(payload[..., rows:, :])
+        stored = self._unpacked(meta[..., meta_rows:, :])
         values = jnp.concatenate(outliers_of(*jnp.split(stored, 2, axis=-1)), axis=-1)
         for i in range(self.count):
             here = jnp.arange(self._length) == index[..., i, None]

@@ -169,7 +169,6 @@ def _check_powers_of_two(shape: tuple[int, ...], *codecs: tuple[Scalar, ...]) ->
     ]:
         if size & (size - 1):
             raise ValueError(
-                f"{name}={size} (head_dim={head_dim}, {codecs}) must be a power of two for "
-                f"Triton; choose other groups or formats, or use "
-                "implementation='xla'"
+                f"{name}={size} (head_dim={head_dim}, {codecs}) must be a power of two for Triton; "
+                "choose other groups or formats, or use implementation='xla'"
             )

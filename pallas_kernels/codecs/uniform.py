@@ -42,8 +42,8 @@ class Uniform(Scalar):
         if (head_dim * self.bits) % 8 or head_dim % self.groups:
             raise ValueError(
                 f"head_dim={head_dim} must be a multiple of groups={self.groups} and of "
-                f"{8 // self.bits}, the channels in a byte at "
-                f"{self.bits} bits; choose other groups or bits"
+                f"{8 // self.bits}, the channels in a byte at {self.bits} bits; choose other "
+                "groups or bits"
             )
         return packed_rows(self.bits, head_dim)
 
@@ -222,8 +222,7 @@ class Grouped(Codec):
         if head_dim % channels:
             raise ValueError(
                 f"head_dim={head_dim} must be a multiple of the groups' channels={self.channels}, "
-                f"as in 'K4g32V4g32'; groups of "
-                f"{nearest_divisor(head_dim, channels)} would do"
+                f"as in 'K4g32V4g32'; groups of {nearest_divisor(head_dim, channels)} would do"
             )
         return Uniform(self.bits, head_dim // channels)
 

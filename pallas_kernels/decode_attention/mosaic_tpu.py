@@ -128,8 +128,8 @@ def _check_memory(plan: Plan, batch: int, group: int, max_len: int, blocks: Bloc
     if score_bytes > SCORE_BYTES:
         raise ValueError(
             f"{max_len=} with {group} query heads a group needs {score_bytes} bytes of VMEM for "
-            f"the logits, and at most {SCORE_BYTES} are "
-            "given; use implementation='xla' or a policy that does not score"
+            f"the logits, and at most {SCORE_BYTES} are given; use implementation='xla' or a "
+            "policy that does not score"
         )
     table_bytes = _padded_bytes((batch, plan.max_pages), jnp.int32) + _padded_bytes(
         (batch, plan.layout.tiers), jnp.int32
@@ -137,8 +137,8 @@ def _check_memory(plan: Plan, batch: int, group: int, max_len: int, blocks: Bloc
     if table_bytes > TABLE_BYTES:
         raise ValueError(
             f"the page table of {batch} heads with {plan.max_pages} pages takes {table_bytes} "
-            f"bytes of SMEM, and at most {TABLE_BYTES} are "
-            "given; use fewer requests, a smaller max_len or implementation='xla'"
+            f"bytes of SMEM, and at most {TABLE_BYTES} are given; use fewer requests, a smaller "
+            "max_len or implementation='xla'"
         )
 
 

@@ -130,11 +130,8 @@ class StoredBlock:
         return self.refs.payload_buffer[(*self._at, pl.ds(row, rows))].astype(jnp.int32)
 
     def _looked_up(self, tensor: int) -> Array:
-        codec, table, head_dim = (
-            self._codecs[tensor],
-            self.refs.levels[self._tier, tensor],
-            self.layout.head_dim,
-        )
+        codec, table = self._codecs[tensor], self.refs.levels[self._tier, tensor]
+        head_dim = self.layout.head_dim
         codes = unpack_planes(self._plane(self._payload[tensor], codec.rows(head_dim)), codec.bits)
         groups, tokens = codes.shape
         codes = jnp.broadcast_to(codes[:, None, :], (groups, codec.channels, tokens)).reshape(

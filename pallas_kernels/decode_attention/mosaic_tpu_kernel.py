@@ -199,10 +199,8 @@ def _score_pages(r: Refs, plan: Plan, stream: Stream, head, lse: Array) -> None:
 
     def score_chunk(tier: int):
         def body(chunk, _):
-            first_block, live = (
-                _first_block(plan, stream, head, tier, chunk),
-                _live(r, plan, head, tier, chunk),
-            )
+            first_block = _first_block(plan, stream, head, tier, chunk)
+            live = _live(r, plan, head, tier, chunk)
             first_page = stream.first_page(head, tier) + chunk * plan.pages[tier]
             for i, (page, block, tokens) in enumerate(_blocks(plan, tier)):
                 at = (first_page + page, pl.ds(block, 1))

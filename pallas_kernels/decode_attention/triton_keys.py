@@ -101,14 +101,13 @@ def _tiles(layout: PageLayout, tensor: str) -> tuple[tuple[Tile, ...], ...]:
             names = "+".join(fmt.name for fmt in layout.formats)
             raise ValueError(
                 f"formats {names} at head_dim={layout.head_dim} make a {tensor} piece of "
-                f"{tile.channels} channels; Triton needs a power "
-                "of two of at least 16: choose fewer groups or other bits, or use "
-                "implementation='xla'"
+                f"{tile.channels} channels; Triton needs a power of two of at least 16: choose "
+                "fewer groups or other bits, or use implementation='xla'"
             )
     if layout.tokens < 16 or layout.tokens & (layout.tokens - 1):
         raise ValueError(
-            f"tokens={layout.tokens} must be a power of two of at least 16 for "
-            f"Triton; use implementation='xla'"
+            f"tokens={layout.tokens} must be a power of two of at least 16 for Triton; use "
+            "implementation='xla'"
         )
     return tiles
 
@@ -122,9 +121,9 @@ def check_pool(pages: Pages) -> None:
     """
     if 2**31 < pages.payload.size <= 2**32:
         raise ValueError(
-            f"a payload of {pages.payload.size} bytes ({pages.num_pages} pages) is between 2 and "
-            f"4 GiB, which Triton kernels cannot "
-            "address; take more or fewer pages, or implementation='xla'"
+            f"a payload of {pages.payload.size} bytes ({pages.num_pages} pages) is between 2 and 4 "
+            "GiB, which Triton kernels cannot address; take more or fewer pages, or "
+            "implementation='xla'"
         )
 
 
@@ -255,10 +254,8 @@ class StoredBlocks(NamedTuple):
         codec, planes = getattr(self.layout.formats[self.tier], tensor), {}
         tiles = (key_tiles if tensor == "key" else value_tiles)(self.layout)[self.tier]
         start, meta_start = (0, 0) if tensor == "key" else self.layout.value_start(self.tier)
-        first, first_meta = (
-            start + self.block * codec.rows(self.layout.head_dim),
-            meta_start + self.block * codec.meta_rows,
-        )
+        first = start + self.block * codec.rows(self.layout.head_dim)
+        first_meta = meta_start + self.block * codec.meta_rows
         numbers = {tile.scale_row: self._scale_zero(tile, first_meta) for tile in tiles}
         found = [
             CodeTile(
@@ -281,11 +278,8 @@ class StoredBlocks(NamedTuple):
         first_meta: Array,
     ) -> list[CodeTile]:
         """Decoded tiles whose outliers are in their places."""
-        rows, meta_rows, half = (
-            codec.codec.rows(self.layout.head_dim),
-            codec.codec.meta_rows,
-            codec.count // 2,
-        )
+        rows, meta_rows = codec.codec.rows(self.layout.head_dim), codec.codec.meta_rows
+        half = codec.count // 2
         index = [
             self._bytes(first, rows + i + jnp.zeros(1, jnp.int32)).astype(jnp.int32)
             for i in range(codec.count)
@@ -297,10 +291,8 @@ class StoredBlocks(NamedTuple):
         )
         placed = []
         for tile, coded in zip(tiles, found, strict=True):
-            values, channel = (
-                coded.values(),
-                tile.channel + jnp.arange(tile.channels, dtype=jnp.int32)[:, None],
-            )
+            values = coded.values()
+            channel = tile.channel + jnp.arange(tile.channels, dtype=jnp.int32)[:, None]
             for index, value in outliers:
                 values = jnp.where(channel == index, value[None, :], values)
             placed.append(CodeTile(values))
@@ -341,14 +333,10 @@ class StoredBlocks(NamedTuple):
         """What the codes of a tile name in the head's learned table, float32 `[channels, n]`:
         numbers, or levels of the token's range.
         """
-        codec, table = (
-            beneath(getattr(self.layout.formats[self.tier], tensor)),
-            self.inputs.tables[self.tier][tensor == "value"],
-        )
-        channel, together = (
-            tile.channel + jnp.arange(tile.channels, dtype=jnp.int32),
-            jnp.int32(codec.channels),
-        )
+        codec = beneath(getattr(self.layout.formats[self.tier], tensor))
+        table = self.inputs.tables[self.tier][tensor == "value"]
+        channel = tile.channel + jnp.arange(tile.channels, dtype=jnp.int32)
+        together = jnp.int32(codec.channels)
         group, within = lax.div(channel, together), lax.rem(channel, together)
         codes = code_of(
             group,

@@ -121,8 +121,8 @@ def _check_writable(directory: Path) -> None:
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise Unavailable(
-            f"built kernels cannot be kept in {directory} ({error}); set "
-            f"DIFFKV_JAX_CACHE to another folder"
+            f"built kernels cannot be kept in {directory} ({error}); set DIFFKV_JAX_CACHE to "
+            "another folder"
         ) from error
 
 
@@ -144,9 +144,8 @@ def _build(source: Path, built: Path) -> None:
             lock.unlink(missing_ok=True)  # still held, and whoever waits for it finds the library
     except Timeout as error:
         raise Unavailable(
-            f"{lock} has been held for {LOCK_SECONDS:g} s: end the process that builds, remove "
-            f"the file if there is none, "
-            "or set DIFFKV_JAX_CACHE to another folder"
+            f"{lock} has been held for {LOCK_SECONDS:g} s: end the process that builds, remove the "
+            "file if there is none, or set DIFFKV_JAX_CACHE to another folder"
         ) from error
 
 

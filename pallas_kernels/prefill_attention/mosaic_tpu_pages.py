@@ -24,9 +24,9 @@ def check_table(page_table: Array) -> None:
     size = 4 * (heads + -heads % 8) * (columns + -columns % 128)
     if size > TABLE_BYTES:
         raise ValueError(
-            f"the page table of {heads} heads with {columns} pages takes {size} bytes of SMEM, "
-            f"and at most {TABLE_BYTES} are given; use "
-            "fewer requests, a smaller max_len or implementation='xla'"
+            f"the page table of {heads} heads with {columns} pages takes {size} bytes of SMEM, and "
+            f"at most {TABLE_BYTES} are given; use fewer requests, a smaller max_len or "
+            "implementation='xla'"
         )
 
 

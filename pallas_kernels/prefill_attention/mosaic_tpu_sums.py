@@ -111,8 +111,8 @@ def column_sums(
     if query_bytes > QUERY_BYTES:
         raise ValueError(
             f"{observe=} rows of {g} query heads take {query_bytes} bytes of VMEM, and at most "
-            f"{QUERY_BYTES} are given; let fewer rows "
-            "observe, take a smaller prefill_chunk or use implementation='xla'"
+            f"{QUERY_BYTES} are given; let fewer rows observe, take a smaller prefill_chunk or use "
+            "implementation='xla'"
         )
     slots, step_pages = heads.recent_k.shape[2], max(pages_of_step(layout, blocks.keys))
 
@@ -214,10 +214,8 @@ def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks, observe: in
 
     width = largest_divisor(c, max(128, blocks.keys))
     for first in range(0, c, width):
-        key, k = (
-            first + lax.broadcasted_iota(jnp.int32, (1, width), 1),
-            inputs.k[first : first + width, :],
-        )
+        key = first + lax.broadcasted_iota(jnp.int32, (1, width), 1)
+        k = inputs.k[first : first + width, :]
         own[:, first : first + width] = sums(
             width,
             partial(_exact_dots, k, scale),

@@ -64,10 +64,8 @@ def prefill_attention(
     b, g, c, d = chunk.q.shape
     rows = min(BLOCK_Q, c)
     recent, values = recent_keys(heads), layout.formats[0].values
-    chunk, recent = (
-        chunk._replace(v=values(chunk.k, chunk.v)),
-        recent._replace(v=values(recent.k, recent.v)),
-    )
+    chunk = chunk._replace(v=values(chunk.k, chunk.v))
+    recent = recent._replace(v=values(recent.k, recent.v))
 
     def block(i):
         q = lax.dynamic_slice_in_dim(chunk.q, i * rows, rows, axis=2).reshape(b, g * rows, d)

@@ -185,10 +185,8 @@ def _add_recent(
 ) -> State:
     """The live slots of the recent window; dead ones are never read."""
     slots, dtype = inputs.recent_k.shape[2], inputs.q.dtype
-    length, layer = (
-        jnp.where(attends, jnp.minimum(inputs.recent_len[head], slots), 0),
-        inputs.layer[0],
-    )
+    length = jnp.where(attends, jnp.minimum(inputs.recent_len[head], slots), 0)
+    layer = inputs.layer[0]
 
     def body(step, state: State) -> State:
         slot = step * blocks.keys + jnp.arange(blocks.keys, dtype=jnp.int32)

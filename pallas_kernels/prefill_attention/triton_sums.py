@@ -154,10 +154,8 @@ def _exact_kernel(
     else:
         slots = inputs.recent_k.shape[2]
         key = first + jnp.arange(blocks.keys, dtype=jnp.int32)
-        at, live = (
-            (inputs.layer[0], head, jnp.minimum(key, slots - 1)),
-            key < jnp.minimum(inputs.recent_len[head], slots),
-        )
+        at = (inputs.layer[0], head, jnp.minimum(key, slots - 1))
+        live = key < jnp.minimum(inputs.recent_len[head], slots)
         ref, causal = inputs.recent_k, None
     keys = [CodeTile(load_rows(ref, at, piece, live, dtype).T) for piece in key_pieces(layout)]
     sums = _sums(

@@ -236,12 +236,8 @@ def _shift(*refs: Any, names: tuple[str, ...], heads: int) -> None:
     significance, 8 N bytes a head, is always rewritten.
     """
     r = _Shift(**dict(zip(names, refs, strict=True)))
-    step, steps, layer, batch = (
-        pl.program_id(0),
-        pl.num_programs(0),
-        r.layer[0],
-        r.recent_k.shape[1],
-    )
+    step, steps, layer = pl.program_id(0), pl.num_programs(0), r.layer[0]
+    batch = r.recent_k.shape[1]
 
     def each_head(step: Array, act) -> None:
         def one(i: Array, none: None) -> None:
