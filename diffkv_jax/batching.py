@@ -1,6 +1,4 @@
-"""Prompts as the user gives them, checked and cut into right-aligned chunks. NumPy only: nothing
-has been computed yet.
-"""
+"""Prompts as users give them, checked and cut into right-aligned chunks. NumPy only."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -217,8 +215,7 @@ def _check_ids(i: int, row: np.ndarray, vocab_size: int) -> None:
 
 
 def check_context(attention: AttentionSpec, totals: np.ndarray, max_len: int) -> None:
-    """Refuse requests that would outgrow the model or the cache. `totals` int [R] tokens that each
-    may come to.
+    """Refuse requests that outgrow model or cache: `totals` int [R] tokens that each may reach.
 
     Raises:
         ValueError: names the request, the limit and the remedy.
@@ -238,8 +235,7 @@ def check_context(attention: AttentionSpec, totals: np.ndarray, max_len: int) ->
 
 
 def chunk_size(longest: int, prefill_chunk: int, queries: int | str) -> int:
-    """Length of the chunks: the power of two that holds the longest prompt, at most
-    `prefill_chunk`.
+    """Length of the chunks: the power of two that holds the longest prompt, or `prefill_chunk`.
 
     Raises:
         ValueError: `prefill_chunk` is not a power of two of at least 16, or too small for the
@@ -260,9 +256,7 @@ def chunk_size(longest: int, prefill_chunk: int, queries: int | str) -> int:
 def chunks(
     tokens: np.ndarray, lengths: np.ndarray, size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """Right-aligned chunks: int32 [R, size], real tokens int32 [R] at their end, and whether it is
-    the last.
-    """
+    """Right-aligned chunks: int32 [R, size], real tokens int32 [R], and whether it is the last."""
     count = -(-int(lengths.max()) // size)
     padded = right_aligned([row[:n] for row, n in zip(tokens, lengths, strict=True)], count * size)
     for c in range(count):

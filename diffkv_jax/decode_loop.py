@@ -1,6 +1,4 @@
-"""The decode loop: sample, feed, sample ... on the device, coming back to Python a few times a
-second.
-"""
+"""The decode loop on the device: sample, feed, sample ..., back in Python a few times a second."""
 
 import dataclasses
 import time

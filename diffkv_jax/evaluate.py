@@ -1,6 +1,4 @@
-"""What compression costs: teacher-forced logits through a compressed cache, against the full cache
-on the same text.
-"""
+"""What compression costs: teacher-forced logits of a compressed cache against the full one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,8 +73,7 @@ def teacher_forced(
     progress: str | None = None,
     calibration: Calibration | None = None,
 ) -> tuple[np.ndarray, KVCache]:
-    """Prefill `tokens[:, :context]` int [R, N], then feed the others one at a time while the cache
-    goes on compressing.
+    """Prefill `tokens[:, :context]` int [R, N], then feed the others one by one, compressing.
 
     Returns log-probabilities float32 [R, N - context, vocab], row i after seeing `context + i + 1`
     tokens, and the cache at the end. `progress` names a progress bar; None shows none. The other
@@ -178,9 +175,7 @@ def _feed(
 
 
 def _log_softmax(logits: Array, kernels: Kernels) -> Array:
-    """Log-probabilities of `logits [R, vocab]`; with native kernels a row's do not depend on how
-    many rows there are.
-    """
+    """Log-probabilities of `logits [R, vocab]`; with native kernels the same in any batch."""
     relative = logits - logits.max(axis=-1, keepdims=True)
     return relative - jnp.log(sum_of_rows(jnp.exp(relative), kernels=kernels))
 

@@ -1,6 +1,4 @@
-"""What users give to `generate` and its siblings, checked and converted before anything is
-computed.
-"""
+"""What users give to `generate` and its siblings, checked and converted before anything runs."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -199,8 +197,7 @@ def _wrapped(key: Any) -> Array:
 
 
 def stop_ids(stop_token_ids: Any, model: CausalLM) -> Array:
-    """Stop ids int32, filled with -1 to a power of two of at least 8, so that another number of
-    them compiles nothing.
+    """Stop ids int32, -1 up to a power of two of at least 8: other numbers compile nothing.
 
     None takes those of the model (`model.stop_token_ids`), an empty list none.
 

@@ -111,8 +111,7 @@ _FIELDS = {
 
 @runtime_checkable
 class CausalLM(Protocol):
-    """A causal language model as `generate` sees it; the Linen models of `diffkv_jax.models`
-    satisfy it.
+    """A causal language model as `generate` sees it; those of `diffkv_jax.models` satisfy it.
 
     `apply` is pure: the same inputs give the same outputs, and the cache goes in and comes out as a
     value.

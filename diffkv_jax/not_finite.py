@@ -11,9 +11,7 @@ from diffkv_jax.cache.cache import KVCache
 
 
 def warn_of_errors(cache: KVCache, rows: Sequence[int]) -> None:
-    """Warn of the requests `rows`, whose logits are not finite: layer and kind, as far as the cache
-    tells.
-    """
+    """Warn of the requests `rows`, whose logits are not finite: layer and kind, as far as known."""
     if not len(rows):
         return
     spec = cache.spec

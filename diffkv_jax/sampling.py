@@ -1,6 +1,4 @@
-"""Choosing the next token: greedy, or temperature with top-k, top-p and min-p; a row of numbers a
-request.
-"""
+"""The next token: greedy, or temperature with top-k, top-p, min-p; a row of numbers a request."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,5 +1,4 @@
-"""This library's own checkpoint: parameters saved with Orbax, and the Hugging Face files that go
-with them.
+"""This library's own checkpoint: parameters saved with Orbax, with Hugging Face's files beside.
 
 A checkpoint is a folder with params/ (the parameter tree, written by Orbax) and config.json, and
 where the model has them generation_config.json, the tokenizer's files and chat_template.jinja.
@@ -68,8 +67,7 @@ class Checkpoint:
 
 
 def check_destination(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError if `save_checkpoint` would refuse to write to `folder`; call it before long
-    work.
+    """Raise ValueError if `save_checkpoint` would refuse `folder`; call it before long work.
 
     An existing non-empty folder is replaced only with `overwrite`, and only if it holds a
     checkpoint.

@@ -1,6 +1,4 @@
-"""`ModelConfig`: the numbers that define a model, under the names that Hugging Face's config.json
-uses.
-"""
+"""`ModelConfig`: the numbers that define a model, named as in Hugging Face's config.json."""
 
 import math
 from dataclasses import dataclass, field

@@ -1,6 +1,4 @@
-"""The one decoder stack that all families share: embed, one loop over stacked layers, norm,
-logits.
-"""
+"""The decoder stack that all families share: embed, one loop over stacked layers, norm, logits."""
 
 import dataclasses
 from collections.abc import Callable
@@ -130,9 +128,7 @@ class Decoder(nn.Module):
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Token ids at which generated text is over, as the checkpoint names them; () = it names
-        none.
-        """
+        """Token ids at which generated text is over, as the checkpoint names them; () = none."""
         return self.config.stop_token_ids
 
     @in_32_bits
@@ -144,8 +140,7 @@ class Decoder(nn.Module):
         step: Any = None,
         last_only: bool = False,
     ) -> tuple[Float[Array, "B rows vocab_size"], Any]:
-        """See `CausalLM.apply`: int32 [B, T] twice -> logits float32 [B, T or 1, vocab_size], and
-        the cache.
+        """See `CausalLM.apply`: int32 [B, T] twice -> float32 logits [B, T or 1, vocab], the cache.
 
         Tokens at position -1 are padding: their ids are not looked at and their logits mean nothing
         (but are finite).
@@ -158,8 +153,7 @@ class Decoder(nn.Module):
     def hidden_states(
         self, tokens: jax.Array, positions: jax.Array
     ) -> Float[Array, "states B T hidden_size"]:
-        """The residual stream, dtype [num_layers + 1, B, T, hidden_size]: the embeddings, then each
-        layer's output.
+        """Residual stream, dtype [num_layers + 1, B, T, hidden_size]: embeddings, then each layer.
 
         Call it as `model.apply({"params": params}, tokens, positions, method="hidden_states")`.
         """
@@ -215,9 +209,7 @@ class Decoder(nn.Module):
 
 
 def param_shapes(model: Decoder) -> dict[str, Any]:
-    """The parameter tree's shapes and dtypes, a nested dict of `jax.ShapeDtypeStruct`; nothing is
-    allocated.
-    """
+    """The parameter tree's shapes and dtypes as `jax.ShapeDtypeStruct`; nothing is allocated."""
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), one, one)["params"]
 
@@ -250,9 +242,7 @@ def _part(config: ModelConfig, first: int, last: int) -> ModelConfig:
 
 
 def _layer_data(config: ModelConfig, first: int) -> LayerData:
-    """What sets the layers of a stack apart, int32 [num_layers] each; `first` is the model's index
-    of its first.
-    """
+    """What sets a stack's layers apart, int32 [num_layers] each; `first`: its first's index."""
     local = [
         window is not None and config.rope_local_base_freq is not None
         for window in config.sliding_windows

@@ -1,6 +1,4 @@
-"""DeepSeek V2 and V3: latent attention and a mixture of experts (arXiv:2405.04434,
-arXiv:2412.19437).
-"""
+"""DeepSeek V2 and V3: latent attention, mixture of experts (arXiv:2405.04434, arXiv:2412.19437)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -78,9 +76,7 @@ def _check_choice(raw: Mapping[str, Any], key: str, only: Any) -> None:
 
 
 def _parts(raw: Mapping[str, Any], interleave: bool, experts: ExpertSizes) -> dict[str, Any]:
-    """`Family.parts` of both: scores are scaled by the whole width of a query, and only its rotary
-    part is embedded.
-    """
+    """`Family.parts` of both: the whole width of a query scales scores, its rotary part turns."""
     if raw.get("moe_layer_freq", 1) != 1:
         raise ValueError(
             f"moe_layer_freq={raw['moe_layer_freq']!r} is not supported; it must be 1, experts in "

@@ -110,9 +110,7 @@ def _store(
 
 
 def _check_spare_head(head: np.ndarray, embedding: np.ndarray, origin: str) -> None:
-    """A tied model may still store its output matrix; it must then be the embedding, [vocab,
-    hidden] both.
-    """
+    """A tied model may still store its output matrix: it must be the embedding [vocab, hidden]."""
     if head.shape != embedding.shape or not np.array_equal(head.astype(embedding.dtype), embedding):
         raise ValueError(
             f"{origin}: {_HEAD} must equal model.embed_tokens.weight because tie_word_embeddings "

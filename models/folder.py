@@ -70,9 +70,7 @@ def read_generation_config(folder: Path) -> dict[str, Any] | None:
 
 
 def read_tokenizer(folder: Path) -> Any | None:
-    """The folder's Hugging Face tokenizer, or None if it holds no tokenizer files. Never goes to
-    the network.
-    """
+    """The folder's Hugging Face tokenizer, or None without its files. Never uses the network."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     with hugging_face_packages(folder):

@@ -129,9 +129,7 @@ _PER_LAYER = {
 
 
 def _size(file: GGUFFile, key: str, default: int | None = None) -> int:
-    """The integer at `key`; where the file has a list, one value for each layer, they must be
-    one.
-    """
+    """The integer at `key`; where the file has a list, one value a layer, they must agree."""
     value = _key(file, key) if default is None else file.metadata.get(key, default)
     if isinstance(value, list) and value:
         name = _PER_LAYER.get(key.split(".", 1)[1], key)
@@ -161,9 +159,7 @@ def _head_dim(file: GGUFFile, arch: str, hidden: int, heads: int) -> int:
 
 
 def _gemma3(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    """Gemma 3's additions. The file states the window; pattern, local rope base and attention scale
-    are the family's.
-    """
+    """Gemma 3's additions: the file states the window, the rest are the family's own."""
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     period = file.metadata.get(
         "gemma3.attention.sliding_window_pattern", _GEMMA3_LAYERS_PER_GLOBAL_LAYER

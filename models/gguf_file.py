@@ -1,6 +1,4 @@
-"""A GGUF file opened with the `gguf` package: metadata as Python values, tensors as numpy views. No
-PyTorch.
-"""
+"""A GGUF file opened with `gguf`: metadata as Python values, tensors as numpy views. No PyTorch."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,7 @@ from gguf.quants import dequantize
 
 
 def can_decode(kind: GGMLQuantizationType) -> bool:
-    """Whether the installed `gguf` package decodes tensors of this type, tried on one block of
-    zeros.
-    """
+    """Whether the installed `gguf` decodes tensors of this type, tried on one block of zeros."""
     try:
         dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:

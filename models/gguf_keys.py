@@ -1,6 +1,4 @@
-"""The keys that a GGUF file states about its model: read, known to change nothing, or refused by
-name.
-"""
+"""The keys that a GGUF file states about its model: read, known as harmless, or refused."""
 
 import math
 from collections.abc import Mapping
@@ -62,8 +60,7 @@ _OFF_AT_ONE = ("logit_scale", "residual_scale", "embedding_scale")
 
 
 def check_keys(file: GGUFFile, arch: str) -> None:
-    """Raise ValueError, with names and values, for keys of the architecture that are neither read
-    nor harmless.
+    """Raise ValueError, names and values, for keys that are neither read nor harmless.
 
     Nothing is said against a value that turns the key off, as in llama.cpp: 0, false, or 1 for a
     plain scale.
@@ -124,9 +121,7 @@ def check_agreement(file: GGUFFile, arch: str, config: Mapping[str, Any]) -> Non
 
 
 def number(file: GGUFFile, key: str, default: Any) -> Any:
-    """The number at `key`, as the shortest decimal that is the same float32 (9.9999997e-06 ->
-    1e-05), or `default`.
-    """
+    """The number at `key` as the shortest decimal of its float32 (9.9999997e-06 -> 1e-05)."""
     value = file.metadata.get(key, default)
     if value is not None and not isinstance(value, (int, float)):
         raise ValueError(

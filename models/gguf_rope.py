@@ -133,9 +133,7 @@ def _yarn(file: GGUFFile, arch: str, factor: float, attention: float) -> dict[st
 
 
 def _from_divisors(file: GGUFFile, arch: str, head_dim: int) -> dict[str, Any] | None:
-    """Llama 3's scaling from the divisors it produced; every released model uses 1, 4 and an
-    8192-token context.
-    """
+    """Llama 3's scaling from its divisors; all models use 1, 4 and an 8192-token context."""
     theta = number(file, f"{arch}.rope.freq_base", 10000.0)
     divisors = file.read("rope_freqs.weight")
     if divisors.shape != (head_dim // 2,):

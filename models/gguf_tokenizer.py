@@ -1,5 +1,4 @@
-"""The tokenizer that a GGUF file's metadata describes, rebuilt with the `tokenizers` library. No
-PyTorch.
+"""The tokenizer that a GGUF file's metadata describes, rebuilt with `tokenizers`. No PyTorch.
 
 Two kinds exist among the supported families: byte-level BPE ("gpt2": SmolLM, Llama 3, Qwen, Mistral
 Nemo) and SentencePiece BPE with byte fallback ("llama": Llama 2, Mistral, Gemma). Neither stores
@@ -116,9 +115,7 @@ _NFC = ("qwen2", "deepseek-r1-qwen")
 
 
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
-    """SentencePiece BPE: spaces are written as U+2581, unknown characters as bytes such as
-    <0x0A>.
-    """
+    """SentencePiece BPE: spaces are U+2581, unknown characters are bytes such as <0x0A>."""
     gemma = str(metadata.get("general.architecture", "")).startswith("gemma")
     if gemma:  # its runs of spaces are stored as plain spaces
         tokens[:] = [
@@ -175,9 +172,7 @@ _BUILDERS: dict[str, Callable[[dict[str, Any], list[str]], Tokenizer]] = {
 
 
 def _mark_special_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str]) -> None:
-    """Control tokens are matched whole and skipped in decoding; user-defined ones are matched whole
-    and printed.
-    """
+    """Control tokens are matched whole and skipped in decoding, user-defined ones printed."""
     kinds = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
     plain = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED]

@@ -59,9 +59,7 @@ def _fields(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A multimodal checkpoint's text model, with its own model_type and the outer
-    tie_word_embeddings.
-    """
+    """A multimodal checkpoint's text model, its own model_type, the outer tie_word_embeddings."""
     model_type = raw.get("model_type")
     if model_type not in TEXT_PART or "text_config" not in raw:
         return raw

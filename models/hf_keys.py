@@ -1,6 +1,4 @@
-"""Keys of config.json that no family reads although they would change the computation: refused by
-name.
-"""
+"""Keys of config.json that no family reads but that change the computation: refused by name."""
 
 import re
 from collections.abc import Mapping
@@ -65,8 +63,7 @@ _FACTORS = re.compile(r"(^|_)(multiplier|scale|scales|scaling|factor|ratio)(_|$)
 
 
 def check_keys(raw: Mapping[str, Any], family: Family) -> None:
-    """Raise ValueError, with names and values, for keys that would change the computation and are
-    not read.
+    """Raise ValueError, with names and values, for unread keys that change the computation.
 
     Values that turn such a key off pass: null, false, 0, an empty list, and 1 for a plain factor.
     """

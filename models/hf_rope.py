@@ -74,9 +74,7 @@ def _first(*values: Any) -> Any:
 
 
 def _blocks(raw: Mapping[str, Any], two_bases: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of the full_attention (or of all) layers, and those of the sliding_attention
-    layers.
-    """
+    """The settings of the full_attention (or all) layers, and of the sliding_attention layers."""
     given = raw.get("rope_parameters") or {}
     nested = [kind for kind in LAYER_TYPES if kind in given]
     if nested and not two_bases:

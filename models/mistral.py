@@ -1,6 +1,4 @@
-"""Mistral 7B and its kin: Llama's layer with one sliding window for all layers
-(arXiv:2310.06825).
-"""
+"""Mistral 7B and its kin: Llama's layer with one sliding window for all (arXiv:2310.06825)."""
 
 from collections.abc import Mapping
 from typing import Any

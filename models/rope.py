@@ -1,5 +1,4 @@
-"""Rotary position embedding: unscaled, linear, llama3 and YaRN frequencies, in Hugging Face's
-half-rotation layout.
+"""Rotary embedding: unscaled, linear, llama3 and YaRN frequencies, half-rotation layout.
 
 Source: Su et al., arXiv:2104.09864; channel c is paired with channel c + head_dim/2, as checkpoints
 on the Hugging Face hub expect. Linear scaling divides every frequency; llama3 scaling is the
@@ -142,7 +141,5 @@ def apply_rope(
     cos: Float[Array, "B T pairs"],
     sin: Float[Array, "B T pairs"],
 ) -> Float[Array, "B T heads head_dim"]:
-    """Rotate x [B, T, heads, head_dim] by angles [B, T, head_dim / 2]; computed in float32,
-    returned in x's dtype.
-    """
+    """Rotate x [B, T, heads, head_dim] by [B, T, head_dim / 2] in float32, in x's dtype."""
     return turn_pairs(x, cos[:, :, None, :], sin[:, :, None, :])

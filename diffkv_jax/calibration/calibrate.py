@@ -119,9 +119,7 @@ def calibrate(
 
 
 def _as_stored(tables: np.ndarray) -> np.ndarray:
-    """The float32 tables `[L, K, ...]` of all layers in float16; in bfloat16 where that does not
-    hold all of them.
-    """
+    """The float32 tables `[L, K, ...]` of all layers in float16, or bfloat16 if that overflows."""
     largest = np.abs(tables).max(axis=tuple(range(2, tables.ndim)))
     return tables.astype(jnp.bfloat16 if needs_wide(jnp.asarray(largest)).any() else np.float16)
 

@@ -24,8 +24,7 @@ SAMPLED = 4096  # numbers of each parameter array that the fingerprint looks at
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` learned: it serves every policy with the same tiers and transforms on the
-    same model.
+    """What `calibrate` learned, for every policy with the same tiers, transforms and model.
 
     Attributes:
         tables: float16 or bfloat16 NumPy arrays `[L, K, ...]` of K and V in each tier, None where a
@@ -208,9 +207,7 @@ def fingerprint(model: CausalLM, params: Mapping[str, Any]) -> str:
 
 @jax.jit
 def _sampled(params: Mapping[str, Any]) -> list[jax.Array]:
-    """Evenly spaced numbers of each array, without flattening it: the flat copy of a large one
-    would be large.
-    """
+    """Evenly spaced numbers of each array, without flattening it: that would copy it whole."""
 
     def sample(leaf: jax.Array) -> jax.Array:
         index = np.unravel_index(

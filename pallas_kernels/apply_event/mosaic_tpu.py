@@ -1,6 +1,4 @@
-"""The compression event of many heads as one Pallas kernel for TPU, between a few operations on
-what is known of each head.
-"""
+"""The compression event of many heads as one Pallas kernel for TPU, between a few operations."""
 
 from functools import partial
 from typing import Literal
@@ -38,9 +36,7 @@ def apply_event(
     interpret: bool | Literal["checked"],
     blocks: Blocks | None = None,
 ) -> Stored:
-    """`apply_event` of api.py on TPU. The pool and the table stay in HBM and are changed in place
-    where the caller donates them.
-    """
+    """`apply_event` of api.py on TPU: pool and table stay in HBM, changed in place if donated."""
     del max_len  # lengths are read
     entering, moves = of_admitted(entering, moves, admitted)
     sizes = sizes_after(layout, stored.tier_len, entering, moves)
@@ -74,9 +70,7 @@ def _pages(layout: PageLayout, tier_len: Array) -> Array:
 
 
 def _tails(layout: PageLayout, stored: Stored, leaving: Array, length: Array) -> Array:
-    """Id of the last page of each tier `[B, tiers]` that loses tokens, or gains some and has room
-    in it; else -1.
-    """
+    """Ids `[B, tiers]` of last pages that lose tokens, or gain some and have room; else -1."""
     ids, before = [], stored.tier_len
     for tier in range(layout.tiers):
         last = layout.pages_for(tier, before[:, tier]) - 1

@@ -55,8 +55,7 @@ class Columns:
 
 
 def move(words: Array, where_to: Array, size: int, contract: int = 1) -> Array:
-    """Lanes of int32 `words [rows, n]` to the lanes that the one-hot `where_to [n, T]` says, zero
-    where none goes; bit for bit.
+    """Lanes of int32 `words [rows, n]` to those of the one-hot `where_to [n, T]`, else 0; exact.
 
     The words have `size` bytes that are not zero. A byte is exact in bfloat16. With `contract=0`
     the words are `[n, rows]`.
@@ -110,9 +109,7 @@ def _indices(n: int) -> tuple[Array, Array]:
 
 
 def one_hot(valid: Array, lane: Array, lanes: int) -> Array:
-    """Columns `valid`, `lane [n, 1]` to a bfloat16 matrix `[n, lanes]` that is one at the lane of
-    each valid one.
-    """
+    """Columns `valid`, `lane [n, 1]` to bfloat16 `[n, lanes]`, 1 at the lane of each valid one."""
     j = lax.broadcasted_iota(jnp.int32, (valid.shape[0], lanes), 1)
     return jnp.where(valid & (j == lane), 1.0, 0.0).astype(jnp.bfloat16)
 

@@ -14,8 +14,7 @@ from .mosaic_tpu_removal import remove
 
 
 def carry_out(*refs, plan: Plan) -> None:
-    """One head and one tile of its entering tokens; the program of the first tile also removes what
-    leaves the tiers.
+    """One head and one tile of its entering tokens; the first tile's program also removes.
 
     DiffKV, arXiv 2412.03131 sec. 5.2 and 5.3. Reads significance and positions of the live pages of
     tiers that lose tokens (unless `one_victim`), and whole pages: those with holes, those at the
@@ -70,9 +69,7 @@ def _end(head: Head, out: Outputs) -> None:
 
 
 def _ask(head: Head, table: Any, *, upcoming: bool) -> None:
-    """Let the table row of this head, or of the next one, and its tail pages come, if it has
-    something to do.
-    """
+    """Let the table row of this or the next head, and its tail pages, come if it has work."""
 
     @pl.when(head.number("busy", upcoming=upcoming) > 0)
     def _():

@@ -1,6 +1,4 @@
-"""Pages of one head on their way between the pool and VMEM, and the head's table, lengths and free
-pages.
-"""
+"""Pages of one head between the pool and VMEM, and the head's table, lengths and free pages."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,9 +18,7 @@ NEXT = 2  # only where pages arrive: the tail of the next head
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known before the kernel runs. `numbers` names the columns of the heads' rows of
-    scalars.
-    """
+    """What is known before the kernel runs. `numbers` names the columns of the heads' scalars."""
 
     layout: PageLayout
     num_pages: int
@@ -122,9 +118,7 @@ class Scratch(NamedTuple):
 
 
 class Tier:
-    """One tier of the head at hand. Pages are counted within the tier; a page beyond `owned` has no
-    place in the pool yet.
-    """
+    """One tier of the head at hand; a page beyond `owned` has no place in the pool yet."""
 
     def __init__(self, plan: Plan, pool: Pool, scratch: Scratch, tier: int, row: Array):
         self.plan, self.pool, self.s, self.tier, self.row = plan, pool, scratch, tier, row
@@ -261,9 +255,7 @@ class Tier:
         ]
 
     def _parts(self) -> list[tuple[str, int, int, int]]:
-        """(array, its first row, first row of the column, rows) of each part of the tier's blocks;
-        block b is `b * rows` further.
-        """
+        """(array, its first row, the column's, rows) of each part; block b is `b * rows` on."""
         fmt, c, (start, meta_start) = (
             self.layout.formats[self.tier],
             self.columns,
@@ -293,9 +285,7 @@ class Tier:
                 ]
 
     def _narrow(self, slot: int) -> None:
-        """Columns to arrays as they lie in the pool; rows that the tier does not use become
-        zero.
-        """
+        """Columns to arrays as they lie in the pool; rows that the tier does not use become 0."""
         for name, buffer in self.s.departing.present().items():
             rows = [
                 self.pages[slot, block, row : row + count]

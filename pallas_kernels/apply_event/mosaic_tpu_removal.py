@@ -1,6 +1,4 @@
-"""Removal of a tier's victims in the TPU kernel of the compression event: the last tokens fill the
-holes, the fallen go one tier down.
-"""
+"""Removal of a tier's victims on TPU: the last tokens fill the holes, the fallen go a tier down."""
 
 from typing import Any, NamedTuple
 
@@ -30,9 +28,7 @@ class At(NamedTuple):
 
 
 def remove(head: Head, tier: Tier) -> None:
-    """Clear the top slots of a tier as many as it loses: survivors among them fill the holes below,
-    fallen victims go to the next tier.
-    """
+    """Clear a tier's top slots: survivors fill the holes below, fallen victims go down a tier."""
     t, length = tier.tier, head.s.length[tier.tier]
     total = head.number("dropped", t) + (head.number("demoted") if t == 0 else 0)
 
@@ -51,9 +47,7 @@ def remove(head: Head, tier: Tier) -> None:
 
 
 def _open_hole(head: Head, tier: Tier, index, holed, stop) -> Array:
-    """Bring page number `index` of `holed` to HOLE unless TAIL holds it; returns its first slot,
-    `stop` where there is none.
-    """
+    """Bring page `index` of `holed` to HOLE unless in TAIL; its first slot, `stop` without one."""
     page, held = _holed(head, index), head.s.held[tier.tier]
 
     @pl.when((index < holed) & (page != held))
@@ -105,9 +99,7 @@ def _ask_below(tier: Tier, page, stop) -> None:
 
 
 def _removal_step(head: Head, tier: Tier, stop, holed):
-    """The body of the loop over top slots: one block of them and one block of holes, as far as both
-    reach.
-    """
+    """The body of the loop over top slots: a block of them and a block of holes, to both ends."""
     layout, s, t, lanes = head.layout, head.s, tier.tier, head.layout.tokens
 
     def body(at: At) -> At:
@@ -167,9 +159,7 @@ def _next_hole(head: Head, tier: Tier, at: At, step: "Step", stop, holed) -> At:
 
 
 class Step(NamedTuple):
-    """What a step does. Masks are int32 0 or 1, sublane = lane of the top block, lane = lane of the
-    block of holes.
-    """
+    """What a step does: int32 0 or 1, sublane = lane of the top block, lane = that of the holes."""
 
     pairs: Array  # [T, T] which top token goes to which hole
     fill: Array  # [1, T] holes that are filled
@@ -184,9 +174,7 @@ class Step(NamedTuple):
 
 
 def _match(head: Head, tier: int, above: Any, below: Any, at: At, stop, no_hole) -> Step:
-    """Pair the survivors of the top block, from the top, with the holes of the other, from the
-    bottom, as many as both have.
-    """
+    """Pair survivors of the top block, from the top, with holes of the other, from the bottom."""
     lanes = head.layout.tokens
     lane = lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
     top_slot, hole_slot = (at.top - 1) // lanes * lanes + lane, at.hole // lanes * lanes + lane
@@ -222,9 +210,7 @@ def _match(head: Head, tier: int, above: Any, below: Any, at: At, stop, no_hole)
 
 
 def _requantise_fallen(head: Head, above: Any, below: Any, step: Step) -> None:
-    """Columns of the victims of both blocks that fall, requantised, to `fresh` of tier 1 at the
-    lanes where they will lie.
-    """
+    """Columns of both blocks' falling victims, requantised, to their lanes of `fresh` of tier 1."""
     columns, lanes, fallen = head.tiers[0].columns, head.layout.tokens, head.s.fallen
     from_top = one_hot(step.top_falls > 0, step.lane, lanes)
     falling = _matrix(step.pairs * step.hole_falls)

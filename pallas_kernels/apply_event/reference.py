@@ -1,6 +1,4 @@
-"""Adding tokens to and removing tokens from the tiers of all heads of a layer, in place, with pages
-taken from and returned to the ring.
-"""
+"""Adding and removing tokens of all heads of a layer, in place, with pages of the ring."""
 
 from collections.abc import Callable
 from functools import partial
@@ -39,9 +37,7 @@ class Tokens(NamedTuple):
 def append_tokens(
     stored: Stored, layout: PageLayout, tier: int, tokens: Tokens, keep: Array
 ) -> Stored:
-    """Encode the tokens where `keep [B, n]` and put them at the tail of a tier, in order. The
-    caller has made sure of the pages.
-    """
+    """Encode tokens where `keep [B, n]` at the tail of a tier, in order; the pages are there."""
     if layout.rope is not None:
         tokens = tokens._replace(k=at_positions(tokens.k, tokens.position, layout.rope, back=True))
     cumulative = jnp.cumsum(keep, axis=-1)
@@ -149,9 +145,7 @@ def release_all(stored: Stored, layout: PageLayout, gone: Array) -> Stored:
 def _clear(
     stored: Stored, layout: PageLayout, tier: int, this: Round, movers: tuple[Block, Array, Array]
 ) -> Stored:
-    """Fill the holes with the survivors of the top slots, shorten the tier and free its emptied
-    pages.
-    """
+    """Fill the holes with the survivors of the top slots, shorten the tier, free emptied pages."""
     width = this.top.shape[1]
     holes = locate(
         layout, stored.page_table, tier, this.removed, this.moves, stored.pages.num_pages

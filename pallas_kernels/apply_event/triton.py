@@ -87,8 +87,7 @@ def _plan(
     entering: Array,
     admitted: Array,
 ) -> tuple[Inputs, FreeRing]:
-    """What each head loses, gains and takes from or gives to the ring; the ring after (its ids are
-    written by the kernel).
+    """What each head loses, gains and moves to or from the ring; the ring after, without its ids.
 
     A prefix sum gives each head its own range of the ring (DiffKV, arXiv 2412.03131 sec. 5.2).
     Pages taken lie in `[start, start + count)`, pages given up go to `[start + count, ...)`; those
@@ -121,8 +120,7 @@ def _plan(
 def _kernel(
     *refs, layout: PageLayout, used: list[bool], one_victim: bool, blocks: Blocks, barrier: Any
 ) -> None:
-    """Program `head`: tier 1, then tier 0 lose the tokens that leave, then the entering ones are
-    encoded at the tails.
+    """Program `head`: tier 1, then tier 0 lose tokens, then the entering ones are encoded.
 
     DiffKV, arXiv 2412.03131 sec. 5.2, 5.3 and Algorithm 1. Reads significance and position (6 or 8
     bytes) of tokens up to the last hole; for every token that leaves, reads and writes about one
@@ -155,9 +153,7 @@ def _kernel(
 
 
 def _append(head: Head, tier: int, lengths: tuple) -> tuple:
-    """Encode the tokens that enter a tier at its tail, in order; returns the lengths of the tiers
-    after.
-    """
+    """Encode the tokens that enter a tier at its tail, in order; the tiers' lengths after."""
     inputs, n = head.inputs, head.inputs.entering.shape[1]
     grown = tuple(
         length + inputs.arriving[head.index, tier] if t == tier else length

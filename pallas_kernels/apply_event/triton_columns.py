@@ -1,5 +1,4 @@
-"""Columns (single tokens) of pages on GPUs: copied, requantised, encoded and written, as lists of
-tiles.
+"""Columns (single tokens) of pages on GPUs: copied, requantised, encoded, written, as tiles.
 
 Triton cannot slice or join values, so a column is loaded and stored in pieces of rows, `n` columns
 side by side.
@@ -47,18 +46,14 @@ class Columns(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Rows of K or of V in one array of the pool: block b of a page has those from `first + b *
-    rows` on.
-    """
+    """Rows of K or of V in an array of the pool: those of block b begin at `first + b * rows`."""
 
     ref: Any
     first: int
     rows: int
 
     def at(self, slots: Slots, row: Array):
-        """The elements at rows `row [rows, 1]` of the part of tokens `slots [n]`: a view `[rows,
-        n]` and its mask.
-        """
+        """Elements at rows `row [rows, 1]` of the part of `slots [n]`: view `[rows, n]`, mask."""
         rows = self.first + slots.block[None, :] * self.rows + row
         valid = jnp.broadcast_to(slots.valid[None, :], rows.shape)
         return self.ref.at[slots.page[None, :], rows, slots.lane[None, :]], valid
@@ -194,9 +189,7 @@ def _pieces(rows: int) -> Iterator[tuple[int, int]]:
 
 @cache
 def check_tiles(layout: PageLayout) -> None:
-    """Raise ValueError where the layout's tiles or blocks are no powers of two, which Triton asks
-    for.
-    """
+    """Raise ValueError where the layout's tiles or blocks are no powers of two (Triton)."""
     formats = layout.formats
     codecs = [(codec,) for fmt in formats for codec in fmt.scalars()]
     codecs += [

@@ -102,8 +102,7 @@ class Head:
         )
 
     def resize_low(self, before: tuple, after: tuple) -> None:
-        """Give up or take pages of tier 1, whose length alone differs in `before` and `after`; ends
-        with a barrier.
+        """Give up or take pages of tier 1, whose length alone differs; ends with a barrier.
 
         Its ids and the free ones move at the facing ends of the two ranges: no id is overwritten
         before it has been read, because pages given up move left from the lowest column on, and
@@ -147,9 +146,7 @@ class Head:
         lax.fori_loop(0, pl.cdiv(unused, IDS), body, None)
 
     def _move_ids(self, source, target, step: int, count) -> None:
-        """Copy `count` table entries (none if negative) from column `source` on to `target` on, in
-        steps of 1 or -1.
-        """
+        """Copy `count` table entries (none if negative) from `source` to `target`, step 1 or -1."""
 
         def body(chunk, _):
             nth = chunk * IDS + jnp.arange(IDS, dtype=jnp.int32)

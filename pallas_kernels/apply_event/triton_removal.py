@@ -1,6 +1,4 @@
-"""Tokens out of a tier of one head, on GPUs: the last tokens fill the holes, the demoted go to tier
-1.
-"""
+"""Tokens out of a tier of one head, on GPUs: the last fill the holes, the demoted go down."""
 
 from typing import NamedTuple
 
@@ -14,9 +12,7 @@ from .triton_head import Head
 
 
 class Round(NamedTuple):
-    """What one round does; `[width]`, the order that of the top slots from the tail of the tier
-    on.
-    """
+    """What one round does; `[width]`, in the order of the top slots from the tier's tail on."""
 
     source: Slots  # top slots of tokens that stay
     target: Slots  # the holes that they fill
@@ -25,8 +21,7 @@ class Round(NamedTuple):
 
 
 def remove(head: Head, judge: Judge, tier: int, lengths: tuple) -> tuple:
-    """Remove the tokens that leave a tier, in rounds of one page of tier 0; returns the lengths of
-    the tiers after.
+    """Remove the tokens that leave a tier, a page of tier 0 a round; the tiers' lengths after.
 
     A round only reads the top slots, which end at `kept`, and only writes holes, which lie below:
     who leaves is always decided from what was there before the event, or from a token that filled a
@@ -73,9 +68,7 @@ def remove(head: Head, judge: Judge, tier: int, lengths: tuple) -> tuple:
 
 
 def _append_demoted(head: Head, lengths: tuple, columns, falls: Array) -> tuple:
-    """Put requantised tokens where `falls [width]` at the tail of tier 1; returns the lengths
-    after.
-    """
+    """Put requantised tokens where `falls [width]` at the tail of tier 1; the lengths after."""
     rank = jnp.cumsum(falls.astype(jnp.int32)) - 1
     grown = (lengths[0], lengths[1] + falls.astype(jnp.int32).sum())
     head.resize_low(lengths, grown)
@@ -84,9 +77,7 @@ def _append_demoted(head: Head, lengths: tuple, columns, falls: Array) -> tuple:
 
 
 def _plan(head: Head, judge: Judge, tier: int, length, kept, search) -> Round:
-    """The round that clears the top slots of a tier that still has `length` tokens, of which `kept`
-    stay in the end.
-    """
+    """The round that clears top slots of a tier of `length` tokens, of which `kept` stay."""
     nth = jnp.arange(head.blocks.width, dtype=jnp.int32)
     slot = length - 1 - nth
     active = (nth < head.layout.tokens_per_page(0)) & (slot >= kept)
@@ -105,8 +96,7 @@ def _plan(head: Head, judge: Judge, tier: int, length, kept, search) -> Round:
 
 
 def _list_holes(head: Head, judge: Judge, tier: int, kept, search, count) -> Array:
-    """Write the next `count` slots below `kept` whose tokens leave to the list of holes; returns
-    where to go on.
+    """Add the next `count` slots below `kept` whose tokens leave to the holes; where to go on.
 
     The search begins again where the last one ended; holes filled since then hold tokens that stay.
     """

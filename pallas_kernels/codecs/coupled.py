@@ -1,6 +1,4 @@
-"""Vector quantisation of neighbouring channels with learned codebooks (Coupled Quantization,
-arXiv:2405.03917).
-"""
+"""Vector quantisation of neighbouring channels, learned codebooks (CQ, arXiv:2405.03917)."""
 
 from dataclasses import dataclass, field
 
@@ -61,9 +59,7 @@ class Coupled(Tiled):
         return head_dim // self.channels, 2**self.bits, self.channels
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """`[B, ..., d, T]` to (payload, empty metadata): the code of the nearest row, of equally
-        near ones the first.
-        """
+        """`[B, ..., d, T]` to (codes of the nearest rows, of equals the first; empty metadata)."""
         tokens = jnp.swapaxes(x.astype(jnp.float32), -1, -2)  # [B, ..., T, d]
         vectors = tokens.reshape(x.shape[0], -1, x.shape[-2] // self.channels, self.channels)
         by_group = jnp.moveaxis(vectors, 2, 0), jnp.moveaxis(self._codebooks(), 1, 0)
@@ -106,9 +102,7 @@ class Coupled(Tiled):
 
 
 def nearest(x: Array, codebook: Array) -> Array:
-    """Index int32 `[..., n]` of the row of `codebook [..., m, c]` nearest to each of `x [..., n,
-    c]`.
-    """
+    """Index int32 `[..., n]` of the row of `codebook [..., m, c]` nearest `x [..., n, c]`."""
     _, inverse = unit_of(jnp.abs(codebook).max(axis=(-1, -2), keepdims=True))
     x, codebook = x * inverse, codebook * inverse  # squares neither overflow nor vanish
     product = jnp.einsum("...nc,...mc->...nm", x, codebook, precision=lax.Precision.HIGHEST)

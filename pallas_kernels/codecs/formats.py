@@ -1,6 +1,4 @@
-"""`KVFormat`: how a token's K and V are stored in one tier, and the grammar of the named
-formats.
-"""
+"""`KVFormat`: how K and V are stored in one tier, and the grammar of the named formats."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -78,9 +76,7 @@ def register_codec(
 
 
 class Block(NamedTuple):
-    """Encoded tokens of one tier: payloads uint8 `[..., rows, T]`, metadata float16 `[...,
-    meta_rows, T]`.
-    """
+    """Encoded tokens: payloads uint8 `[..., rows, T]`, metadata float16 `[..., meta_rows, T]`."""
 
     k_payload: Array
     v_payload: Array
@@ -138,9 +134,7 @@ class KVFormat:
 
     @property
     def separable(self) -> bool:
-        """Whether a token's lane can be moved, dropped or overwritten without touching others; if
-        not, only whole blocks are encoded.
-        """
+        """Whether one token's lane can change without touching others; else whole blocks only."""
         return self.key.separable and self.value.separable
 
     @property
@@ -203,9 +197,7 @@ class KVFormat:
 
 
 def native_formats(formats: Sequence[KVFormat], blocks: Sequence[int]) -> np.ndarray:
-    """Codecs of tiers with so many blocks a page, as `Layout::make` of native/pages.h reads them:
-    int64 [tiers * 5].
-    """
+    """Codecs of tiers, `blocks` a page, for `Layout::make` of native/pages.h: int64 [tiers * 5]."""
     numbers = []
     for fmt, count in zip(formats, blocks, strict=True):
         key, value = fmt.key.native, fmt.value.native

@@ -1,6 +1,4 @@
-"""Learned non-uniform levels: of the range that a token has, or of the range that a channel has had
-(KVQuant, arXiv:2401.18079).
-"""
+"""Learned non-uniform levels of a token's or a channel's range (KVQuant, arXiv:2401.18079)."""
 
 from dataclasses import dataclass, field
 
@@ -109,9 +107,7 @@ class Levels(Tiled):
 
 
 def token_range(x: Array) -> tuple[Array, Array]:
-    """Half of the range of each token's channels and its middle, as metadata keeps them: `[..., d,
-    T]` to float32 `[..., 1, T]`.
-    """
+    """Half range and middle of each token, as stored: `[..., d, T]` to float32 `[..., 1, T]`."""
     return _range_of(*_range_bits(x))
 
 
@@ -132,8 +128,7 @@ def normalised(x: Array, half: Array, middle: Array) -> Array:
 
 @dataclass(frozen=True)
 class StaticLevels(Coupled):
-    """Codec of one tensor (K): learned levels of the range that each channel had in the
-    calibration, no metadata.
+    """Codec of K: learned levels of each channel's range in the calibration, no metadata.
 
     The layer's levels, spread over each channel's range, are a codebook a channel: `table` float16
     or bfloat16 `[B, head_dim, 2**bits, 1]`, each ascending. Where it runs: as `Coupled`.
@@ -152,9 +147,7 @@ class StaticLevels(Coupled):
     def fit(
         self, x: Array, fisher: Array, key: Array, how: Fitting, outliers: float = 0.0
     ) -> Array:
-        """A channel's range without its share of `outliers`, and the layer's levels on it (sec.
-        3).
-        """
+        """A channel's range without its share of `outliers`, and the layer's levels on it."""
         # [K, d, 1]
         low, high = jnp.quantile(
             x, jnp.array([outliers / 2, 1 - outliers / 2]), axis=-1, keepdims=True

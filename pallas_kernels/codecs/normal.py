@@ -1,6 +1,4 @@
-"""Scalar quantisation with the best levels for a normal variable (TurboQuant, arXiv:2504.19874;
-docs/design.md 1).
-"""
+"""Scalar quantisation with a normal variable's best levels (TurboQuant, arXiv:2504.19874)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,9 +70,7 @@ class Normal(Scalar):
         return scale_of(meta) * self._levels(payload)
 
     def key_logits(self, q: Array, payload: Array, meta: Array) -> Array:
-        """`q [..., G, d]` times the decoded block, `[..., G, T]`; the scale applied outside the dot
-        product.
-        """
+        """`q [..., G, d]` times the decoded block, `[..., G, T]`; the scale outside the product."""
         return jnp.einsum("...Gc,...ct->...Gt", q, self._levels(payload)) * scale_of(meta)
 
     def value_mix(self, p: Array, payload: Array, meta: Array, valid: Array) -> Array:
@@ -113,9 +109,7 @@ class Normal(Scalar):
         }
 
     def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
-        """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row
-        once.
-        """
+        """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, each row once."""
         return pack_tiles(tiles, codes, self.bits)
 
     def _levels(self, payload: Array) -> Array:
@@ -133,9 +127,7 @@ def _nearest(x: Array, bits: int) -> tuple[Array, Array]:
 
 
 def _level(code: Array, bits: int) -> Array:
-    """The float32 levels of int32 codes, by halving the table bit after bit; bits above those of a
-    code do not matter.
-    """
+    """Float32 levels of int32 codes by halving the table bit by bit; higher bits do not matter."""
     levels = [jnp.float32(level) for level in LEVELS[bits]]
     for bit in range(bits - 1):
         odd = (code >> bit) & 1 == 1

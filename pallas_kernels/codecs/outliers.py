@@ -1,5 +1,4 @@
-"""The largest and smallest values of every vector kept beside a codec, which then sees a narrower
-range.
+"""The largest and smallest values of a vector kept beside a codec that sees a narrower range.
 
 GEAR (arXiv:2403.05527, sec. 3) and KVQuant (arXiv:2401.18079, sec. 3.4): per-vector outliers.
 """
@@ -101,9 +100,7 @@ class Outliers(Beside):
         return self.codec.meta_rows + self._outlier_rows
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """`[..., d, T]` to payload uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows,
-        T]`.
-        """
+        """`[..., d, T]` to uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows, T]`."""
         index = self._largest(x)
         values = jnp.take_along_axis(self._as_vectors(x.astype(jnp.float32)), index, axis=-1)
         index, values = _in_order(index, values)

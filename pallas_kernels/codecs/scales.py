@@ -111,9 +111,7 @@ def saturated(x: Array) -> Array:
 
 
 def nearest_bfloat16(x: Array) -> Array:
-    """The 16 bits of the nearest bfloat16 (half to even) to finite float32, as int32 below
-    65536.
-    """
+    """The 16 bits of the bfloat16 nearest (half to even) to finite float32, int32 below 65536."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
 
@@ -131,9 +129,7 @@ def unit_of(size: Array) -> tuple[Array, Array]:
 
 
 def length(x: Array, axis: int = -1) -> Array:
-    """The Euclidean norm of float32 `x` along an axis, which stays; squares neither overflow nor
-    vanish.
-    """
+    """The Euclidean norm of float32 `x` along an axis, which stays; no overflow in squares."""
     unit, inverse = unit_of(jnp.abs(x).max(axis=axis, keepdims=True))
     return unit * jnp.linalg.norm(x * inverse, axis=axis, keepdims=True)
 

@@ -1,6 +1,4 @@
-"""One direction for the vectors of two layers, and the norm of each (MiniCache, arXiv:2405.14366):
-plain XLA only.
-"""
+"""One direction for the vectors of two layers and their norms (MiniCache, arXiv:2405.14366)."""
 
 from dataclasses import dataclass, replace
 
@@ -85,9 +83,7 @@ def shared_format(fmt: KVFormat, t: float) -> KVFormat:
 
 
 def read_by(fmt: KVFormat, which: int | Array) -> KVFormat:
-    """A shared format as the first (0) or the second (1) of the layers reads it; any other as it
-    is.
-    """
+    """A shared format as the first (0) or second (1) of the layers reads it; others as they are."""
     key, value = (
         replace(codec, reads=which) if isinstance(codec, Shared) else codec
         for codec in (fmt.key, fmt.value)
@@ -96,8 +92,7 @@ def read_by(fmt: KVFormat, which: int | Array) -> KVFormat:
 
 
 def between(x: Array, y: Array, t: float) -> Array:
-    """Unit vector at `t` on the arc from the direction of `x` to that of `y`, both `[..., d, T]`
-    (SLERP).
+    """Unit vector at `t` on the arc between the directions of `x` and `y [..., d, T]` (SLERP).
 
     On the line between the two where they are parallel or opposite.
     """
@@ -112,9 +107,7 @@ def between(x: Array, y: Array, t: float) -> Array:
 
 
 def angle(x: Array, y: Array) -> Array:
-    """Angle in radians between `x` and `y [..., d, T]`, float32 `[..., 1, T]`; a right one where
-    one is zero.
-    """
+    """Angle in radians of `x` and `y [..., d, T]`, float32 `[..., 1, T]`; right where one is 0."""
     return jnp.arccos(jnp.clip((_unit(x) * _unit(y)).sum(axis=-2, keepdims=True), -1.0, 1.0))
 
 

@@ -1,6 +1,4 @@
-"""Uniform asymmetric quantisation per token and channel group (DiffKV, arXiv 2412.03131 sec. 5.1;
-docs/design.md 1).
-"""
+"""Uniform asymmetric quantisation per token and channel group (DiffKV, arXiv 2412.03131 5.1)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,9 +56,7 @@ class Uniform(Scalar):
         return self.bits, self.groups
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """Quantise `[..., d, T]` to (payload, metadata). Rounds half to even with the scale and
-        zero point of `scales.grid`.
-        """
+        """Quantise `[..., d, T]` to (payload, metadata), half to even, with `scales.grid`."""
         grouped = _grouped(x.astype(jnp.float32), self.groups)  # [..., groups, d / groups, T]
         scale, zero, *stored = scales.grid(
             grouped.min(axis=-2), grouped.max(axis=-2), 2**self.bits - 1
@@ -78,9 +74,7 @@ class Uniform(Scalar):
         return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
     def key_logits(self, q: Array, payload: Array, meta: Array) -> Array:
-        """`q [..., G, d]` times the decoded block, `[..., G, T]`; scale and zero point applied
-        outside the dot product.
-        """
+        """`q [..., G, d]` times the decoded block, `[..., G, T]`; scale, zero beside the dot."""
         scale, zero = self._scale_zero(meta)
         codes = _grouped(unpack_planes(payload, self.bits).astype(jnp.float32), self.groups)
         q = q.reshape(*q.shape[:-1], self.groups, -1)
@@ -183,9 +177,7 @@ class Uniform(Scalar):
         return target.tiles(head_dim, self), lower, numbers
 
     def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
-        """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row
-        once.
-        """
+        """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, each row once."""
         return pack_tiles(tiles, codes, self.bits)
 
     def _scale_zero(self, meta: Array) -> tuple[Array, Array]:
@@ -241,9 +233,7 @@ class Grouped(Codec):
 
 
 def nearest_divisor(head_dim: int, channels: int) -> int:
-    """The largest divisor of `head_dim` from half of `channels` to `channels`; where there is none,
-    the smallest one above.
-    """
+    """The largest divisor of `head_dim` in half of `channels` to `channels`, or the next above."""
     divisors = [n for n in range(1, head_dim + 1) if head_dim % n == 0]
     below = [n for n in divisors if channels <= 2 * n <= 2 * channels]
     return below[-1] if below else next(n for n in divisors if n > channels or n == head_dim)

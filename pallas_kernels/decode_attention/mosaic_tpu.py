@@ -169,9 +169,7 @@ def _score_scratch(plan: Plan, group: int, max_len: int) -> dict:
 
 
 def _tables(layout: PageLayout, heads: Heads) -> dict[tuple[int, int], Array]:
-    """Learned tables by tier and tensor `[L, KV heads, d or 1, levels]`, the levels in lanes;
-    float16 as its bits in int16.
-    """
+    """Learned tables by tier and tensor `[L, KV heads, d or 1, levels]`; float16 as int16 bits."""
     found = {}
     for tier, tables in enumerate(heads.tables):
         for tensor, table in enumerate(tables):

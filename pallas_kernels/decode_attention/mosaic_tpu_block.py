@@ -73,9 +73,7 @@ class StoredBlock:
         self._metadata = (block * fmt.key.meta_rows, v_meta_start + block * fmt.value.meta_rows)
 
     def codes(self, run: Run, tensor: int) -> Array:
-        """Float32 codes `[channels, T]` of K (0) or V (1), or what the learned table has for
-        them.
-        """
+        """Float32 codes `[channels, T]` of K (0) or V (1), or what the learned table has there."""
         if self._codecs[tensor].learned:
             return self._looked_up(tensor)
         planes: dict[tuple[int, int], Array] = {}
@@ -97,9 +95,7 @@ class StoredBlock:
         )
 
     def scale_zero(self, run: Run, tensor: int) -> tuple[Array | None, Array | None]:
-        """Scale and zero point of a run of K (0) or V (1), float32 `[1, T]`, as far as there are
-        any.
-        """
+        """Scale and zero point of a run of K (0) or V (1), float32 `[1, T]`, if there are any."""
         return run.tiles[0].scale_zero(lambda row: self.meta(row, tensor))
 
     def values(self, runs: Sequence[Run], tensor: int) -> Array:

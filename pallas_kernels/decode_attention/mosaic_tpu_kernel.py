@@ -15,9 +15,7 @@ from .stream import group_score, soft_cap
 
 
 class Softmax(NamedTuple):
-    """Softmax over part of the keys: maximum and sum of exponentials `[G, 1]`, output without its
-    divisor `[G, d]`, float32.
-    """
+    """Softmax of some keys: maximum, sum `[G, 1]`, output without divisor `[G, d]`, float32."""
 
     maximum: Array
     total: Array
@@ -48,8 +46,7 @@ class Softmax(NamedTuple):
 
 
 def attend_head(*refs, names: tuple[str, ...], plan: Plan) -> None:
-    """One head: softmax attention of its G query heads over its window and its pages, then the
-    significance of its pages.
+    """One head: attention of its G query heads over window and pages, then their significance.
 
     DiffKV, arXiv 2412.03131 sec. 4 and 6. Of the pool it reads the head's live pages whole and
     once: payload, metadata, where needed positions; when scored it reads their significance and
@@ -180,8 +177,7 @@ def _read_scores(r: Refs, stream: Stream, head, tier: int, chunk) -> None:
 
 
 def _score_pages(r: Refs, plan: Plan, stream: Stream, head, lse: Array) -> None:
-    """Add the probabilities of the kept logits to the significance of the head's pages and send it
-    back to the pool.
+    """Add the probabilities of kept logits to the significance of the head's pages, back in HBM.
 
     The head waits for what the head before it has sent, and only the last head of a core for its
     own.

@@ -1,6 +1,4 @@
-"""What feeds the TPU kernel of decode attention: its plan, its references and the stream of pages
-into VMEM.
-"""
+"""What feeds the TPU kernel of decode attention: plan, references, pages streamed into VMEM."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,9 +29,7 @@ class Plan:
 
     @property
     def positions(self) -> bool:
-        """Whether positions are read: for a sliding window, or for keys that are stored without
-        their rotary embedding.
-        """
+        """Whether positions are read: for a sliding window, or for keys stored without RoPE."""
         return self.window is not None or self.layout.rope is not None
 
     def chunk_tokens(self, tier: int) -> int:
@@ -42,9 +38,7 @@ class Plan:
 
 
 class Refs(NamedTuple):
-    """The kernel's references. B heads, G query heads each, P pages in the pool, N slots of the
-    window, C pages a chunk.
-    """
+    """B heads of G query heads, P pages in the pool, N slots of the window, C pages a chunk."""
 
     # scalars in SMEM
     page_table: Any  # int32 [B, max_pages]
@@ -108,9 +102,7 @@ class Stream:
         return pl.cdiv(self.refs.tier_len[head, tier], self.plan.layout.tokens_per_page(tier))
 
     def each_page(self, head, tier: int, chunk, visit: Callable) -> None:
-        """`visit(index in the chunk, page id)` of every page that a chunk has; unrolled for a full
-        chunk, as most are.
-        """
+        """`visit(index in the chunk, page id)` of each page of a chunk; unrolled for a full one."""
         count = self.plan.pages[tier]
         first = chunk * count
         live = jnp.minimum(self.pages(head, tier) - first, count)

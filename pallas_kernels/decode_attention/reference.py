@@ -35,9 +35,7 @@ class Heads(NamedTuple):
     tables: tuple[tuple[Array | None, Array | None], ...] = ()
 
     def recent(self) -> tuple[Array, Array, Array]:
-        """The layer's recent K and V in float32 `[B, window + flush, d]`, dead slots zeroed, and
-        the mask of live ones.
-        """
+        """Recent K and V float32 `[B, window + flush, d]`, dead slots zeroed, and the live mask."""
         k, v = (
             lax.dynamic_index_in_dim(x, self.layer, keepdims=False)
             for x in (self.recent_k, self.recent_v)

@@ -15,9 +15,7 @@ CHUNK_TOKENS = 512
 
 
 class Partial(NamedTuple):
-    """Softmax over part of the keys: running maximum, sum of exponentials and unnormalised output,
-    float32.
-    """
+    """Softmax over part of the keys: maximum, sum of exponentials, unnormalised output, float32."""
 
     maximum: Array  # [..., G]
     total: Array  # [..., G]
@@ -103,9 +101,7 @@ def num_chunks(layout: PageLayout, tier: int, tokens):
 def read_chunk(
     pages: Pages, layout: PageLayout, tier: int, page_table: Array, tier_len: Array, chunk: Array
 ) -> PageChunk:
-    """Chunk number `chunk` of a tier of each head. `page_table [B, max_pages]`, `tier_len [B,
-    tiers]`.
-    """
+    """Chunk `chunk` of a tier of each head; `page_table [B, max_pages]`, `tier_len [B, tiers]`."""
     n = chunk_pages(layout, tier)
     return read_pages(pages, layout, tier, page_table, tier_len, chunk * n, n)
 
@@ -149,9 +145,7 @@ def chunk_logits(
 
 
 def chunk_tokens(chunk: PageChunk, layout: PageLayout, tier: int) -> tuple[Array, Array]:
-    """K and V of a chunk as attention reads them, float32 `[B, lanes, d]`; what is not valid is
-    meaningless.
-    """
+    """K and V of a chunk, float32 `[B, lanes, d]`; what is not valid is meaningless."""
     k, v = (jnp.swapaxes(x, -1, -2) for x in layout.formats[tier].decode(chunk.block))
     return k if layout.rope is None else at_positions(k, chunk.position, layout.rope), v
 

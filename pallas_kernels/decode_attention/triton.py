@@ -1,6 +1,4 @@
-"""Decode attention as two Triton kernels: one attends, split over the tokens of a head, one scores
-once the splits are joined.
-"""
+"""Decode attention as two Triton kernels: one attends, split over a head's tokens, one scores."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -48,8 +46,7 @@ class Blocks:
 
     @staticmethod
     def choose(layout: PageLayout, group: int, max_len: int, itemsize: int) -> "Blocks":
-        """The defaults for heads of `group` query heads and up to `max_len` tokens; q has
-        `itemsize` bytes.
+        """The defaults for heads of `group` query heads, `max_len` tokens, q of `itemsize` bytes.
 
         How many heads there are does not matter: the order in which a head's tokens are added must
         not depend on the batch. Logits of bfloat16 queries are kept in float16, relative to the
@@ -197,9 +194,7 @@ def decode_attention(
 
 
 def _merged(left: Partials) -> tuple[Array, Array]:
-    """Join the splits by their log-sum-exp: output float32 `[B, G, d]` and base-2 log-sum-exp `[B,
-    G]`, +inf without keys.
-    """
+    """Join the splits: output float32 `[B, G, d]`, base-2 log-sum-exp `[B, G]`, +inf if no keys."""
     maximum = left.maximum.max(axis=1)
     safe = jnp.where(maximum == -jnp.inf, 0.0, maximum)
     weight = jnp.exp2(left.maximum - safe[:, None])
@@ -243,9 +238,7 @@ def _attend_kernel(*refs, task: Task):
 
 
 def _shares(tier_len, task: Task, head, split) -> list[tuple[Array, Array]]:
-    """Range of steps of each tier that a split of a head takes: equal parts of all its steps, tier
-    after tier.
-    """
+    """Steps of each tier that a split of a head takes: equal parts of all, tier after tier."""
     steps = [pl.cdiv(tier_len[head, tier], task.blocks.keys) for tier in range(task.layout.tiers)]
     each = pl.cdiv(sum(steps), task.blocks.splits)
     shares, before = [], 0
@@ -261,9 +254,7 @@ def _shares(tier_len, task: Task, head, split) -> list[tuple[Array, Array]]:
 
 
 def _place(tier: int, step, blocks: Blocks):
-    """Where the logits of a step are kept: tier 0 from the left, tier 1 from the right, as in the
-    page table.
-    """
+    """Where a step's logits are kept: tier 0 from the left, tier 1 from the right, as in tables."""
     return step if tier == 0 else blocks.steps - 1 - step
 
 
@@ -414,7 +405,5 @@ def _score_kernel(
 
 
 def _over_group(probabilities: Array, layout: PageLayout, group: int) -> Array:
-    """One score of each key from `[rows, n]`, of which `group` rows are query heads and the others
-    zeros: `[n]`.
-    """
+    """One score a key from `[rows, n]`, `group` of them query heads, the others zeros: `[n]`."""
     return probabilities.max(axis=0) if layout.group == "max" else probabilities.sum(axis=0) / group

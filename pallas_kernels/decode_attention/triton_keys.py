@@ -27,9 +27,7 @@ LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
 
 
 class CodeTile(NamedTuple):
-    """Codes of some channels of `n` keys or values, which are `scale * codes + zero`, as far as
-    there are any.
-    """
+    """Codes of some channels of `n` keys or values: `scale * codes + zero`, if there are any."""
 
     codes: Array  # float32 or bfloat16 [channels, n]
     group: int | None = None  # tiles of one group have the same scale and zero point
@@ -43,9 +41,7 @@ class CodeTile(NamedTuple):
 
 
 class State(NamedTuple):
-    """Online softmax of `rows` pairs, in powers of two; the output in pieces of channels,
-    unnormalised.
-    """
+    """Online softmax of `rows` pairs, in powers of two; unnormalised output in channel pieces."""
 
     maximum: Array  # float32 [rows]
     total: Array  # float32 [rows]
@@ -67,17 +63,13 @@ class State(NamedTuple):
 
 @cache
 def key_tiles(layout: PageLayout) -> tuple[tuple[Tile, ...], ...]:
-    """Tiles of the keys of each tier, cut at the same channels. Raises ValueError where Triton
-    cannot multiply them.
-    """
+    """Tiles of each tier's keys, cut at the same channels. ValueError where Triton cannot."""
     return _tiles(layout, "key")
 
 
 @cache
 def value_tiles(layout: PageLayout) -> tuple[tuple[Tile, ...], ...]:
-    """Tiles of the values of each tier, cut at the same channels. Raises ValueError where Triton
-    cannot multiply them.
-    """
+    """Tiles of each tier's values, cut at the same channels. ValueError where Triton cannot."""
     return _tiles(layout, "value")
 
 
@@ -128,9 +120,7 @@ def check_pool(pages: Pages) -> None:
 
 
 def matmul(a: Array, b: Array) -> Array:
-    """`a [m, k]` times `b [k, n]` in float32 sums; float32 factors are multiplied exactly (no
-    TF32).
-    """
+    """`a [m, k]` times `b [k, n]` in float32 sums; float32 factors are not rounded to TF32."""
     return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
@@ -164,9 +154,7 @@ def gathered(ref, *indices):
 
 
 def row_channels(ref, at: tuple, piece: tuple[int, int]):
-    """A Ref of channels `piece` of the rows that the scalars and vectors `[n]` of `at` name: `[n,
-    channels]`.
-    """
+    """A Ref of channels `piece` of the rows that `at` (scalars, vectors `[n]`) names: `[n, c]`."""
     rows = (i[:, None] if jnp.ndim(i) else i for i in at)
     return gathered(ref, *rows, piece[0] + jnp.arange(piece[1], dtype=jnp.int32)[None, :])
 
@@ -181,9 +169,7 @@ def load_rows(ref, at: tuple, piece: tuple[int, int], live: Array, dtype) -> Arr
 
 
 def chunk_key_index(first, count: int, head, chunk_len: int) -> tuple[Array, tuple]:
-    """Numbers `[count]` of the chunk's keys from `first` on, and where they are in `[B, C, d]`,
-    clamped.
-    """
+    """Numbers `[count]` of chunk keys from `first` on, and their clamped place in `[B, C, d]`."""
     key = first + jnp.arange(count, dtype=jnp.int32)
     return key, (head, jnp.minimum(key, chunk_len - 1))
 

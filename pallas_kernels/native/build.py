@@ -89,9 +89,7 @@ def _source(operation: str) -> Path:
 
 
 def _place(operation: str) -> Path:
-    """Where the operation's library lies once it is built: its name changes with all that the
-    machine code depends on.
-    """
+    """Where the operation's built library lies: its name depends on all that its code does."""
     source = _source(operation)
     sources = [source, *sorted(source.parent.glob("*.h")), *sorted(HEADERS.glob("*.h"))]
     parts = [_toolchain().identity, *(path.read_text() for path in sources)]
@@ -100,9 +98,7 @@ def _place(operation: str) -> Path:
 
 
 def cache_directory() -> Path:
-    """Where built libraries lie: $DIFFKV_JAX_CACHE, else diffkv_jax in the user's cache
-    directory.
-    """
+    """Where built libraries lie: $DIFFKV_JAX_CACHE, else diffkv_jax in the user's cache folder."""
     given = os.environ.get("DIFFKV_JAX_CACHE")
     return (
         Path(given)
@@ -150,9 +146,7 @@ def _build(source: Path, built: Path) -> None:
 
 
 def _compile(source: Path, built: Path) -> None:
-    """Compile into a temporary file, then move it: nobody sees half a library, also where file
-    systems know no locks.
-    """
+    """Compile into a temporary file, then move it: nobody sees half a library, locks or not."""
     handle, temporary = tempfile.mkstemp(dir=built.parent, suffix=".so")
     os.close(handle)
     try:

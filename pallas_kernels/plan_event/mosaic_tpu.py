@@ -1,6 +1,4 @@
-"""Which stored tokens leave their tier, as one Pallas kernel for TPU; the compression event
-(apply_event/mosaic_tpu.py) decides with it too.
-"""
+"""Which stored tokens leave their tier, as one Pallas kernel for TPU and inside apply_event's."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -249,9 +247,7 @@ def _all_of_tier(
 def _least_of_tier(
     scan: Callable, rule: Thresholds, tier: int, layout: PageLayout, cut: Blocks, receives: Array
 ):
-    """The same where only the least significant token of the tier, the oldest of equals, may leave;
-    and its slot.
-    """
+    """The same where only the least significant, the oldest of equals, may leave; and its slot."""
     shape = (cut.pages, layout.token_data_rows, layout.tokens)
 
     def visit(mean, position, slot, live, carry):

@@ -1,6 +1,4 @@
-"""Which stored tokens leave their tier, on GPUs (Triton): one program a head; and what
-`apply_event` shares with it.
-"""
+"""Which stored tokens leave their tier, on GPUs (Triton), a program a head; for apply_event too."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -51,9 +49,7 @@ def locate(
 
 
 def read_token_data(significance: Any, position: Any, slots: Slots) -> tuple[Array, Array]:
-    """Significance float32 and position int32 `[n]` of tokens, 0 where not valid; Refs as in
-    `Pages`.
-    """
+    """Significance float32 and position int32 `[n]`, 0 where not valid; Refs as in `Pages`."""
     at = (slots.page, slots.block, slots.lane)
     total, where = (
         plgpu.load(ref.at[at], mask=slots.valid, other=0) for ref in (significance, position)
@@ -214,9 +210,7 @@ def _count(
 def _least(
     inputs: _Inputs, layout: PageLayout, tier: int, head, judge: Judge, length, n: int
 ) -> tuple[Array, Array, Array]:
-    """Whether the least significant token (the oldest of equals) is dropped, whether demoted, and
-    its slot; -1 when it stays.
-    """
+    """Whether the least significant (the oldest) is dropped, or demoted, and its slot, or -1."""
     last = jnp.iinfo(jnp.int32).max
 
     def body(step, best):

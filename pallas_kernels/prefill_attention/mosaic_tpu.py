@@ -1,6 +1,4 @@
-"""Attention of a prompt chunk as one Pallas kernel for TPU: pages, recent window and the chunk
-itself in one online softmax.
-"""
+"""Attention of a prompt chunk as one TPU kernel: pages, window and chunk in one online softmax."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,9 +42,7 @@ class Blocks:
 
     @staticmethod
     def choose(layout: PageLayout, group: int, rows: int) -> "Blocks":
-        """About 512 pairs of row and query head, and at most four blocks of tokens whose logits
-        take at most 1 MiB.
-        """
+        """About 512 pairs (row, query head), at most four blocks of tokens, 1 MiB of logits."""
         rows = largest_divisor(rows, max(128, 512 // group))
         return Blocks(
             rows, max(1, min(4, (1 << 18) // (group * rows * layout.tokens))) * layout.tokens
@@ -138,8 +134,7 @@ def pages_of_step(layout: PageLayout, keys: int) -> list[int]:
 
 
 def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks):
-    """Program (head, block): `blocks.rows` rows of the chunk, for all G query heads, against every
-    key they see.
+    """Program (head, block): `blocks.rows` rows of the chunk, G query heads, every key they see.
 
     Pair m is row m % rows of query head m // rows, so that a page is read and unpacked once for all
     G heads. Reads the head's live pages (payload and metadata, once a program, by double-buffered

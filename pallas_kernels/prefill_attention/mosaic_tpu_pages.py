@@ -1,6 +1,4 @@
-"""What the TPU kernels of this operation share: stored tokens streamed from HBM, page by page, and
-their keys and values.
-"""
+"""What this operation's TPU kernels share: stored tokens from HBM page by page, K and V of them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -47,9 +45,7 @@ def largest_divisor(n: int, most: int) -> int:
 
 
 def matmul(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
-    """`a` times `b` over axes `contract`, in float32 sums; float32 factors are multiplied in full
-    precision.
-    """
+    """`a` times `b` over axes `contract` in float32 sums; float32 factors in full precision."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
@@ -141,9 +137,7 @@ class Tier(NamedTuple):
         ]
 
     def copies(self, step, slot, rows: int) -> list:
-        """The copies that bring a step's metadata and the first `rows` payload rows of its pages to
-        `slot`.
-        """
+        """The copies of a step's metadata and first `rows` payload rows of its pages to `slot`."""
         copies = []
         for page in range(self.pages):
             source, arrived = self.page_id(step * self.pages + page), self.buffers.arrived.at[slot]

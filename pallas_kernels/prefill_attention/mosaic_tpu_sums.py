@@ -171,8 +171,7 @@ def column_sums(
 
 
 def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks, observe: int):
-    """Program (head): every key of one head, scored by the chunk's last `observe` rows that are
-    tokens.
+    """Program (head): every key of a head, scored by the chunk's last `observe` real rows.
 
     Reads K payload and metadata of the head's live pages once and its q, log-sum-exp, chunk K and
     recent K; adds to the significance of live tokens (pages of float32 [blocks, T], read and
@@ -298,9 +297,7 @@ def _score_tier(
     total = layout.pages_for(tier.number, tier.length)
 
     def each_live(step, slot, act: Callable) -> None:
-        """`act(page in the pool, its place in VMEM, slot)` for every live page of a step; a step
-        before the first has none.
-        """
+        """`act(page in the pool, its place in VMEM, slot)` for each live page of a step, if any."""
         for page in range(tier.pages):
 
             @pl.when((step >= 0) & (step * tier.pages + page < total))

@@ -1,6 +1,4 @@
-"""Attention of a prompt chunk as one Triton kernel: pages, recent window and the chunk itself in
-one online softmax.
-"""
+"""Attention of a prompt chunk as one Triton kernel: pages, window, chunk in one online softmax."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,8 +43,7 @@ class Blocks:
 
     @staticmethod
     def choose(layout: PageLayout, group: int, rows: int, itemsize: int) -> "Blocks":
-        """The defaults for a chunk of `rows` rows of `group` query heads, whose values take
-        `itemsize` bytes.
+        """The defaults for a chunk of `rows` rows, `group` query heads, values of `itemsize` bytes.
 
         64 keys a step fit the registers of an H100 too, but spill on A100 and L40.
         """
@@ -75,9 +72,7 @@ class Inputs(NamedTuple):
 
     @staticmethod
     def of(chunk: Chunk, pages: Pages, heads: Heads) -> "Inputs":
-        """The arrays in the order of the Refs. Raises ValueError where a pool's size is beyond
-        Triton.
-        """
+        """The arrays in the order of the Refs. Raises ValueError if the pool is beyond Triton."""
         check_pool(pages)
         # an empty array is no Ref
         meta = (
@@ -117,8 +112,7 @@ def prefill_attention(
 
 
 def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks):
-    """Program (head, block): `blocks.rows` pairs (row, query head) of one head against every key
-    they see.
+    """Program (head, block): `blocks.rows` (row, query head) pairs against every key they see.
 
     Pair f is row f // G of query head f % G, so that a page is read and unpacked once for all G
     heads. Reads the head's live blocks of pages (payload and metadata, once a program), live recent

@@ -1,6 +1,4 @@
-"""Column sums of a prompt chunk's observing rows as Triton kernels: one over the pages, one each
-over recent window and chunk.
-"""
+"""Column sums of a chunk's observing rows: Triton kernels over pages, recent window and chunk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,9 +45,7 @@ class Blocks:
     def choose(
         layout: PageLayout, heads: int, max_pages: int, observe: int, itemsize: int
     ) -> "Blocks":
-        """The defaults for `heads` heads of at most `max_pages` pages and `observe` rows of values
-        of `itemsize` bytes.
-        """
+        """The defaults for `heads` heads, `max_pages` pages, `observe` rows of `itemsize` bytes."""
         wide = layout.head_dim > 128 or itemsize > 2
         keys = max(layout.tokens, 32 if wide else 64)
         steps = pl.cdiv(max_pages * layout.tokens_per_page(0), keys)
@@ -101,8 +97,7 @@ def column_sums(
 
 
 def _stored_kernel(*refs, observe: int, layout: PageLayout, scale: Scale, blocks: Blocks):
-    """Program (head, split): every `splits`-th step of `blocks.keys` stored tokens of one head,
-    tier by tier.
+    """Program (head, split): every `splits`-th step of `blocks.keys` stored tokens, tier by tier.
 
     Reads the K rows and K metadata of the head's live pages once, and q and log-sum-exp (float32
     [B, G, C]) of the observing rows once a step; adds to the significance float32 [num_pages,
@@ -185,8 +180,7 @@ def _sums(
     head,
     causal: Array | None = None,
 ) -> Array:
-    """`exp(logit - lse)` summed over the observing rows of a query head, then maximum or mean over
-    the group: `[n]`.
+    """`exp(logit - lse)` summed over a query head's rows, then max or mean of the group: `[n]`.
 
     `causal [n]`: number of each key in the chunk, seen by its own row and later ones; None for keys
     that all rows see.

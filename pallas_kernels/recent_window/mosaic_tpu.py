@@ -1,6 +1,4 @@
-"""The recent window on TPUs (Mosaic): one token in, the oldest out, in place. Rows and windows go
-through VMEM by DMA.
-"""
+"""The recent window on TPUs: one token in, the oldest out, in place, through VMEM by DMA."""
 
 from dataclasses import dataclass
 from functools import partial
