@@ -27,8 +27,7 @@ from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.read_prompts import prefill
 from diffkv_jax.steps.jitted import decode_step
 
-# decode steps in one compiled call: how often progress is shown and logits go to the host
-SEGMENT = 16
+SEGMENT = 16  # decode steps a compiled call: how often progress is shown and logits fetched
 
 
 @dataclass(frozen=True)

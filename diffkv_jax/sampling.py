@@ -79,8 +79,7 @@ def next_token(rules: Rules, logits: Array, keys: Array) -> Array:
     draws = rules.temperature > 0
 
     def draw() -> Array:
-        # else they could become infinite, and equal
-        relative = logits - logits.max(axis=-1, keepdims=True)
+        relative = logits - logits.max(axis=-1, keepdims=True)  # else they could become infinite
         allowed = _allowed(rules, relative / jnp.where(draws, rules.temperature, 1)[:, None])
         drawn = jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)
         return jnp.where(draws, drawn, best)

@@ -69,8 +69,7 @@ class DecoderLayer(nn.Module):
             mlp = MixtureOfExperts(config.num_hidden_layers, config.experts, *choices, name="mlp")
         mlp = partial(mlp, layer=data.layer, kernels=kernels)
         attended, cache = self_attn(norm("input_layernorm")(hidden), cache, data, shared)
-        # here post_attention_layernorm stands after attention, else before the MLP
-        if switches.sandwich_norms:
+        if switches.sandwich_norms:  # here post_attention_layernorm follows attention
             hidden = hidden + norm("post_attention_layernorm")(attended)
             transformed = mlp(norm("pre_feedforward_layernorm")(hidden))
             hidden = hidden + norm("post_feedforward_layernorm")(transformed)

@@ -119,8 +119,7 @@ DEEPSEEK_V2 = Family(
     layers=all_full,
     switches=_switches,
     reads=_READS,
-    # implementations disagree on whether the weights are then scaled too
-    must_be_off=("norm_topk_prob",),
+    must_be_off=("norm_topk_prob",),  # implementations disagree on scaling the weights then
     parts=_v2,
 )
 DEEPSEEK_V3 = Family(

@@ -88,8 +88,7 @@ def _refused(file: GGUFFile, arch: str, name: str, value: Any, must: str) -> Val
 def _check_no_yarn(file: GGUFFile, arch: str, kind: str) -> None:
     for name, default in {**_YARN_DEFAULTS, "yarn_ext_factor": 0.0}.items():
         value = number(file, f"{arch}.rope.scaling.{name}", default)
-        # negative: not set
-        if value != default and not (name == "yarn_ext_factor" and value < 0.0):
+        if value != default and not (name == "yarn_ext_factor" and value < 0.0):  # negative: unset
             raise _refused(
                 file,
                 arch,

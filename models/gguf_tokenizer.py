@@ -109,8 +109,7 @@ _SPLITS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "tekken": _by_pattern(_TEKKEN_WORDS),
 }
 _LLAMA3 = ("llama3", "llama-v3", "llama-bpe")
-# a word that is itself a token is not merged up from bytes
-_WHOLE_WORDS_FIRST = (*_LLAMA3, "tekken")
+_WHOLE_WORDS_FIRST = (*_LLAMA3, "tekken")  # a whole token is not merged up from bytes
 _NFC = ("qwen2", "deepseek-r1-qwen")
 
 

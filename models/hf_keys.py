@@ -88,8 +88,7 @@ def _renamed(family: Family) -> tuple[str, ...]:
 
 
 def _computes(key: str) -> bool:
-    # a leading underscore: transformers' own notes
-    if key in _HARMLESS or key.startswith("_") or "dropout" in key:
+    if key in _HARMLESS or key.startswith("_") or "dropout" in key:  # "_": transformers' own notes
         return False
     return not _COMPUTES.isdisjoint(key.lower().split("_"))
 

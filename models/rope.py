@@ -97,8 +97,7 @@ def inverse_frequencies(
     # within the original context
     turns = scaling.original_max_position_embeddings * frequency / (2.0 * np.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    # 1: a short wavelength, left alone; 0: a long one, fully stretched
-    keep = np.clip(keep, 0.0, 1.0)
+    keep = np.clip(keep, 0.0, 1.0)  # 1: a short wavelength, left alone; 0: a long one, stretched
     return (frequency * (keep + (1.0 - keep) / scaling.factor)).astype(np.float32)
 
 

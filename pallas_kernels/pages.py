@@ -216,8 +216,7 @@ class Pages:
 
     payload: Array  # uint8 [num_pages, rows, T]
     meta: Array  # float16 [num_pages, meta_rows, T], or its bits as int16: `PageLayout.meta_dtype`
-    # float32 [num_pages, blocks, T]; [num_pages, 0, T] when the policy does not score
-    significance: Array
+    significance: Array  # float32 [num_pages, blocks, T]; [num_pages, 0, T] if not scored
     position: Array  # uint16 or int32 [num_pages, blocks, T]
 
     @staticmethod

@@ -47,8 +47,7 @@ class Scratch(NamedTuple):
     """
 
     pages: tuple[Any, ...]  # of each tier: int32 [2, blocks, rows of a column, T], pages as columns
-    # of each tier: int32 [rows of a column, T], columns that will be appended
-    fresh: tuple[Any, ...]
+    fresh: tuple[Any, ...]  # int32 [rows of a column, T] a tier, columns to be appended
     fallen: Any  # int32 [rows of a column of tier 0, T], columns that will be requantised
     arriving: Pool  # [tiers, 3, ...] pages as they lie in the pool
     departing: Pool  # [tiers, 2, ...]

@@ -85,8 +85,7 @@ class Head:
     layout: PageLayout
     blocks: Blocks
     one_victim: bool
-    # what the program has written so far may be read by all its threads
-    barrier: Callable[[], None]
+    barrier: Callable[[], None]  # what the program wrote so far may be read by all its threads
     index: Any  # int32 []
     held: Any  # int32 [] pages of the head, free ones included
 

@@ -29,8 +29,7 @@ class Tile:
     rows: tuple[int, ...]
     scale_row: int | None
     zero_row: int | None
-    # byte planes int32 [channels, T] -> float32 codes [channels, T]
-    unpack: Callable[[Sequence[Array]], Array]
+    unpack: Callable[[Sequence[Array]], Array]  # int32 byte planes -> float32, all [channels, T]
 
     def value(self, codes: Array, number: Callable[[int], Array]) -> Array:
         """Float32 `[channels, T]` of codes; `number(row)` reads a stored metadata row `[T]`."""

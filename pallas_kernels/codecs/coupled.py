@@ -63,8 +63,7 @@ class Coupled(Tiled):
         tokens = jnp.swapaxes(x.astype(jnp.float32), -1, -2)  # [B, ..., T, d]
         vectors = tokens.reshape(x.shape[0], -1, x.shape[-2] // self.channels, self.channels)
         by_group = jnp.moveaxis(vectors, 2, 0), jnp.moveaxis(self._codebooks(), 1, 0)
-        # [groups, B, n], one group's distances at a time
-        codes = lax.map(lambda one: nearest(*one), by_group)
+        codes = lax.map(lambda one: nearest(*one), by_group)  # [groups, B, n], one by one
         codes = jnp.moveaxis(codes, 0, 2).reshape(*tokens.shape[:-1], -1)
         return pack_planes(jnp.swapaxes(codes, -1, -2), self.bits), without_meta(x)
 

@@ -78,8 +78,7 @@ class LowRank(Beside):
         payload, meta = apart(payload, self.tokens), apart(meta, self.tokens)
         inner, numbers = meta[..., : self.codec.meta_rows, :], meta[..., self.codec.meta_rows :, :]
         by_token = numbers[..., : self.rank, :].astype(jnp.float32)
-        # [..., 1, rank]
-        far = jnp.swapaxes(jnp.abs(by_token).max(axis=-1, keepdims=True) > 2, -1, -2)
+        far = jnp.swapaxes(jnp.abs(by_token).max(axis=-1, keepdims=True) > 2, -1, -2)  # [..., 1, r]
         by_channel = scales.either(
             from_rows(numbers[..., self.rank :, :], self.head_dim, self.rank), far
         )

@@ -13,8 +13,7 @@ from .halves import float_to_half, half_to_float
 
 TOO_LARGE = 65520.0  # rounds to infinity in float16
 TOO_SMALL = 2.0**-16  # float16 has fewer bits than bfloat16 below
-# beside a scale that is too small; a zero point beyond is told better in float16
-SMALL_ZERO = 2.0**-8
+SMALL_ZERO = 2.0**-8  # beside a too small scale; a larger zero is told better in float16
 LEAST_OUTLIER = 2.0**-100  # below, float16 zeros do
 # finite numbers saturate there, so that sums of a block's do not overflow; a stored range is finite
 # as float16, too

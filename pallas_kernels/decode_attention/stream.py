@@ -10,8 +10,7 @@ from ..codecs import Block
 from ..pages import PageLayout, Pages, tier_page_ids
 from ..rope import at_positions
 
-# tokens of one head that one step of the loop reads: about a cache's worth of decoded keys
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 512  # of one head a step of the loop: about a cache's worth of decoded keys
 
 
 class Partial(NamedTuple):

@@ -36,8 +36,7 @@ class Blocks:
     """Sizes of one program."""
 
     rows: int  # query heads of a group, filled up to a power of two of at least 16
-    # tokens of one step, a power of two of at least 16 and of at least the tokens of a block
-    keys: int
+    keys: int  # of one step, a power of two of at least 16 and of the tokens of a block
     splits: int  # programs that share the tokens of a head
     steps: int  # most steps of a head: the room for its logits
     logits: str  # dtype in which they are kept between the kernels
@@ -79,8 +78,7 @@ class Inputs(NamedTuple):
     recent_len: Any  # int32 [B]
     layer: Any  # int32 [1]
     query_position: Any  # int32 [B]; read with a sliding window only
-    # uint16 or int32 [num_pages, blocks, T]; read with a sliding window, or to embed keys
-    position: Any
+    position: Any  # uint16 or int32 [num_pages, blocks, T]; for a sliding window or RoPE
     payload: Any  # uint8 [num_pages, rows, T]
     meta: Any  # float16 [num_pages, meta_rows, T]
     tables: Any  # `Heads.tables`
@@ -378,8 +376,7 @@ def _score_kernel(
         scores = _over_group(jnp.exp2(kept + (largest - shift)[:, None]), layout, group).reshape(
             stored.valid.shape
         )
-        # blocks past the end name no page
-        page = jnp.where(stored.live, stored.page, significance.shape[0])
+        page = jnp.where(stored.live, stored.page, significance.shape[0])  # past the end: none
         lanes = jnp.arange(layout.tokens, dtype=jnp.int32)[None, :]
         at = gathered(significance, page[:, None], stored.block[:, None], lanes)
         plgpu.store(at, plgpu.load(at, mask=stored.valid, other=0.0) + scores, mask=stored.valid)

@@ -32,8 +32,7 @@ FLAGS = (
     "-shared",
     "-Wno-psabi",
 )
-# that a process waits for another one's build; a build takes one minute at most
-LOCK_SECONDS = 600.0
+LOCK_SECONDS = 600.0  # to wait for another process's build, which takes one minute at most
 
 _log = logging.getLogger(__name__)
 

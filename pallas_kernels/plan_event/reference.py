@@ -14,8 +14,7 @@ class Rule(NamedTuple):
     """Which stored tokens of the `B` heads leave their tier in a compression event."""
 
     tau: Array  # float32 [B, 2] thresholds of the mean significance (high, low)
-    # int32 [B, spans, 2] (end, length) of the spans of positions whose queries have scored
-    query_spans: Array
+    query_spans: Array  # int32 [B, spans, 2] (end, length) of positions whose queries scored
     has_new_tokens: Array  # bool [B] heads that some token enters; nothing leaves the others
     receives: Array  # bool [B, tiers] tiers that a token enters; read with `one_victim` only
 

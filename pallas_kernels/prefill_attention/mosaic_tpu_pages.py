@@ -78,8 +78,7 @@ class Buffers(NamedTuple):
     """VMEM that the pages arrive in."""
 
     payload: Any  # uint8 [BUFFERS, pages of a step, rows, T]
-    # int16 [BUFFERS, pages of a step, meta_rows, T]; the bits of float16, which Mosaic lacks
-    meta: Any
+    meta: Any  # int16 [BUFFERS, pages of a step, meta_rows, T]; bits of float16
     arrived: Any  # DMA semaphores [BUFFERS]
 
     @staticmethod

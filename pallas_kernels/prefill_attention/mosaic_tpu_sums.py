@@ -44,8 +44,7 @@ class Blocks:
     # rows at the end of the chunk that are brought to VMEM: at least the observing ones, divides
     # the chunk
     observed: int
-    # of these that are multiplied at a time, with all query heads of the group; divides `observed`
-    rows: int
+    rows: int  # of these at a time, with all query heads of the group; divides `observed`
     keys: int  # of one step; whole pages
 
     @staticmethod

@@ -36,8 +36,7 @@ class Blocks:
     """Sizes of one program."""
 
     rows: int  # pairs of row and query head, a power of two of at least 16
-    # keys of one step, a power of two of at least 16 and of at least the tokens of a block
-    keys: int
+    keys: int  # of one step, a power of two of at least 16 and of the tokens of a block
     warps: int
     stages: int
 

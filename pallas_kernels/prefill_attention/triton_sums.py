@@ -35,8 +35,7 @@ class Blocks:
     """Sizes of one program."""
 
     rows: int  # observing rows of one query head at a time, a power of two of at least 16
-    # keys of one step, a power of two of at least 16 and of at least the tokens of a block
-    keys: int
+    keys: int  # of one step, a power of two of at least 16 and of the tokens of a block
     splits: int  # programs that share the pages of a head
     warps: int
     stages: int
