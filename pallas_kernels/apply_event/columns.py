@@ -36,16 +36,11 @@ def read_tokens(
     pages: Pages, layout: PageLayout, tier: int, slots: Slots
 ) -> tuple[Block, Array, Array]:
     """Tokens at `slots [...]`: one-token columns `[..., rows]`, significance, position `[...]`."""
-    parts = [
-        _read_column(array, slots, first, rows)
-        for array, first, rows in _parts(pages, layout, tier, slots)
-    ]
-    halves = [lax.bitcast_convert_type(part, jnp.float16) for part in parts[2:]]
-    return (
-        Block(parts[0], parts[1], *halves),
-        _read_array(pages.significance, slots),
-        _read_array(pages.position, slots),
-    )
+    parts = _parts(pages, layout, tier, slots)
+    columns = [_read_column(array, slots, first, rows) for array, first, rows in parts]
+    halves = [lax.bitcast_convert_type(column, jnp.float16) for column in columns[2:]]
+    significance = _read_array(pages.significance, slots)
+    return Block(*columns[:2], *halves), significance, _read_array(pages.position, slots)
 
 
 def write_tokens(
@@ -114,9 +109,8 @@ def _read_array(array: Array, slots: Slots) -> Array:
 def _write_array(array: Array, slots: Slots, values: Array) -> Array:
     if array.shape[1] == 0:
         return array
-    return array.at[slots.page, slots.block, slots.lane].set(
-        values.astype(array.dtype), mode="drop"
-    )
+    at = array.at[slots.page, slots.block, slots.lane]
+    return at.set(values.astype(array.dtype), mode="drop")
 
 
 def ranked(cumulative: Array, rank: Array) -> Array:

@@ -88,12 +88,8 @@ def _open(head: Head, out: Outputs, more: Array) -> None:
     def _():
         for tier in head.tiers:
             length, t = head.number("length", tier.tier), tier.tier
-            s.length[t], s.owned[t], s.held[t], s.dirty[t] = (
-                length,
-                head.layout.pages_for(t, length),
-                -1,
-                0,
-            )
+            s.length[t], s.owned[t] = length, head.layout.pages_for(t, length)
+            s.held[t], s.dirty[t] = -1, 0
             pl.when(head.number("tail", t) >= 0)(
                 lambda tier=tier, length=length: tier.take_next((length - 1) // tier.per_page)
             )
@@ -162,9 +158,8 @@ def _enter(head: Head, tier: Tier) -> None:
 def _as_lanes(x: Array, to: Array) -> Array:
     """Tokens `[W, d]` as float32 `[d, T]`, those that `to [W, T]` places."""
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    words = (
-        move(bits >> 16, to, 2, contract=0) << 16
-        if x.dtype == jnp.bfloat16
-        else move(bits, to, 4, contract=0)
-    )
+    if x.dtype == jnp.bfloat16:
+        words = move(bits >> 16, to, 2, contract=0) << 16
+    else:
+        words = move(bits, to, 4, contract=0)
     return lax.bitcast_convert_type(words, jnp.float32)

@@ -107,9 +107,8 @@ def _removal_step(head: Head, tier: Tier, stop, holed):
         page = top_block // tier.blocks
         _open_top(head, tier, page, at, stop, holed)
         hole_block = at.hole // lanes
-        slot = jnp.where(
-            (at.hole_page < holed) & (_holed(head, at.hole_page) != s.held[t]), HOLE, TAIL
-        )
+        in_hole = (at.hole_page < holed) & (_holed(head, at.hole_page) != s.held[t])
+        slot = jnp.where(in_hole, HOLE, TAIL)
         above = tier.pages.at[TAIL, lax.rem(top_block, tier.blocks)]
         below = tier.pages.at[slot, lax.rem(hole_block, tier.blocks)]
         step = _match(head, t, above, below, at, stop, at.hole_page >= holed)
@@ -140,22 +139,18 @@ def _removal_step(head: Head, tier: Tier, stop, holed):
 def _next_hole(head: Head, tier: Tier, at: At, step: "Step", stop, holed) -> At:
     """Pass over the holes that are filled, to the next page where all of this one are."""
     lanes, block = head.layout.tokens, at.hole // head.layout.tokens
-    after = jnp.where(
-        step.filled == step.holes,
-        (block + 1) * lanes,
-        jnp.maximum(at.hole, block * lanes + step.next_lane),
-    )
+    all_filled, block_end = step.filled == step.holes, (block + 1) * lanes
+    after = jnp.where(all_filled, block_end, jnp.maximum(at.hole, block * lanes + step.next_lane))
     page_done = (at.hole_page < holed) & (after > at.hole) & (lax.rem(after, tier.per_page) == 0)
 
     def turn():
         _close_hole(head, tier, at.hole_page)
         return At(at.top, at.hole_page + 1, _open_hole(head, tier, at.hole_page + 1, holed, stop))
 
-    return lax.cond(
-        page_done,
-        turn,
-        lambda: At(at.top, at.hole_page, jnp.where(at.hole_page < holed, after, stop)),
-    )
+    def stay():
+        return At(at.top, at.hole_page, jnp.where(at.hole_page < holed, after, stop))
+
+    return lax.cond(page_done, turn, stay)
 
 
 class Step(NamedTuple):
@@ -215,10 +210,10 @@ def _requantise_fallen(head: Head, above: Any, below: Any, step: Step) -> None:
     from_top = one_hot(step.top_falls > 0, step.lane, lanes)
     falling = _matrix(step.pairs * step.hole_falls)
     lane = one_hot(step.lane >= 0, step.lane, lanes)
-    from_hole = lax.dot_general(
-        falling, lane, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    ).astype(jnp.bfloat16)
-    top, hole = move_columns(columns, above, from_top), move_columns(columns, below, from_hole)
+    dims = (((0,), (0,)), ((), ()))
+    from_hole = lax.dot_general(falling, lane, dims, preferred_element_type=jnp.float32)
+    top = move_columns(columns, above, from_top)
+    hole = move_columns(columns, below, from_hole.astype(jnp.bfloat16))
     fallen[: columns.bytes_end], fallen[columns.bytes_end :] = (
         a | b for a, b in zip(top, hole, strict=True)
     )

@@ -41,18 +41,11 @@ def apply_event(
     check_pool(stored.pages)
     blocks, heads = blocks or Blocks.choose(layout), entering.shape[0]
     inputs, ring = _plan(stored, layout, rule, moves, tokens, entering, admitted)
-    pool = [
-        stored.pages.payload,
-        stored.pages.meta,
-        stored.pages.significance,
-        stored.pages.position,
-    ]
+    pages = stored.pages
+    pool = [pages.payload, pages.meta, pages.significance, pages.position]
     used = [array.size > 0 for array in pool]
-    changed = [array for array in pool if array.size] + [
-        stored.page_table,
-        stored.tier_len,
-        stored.ring.ids,
-    ]
+    changed = [array for array in pool if array.size]
+    changed += [stored.page_table, stored.tier_len, stored.ring.ids]
     results = pl.pallas_call(
         partial(
             _kernel,
@@ -71,9 +64,8 @@ def apply_event(
         name="apply_event",
     )(*inputs, *changed)
     new = iter(results)
-    pages = Pages(
-        *(next(new) if in_use else array for array, in_use in zip(pool, used, strict=True))
-    )
+    pairs = zip(pool, used, strict=True)
+    pages = Pages(*(next(new) if in_use else array for array, in_use in pairs))
     page_table, tier_len, ids = next(new), next(new), next(new)
     return Stored(pages, FreeRing(ids, ring.start, ring.count), page_table, tier_len)
 
@@ -164,9 +156,8 @@ def _append(head: Head, tier: int, lengths: tuple) -> tuple:
 
     def body(step, length):
         nth = step * head.blocks.enter + jnp.arange(head.blocks.enter, dtype=jnp.int32)
-        code = plgpu.load(
-            inputs.entering.at[head.index, jnp.where(nth < n, nth, n)], mask=nth < n, other=0
-        )
+        at = inputs.entering.at[head.index, jnp.where(nth < n, nth, n)]
+        code = plgpu.load(at, mask=nth < n, other=0)
         enters = code == tier + 1
         rank, count = jnp.cumsum(enters.astype(jnp.int32)) - 1, enters.astype(jnp.int32).sum()
 
@@ -185,14 +176,10 @@ def _append(head: Head, tier: int, lengths: tuple) -> tuple:
 def _encoded(head: Head, tier: int, nth: Array, valid: Array) -> Columns:
     """Entering tokens number `nth [n]` as columns of a tier."""
     inputs, fmt, head_dim = head.inputs, head.layout.formats[tier], head.layout.head_dim
-    k, v = (
-        encoded(c, head_dim, x, head.index, nth, valid)
-        for c, x in zip(fmt.scalars(), (inputs.k, inputs.v), strict=True)
-    )
-    at = (head.index, jnp.where(valid, nth, 0))
-    significance, position = (
-        plgpu.load(x.at[at], mask=valid, other=0) for x in (inputs.significance, inputs.position)
-    )
+    pairs = zip(fmt.scalars(), (inputs.k, inputs.v), strict=True)
+    k, v = (encoded(codec, head_dim, x, head.index, nth, valid) for codec, x in pairs)
+    at, token_data = (head.index, jnp.where(valid, nth, 0)), (inputs.significance, inputs.position)
+    significance, position = (plgpu.load(x.at[at], mask=valid, other=0) for x in token_data)
     return Columns(k, v, significance, position)
 
 

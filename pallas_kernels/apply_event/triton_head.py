@@ -136,11 +136,9 @@ class Head:
             at = self._ring_at(self.inputs.give[self.index] + nth, nth < free)
             plgpu.store(self.state.ring_ids.at[at], ids, mask=nth < free)
             self.barrier()
-            plgpu.store(
-                self._row(high + nth, nth < unused),
-                jnp.full((IDS,), self.num_pages, jnp.int32),
-                mask=nth < unused,
-            )
+            row = self._row(high + nth, nth < unused)
+            nowhere = jnp.full((IDS,), self.num_pages, jnp.int32)
+            plgpu.store(row, nowhere, mask=nth < unused)
 
         lax.fori_loop(0, pl.cdiv(unused, IDS), body, None)
 

@@ -29,7 +29,7 @@ def remove(head: Head, judge: Judge, tier: int, lengths: tuple) -> tuple:
     hold no fewer tokens: the head's pages suffice.
     """
     total, length = head.inputs.leaving[head.index, tier], lengths[tier]
-    width = head.layout.tokens_per_page(0)
+    width, pool = head.layout.tokens_per_page(0), head.state.pool
     kept = length - total
     falls_too = tier == 0 and len(lengths) == 2
 
@@ -38,20 +38,11 @@ def remove(head: Head, judge: Judge, tier: int, lengths: tuple) -> tuple:
         this = _plan(head, judge, tier, length - cleared, kept, search)
         columns = falls = None
         if falls_too:
-            significance, position = read_token_data(
-                head.state.pool.significance, head.state.pool.position, this.removed
-            )
-            falls = this.removed.valid & judge.leaving(judge.mean(significance, position), tier)[1]
-            columns = demoted(
-                head.state.pool,
-                head.layout,
-                tier,
-                _only(head, this.removed, falls),
-                significance,
-                position,
-            )
+            data = read_token_data(pool.significance, pool.position, this.removed)
+            falls = this.removed.valid & judge.leaving(judge.mean(*data), tier)[1]
+            columns = demoted(pool, head.layout, tier, _only(head, this.removed, falls), *data)
         head.barrier()  # the demoted have been read: their slots may be filled
-        copy(head.state.pool, head.layout, tier, this.source, this.target)
+        copy(pool, head.layout, tier, this.source, this.target)
         left = jnp.maximum(length - cleared - width, kept)
         lengths = tuple(left if t == tier else n for t, n in enumerate(lengths))
         head.barrier()  # the top slots have been read: their page may be taken
@@ -86,11 +77,8 @@ def _plan(head: Head, judge: Judge, tier: int, length, kept, search) -> Round:
     stays = active & ~leaves
     rank = jnp.cumsum(stays.astype(jnp.int32)) - 1
     search = _list_holes(head, judge, tier, kept, search, stays.astype(jnp.int32).sum())
-    hole = plgpu.load(
-        head.state.holes.at[head.index, jnp.where(stays, rank, head.blocks.width)],
-        mask=stays,
-        other=0,
-    )
+    at = head.state.holes.at[head.index, jnp.where(stays, rank, head.blocks.width)]
+    hole = plgpu.load(at, mask=stays, other=0)
     removed = head.locate(tier, jnp.where(stays, hole, slot), active)
     return Round(_only(head, top, stays), _only(head, removed, stays), removed, search)
 
@@ -110,11 +98,8 @@ def _list_holes(head: Head, judge: Judge, tier: int, kept, search, count) -> Arr
         leaves = _leaves(head, judge, tier, slot, head.locate(tier, slot, slot < kept))
         rank = found + jnp.cumsum(leaves.astype(jnp.int32)) - 1
         listed = leaves & (rank < count)
-        plgpu.store(
-            head.state.holes.at[head.index, jnp.where(listed, rank, head.blocks.width)],
-            slot,
-            mask=listed,
-        )
+        at = head.state.holes.at[head.index, jnp.where(listed, rank, head.blocks.width)]
+        plgpu.store(at, slot, mask=listed)
         found += leaves.astype(jnp.int32).sum()
         return found, jnp.where(found < count, first + head.blocks.scan, first)
 
@@ -127,10 +112,9 @@ def _leaves(head: Head, judge: Judge, tier: int, slot: Array, at: Slots) -> Arra
     """Mask of the tokens at `slot [n]` that leave the tier."""
     if head.one_victim:
         return at.valid & (slot == head.inputs.victim[head.index, tier])
-    dropped, falls = judge.leaving(
-        judge.mean(*read_token_data(head.state.pool.significance, head.state.pool.position, at)),
-        tier,
-    )
+    pool = head.state.pool
+    mean = judge.mean(*read_token_data(pool.significance, pool.position, at))
+    dropped, falls = judge.leaving(mean, tier)
     return at.valid & (dropped | falls)
 
 

@@ -41,10 +41,9 @@ class Tile:
         """Scale and zero point float32, if any; `number(row)` reads a stored metadata row."""
         if self.scale_row is None:
             return None, None
-        scale = number(self.scale_row)
-        return scale_of(scale), None if self.zero_row is None else zero_of(
-            scale, number(self.zero_row)
-        )
+        stored = number(self.scale_row)
+        scale = scale_of(stored)
+        return scale, None if self.zero_row is None else zero_of(stored, number(self.zero_row))
 
 
 class Fitting(NamedTuple):

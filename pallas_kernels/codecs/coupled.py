@@ -71,11 +71,9 @@ class Coupled(Tiled):
         """Back to float32 `[B, ..., d, T]`: the rows of the codebooks."""
         del meta
         codes = jnp.swapaxes(unpack_planes(payload, self.bits), -1, -2)  # [B, ..., T, groups]
-        by_group = jnp.swapaxes(codes.reshape(payload.shape[0], -1, codes.shape[-1]), 1, 2).astype(
-            jnp.int32
-        )
-        # [B, groups, n, channels]
-        vectors = jnp.take_along_axis(self._codebooks(), by_group[..., None], axis=2)
+        by_group = jnp.swapaxes(codes.reshape(payload.shape[0], -1, codes.shape[-1]), 1, 2)
+        index = by_group.astype(jnp.int32)[..., None]
+        vectors = jnp.take_along_axis(self._codebooks(), index, axis=2)  # [B, groups, n, channels]
         tokens = jnp.swapaxes(vectors, 1, 2).reshape(*codes.shape[:-1], -1)
         return jnp.swapaxes(tokens, -1, -2)
 

@@ -117,9 +117,8 @@ class KVFormat:
             )
         k = (match[1], match[2], match[3], match[7])
         v, beside = (match[4], match[5], match[6], match[8]), (match[9], match[10])
-        return KVFormat(
-            _tensor(name, *k, *beside), _tensor(name, *v, *beside, as_tokens=match[2] == "c"), name
-        )
+        key = _tensor(name, *k, *beside)
+        return KVFormat(key, _tensor(name, *v, *beside, as_tokens=match[2] == "c"), name)
 
     def for_block(self, head_dim: int, tokens: int) -> "KVFormat":
         """The format of blocks `[head_dim, tokens]`: some codecs' rows depend on both.
@@ -128,9 +127,8 @@ class KVFormat:
             ValueError: they cannot hold such blocks.
         """
         first, second = self.widths(head_dim)
-        return replace(
-            self, key=self.key.for_block(first, tokens), value=self.value.for_block(second, tokens)
-        )
+        key = self.key.for_block(first, tokens)
+        return replace(self, key=key, value=self.value.for_block(second, tokens))
 
     @property
     def separable(self) -> bool:
@@ -163,9 +161,8 @@ class KVFormat:
 
     def decode(self, block: Block) -> tuple[Array, Array]:
         """The float32 K and V `[..., head_dim, T]` that attention reads."""
-        return self.key.decode(block.k_payload, block.k_meta), self.value.decode(
-            block.v_payload, block.v_meta
-        )
+        k = self.key.decode(block.k_payload, block.k_meta)
+        return k, self.value.decode(block.v_payload, block.v_meta)
 
     def key_logits(self, q: Array, block: Block) -> Array:
         """`q [..., G, d]` times the keys of a block, `[..., G, T]`."""

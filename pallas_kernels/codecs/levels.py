@@ -81,11 +81,8 @@ class Levels(Tiled):
         half, middle = _range_of(*jnp.split(meta, 2, axis=-2))
         flat = codes.reshape(codes.shape[0], -1).astype(jnp.int32)
         assert self.table is not None
-        return (
-            jnp.take_along_axis(self.table.astype(jnp.float32), flat, axis=1).reshape(codes.shape)
-            * half
-            + middle
-        )
+        levels = jnp.take_along_axis(self.table.astype(jnp.float32), flat, axis=1)
+        return levels.reshape(codes.shape) * half + middle
 
     def tile(self, head_dim: int, channel: int, channels: int) -> Tile:
         """Codes that are looked up, on the scale of the token's range."""
@@ -148,10 +145,8 @@ class StaticLevels(Coupled):
         self, x: Array, fisher: Array, key: Array, how: Fitting, outliers: float = 0.0
     ) -> Array:
         """A channel's range without its share of `outliers`, and the layer's levels on it."""
-        # [K, d, 1]
-        low, high = jnp.quantile(
-            x, jnp.array([outliers / 2, 1 - outliers / 2]), axis=-1, keepdims=True
-        )
+        ends = jnp.array([outliers / 2, 1 - outliers / 2])
+        low, high = jnp.quantile(x, ends, axis=-1, keepdims=True)  # [K, d, 1]
         half, middle = (high - low) / 2, (high + low) / 2
         scaled = normalised(x, half, middle)
         weight = jnp.where(jnp.abs(scaled) <= 1, fisher, 0.0)
@@ -173,13 +168,10 @@ def fitted_levels(bits: int, scaled: Array, weight: Array, key: Array, how: Fitt
         return levels
     coded = levels[nearest(values[:, None], levels[:, None])]
     counts = jnp.where(weight > 0, 1.0, 0.0)
-    (mean, deviation), (coded_mean, coded_deviation) = (
-        _moments(values, counts),
-        _moments(coded, counts),
-    )
-    return (levels - coded_mean) * deviation / jnp.where(
-        coded_deviation > 0, coded_deviation, 1.0
-    ) + mean
+    mean, deviation = _moments(values, counts)
+    coded_mean, coded_deviation = _moments(coded, counts)
+    coded_deviation = jnp.where(coded_deviation > 0, coded_deviation, 1.0)
+    return (levels - coded_mean) * deviation / coded_deviation + mean
 
 
 def _moments(x: Array, counts: Array) -> tuple[Array, Array]:

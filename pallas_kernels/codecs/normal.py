@@ -101,12 +101,10 @@ class Normal(Scalar):
         values = [x * inverse[..., None, :] for x in values]  # squares neither overflow nor vanish
         squares = sum((x * x).sum(axis=-2) for x in values)
         to_rms = jnp.where(squares > 0, jnp.sqrt(sum(x.shape[-2] for x in values) / squares), 0.0)
-        codes, squared_levels = zip(
-            *(_nearest(x * to_rms[..., None, :], self.bits) for x in values), strict=True
-        )
-        return list(codes), {
-            0: scale_bits(unit * jnp.sqrt(squares / sum(x.sum(axis=-2) for x in squared_levels)))
-        }
+        pairs = (_nearest(x * to_rms[..., None, :], self.bits) for x in values)
+        codes, squared_levels = zip(*pairs, strict=True)
+        scale = unit * jnp.sqrt(squares / sum(x.sum(axis=-2) for x in squared_levels))
+        return list(codes), {0: scale_bits(scale)}
 
     def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
         """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, each row once."""
@@ -130,10 +128,8 @@ def _level(code: Array, bits: int) -> Array:
     """Float32 levels of int32 codes by halving the table bit by bit; higher bits do not matter."""
     levels = [jnp.float32(level) for level in LEVELS[bits]]
     for bit in range(bits - 1):
-        odd = (code >> bit) & 1 == 1
-        levels = [
-            jnp.where(odd, high, low) for low, high in zip(levels[::2], levels[1::2], strict=True)
-        ]
+        odd, pairs = (code >> bit) & 1 == 1, zip(levels[::2], levels[1::2], strict=True)
+        levels = [jnp.where(odd, high, low) for low, high in pairs]
     return jnp.where((code >> (bits - 1)) & 1 == 1, -levels[0], levels[0])
 
 

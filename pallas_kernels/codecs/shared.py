@@ -65,9 +65,8 @@ class Shared(Codec):
         T]` are never read.
         """
         inner, norm = self._split(meta)
-        return self.inner.value_mix(
-            p * jnp.where(valid[..., None, :], norm, 0), payload, inner, valid
-        )
+        weights = p * jnp.where(valid[..., None, :], norm, 0)
+        return self.inner.value_mix(weights, payload, inner, valid)
 
     def _split(self, meta: Array) -> tuple[Array, Array]:
         """Metadata of `inner`, and the layer's norms float32 `[..., 1, T]`."""

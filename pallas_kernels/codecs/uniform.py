@@ -58,9 +58,8 @@ class Uniform(Scalar):
     def encode(self, x: Array) -> tuple[Array, Array]:
         """Quantise `[..., d, T]` to (payload, metadata), half to even, with `scales.grid`."""
         grouped = _grouped(x.astype(jnp.float32), self.groups)  # [..., groups, d / groups, T]
-        scale, zero, *stored = scales.grid(
-            grouped.min(axis=-2), grouped.max(axis=-2), 2**self.bits - 1
-        )
+        low, high = grouped.min(axis=-2), grouped.max(axis=-2)
+        scale, zero, *stored = scales.grid(low, high, 2**self.bits - 1)
         step = jnp.where(scale > 0, scale, 1.0)
         codes = jnp.round((grouped - zero[..., None, :]) / step[..., None, :])
         codes = jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8).reshape(x.shape)
@@ -146,9 +145,8 @@ class Uniform(Scalar):
             high[group] = jnp.maximum(high[group], largest) if group in high else largest
         zeros, steps = {}, {}
         for group, least in low.items():
-            scale, zeros[group], meta[group], meta[self.groups + group] = scales.grid(
-                least, high[group], most
-            )
+            scale, zeros[group], *stored = scales.grid(least, high[group], most)
+            meta[group], meta[self.groups + group] = stored
             steps[group] = jnp.where(scale > 0, scale, 1.0)
         codes = []
         for tile, x in zip(tiles, values, strict=True):
@@ -169,9 +167,8 @@ class Uniform(Scalar):
             return super().demote_tiles(target, head_dim, codes, number)
         ratio, numbers = (2**self.bits - 1) // (2**target.bits - 1), {}
         for row in range(self.groups):
-            numbers[row], numbers[self.groups + row] = _demoted(
-                number(row), number(self.groups + row), ratio
-            )
+            below = row + self.groups
+            numbers[row], numbers[below] = _demoted(number(row), number(below), ratio)
         whole = (codes(tile).astype(jnp.int32) for tile in self.tiles(head_dim, target))
         lower = [(code + ratio // 2) // ratio for code in whole]
         return target.tiles(head_dim, self), lower, numbers
@@ -241,12 +238,9 @@ def nearest_divisor(head_dim: int, channels: int) -> int:
 
 def _demoted(scale: Array, zero: Array, ratio: int) -> tuple[Array, Array]:
     """Bits of the stored numbers of a scale that is `ratio` times as large."""
-    scale, zero, was_wide = (
-        scales.scale_of(scale) * float(ratio),
-        scales.zero_of(scale, zero),
-        scales.is_wide(scale),
-    )
-    return scales.pair_bits(scale, zero, was_wide | scales.too_large(scale))
+    larger = scales.scale_of(scale) * float(ratio)
+    zero, was_wide = scales.zero_of(scale, zero), scales.is_wide(scale)
+    return scales.pair_bits(larger, zero, was_wide | scales.too_large(larger))
 
 
 def _plane(planes: Sequence[Array], shift: int, bits: int) -> Array:

@@ -134,12 +134,12 @@ class Stream:
         """Ask for one chunk more and wait for the next one; returns its buffer."""
         self._ask()
         buffer = lax.rem(self.refs.cursor[2], self.plan.buffers)
-        self.each_page(
-            head,
-            tier,
-            chunk,
-            lambda i, page: [copy.wait() for copy in self._copies(buffer, i, page)],
-        )
+
+        def wait(i, page) -> None:
+            for copy in self._copies(buffer, i, page):
+                copy.wait()
+
+        self.each_page(head, tier, chunk, wait)
         return buffer
 
     def _ask(self) -> None:
@@ -147,6 +147,10 @@ class Stream:
         head, number = cursor[0], cursor[1]
         buffer = lax.rem(cursor[2], self.plan.buffers)
         cursor[2] += 1
+
+        def start(i, page) -> None:
+            for copy in self._copies(buffer, i, page):
+                copy.start()
 
         @pl.when(head < self.end)
         def _():
@@ -156,12 +160,7 @@ class Stream:
 
                 @pl.when((number >= begin) & (number < begin + count))
                 def _(tier=tier, chunk=number - begin):
-                    self.each_page(
-                        head,
-                        tier,
-                        chunk,
-                        lambda i, page: [copy.start() for copy in self._copies(buffer, i, page)],
-                    )
+                    self.each_page(head, tier, chunk, start)
 
                 begin += count
             last = number + 1 == begin

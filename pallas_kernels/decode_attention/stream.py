@@ -50,9 +50,8 @@ class Partial(NamedTuple):
         some = self.total > 0
         output = self.output / jnp.where(some, self.total, 1.0)[..., None]
         safe_max = jnp.where(some, self.maximum, 0.0)
-        return output, jnp.where(
-            some, safe_max + jnp.log(jnp.where(some, self.total, 1.0)), jnp.inf
-        )
+        lse = safe_max + jnp.log(jnp.where(some, self.total, 1.0))
+        return output, jnp.where(some, lse, jnp.inf)
 
 
 class Scale(NamedTuple):
@@ -122,12 +121,8 @@ def read_pages(
     rows_first = (
         jnp.moveaxis(part, 3, 1).reshape(part.shape[0], part.shape[3], lanes) for part in block
     )
-    position = (
-        pages.position.at[ids]
-        .get(mode="clip")[:, :, : layout.blocks[tier]]
-        .astype(jnp.int32)
-        .reshape(-1, lanes)
-    )
+    position = pages.position.at[ids].get(mode="clip")[:, :, : layout.blocks[tier]]
+    position = position.astype(jnp.int32).reshape(-1, lanes)
     slot = first * layout.tokens_per_page(tier) + jnp.arange(lanes)
     return PageChunk(ids, Block(*rows_first), slot < tier_len[:, tier, None], position)
 
@@ -160,9 +155,8 @@ def add_significance(
     """Add `scores [B, lanes]` (0 where not valid) to the significance of a chunk's pages."""
     shape = (*chunk.ids.shape, layout.blocks[tier], layout.tokens)
     ids = jnp.where(chunk.valid.reshape(shape).any(axis=(-1, -2)), chunk.ids, significance.shape[0])
-    padded = jnp.pad(
-        scores.reshape(shape), ((0, 0), (0, 0), (0, significance.shape[1] - shape[2]), (0, 0))
-    )
+    unused = significance.shape[1] - shape[2]
+    padded = jnp.pad(scores.reshape(shape), ((0, 0), (0, 0), (0, unused), (0, 0)))
     return significance.at[ids].add(padded, mode="drop")
 
 

@@ -304,5 +304,5 @@ def _score_tier(
     over_steps(tier, k_rows, add)
     steps = pl.cdiv(tier.length, tier.step_tokens)
     for back in range(BUFFERS, 0, -1):
-        slot = lax.rem(steps - back + BUFFERS, BUFFERS)
-        each_live(steps - back, slot, lambda *at: written(*at).wait())
+        step = steps - back
+        each_live(step, lax.rem(step + BUFFERS, BUFFERS), lambda *at: written(*at).wait())
