@@ -1,5 +1,4 @@
-"""Arguments as callers give them to the plain Python values that the library works with, or an
-error that names them.
+"""Arguments as callers give them to plain Python values, or an error that names them.
 
 Every converter takes the argument's name and value. NumPy and JAX scalars are numbers; booleans,
 strings and None are not. A wrong type is a `WrongType`, which both `except TypeError` and `except
@@ -32,8 +31,7 @@ def integer(
     multiple: int = 1,
     optional: bool = False,
 ) -> Any:
-    """`value` as int, from `least` to `most` (None: no bound), a `multiple`; None stays with
-    `optional`.
+    """`value` as int, from `least` to `most` (None: no bound), a `multiple`, or an optional None.
 
     Raises:
         TypeError: it is no number.
@@ -62,8 +60,7 @@ def number(
     optional: bool = False,
     rule: str | None = None,
 ) -> Any:
-    """`value` as float: finite, at least `least`, more than `above`, at most `most`; None stays
-    with `optional`.
+    """`value` as float: finite, at least `least`, above `above`, at most `most`, or None.
 
     `rule` says so in a message of its own. What float32 cannot hold is refused, and -0.0 becomes
     0.0.
@@ -120,8 +117,7 @@ def one_of(
     optional: bool = False,
     rule: str | None = None,
 ) -> Any:
-    """The one of `choices` that `value` is; None stays with `optional`. `rule` says so in a message
-    of its own.
+    """The one of `choices` that `value` is, or an optional None; `rule` words it in a message.
 
     Raises:
         TypeError: it is no text.
@@ -146,8 +142,7 @@ def tuple_of(
     entry_rule: str | None = None,
     optional: bool = False,
 ) -> Any:
-    """A list, tuple, range or array as a tuple, every entry through the converter `each`; None
-    stays with `optional`.
+    """A list, tuple, range or array as a tuple, each entry through `each`, or an optional None.
 
     Raises:
         TypeError: it is no such container; the message says `rule`.
@@ -207,8 +202,8 @@ def nested(name: str, value: Any, each: Callable[[str, Any], Any], *, axes: int)
         refuse(
             name,
             value,
-            f"one value or nested lists of equal shapes, with up to {axes} axes "
-            f"and none of them empty",
+            f"one value or nested lists of equal shapes, with up to {axes} axes and none of them "
+            "empty",
         )
 
 
@@ -225,9 +220,7 @@ def instance(name: str, value: Any, kind: type, remedy: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """`value` for a message: its repr, shortened; what has none (an int of thousands of digits) by
-    its type.
-    """
+    """`value` for a message: its repr, shortened; by its type where it has none (a huge int)."""
     try:
         said = repr(value)
     except Exception:
@@ -243,9 +236,7 @@ def nearest(unknown: Sequence[Any], known: Iterable[str]) -> str:
 
 
 class WrongType(TypeError, ValueError):
-    """A value of a type that an argument does not take; a ValueError too, for callers that know
-    only bad values.
-    """
+    """A value of a type that an argument does not take; a ValueError too, for its callers."""
 
 
 def refuse(name: str, value: Any, rule: str, wrong_type: bool = False) -> NoReturn:
@@ -282,13 +273,11 @@ class _Uneven(Exception):
 
 
 def _scalar(name: str, value: Any) -> Any:
-    """NumPy and JAX scalars and arrays without axes as Python's bool, int or float; anything else
-    as it is.
-    """
+    """NumPy and JAX scalars and arrays without axes as Python's; anything else as it is."""
     if isinstance(value, Tracer):
         raise TypeError(
-            f"{name}={shown(value)} must be known when compiling: give a plain Python "
-            f"value, or mark it static for jax.jit"
+            f"{name}={shown(value)} must be known when compiling: give a plain Python value, or "
+            "mark it static for jax.jit"
         )
     if not isinstance(value, np.generic | np.ndarray | jax.Array) or value.ndim:
         return value

@@ -1,6 +1,4 @@
-"""Prompts as the user gives them, checked and cut into right-aligned chunks. NumPy only: nothing
-has been computed yet.
-"""
+"""Prompts as users give them, checked and cut into right-aligned chunks. NumPy only."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -69,8 +67,8 @@ def as_prompts(tokens: Any, lengths: Any, attention_mask: Any, vocab_size: int) 
     )
     if len(masks) != len(rows):
         raise ValueError(
-            f"attention_mask has {len(masks)} rows, tokens have {len(rows)}; give a "
-            f"row of it for each prompt"
+            f"attention_mask has {len(masks)} rows, tokens have {len(rows)}; give a row of it for "
+            "each prompt"
         )
     found = [
         _ids(i, row, mask, vocab_size)
@@ -94,8 +92,8 @@ def _of_encoding(encoding: Mapping, mask: Any) -> tuple[Any, Any]:
     """Ids and mask of what a tokenizer returns; a given mask wins."""
     if "input_ids" not in encoding:
         raise ValueError(
-            f"tokens is a mapping with {sorted(map(str, encoding))} and without "
-            f"'input_ids': give {IDS}"
+            f"tokens is a mapping with {sorted(map(str, encoding))} and without 'input_ids': give "
+            f"{IDS}"
         )
     return encoding["input_ids"], encoding.get("attention_mask") if mask is None else mask
 
@@ -113,8 +111,8 @@ def _rows(tokens: Any, name: str = "tokens") -> list:
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or tokens.shape[0] == 0:
             raise ValueError(
-                f"{name} must be [requests, length] with at least one request, given "
-                f"shape {tokens.shape}"
+                f"{name} must be [requests, length] with at least one request, given shape "
+                f"{tokens.shape}"
             )
         return list(_integers(tokens, name))
     if isinstance(tokens, str | bytes) or not isinstance(tokens, Sequence):
@@ -133,8 +131,8 @@ def _ids(i: int, row: Any, mask: Any, vocab_size: int) -> np.ndarray:
     keeps = _flat(i, mask, "attention_mask")
     if len(keeps) != len(ids) or not np.isin(keeps, (0, 1)).all():
         raise ValueError(
-            f"attention_mask of prompt {i} must be 0 or 1 for each of its {len(ids)} "
-            f"tokens, given {shown(keeps.tolist())}"
+            f"attention_mask of prompt {i} must be 0 or 1 for each of its {len(ids)} tokens, given "
+            f"{shown(keeps.tolist())}"
         )
     kept = np.flatnonzero(keeps)
     if len(kept) and kept[-1] - kept[0] + 1 != len(kept):
@@ -160,8 +158,8 @@ def _flat(i: int, row: Any, name: str = "tokens") -> np.ndarray:
         found = np.asarray(row)
     except jax.errors.TracerArrayConversionError:
         raise TypeError(
-            f"{name}: prompt {i} holds values that are traced by jax.jit or its like: "
-            f"give concrete token ids"
+            f"{name}: prompt {i} holds values that are traced by jax.jit or its like: give "
+            "concrete token ids"
         ) from None
     except Exception:  # lists of unequal lengths, and whatever a foreign object raises
         found = np.zeros((0, 0))
@@ -189,8 +187,8 @@ def _cut(rows: list[np.ndarray], lengths: Any) -> list[np.ndarray]:
         isinstance(lengths, Sequence) or np.ndim(lengths) == 1
     ):
         raise TypeError(
-            f"lengths={shown(lengths)} must be a list with one number of tokens for "
-            f"each of the {len(rows)} requests"
+            f"lengths={shown(lengths)} must be a list with one number of tokens for each of the "
+            f"{len(rows)} requests"
         )
     if len(lengths) != len(rows):
         raise ValueError(
@@ -201,8 +199,8 @@ def _cut(rows: list[np.ndarray], lengths: Any) -> list[np.ndarray]:
         n = integer("lengths", n, most=None)
         if not 0 <= n <= len(row):
             raise ValueError(
-                f"lengths={shown(list(lengths))}: prompt {i} has length {n}; it must "
-                f"be from 0 to the {len(row)} given"
+                f"lengths={shown(list(lengths))}: prompt {i} has length {n}; it must be from 0 to "
+                f"the {len(row)} given"
             )
         found.append(row[:n])
     return found
@@ -217,8 +215,7 @@ def _check_ids(i: int, row: np.ndarray, vocab_size: int) -> None:
 
 
 def check_context(attention: AttentionSpec, totals: np.ndarray, max_len: int) -> None:
-    """Refuse requests that would outgrow the model or the cache. `totals` int [R] tokens that each
-    may come to.
+    """Refuse requests that outgrow model or cache: `totals` int [R] tokens that each may reach.
 
     Raises:
         ValueError: names the request, the limit and the remedy.
@@ -226,21 +223,19 @@ def check_context(attention: AttentionSpec, totals: np.ndarray, max_len: int) ->
     worst = int(np.argmax(totals))
     if totals[worst] > attention.max_position_embeddings:
         raise ValueError(
-            f"request {worst} may come to {totals[worst]} tokens (prompt and max_new_tokens), "
-            f"more than the model's context of "
-            f"{attention.max_position_embeddings}; shorten the prompt or lower max_new_tokens"
+            f"request {worst} may come to {totals[worst]} tokens (prompt and max_new_tokens), more "
+            f"than the model's context of {attention.max_position_embeddings}; shorten the prompt "
+            "or lower max_new_tokens"
         )
     if totals[worst] > max_len:
         raise ValueError(
             f"request {worst} may come to {totals[worst]} tokens, more than the cache's "
-            f"max_len={max_len}; "
-            "make the first call with a larger max_len or lower max_new_tokens"
+            f"max_len={max_len}; make the first call with a larger max_len or lower max_new_tokens"
         )
 
 
 def chunk_size(longest: int, prefill_chunk: int, queries: int | str) -> int:
-    """Length of the chunks: the power of two that holds the longest prompt, at most
-    `prefill_chunk`.
+    """Length of the chunks: the power of two that holds the longest prompt, or `prefill_chunk`.
 
     Raises:
         ValueError: `prefill_chunk` is not a power of two of at least 16, or too small for the
@@ -252,8 +247,8 @@ def chunk_size(longest: int, prefill_chunk: int, queries: int | str) -> int:
         )
     if longest > prefill_chunk and isinstance(queries, int) and prefill_chunk < queries:
         raise ValueError(
-            f"prefill_chunk={prefill_chunk} must be at least queries={queries}: the "
-            "last chunk holds all scoring queries"
+            f"prefill_chunk={prefill_chunk} must be at least queries={queries}: the last chunk "
+            "holds all scoring queries"
         )
     return min(prefill_chunk, power_of_two(longest))
 
@@ -261,9 +256,7 @@ def chunk_size(longest: int, prefill_chunk: int, queries: int | str) -> int:
 def chunks(
     tokens: np.ndarray, lengths: np.ndarray, size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """Right-aligned chunks: int32 [R, size], real tokens int32 [R] at their end, and whether it is
-    the last.
-    """
+    """Right-aligned chunks: int32 [R, size], real tokens int32 [R], and whether it is the last."""
     count = -(-int(lengths.max()) // size)
     padded = right_aligned([row[:n] for row, n in zip(tokens, lengths, strict=True)], count * size)
     for c in range(count):

@@ -1,6 +1,4 @@
-"""The decode loop: sample, feed, sample ... on the device, coming back to Python a few times a
-second.
-"""
+"""The decode loop on the device: sample, feed, sample ..., back in Python a few times a second."""
 
 import dataclasses
 import time
@@ -102,8 +100,7 @@ def _take(
     call.
     """
     asked &= state.reason == RUNNING
-    # NaN, infinity, or nothing that could be chosen
-    broken = asked & ~jnp.isfinite(logits.max(axis=-1))
+    broken = asked & ~jnp.isfinite(logits.max(axis=-1))  # NaN, infinity, or nothing to choose
     draws = asked & ~broken & (state.lengths < requests.limit)
     drawn = next_token(
         requests.rules, logits, jax.vmap(jax.random.fold_in)(requests.keys, cache.seq_len)

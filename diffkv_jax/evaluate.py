@@ -1,6 +1,4 @@
-"""What compression costs: teacher-forced logits through a compressed cache, against the full cache
-on the same text.
-"""
+"""What compression costs: teacher-forced logits of a compressed cache against the full one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,8 +27,7 @@ from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.read_prompts import prefill
 from diffkv_jax.steps.jitted import decode_step
 
-# decode steps in one compiled call: how often progress is shown and logits go to the host
-SEGMENT = 16
+SEGMENT = 16  # decode steps a compiled call: how often progress is shown and logits fetched
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,7 @@ def teacher_forced(
     progress: str | None = None,
     calibration: Calibration | None = None,
 ) -> tuple[np.ndarray, KVCache]:
-    """Prefill `tokens[:, :context]` int [R, N], then feed the others one at a time while the cache
-    goes on compressing.
+    """Prefill `tokens[:, :context]` int [R, N], then feed the others one by one, compressing.
 
     Returns log-probabilities float32 [R, N - context, vocab], row i after seeing `context + i + 1`
     tokens, and the cache at the end. `progress` names a progress bar; None shows none. The other
@@ -94,8 +90,8 @@ def teacher_forced(
     batch, sizes = as_batch(tokens, model.attention.vocab_size)
     if (sizes != batch.shape[1]).any():
         raise ValueError(
-            f"tokens must be texts of one length, given lengths {sizes.tolist()}: "
-            f"cut them to the shortest"
+            f"tokens must be texts of one length, given lengths {sizes.tolist()}: cut them to the "
+            "shortest"
         )
     context = integer("context", context, least=1)
     if context >= batch.shape[1]:
@@ -178,9 +174,7 @@ def _feed(
 
 
 def _log_softmax(logits: Array, kernels: Kernels) -> Array:
-    """Log-probabilities of `logits [R, vocab]`; with native kernels a row's do not depend on how
-    many rows there are.
-    """
+    """Log-probabilities of `logits [R, vocab]`; with native kernels the same in any batch."""
     relative = logits - logits.max(axis=-1, keepdims=True)
     return relative - jnp.log(sum_of_rows(jnp.exp(relative), kernels=kernels))
 

@@ -1,6 +1,4 @@
-"""What users give to `generate` and its siblings, checked and converted before anything is
-computed.
-"""
+"""What users give to `generate` and its siblings, checked and converted before anything runs."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +26,8 @@ def check_model(caller: str, model: Any) -> None:
     """
     if isinstance(model, Mapping):
         raise TypeError(
-            f"{caller} takes the model first and then its parameters, and model= is a "
-            f"mapping: swap them"
+            f"{caller} takes the model first and then its parameters, and model= is a mapping: "
+            "swap them"
         )
     if isinstance(model, type) or not isinstance(model, CausalLM):
         refuse(
@@ -70,8 +68,8 @@ def as_params(caller: str, params: Any) -> Any:
             )
         if isinstance(leaf, Array) and leaf.is_deleted():
             raise ValueError(
-                f"params{jax.tree_util.keystr(path)} was deleted or donated to "
-                f"another call: load it again"
+                f"params{jax.tree_util.keystr(path)} was deleted or donated to another call: load "
+                "it again"
             )
     return jax.tree.map(jnp.asarray, params)
 
@@ -85,10 +83,9 @@ def check_outside_jit(caller: str, *values: Any) -> None:
     if any(_is_traced(x) for x in values):
         raise TypeError(
             f"{caller} was called inside jax.jit, vmap, grad or eval_shape: it compiles its own "
-            f"programs and reads their "
-            "results, so call it outside with concrete arrays; inside, call "
-            "diffkv_jax.steps.jitted.decode_step(model, params, "
-            "cache, token, active), one step that is a pure function"
+            "programs and reads their results, so call it outside with concrete arrays; inside, "
+            "call diffkv_jax.steps.jitted.decode_step(model, params, cache, token, active), one "
+            "step that is a pure function"
         )
 
 
@@ -200,8 +197,7 @@ def _wrapped(key: Any) -> Array:
 
 
 def stop_ids(stop_token_ids: Any, model: CausalLM) -> Array:
-    """Stop ids int32, filled with -1 to a power of two of at least 8, so that another number of
-    them compiles nothing.
+    """Stop ids int32, -1 up to a power of two of at least 8: other numbers compile nothing.
 
     None takes those of the model (`model.stop_token_ids`), an empty list none.
 

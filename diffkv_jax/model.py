@@ -59,14 +59,14 @@ class AttentionSpec:
         if len(self.sliding_windows) != self.num_layers:
             raise ValueError(
                 f"sliding_windows={self.sliding_windows} must hold one entry for each of "
-                f"num_layers={self.num_layers}, "
-                f"given {len(self.sliding_windows)}; use None for a layer with global attention."
+                f"num_layers={self.num_layers}, given {len(self.sliding_windows)}; use None for a "
+                "layer with global attention."
             )
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_q_heads={self.num_q_heads} must be a multiple of "
-                f"num_kv_heads={self.num_kv_heads}; "
-                "each KV head serves the same number of query heads."
+                f"num_kv_heads={self.num_kv_heads}; each KV head serves the same number of query "
+                "heads."
             )
         if self.rope is not None and len(self.rope) != self.head_dim // 2:
             raise ValueError(
@@ -80,9 +80,8 @@ class AttentionSpec:
         ):
             raise ValueError(
                 f"latent={self.latent} must be between 0 and head_dim={self.head_dim}, with "
-                f"num_kv_heads=1 (given {self.num_kv_heads}) "
-                "and no sliding windows: all query heads share one key, whose first channels are "
-                "its value."
+                f"num_kv_heads=1 (given {self.num_kv_heads}) and no sliding windows: all query "
+                "heads share one key, whose first channels are its value."
             )
 
 
@@ -112,8 +111,7 @@ _FIELDS = {
 
 @runtime_checkable
 class CausalLM(Protocol):
-    """A causal language model as `generate` sees it; the Linen models of `diffkv_jax.models`
-    satisfy it.
+    """A causal language model as `generate` sees it; those of `diffkv_jax.models` satisfy it.
 
     `apply` is pure: the same inputs give the same outputs, and the cache goes in and comes out as a
     value.

@@ -11,9 +11,7 @@ from diffkv_jax.cache.cache import KVCache
 
 
 def warn_of_errors(cache: KVCache, rows: Sequence[int]) -> None:
-    """Warn of the requests `rows`, whose logits are not finite: layer and kind, as far as the cache
-    tells.
-    """
+    """Warn of the requests `rows`, whose logits are not finite: layer and kind, as far as known."""
     if not len(rows):
         return
     spec = cache.spec
@@ -36,10 +34,9 @@ def warn_of_errors(cache: KVCache, rows: Sequence[int]) -> None:
         )
         warnings.warn(
             f"request {row} ended with finish reason 'error': its logits are not finite. "
-            f"{_cause(found)} "
-            f"The model computes in {spec.attention.dtype} and the cache keeps {spec.dtype}: load "
-            f"it with dtype='bfloat16' or "
-            "'float32', whose range is wider than float16's, or look for NaN in the parameters",
+            f"{_cause(found)} The model computes in {spec.attention.dtype} and the cache keeps "
+            f"{spec.dtype}: load it with dtype='bfloat16' or 'float32', whose range is wider than "
+            "float16's, or look for NaN in the parameters",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -1,6 +1,4 @@
-"""Choosing the next token: greedy, or temperature with top-k, top-p and min-p; a row of numbers a
-request.
-"""
+"""The next token: greedy, or temperature with top-k, top-p, min-p; a row of numbers a request."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,8 +79,7 @@ def next_token(rules: Rules, logits: Array, keys: Array) -> Array:
     draws = rules.temperature > 0
 
     def draw() -> Array:
-        # else they could become infinite, and equal
-        relative = logits - logits.max(axis=-1, keepdims=True)
+        relative = logits - logits.max(axis=-1, keepdims=True)  # else they could become infinite
         allowed = _allowed(rules, relative / jnp.where(draws, rules.temperature, 1)[:, None])
         drawn = jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)
         return jnp.where(draws, drawn, best)

@@ -1,5 +1,4 @@
-"""This library's own checkpoint: parameters saved with Orbax, and the Hugging Face files that go
-with them.
+"""This library's own checkpoint: parameters saved with Orbax, with Hugging Face's files beside.
 
 A checkpoint is a folder with params/ (the parameter tree, written by Orbax) and config.json, and
 where the model has them generation_config.json, the tokenizer's files and chat_template.jinja.
@@ -68,8 +67,7 @@ class Checkpoint:
 
 
 def check_destination(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError if `save_checkpoint` would refuse to write to `folder`; call it before long
-    work.
+    """Raise ValueError if `save_checkpoint` would refuse `folder`; call it before long work.
 
     An existing non-empty folder is replaced only with `overwrite`, and only if it holds a
     checkpoint.
@@ -80,13 +78,13 @@ def check_destination(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(
-            f"{folder} must be empty or absent: choose another destination, or pass "
-            f"overwrite=True (--overwrite)"
+            f"{folder} must be empty or absent: choose another destination, or pass overwrite=True "
+            "(--overwrite)"
         )
     if not is_checkpoint(folder):
         raise ValueError(
             f"{folder} must hold a checkpoint of this library to be overwritten: choose another "
-            f"destination, or empty it yourself"
+            "destination, or empty it yourself"
         )
 
 
@@ -136,8 +134,8 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _damaged(path: str, error: Exception) -> ValueError:
     reason = (str(error).splitlines() or [""])[0][:200]  # TensorStore appends pages of details
     return ValueError(
-        f"{path} must be a complete Orbax checkpoint ({type(error).__name__}: "
-        f"{reason}): convert or copy it again"
+        f"{path} must be a complete Orbax checkpoint ({type(error).__name__}: {reason}): convert "
+        "or copy it again"
     )
 
 
@@ -161,6 +159,6 @@ def _check_finite(params: Mapping[str, Any], origin: str) -> None:
     for path, leaf in flatten(params).items():
         if leaf.dtype == jnp.float16 and not np.isfinite(np.asarray(leaf)).all():
             raise ValueError(
-                f"{origin}: {'/'.join(path)} must be finite in float16: load with "
-                f"dtype='bfloat16' or 'float32'"
+                f"{origin}: {'/'.join(path)} must be finite in float16: load with dtype='bfloat16' "
+                "or 'float32'"
             )

@@ -1,6 +1,4 @@
-"""`ModelConfig`: the numbers that define a model, under the names that Hugging Face's config.json
-uses.
-"""
+"""`ModelConfig`: the numbers that define a model, named as in Hugging Face's config.json."""
 
 import math
 from dataclasses import dataclass, field
@@ -153,8 +151,8 @@ def _check_heads(config: ModelConfig) -> None:
     if config.latent is not None and config.num_key_value_heads != config.num_attention_heads:
         raise ValueError(
             f"num_key_value_heads={config.num_key_value_heads} must equal "
-            f"num_attention_heads={config.num_attention_heads} with latent "
-            "attention, which makes keys and values for every head; correct them in config.json."
+            f"num_attention_heads={config.num_attention_heads} with latent attention, which makes "
+            "keys and values for every head; correct them in config.json."
         )
     if config.head_dim % 2:
         raise ValueError(
@@ -179,8 +177,7 @@ def _check_layers(config: ModelConfig) -> None:
     if "sliding_attention" in config.layer_types and config.sliding_window is None:
         raise ValueError(
             "sliding_window=None must be a number of tokens because layer_types names "
-            "sliding_attention; "
-            "give the window, or make these layers full_attention."
+            "sliding_attention; give the window, or make these layers full_attention."
         )
 
 
@@ -188,17 +185,15 @@ def _check_stop_tokens(config: ModelConfig) -> None:
     ids = config.stop_token_ids
     if not isinstance(ids, tuple):
         raise TypeError(
-            f"stop_token_ids={ids!r} must be a tuple, so that the config can be "
-            f"hashed; give tuple(...)."
+            f"stop_token_ids={ids!r} must be a tuple, so that the config can be hashed; give "
+            "tuple(...)."
         )
     for token in ids:
         whole = isinstance(token, int) and not isinstance(token, bool)
         if not whole or not 0 <= token < config.vocab_size or ids.count(token) > 1:
             raise ValueError(
-                f"stop_token_ids={ids!r} must be ids of the vocabulary, each once: integers from "
-                f"0 to "
-                f"vocab_size - 1 = {config.vocab_size - 1}, found {token!r}; correct eos_token_id "
-                f"in "
-                "generation_config.json or config.json (a GGUF file: tokenizer.ggml.eos_token_id, "
-                "eot_ and eom_)."
+                f"stop_token_ids={ids!r} must be ids of the vocabulary, each once: integers from 0 "
+                f"to vocab_size - 1 = {config.vocab_size - 1}, found {token!r}; correct "
+                "eos_token_id in generation_config.json or config.json (a GGUF file: "
+                "tokenizer.ggml.eos_token_id, eot_ and eom_)."
             )

@@ -1,6 +1,4 @@
-"""The one decoder stack that all families share: embed, one loop over stacked layers, norm,
-logits.
-"""
+"""The decoder stack that all families share: embed, one loop over stacked layers, norm, logits."""
 
 import dataclasses
 from collections.abc import Callable
@@ -59,12 +57,8 @@ class DecoderLayer(nn.Module):
         self, carry: tuple[jax.Array, Any], data: LayerData, shared: SharedData
     ) -> tuple[tuple[jax.Array, Any], Any]:
         hidden, cache = carry
-        config, switches, types, kernels = (
-            self.config,
-            self.switches,
-            (self.dtype, self.param_dtype),
-            kernels_of(cache),
-        )
+        config, switches = self.config, self.switches
+        types, kernels = (self.dtype, self.param_dtype), kernels_of(cache)
         norm = partial(self._norm, data=data, kernels=kernels)
         attention = SelfAttention if config.latent is None else LatentAttention
         self_attn = attention(config, switches, *types, name="self_attn")
@@ -75,8 +69,7 @@ class DecoderLayer(nn.Module):
             mlp = MixtureOfExperts(config.num_hidden_layers, config.experts, *choices, name="mlp")
         mlp = partial(mlp, layer=data.layer, kernels=kernels)
         attended, cache = self_attn(norm("input_layernorm")(hidden), cache, data, shared)
-        # here post_attention_layernorm stands after attention, else before the MLP
-        if switches.sandwich_norms:
+        if switches.sandwich_norms:  # here post_attention_layernorm follows attention
             hidden = hidden + norm("post_attention_layernorm")(attended)
             transformed = mlp(norm("pre_feedforward_layernorm")(hidden))
             hidden = hidden + norm("post_feedforward_layernorm")(transformed)
@@ -134,9 +127,7 @@ class Decoder(nn.Module):
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Token ids at which generated text is over, as the checkpoint names them; () = it names
-        none.
-        """
+        """Token ids at which generated text is over, as the checkpoint names them; () = none."""
         return self.config.stop_token_ids
 
     @in_32_bits
@@ -148,8 +139,7 @@ class Decoder(nn.Module):
         step: Any = None,
         last_only: bool = False,
     ) -> tuple[Float[Array, "B rows vocab_size"], Any]:
-        """See `CausalLM.apply`: int32 [B, T] twice -> logits float32 [B, T or 1, vocab_size], and
-        the cache.
+        """See `CausalLM.apply`: int32 [B, T] twice -> float32 logits [B, T or 1, vocab], the cache.
 
         Tokens at position -1 are padding: their ids are not looked at and their logits mean nothing
         (but are finite).
@@ -162,8 +152,7 @@ class Decoder(nn.Module):
     def hidden_states(
         self, tokens: jax.Array, positions: jax.Array
     ) -> Float[Array, "states B T hidden_size"]:
-        """The residual stream, dtype [num_layers + 1, B, T, hidden_size]: the embeddings, then each
-        layer's output.
+        """Residual stream, dtype [num_layers + 1, B, T, hidden_size]: embeddings, then each layer.
 
         Call it as `model.apply({"params": params}, tokens, positions, method="hidden_states")`.
         """
@@ -219,9 +208,7 @@ class Decoder(nn.Module):
 
 
 def param_shapes(model: Decoder) -> dict[str, Any]:
-    """The parameter tree's shapes and dtypes, a nested dict of `jax.ShapeDtypeStruct`; nothing is
-    allocated.
-    """
+    """The parameter tree's shapes and dtypes as `jax.ShapeDtypeStruct`; nothing is allocated."""
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), one, one)["params"]
 
@@ -229,9 +216,8 @@ def param_shapes(model: Decoder) -> dict[str, Any]:
 def _check_inputs(tokens: jax.Array, positions: jax.Array) -> None:
     if tokens.ndim != 2 or tokens.shape != positions.shape:
         raise ValueError(
-            f"tokens of shape {tokens.shape} and positions of shape {positions.shape} must both "
-            f"be [batch, length]; "
-            "for one sequence add a leading axis of 1."
+            f"tokens of shape {tokens.shape} and positions of shape {positions.shape} must both be "
+            "[batch, length]; for one sequence add a leading axis of 1."
         )
 
 
@@ -241,10 +227,8 @@ def _stacks(config: ModelConfig) -> list[tuple[str, int, ModelConfig]]:
     """
     if config.experts is None:
         return [("layers", 0, config)]
-    count, dense = (
-        config.num_hidden_layers,
-        min(config.experts.first_k_dense_replace, config.num_hidden_layers),
-    )
+    count = config.num_hidden_layers
+    dense = min(config.experts.first_k_dense_replace, config.num_hidden_layers)
     plain = dataclasses.replace(_part(config, 0, dense), experts=None) if dense else None
     before = [] if plain is None else [("dense_layers", 0, plain)]
     return before if dense == count else [*before, ("layers", dense, _part(config, dense, count))]
@@ -257,9 +241,7 @@ def _part(config: ModelConfig, first: int, last: int) -> ModelConfig:
 
 
 def _layer_data(config: ModelConfig, first: int) -> LayerData:
-    """What sets the layers of a stack apart, int32 [num_layers] each; `first` is the model's index
-    of its first.
-    """
+    """What sets a stack's layers apart, int32 [num_layers] each; `first`: its first's index."""
     local = [
         window is not None and config.rope_local_base_freq is not None
         for window in config.sliding_windows

@@ -1,6 +1,4 @@
-"""DeepSeek V2 and V3: latent attention and a mixture of experts (arXiv:2405.04434,
-arXiv:2412.19437).
-"""
+"""DeepSeek V2 and V3: latent attention, mixture of experts (arXiv:2405.04434, arXiv:2412.19437)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -46,8 +44,8 @@ def _v2(raw: Mapping[str, Any]) -> dict[str, Any]:
     method = raw.get("topk_method", "greedy")
     if method not in _GROUPS:
         raise ValueError(
-            f"topk_method={method!r} is not supported for model_type='deepseek_v2'; "
-            f"supported are {', '.join(_GROUPS)}."
+            f"topk_method={method!r} is not supported for model_type='deepseek_v2'; supported are "
+            f"{', '.join(_GROUPS)}."
         )
     _check_choice(raw, "scoring_func", "softmax")
     _check_choice(raw, "rope_interleave", True)
@@ -72,19 +70,17 @@ def _check_choice(raw: Mapping[str, Any], key: str, only: Any) -> None:
     """A key that config.json may leave out and that can mean one thing in this family."""
     if raw.get(key, only) not in (only, None):
         raise ValueError(
-            f"{key}={raw[key]!r} is not supported for "
-            f"model_type={raw['model_type']!r}; it must be {only!r}."
+            f"{key}={raw[key]!r} is not supported for model_type={raw['model_type']!r}; it must be "
+            f"{only!r}."
         )
 
 
 def _parts(raw: Mapping[str, Any], interleave: bool, experts: ExpertSizes) -> dict[str, Any]:
-    """`Family.parts` of both: scores are scaled by the whole width of a query, and only its rotary
-    part is embedded.
-    """
+    """`Family.parts` of both: the whole width of a query scales scores, its rotary part turns."""
     if raw.get("moe_layer_freq", 1) != 1:
         raise ValueError(
-            f"moe_layer_freq={raw['moe_layer_freq']!r} is not supported; it must be "
-            f"1, experts in every later layer."
+            f"moe_layer_freq={raw['moe_layer_freq']!r} is not supported; it must be 1, experts in "
+            "every later layer."
         )
     latent = LatentSizes(**_read(raw, _V2_LATENT), rope_interleave=interleave)
     width = latent.qk_nope_head_dim + latent.qk_rope_head_dim
@@ -123,8 +119,7 @@ DEEPSEEK_V2 = Family(
     layers=all_full,
     switches=_switches,
     reads=_READS,
-    # implementations disagree on whether the weights are then scaled too
-    must_be_off=("norm_topk_prob",),
+    must_be_off=("norm_topk_prob",),  # implementations disagree on scaling the weights then
     parts=_v2,
 )
 DEEPSEEK_V3 = Family(

@@ -33,8 +33,8 @@ class LatentSizes:
             _check_counts(self, "q_lora_rank")
         if self.qk_rope_head_dim % 2:
             raise ValueError(
-                f"qk_rope_head_dim={self.qk_rope_head_dim} must be even; the rotary "
-                f"embedding pairs its channels."
+                f"qk_rope_head_dim={self.qk_rope_head_dim} must be even; the rotary embedding "
+                "pairs its channels."
             )
 
 
@@ -83,8 +83,8 @@ class ExpertSizes:
         if self.n_routed_experts % groups or not taken <= groups:
             raise ValueError(
                 f"n_routed_experts={self.n_routed_experts} must be a multiple of "
-                f"n_group={self.n_group}, which must be at least "
-                f"topk_group={self.topk_group}; correct config.json."
+                f"n_group={self.n_group}, which must be at least topk_group={self.topk_group}; "
+                "correct config.json."
             )
         size = self.n_routed_experts // groups
         if self.num_experts_per_tok > taken * size:
@@ -94,8 +94,8 @@ class ExpertSizes:
             )
         if self.scoring == "sigmoid" and size < 2:
             raise ValueError(
-                f"n_group={self.n_group} leaves one expert a group, and a group "
-                f"counts by its two best; take fewer groups."
+                f"n_group={self.n_group} leaves one expert a group, and a group counts by its two "
+                "best; take fewer groups."
             )
 
 
@@ -104,6 +104,6 @@ def _check_counts(sizes: Any, *names: str, least: int = 1) -> None:
         value = getattr(sizes, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(
-                f"{name}={value!r} must be an integer of at least {least}; correct "
-                f"it in config.json."
+                f"{name}={value!r} must be an integer of at least {least}; correct it in "
+                "config.json."
             )

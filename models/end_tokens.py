@@ -1,6 +1,4 @@
-"""End tokens: the ids at which a model's text is over, from Hugging Face's JSON files and from GGUF
-metadata.
-"""
+"""End tokens: ids at which a model's text is over, from Hugging Face's JSON or GGUF metadata."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,16 +27,13 @@ tag): those count only where a key names them."""
 def with_generation_config(
     config: Mapping[str, Any], generation: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """`config` with generation_config.json's end tokens, which win, as in `transformers`, where
-    that file names any.
-    """
+    """`config` with generation_config.json's end tokens, if any: they win, as in `transformers`."""
     ends = None if generation is None else generation.get("eos_token_id")
     return dict(config) if ends is None else {**config, "eos_token_id": ends}
 
 
 def end_tokens(raw: Mapping[str, Any]) -> tuple[int, ...]:
-    """eos_token_id of a parsed config.json, an id or a list of them, without duplicates in the
-    file's order.
+    """eos_token_id of a parsed config.json, an id or a list of them, each once, in order.
 
     A multimodal config may have it outside or in its text_config; outside wins.
 
@@ -56,7 +51,7 @@ def end_tokens(raw: Mapping[str, Any]) -> tuple[int, ...]:
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ValueError(
             f"eos_token_id={stated[0]!r} must be a token id or a list of token ids; correct it in "
-            f"generation_config.json or config.json."
+            "generation_config.json or config.json."
         )
     return tuple(dict.fromkeys(ids))
 

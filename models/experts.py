@@ -1,6 +1,4 @@
-"""A mixture of experts (DeepSeekMoE, arXiv:2401.06066): some experts for every token, and a few
-that a router picks.
-"""
+"""A mixture of experts (DeepSeekMoE, arXiv:2401.06066): some for all tokens, a few picked."""
 
 import flax.linen as nn
 import jax
@@ -15,9 +13,7 @@ from .layers import ACTIVATION, GatedMLP
 
 
 class MixtureOfExperts(nn.Module):
-    """What the layers with experts have for an MLP; `use_bias` concerns the shared experts
-    alone.
-    """
+    """What layers with experts have for an MLP; `use_bias` concerns the shared experts alone."""
 
     num_layers: int
     sizes: ExpertSizes
@@ -110,9 +106,7 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, layer: Array) -> Array:
-        """x [B, T, hidden_size] to weights float32 [B, T, n_routed_experts], 0 for experts that
-        were not picked.
-        """
+        """x [B, T, hidden_size] to float32 [B, T, n_routed_experts], 0 for unpicked experts."""
         sizes, count = self.sizes, self.sizes.n_routed_experts
         initial = nn.initializers.lecun_normal(batch_axis=(0,))
         kernel = self.param(

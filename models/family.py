@@ -12,9 +12,7 @@ REQUIRED = object()
 
 
 def sizes(**changes: Any) -> dict[str, Any]:
-    """The config.json keys that every family reads, with their defaults; None is filled in from
-    other sizes.
-    """
+    """The config.json keys that every family reads, and defaults; None follows from others."""
     common = {
         "vocab_size": REQUIRED,
         "hidden_size": REQUIRED,
@@ -73,9 +71,7 @@ WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers")
 def windowed_from_layer(
     raw: Mapping[str, Any], num_layers: int
 ) -> tuple[int | None, tuple[str, ...] | None]:
-    """`Family.layers` of Qwen2 and Qwen3: if `use_sliding_window`, layers from `max_window_layers`
-    on slide.
-    """
+    """`Family.layers` of Qwen2 and 3: if `use_sliding_window`, from `max_window_layers` on."""
     window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
     if raw.get("layer_types") is not None:
         return window, tuple(raw["layer_types"])

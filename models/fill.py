@@ -83,8 +83,8 @@ def complain(origin: str, *, unused: list[str], unfilled: list[str], wrong: list
     if parts:
         found = ". Found ".join(parts)
         raise ValueError(
-            f"{origin} must fit the model in its config.json exactly, found {found}. "
-            f"Use the config.json of these weights."
+            f"{origin} must fit the model in its config.json exactly, found {found}. Use the "
+            "config.json of these weights."
         )
 
 
@@ -104,20 +104,16 @@ def _store(
         target[...] = value.T if slot.transpose else value
     if not np.isfinite(target).all():
         raise ValueError(
-            f"{label} must be finite in {target.dtype}: load with dtype='bfloat16' or 'float32' "
-            f"if it overflows float16, "
-            "else copy or download the damaged file again"
+            f"{label} must be finite in {target.dtype}: load with dtype='bfloat16' or 'float32' if "
+            "it overflows float16, else copy or download the damaged file again"
         )
 
 
 def _check_spare_head(head: np.ndarray, embedding: np.ndarray, origin: str) -> None:
-    """A tied model may still store its output matrix; it must then be the embedding, [vocab,
-    hidden] both.
-    """
+    """A tied model may still store its output matrix: it must be the embedding [vocab, hidden]."""
     if head.shape != embedding.shape or not np.array_equal(head.astype(embedding.dtype), embedding):
         raise ValueError(
             f"{origin}: {_HEAD} must equal model.embed_tokens.weight because tie_word_embeddings "
-            f"is true, but it differs: "
-            "set tie_word_embeddings to false in config.json"
+            "is true, but it differs: set tie_word_embeddings to false in config.json"
         )
     _logger.info("%s: ignored %s (equal to the embedding it is tied to)", origin, _HEAD)

@@ -33,8 +33,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise ValueError(
-            f"{path} must hold a JSON object, given a {type(value).__name__}: copy "
-            f"or download it again"
+            f"{path} must hold a JSON object, given a {type(value).__name__}: copy or download it "
+            "again"
         )
     return value
 
@@ -45,8 +45,8 @@ def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, item in pairs:
         if key in value and value[key] != item:
             raise ValueError(
-                f"{path} must say one thing for {key!r}, given {value[key]!r} and "
-                f"{item!r}: correct the file"
+                f"{path} must say one thing for {key!r}, given {value[key]!r} and {item!r}: "
+                "correct the file"
             )
         value[key] = item
     return value
@@ -57,8 +57,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(
-            f"{folder} must hold a config.json beside its weights: copy it from the "
-            f"model's repository"
+            f"{folder} must hold a config.json beside its weights: copy it from the model's "
+            "repository"
         )
     return read_json(path)
 
@@ -70,9 +70,7 @@ def read_generation_config(folder: Path) -> dict[str, Any] | None:
 
 
 def read_tokenizer(folder: Path) -> Any | None:
-    """The folder's Hugging Face tokenizer, or None if it holds no tokenizer files. Never goes to
-    the network.
-    """
+    """The folder's Hugging Face tokenizer, or None without its files. Never uses the network."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     with hugging_face_packages(folder):
@@ -85,6 +83,6 @@ def read_tokenizer(folder: Path) -> Any | None:
         Exception
     ) as error:  # a broken tokenizer.json surfaces as several unrelated exception types
         raise ValueError(
-            f"the tokenizer files in {folder} must load with "
-            f"transformers.AutoTokenizer ({error}): copy them again"
+            f"the tokenizer files in {folder} must load with transformers.AutoTokenizer ({error}): "
+            "copy them again"
         ) from error

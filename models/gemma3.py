@@ -1,6 +1,4 @@
-"""Gemma 3, text part: local and global layers with two rope bases, norms around each part
-(arXiv:2503.19786).
-"""
+"""Gemma 3's text part: local and global layers, two rope bases, more norms (arXiv:2503.19786)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +9,7 @@ from .switches import Switches
 
 
 def _layers(raw: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[str, ...] | None]:
-    """The list of kinds, or the older "every n-th layer is global" number (published checkpoints
-    have either).
-    """
+    """The list of kinds, or the older "every n-th layer is global" (checkpoints have either)."""
     window = raw.get("sliding_window", 4096)
     if raw.get("layer_types") is not None:
         return window, tuple(raw["layer_types"])

@@ -65,9 +65,8 @@ def _architecture(file: GGUFFile) -> str:
     if arch not in SUPPORTED_ARCHITECTURES:
         raise ValueError(
             f"{file.path}: general.architecture must be one of {SUPPORTED_ARCHITECTURES}, given "
-            f"{arch!r}: "
-            "use a model of one of these families (Mistral models are labelled 'llama' or "
-            "'mistral3'; 'mistral3' is not supported)"
+            f"{arch!r}: use a model of one of these families (Mistral models are labelled 'llama' "
+            "or 'mistral3'; 'mistral3' is not supported)"
         )
     if file.metadata.get(f"{arch}.expert_count", 0):
         raise ValueError(
@@ -80,8 +79,8 @@ def _architecture(file: GGUFFile) -> str:
 def _key(file: GGUFFile, name: str) -> Any:
     if name not in file.metadata:
         raise ValueError(
-            f"{file.path} must state {name!r} in its metadata: convert the model to "
-            f"GGUF again with a current converter"
+            f"{file.path} must state {name!r} in its metadata: convert the model to GGUF again "
+            "with a current converter"
         )
     return file.metadata[name]
 
@@ -92,10 +91,8 @@ def _common(file: GGUFFile, arch: str) -> dict[str, Any]:
     named = "mistral" in str(file.metadata.get("general.name", "")).lower()
     if arch == "llama" and (named or file.metadata.get("llama.attention.sliding_window")):
         model_type = "mistral"
-    hidden, heads = (
-        _size(file, f"{arch}.embedding_length"),
-        _size(file, f"{arch}.attention.head_count"),
-    )
+    hidden = _size(file, f"{arch}.embedding_length")
+    heads = _size(file, f"{arch}.attention.head_count")
     head_dim = _head_dim(file, arch, hidden, heads)
     if "token_embd.weight" not in file.shapes:
         raise ValueError(
@@ -132,22 +129,20 @@ _PER_LAYER = {
 
 
 def _size(file: GGUFFile, key: str, default: int | None = None) -> int:
-    """The integer at `key`; where the file has a list, one value for each layer, they must be
-    one.
-    """
+    """The integer at `key`; where the file has a list, one value a layer, they must agree."""
     value = _key(file, key) if default is None else file.metadata.get(key, default)
     if isinstance(value, list) and value:
         name = _PER_LAYER.get(key.split(".", 1)[1], key)
         if len(set(value)) > 1:
             raise ValueError(
-                f"{file.path}: {name} must be the same in every layer, given "
-                f"{value}: use a model with uniform layers"
+                f"{file.path}: {name} must be the same in every layer, given {value}: use a model "
+                "with uniform layers"
             )
         value = value[0]
     if type(value) is not int or value < 1:
         raise ValueError(
-            f"{file.path}: {key}={value!r} must be an integer of at least 1: convert "
-            f"the model to GGUF again"
+            f"{file.path}: {key}={value!r} must be an integer of at least 1: convert the model to "
+            "GGUF again"
         )
     return value
 
@@ -157,16 +152,14 @@ def _head_dim(file: GGUFFile, arch: str, hidden: int, heads: int) -> int:
     if key not in file.metadata and hidden % heads:
         raise ValueError(
             f"{file.path}: {arch}.embedding_length={hidden} must be a multiple of "
-            f"{arch}.attention.head_count={heads} "
-            f"where {key} is not given: convert the model to GGUF again"
+            f"{arch}.attention.head_count={heads} where {key} is not given: convert the model to "
+            "GGUF again"
         )
     return _size(file, key, hidden // heads)
 
 
 def _gemma3(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    """Gemma 3's additions. The file states the window; pattern, local rope base and attention scale
-    are the family's.
-    """
+    """Gemma 3's additions: the file states the window, the rest are the family's own."""
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     period = file.metadata.get(
         "gemma3.attention.sliding_window_pattern", _GEMMA3_LAYERS_PER_GLOBAL_LAYER

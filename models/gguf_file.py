@@ -1,6 +1,4 @@
-"""A GGUF file opened with the `gguf` package: metadata as Python values, tensors as numpy views. No
-PyTorch.
-"""
+"""A GGUF file opened with `gguf`: metadata as Python values, tensors as numpy views. No PyTorch."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,7 @@ from gguf.quants import dequantize
 
 
 def can_decode(kind: GGMLQuantizationType) -> bool:
-    """Whether the installed `gguf` package decodes tensors of this type, tried on one block of
-    zeros.
-    """
+    """Whether the installed `gguf` decodes tensors of this type, tried on one block of zeros."""
     try:
         dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:
@@ -62,18 +58,18 @@ class GGUFFile:
         if self.metadata.get("split.count", 0) > 1:
             raise ValueError(
                 f"{self.path} is part {self.metadata.get('split.no', 0) + 1} of "
-                f"{self.metadata['split.count']}, but the file must hold the "
-                "whole model: join the parts with `llama-gguf-split --merge`"
+                f"{self.metadata['split.count']}, but the file must hold the whole model: join the "
+                "parts with `llama-gguf-split --merge`"
             )
         if num_tensors == 0:
             raise ValueError(
-                f"{self.path} must hold a model's tensors, but it holds metadata "
-                f"only: use the model's own file"
+                f"{self.path} must hold a model's tensors, but it holds metadata only: use the "
+                "model's own file"
             )
         if (stated := self.metadata.get("split.tensors.count", num_tensors)) != num_tensors:
             raise ValueError(
                 f"{self.path} holds {num_tensors} tensors, but split.tensors.count={stated}: join "
-                f"all parts with `llama-gguf-split --merge`"
+                "all parts with `llama-gguf-split --merge`"
             )
 
     def _check_types(self) -> None:
@@ -82,8 +78,8 @@ class GGUFFile:
             names = [name for name, kind in self.types.items() if kind in wrong]
             raise ValueError(
                 f"{self.path}: every tensor must have one of the types {SUPPORTED_TYPES}, which "
-                f"the installed gguf package "
-                f"decodes, given {wrong} in {names}: use another quantization of the same model"
+                f"the installed gguf package decodes, given {wrong} in {names}: use another "
+                "quantization of the same model"
             )
 
 
@@ -98,12 +94,11 @@ def _open(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
         if "GGMLQuantizationType" in str(error):
             raise ValueError(
                 f"{path} has a tensor of a type that the installed gguf package does not know "
-                f"({error}): "
-                "upgrade it with `pip install -U gguf`, or use another quantization of the same "
-                "model"
+                f"({error}): upgrade it with `pip install -U gguf`, or use another quantization of "
+                "the same model"
             ) from error
         raise ValueError(
-            f"{path} must be a complete GGUF file ({type(error).__name__}: {error}): "
-            f"copy or download it again"
+            f"{path} must be a complete GGUF file ({type(error).__name__}: {error}): copy or "
+            "download it again"
         ) from error
     return reader, metadata

@@ -1,6 +1,4 @@
-"""The keys that a GGUF file states about its model: read, known to change nothing, or refused by
-name.
-"""
+"""The keys that a GGUF file states about its model: read, known as harmless, or refused."""
 
 import math
 from collections.abc import Mapping
@@ -62,8 +60,7 @@ _OFF_AT_ONE = ("logit_scale", "residual_scale", "embedding_scale")
 
 
 def check_keys(file: GGUFFile, arch: str) -> None:
-    """Raise ValueError, with names and values, for keys of the architecture that are neither read
-    nor harmless.
+    """Raise ValueError, names and values, for keys that are neither read nor harmless.
 
     Nothing is said against a value that turns the key off, as in llama.cpp: 0, false, or 1 for a
     plain scale.
@@ -83,8 +80,7 @@ def check_keys(file: GGUFFile, arch: str) -> None:
         )
         raise ValueError(
             f"{file.path} states {listed}, which this reader does not know and which may change "
-            f"the computation: "
-            f"use a model of plain architecture {arch!r}, or its safetensors files"
+            f"the computation: use a model of plain architecture {arch!r}, or its safetensors files"
         )
 
 
@@ -114,22 +110,18 @@ def check_agreement(file: GGUFFile, arch: str, config: Mapping[str, Any]) -> Non
         if not math.isclose(number(file, f"{arch}.{name}", must), must, rel_tol=1e-5):
             raise ValueError(
                 f"{file.path}: {arch}.{name}={shown(value)!r} is not supported, it must be "
-                f"{must!r}: {why}; use the model's "
-                "safetensors files, or convert it again"
+                f"{must!r}: {why}; use the model's safetensors files, or convert it again"
             )
     tokens = file.metadata.get("tokenizer.ggml.tokens") or []
     if len(tokens) > config["vocab_size"]:
         raise ValueError(
             f"{file.path}: tokenizer.ggml.tokens has {len(tokens)} entries, and token_embd.weight "
-            f"only "
-            f"{config['vocab_size']} rows: convert the model to GGUF again"
+            f"only {config['vocab_size']} rows: convert the model to GGUF again"
         )
 
 
 def number(file: GGUFFile, key: str, default: Any) -> Any:
-    """The number at `key`, as the shortest decimal that is the same float32 (9.9999997e-06 ->
-    1e-05), or `default`.
-    """
+    """The number at `key` as the shortest decimal of its float32 (9.9999997e-06 -> 1e-05)."""
     value = file.metadata.get(key, default)
     if value is not None and not isinstance(value, (int, float)):
         raise ValueError(

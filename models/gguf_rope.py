@@ -72,8 +72,8 @@ def _factor(file: GGUFFile, arch: str) -> float:
     factor, older = number(file, new, None), number(file, old, None)
     if factor is not None and older is not None and factor != older:
         raise ValueError(
-            f"{file.path}: {new}={factor!r} and {old}={older!r} must agree: convert "
-            f"the model to GGUF again"
+            f"{file.path}: {new}={factor!r} and {old}={older!r} must agree: convert the model to "
+            "GGUF again"
         )
     return (older if factor is None else factor) or 1.0
 
@@ -81,15 +81,14 @@ def _factor(file: GGUFFile, arch: str) -> float:
 def _refused(file: GGUFFile, arch: str, name: str, value: Any, must: str) -> ValueError:
     return ValueError(
         f"{file.path}: {arch}.rope.scaling.{name}={value!r} is not supported, it must be {must}; "
-        f"use the model's safetensors files"
+        "use the model's safetensors files"
     )
 
 
 def _check_no_yarn(file: GGUFFile, arch: str, kind: str) -> None:
     for name, default in {**_YARN_DEFAULTS, "yarn_ext_factor": 0.0}.items():
         value = number(file, f"{arch}.rope.scaling.{name}", default)
-        # negative: not set
-        if value != default and not (name == "yarn_ext_factor" and value < 0.0):
+        if value != default and not (name == "yarn_ext_factor" and value < 0.0):  # negative: unset
             raise _refused(
                 file,
                 arch,
@@ -104,11 +103,8 @@ def _yarn(file: GGUFFile, arch: str, factor: float, attention: float) -> dict[st
         name: number(file, f"{arch}.rope.scaling.{name}", None)
         for name in (*_YARN_DEFAULTS, "yarn_ext_factor")
     }
-    ext, stated, log = (
-        given["yarn_ext_factor"],
-        given["yarn_attn_factor"],
-        given["yarn_log_multiplier"] or 0.0,
-    )
+    ext, stated = given["yarn_ext_factor"], given["yarn_attn_factor"]
+    log = given["yarn_log_multiplier"] or 0.0
     if ext is not None and ext >= 0.0 and ext != 1.0:
         raise _refused(file, arch, "yarn_ext_factor", ext, "1 with type 'yarn'")
     if stated is not None and log:
@@ -136,16 +132,13 @@ def _yarn(file: GGUFFile, arch: str, factor: float, attention: float) -> dict[st
 
 
 def _from_divisors(file: GGUFFile, arch: str, head_dim: int) -> dict[str, Any] | None:
-    """Llama 3's scaling from the divisors it produced; every released model uses 1, 4 and an
-    8192-token context.
-    """
+    """Llama 3's scaling from its divisors; all models use 1, 4 and an 8192-token context."""
     theta = number(file, f"{arch}.rope.freq_base", 10000.0)
     divisors = file.read("rope_freqs.weight")
     if divisors.shape != (head_dim // 2,):
         raise ValueError(
-            f"{file.path}: rope_freqs.weight must hold one divisor for each of the "
-            f"{head_dim // 2} pairs of a head, "
-            f"given shape {divisors.shape}: convert the model to GGUF again"
+            f"{file.path}: rope_freqs.weight must hold one divisor for each of the {head_dim // 2} "
+            f"pairs of a head, given shape {divisors.shape}: convert the model to GGUF again"
         )
     if np.allclose(divisors, 1.0):
         return None
@@ -162,10 +155,9 @@ def _from_divisors(file: GGUFFile, arch: str, head_dim: int) -> dict[str, Any] |
     expected = _llama3_divisors(scaling, theta, len(divisors))
     if not np.allclose(divisors, expected, rtol=1e-3):
         raise ValueError(
-            f"{file.path}: the divisors in rope_freqs.weight must be those of Llama 3 rope "
-            f"scaling {scaling}, "
-            f"given {divisors.tolist()}: use the model's safetensors files, whose config.json "
-            f"states the scaling"
+            f"{file.path}: the divisors in rope_freqs.weight must be those of Llama 3 rope scaling "
+            f"{scaling}, given {divisors.tolist()}: use the model's safetensors files, whose "
+            "config.json states the scaling"
         )
     return scaling
 

@@ -73,9 +73,7 @@ class GGUFSource:
         return tokenizer_from_gguf(self._file.metadata)
 
     def _hf_name(self, name: str) -> str:
-        """The Hugging Face name, or `name` itself where there is none: the loader then lists it as
-        unused.
-        """
+        """The Hugging Face name, or `name` itself without one: the loader lists it as unused."""
         match = _NAME.match(name)
         if match is None:
             return name

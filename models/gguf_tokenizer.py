@@ -1,5 +1,4 @@
-"""The tokenizer that a GGUF file's metadata describes, rebuilt with the `tokenizers` library. No
-PyTorch.
+"""The tokenizer that a GGUF file's metadata describes, rebuilt with `tokenizers`. No PyTorch.
 
 Two kinds exist among the supported families: byte-level BPE ("gpt2": SmolLM, Llama 3, Qwen, Mistral
 Nemo) and SentencePiece BPE with byte fallback ("llama": Llama 2, Mistral, Gemma). Neither stores
@@ -41,8 +40,8 @@ def tokenizer_from_gguf(metadata: dict[str, Any]) -> PreTrainedTokenizerFast | N
         return None
     if kind not in _BUILDERS:
         raise ValueError(
-            f"tokenizer.ggml.model must be one of {sorted(_BUILDERS)}, given "
-            f"{kind!r}: {_USE_ANOTHER}"
+            f"tokenizer.ggml.model must be one of {sorted(_BUILDERS)}, given {kind!r}: "
+            f"{_USE_ANOTHER}"
         )
     tokens = _required(metadata, "tokens")
     tokenizer = _BUILDERS[kind](metadata, tokens)
@@ -54,8 +53,8 @@ def _required(metadata: dict[str, Any], name: str) -> list[Any]:
     value = metadata.get(f"tokenizer.ggml.{name}")
     if not isinstance(value, list) or not value:
         raise ValueError(
-            f"the GGUF file must state a non-empty 'tokenizer.ggml.{name}', given "
-            f"{value!r}: {_USE_ANOTHER}"
+            f"the GGUF file must state a non-empty 'tokenizer.ggml.{name}', given {value!r}: "
+            f"{_USE_ANOTHER}"
         )
     return value
 
@@ -110,15 +109,12 @@ _SPLITS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "tekken": _by_pattern(_TEKKEN_WORDS),
 }
 _LLAMA3 = ("llama3", "llama-v3", "llama-bpe")
-# a word that is itself a token is not merged up from bytes
-_WHOLE_WORDS_FIRST = (*_LLAMA3, "tekken")
+_WHOLE_WORDS_FIRST = (*_LLAMA3, "tekken")  # a whole token is not merged up from bytes
 _NFC = ("qwen2", "deepseek-r1-qwen")
 
 
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
-    """SentencePiece BPE: spaces are written as U+2581, unknown characters as bytes such as
-    <0x0A>.
-    """
+    """SentencePiece BPE: spaces are U+2581, unknown characters are bytes such as <0x0A>."""
     gemma = str(metadata.get("general.architecture", "")).startswith("gemma")
     if gemma:  # its runs of spaces are stored as plain spaces
         tokens[:] = [
@@ -175,9 +171,7 @@ _BUILDERS: dict[str, Callable[[dict[str, Any], list[str]], Tokenizer]] = {
 
 
 def _mark_special_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str]) -> None:
-    """Control tokens are matched whole and skipped in decoding; user-defined ones are matched whole
-    and printed.
-    """
+    """Control tokens are matched whole and skipped in decoding, user-defined ones printed."""
     kinds = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
     plain = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED]

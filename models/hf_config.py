@@ -34,8 +34,8 @@ def _fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     for option in family.must_be_off:
         if raw.get(option):
             raise ValueError(
-                f"{option}={raw[option]!r} is not supported for "
-                f"model_type={raw['model_type']!r}; it must be off."
+                f"{option}={raw[option]!r} is not supported for model_type={raw['model_type']!r}; "
+                "it must be off."
             )
     check_keys(raw, family)
     fields = _plain_fields(raw, family)
@@ -43,8 +43,7 @@ def _fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("layer_types") is not None and tuple(raw["layer_types"]) != layer_types:
         raise ValueError(
             f"layer_types={raw['layer_types']!r} does not fit model_type={raw['model_type']!r}, "
-            f"whose layers are all alike; "
-            "remove it, or use a model_type that mixes them."
+            "whose layers are all alike; remove it, or use a model_type that mixes them."
         )
     rope = read_rope(
         raw, family.rope_theta, family.rope_local_base_freq, fields["max_position_embeddings"]
@@ -60,9 +59,7 @@ def _fields(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A multimodal checkpoint's text model, with its own model_type and the outer
-    tie_word_embeddings.
-    """
+    """A multimodal checkpoint's text model, its own model_type, the outer tie_word_embeddings."""
     model_type = raw.get("model_type")
     if model_type not in TEXT_PART or "text_config" not in raw:
         return raw
@@ -84,8 +81,8 @@ def _plain_fields(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     missing = [name for name, value in fields.items() if value is REQUIRED]
     if missing:
         raise ValueError(
-            f"config.json lacks {', '.join(missing)}, which "
-            f"model_type={raw['model_type']!r} needs; add them."
+            f"config.json lacks {', '.join(missing)}, which model_type={raw['model_type']!r} "
+            "needs; add them."
         )
     if (
         "num_key_value_heads" in raw
@@ -115,7 +112,6 @@ def _even_share(hidden_size: int, num_heads: int) -> int:
     if hidden_size % num_heads:
         raise ValueError(
             f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_heads} "
-            f"where head_dim is not given; "
-            "give head_dim in config.json."
+            "where head_dim is not given; give head_dim in config.json."
         )
     return hidden_size // num_heads

@@ -1,6 +1,4 @@
-"""Keys of config.json that no family reads although they would change the computation: refused by
-name.
-"""
+"""Keys of config.json that no family reads but that change the computation: refused by name."""
 
 import re
 from collections.abc import Mapping
@@ -20,14 +18,11 @@ _ROPE_KEYS = (
 
 _COMPUTES = frozenset(
     "act activation alibi attend attention attn bidirectional bias causal chunk clip cross depth "
-    "emb embedding embeddings "
-    "expert experts factor ffn gate gated head heads interleave interleaved kv layer layernorm "
-    "layers logit logits logn "
-    "lora mla mlp moe mtp multiplier mup norm ntk nope parallel position positional positions qk "
-    "qkv query ratio residual "
-    "rms rope rotary router scale scales scaling scalar scoring shared sink sinks softcap "
-    "softcapping softmax sparse "
-    "sparsity ssm swiglu topk value window windows yarn".split()
+    "emb embedding embeddings expert experts factor ffn gate gated head heads interleave "
+    "interleaved kv layer layernorm layers logit logits logn lora mla mlp moe mtp multiplier mup "
+    "norm ntk nope parallel position positional positions qk qkv query ratio residual rms rope "
+    "rotary router scale scales scaling scalar scoring shared sink sinks softcap softcapping "
+    "softmax sparse sparsity ssm swiglu topk value window windows yarn".split()
 )
 """A key with one of these words between its underscores speaks of the network itself."""
 
@@ -68,8 +63,7 @@ _FACTORS = re.compile(r"(^|_)(multiplier|scale|scales|scaling|factor|ratio)(_|$)
 
 
 def check_keys(raw: Mapping[str, Any], family: Family) -> None:
-    """Raise ValueError, with names and values, for keys that would change the computation and are
-    not read.
+    """Raise ValueError, with names and values, for unread keys that change the computation.
 
     Values that turn such a key off pass: null, false, 0, an empty list, and 1 for a plain factor.
     """
@@ -83,9 +77,8 @@ def check_keys(raw: Mapping[str, Any], family: Family) -> None:
         listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unread.items()))
         raise ValueError(
             f"config.json has {listed}, which would change the computation and is not supported "
-            f"for "
-            f"model_type={raw['model_type']!r}; use a checkpoint without it (remove a key only if "
-            f"the model ignores it)."
+            f"for model_type={raw['model_type']!r}; use a checkpoint without it (remove a key only "
+            "if the model ignores it)."
         )
 
 
@@ -95,8 +88,7 @@ def _renamed(family: Family) -> tuple[str, ...]:
 
 
 def _computes(key: str) -> bool:
-    # a leading underscore: transformers' own notes
-    if key in _HARMLESS or key.startswith("_") or "dropout" in key:
+    if key in _HARMLESS or key.startswith("_") or "dropout" in key:  # "_": transformers' own notes
         return False
     return not _COMPUTES.isdisjoint(key.lower().split("_"))
 

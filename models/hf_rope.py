@@ -50,15 +50,14 @@ def read_rope(
         if block.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise ValueError(
                 f"partial_rotary_factor={block['partial_rotary_factor']} is not supported; the "
-                f"rotary embedding must "
-                "cover the whole head (1.0)."
+                "rotary embedding must cover the whole head (1.0)."
             )
     for block in (full, local):
         _check_block(block)
     if _rope_type(local) != "default":
         raise ValueError(
-            f"rope_type={_rope_type(local)!r} of the sliding_attention layers is not "
-            f"supported; these must be 'default'."
+            f"rope_type={_rope_type(local)!r} of the sliding_attention layers is not supported; "
+            "these must be 'default'."
         )
     return {
         "rope_theta": _first(full.get("rope_theta"), raw.get("rope_theta"), theta),
@@ -75,16 +74,13 @@ def _first(*values: Any) -> Any:
 
 
 def _blocks(raw: Mapping[str, Any], two_bases: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of the full_attention (or of all) layers, and those of the sliding_attention
-    layers.
-    """
+    """The settings of the full_attention (or all) layers, and of the sliding_attention layers."""
     given = raw.get("rope_parameters") or {}
     nested = [kind for kind in LAYER_TYPES if kind in given]
     if nested and not two_bases:
         raise ValueError(
             f"rope_parameters has blocks {nested}, but model_type={raw.get('model_type')!r} has "
-            f"one rotary embedding "
-            "for all layers; give one flat block."
+            "one rotary embedding for all layers; give one flat block."
         )
     older = raw.get("rope_scaling") or {}
     for name, block in (("rope_parameters", given), ("rope_scaling", older)):
@@ -92,14 +88,14 @@ def _blocks(raw: Mapping[str, Any], two_bases: bool) -> tuple[dict[str, Any], di
             raise ValueError(f"{name}={block!r} must be an object or null; correct config.json.")
     if nested and (beside := sorted(set(given) - set(LAYER_TYPES))):
         raise ValueError(
-            f"rope_parameters has {beside} beside its blocks {nested}; put them into "
-            f"the blocks they belong to."
+            f"rope_parameters has {beside} beside its blocks {nested}; put them into the blocks "
+            "they belong to."
         )
     full = dict((given.get("full_attention") or {}) if nested else given)
     if differ := sorted(key for key in older if key in full and older[key] != full[key]):
         raise ValueError(
-            f"rope_scaling and rope_parameters differ in {differ}: {older!r} and "
-            f"{full!r}; keep one of them."
+            f"rope_scaling and rope_parameters differ in {differ}: {older!r} and {full!r}; keep "
+            "one of them."
         )
     full.update(older)
     context = raw.get("original_max_position_embeddings")
@@ -112,13 +108,13 @@ def _rope_type(block: Mapping[str, Any]) -> str:
     kind = block.get("rope_type") or block.get("type") or "default"
     if block.get("type") not in (None, kind):
         raise ValueError(
-            f"rope_type={kind!r} and type={block['type']!r} must agree; remove the "
-            f"older 'type' from config.json."
+            f"rope_type={kind!r} and type={block['type']!r} must agree; remove the older 'type' "
+            "from config.json."
         )
     if kind not in ROPE_TYPES:
         raise ValueError(
-            f"rope_type={kind!r} is not supported; supported are "
-            f"{', '.join(ROPE_TYPES)}. Use a checkpoint with one of these."
+            f"rope_type={kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}. Use a "
+            "checkpoint with one of these."
         )
     return kind
 
@@ -132,8 +128,8 @@ def _check_block(block: Mapping[str, Any]) -> None:
         listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()))
         raise ValueError(
             f"rope_scaling or rope_parameters has {listed}, which rope_type={kind!r} does not "
-            f"have; it has "
-            f"{', '.join(sorted(known))}. Correct config.json, or use a checkpoint without it."
+            f"have; it has {', '.join(sorted(known))}. Correct config.json, or use a checkpoint "
+            "without it."
         )
 
 
@@ -145,8 +141,8 @@ def _scaling(block: Mapping[str, Any], context: int) -> RopeScaling | None:
     missing = [name for name in needed if block.get(name) is None]
     if missing:
         raise ValueError(
-            f"rope_type={kind!r} needs {', '.join(missing)} beside it; add what is "
-            f"missing to config.json."
+            f"rope_type={kind!r} needs {', '.join(missing)} beside it; add what is missing to "
+            "config.json."
         )
     if kind == "linear":
         return RopeScaling(kind, float(block["factor"]))
@@ -163,14 +159,11 @@ def _yarn(block: Mapping[str, Any], original: int) -> RopeScaling:
     """
     if block.get("truncate") is False:
         raise ValueError(
-            "truncate=False is not supported for rope_type='yarn'; the blend goes "
-            "between whole pairs."
+            "truncate=False is not supported for rope_type='yarn'; the blend goes between whole "
+            "pairs."
         )
-    factor, above, below = (
-        float(block["factor"]),
-        float(block.get("mscale") or 0.0),
-        float(block.get("mscale_all_dim") or 0.0),
-    )
+    factor, above = float(block["factor"]), float(block.get("mscale") or 0.0)
+    below = float(block.get("mscale_all_dim") or 0.0)
     weighted = (
         yarn_mscale(factor, above) / yarn_mscale(factor, below)
         if above and below

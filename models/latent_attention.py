@@ -22,8 +22,7 @@ _EPS = 1e-6  # of the two inner norms, whatever the config says of the others
 
 
 class LatentAttention(nn.Module):
-    """A token's keys and values of all heads are made from one latent c (after its norm) and one
-    rotary key k_R.
+    """A token's keys and values come from one latent c (after its norm) and one rotary key k_R.
 
     Without a cache they are made and attended to. A cache keeps c and k_R only, and attention
     happens in their space: the projection W_UK of c to a head's keys goes to the query (q W_UK' is
@@ -125,9 +124,7 @@ class LatentAttention(nn.Module):
         )[0]
 
     def _embedded(self, x: jax.Array, data: LayerData, shared: SharedData) -> jax.Array:
-        """`x [B, T, heads, qk_rope_head_dim]` with its rotary embedding, in the half-rotation
-        layout.
-        """
+        """`x [B, T, heads, qk_rope_head_dim]` with rotary embedding, half-rotation layout."""
         if self._sizes.rope_interleave:
             # of queries and keys alike: their products stay
             x = jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)

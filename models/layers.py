@@ -1,5 +1,4 @@
-"""The parts of a decoder layer, as Flax Linen modules: norm, projection, embedding, MLP and the
-logits head.
+"""The parts of a decoder layer in Flax Linen: norm, projection, embedding, MLP, logits head.
 
 Parameters carry Hugging Face's names; a projection is "kernel" [in, out] (the transpose of
 torch's), a norm "weight". Those of the layers are stacked, and a layer picks its own by index when
@@ -90,9 +89,7 @@ def project(
 
 
 class Embedding(nn.Module):
-    """The token table "embedding" [vocab_size, hidden_size], read as input and, where tied, as the
-    logits head.
-    """
+    """The token table "embedding" [vocab_size, hidden_size], input and, if tied, logits head."""
 
     vocab_size: int
     hidden_size: int
@@ -106,9 +103,7 @@ class Embedding(nn.Module):
         )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Rows of the table for tokens [B, T]: dtype [B, T, hidden_size]; NaN for an id that is not
-        in the vocabulary.
-        """
+        """Rows for tokens [B, T]: dtype [B, T, hidden_size]; NaN for ids beyond the vocabulary."""
         # the barrier keeps XLA from converting the whole table to float32 once before a decode loop
         table, tokens = jax.lax.optimization_barrier((self.embedding, tokens))
         return jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.dtype)
@@ -121,9 +116,7 @@ class Embedding(nn.Module):
 
 
 class LogitsHead(nn.Module):
-    """The untied logits head "kernel" [hidden_size, vocab_size]; float32 out of matrix products in
-    `dtype`.
-    """
+    """The untied logits head "kernel" [hidden_size, vocab_size]; float32 from `dtype` products."""
 
     vocab_size: int
     dtype: str

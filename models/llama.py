@@ -1,6 +1,4 @@
-"""Llama 2 and 3, and models that keep its layout, such as SmolLM2 (arXiv:2307.09288,
-arXiv:2407.21783).
-"""
+"""Llama 2 and 3, and models of that layout such as SmolLM2 (arXiv:2307.09288, 2407.21783)."""
 
 from .config import ModelConfig
 from .family import Family, all_full, sizes

@@ -111,8 +111,8 @@ def _existing(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(
-            f"{path} must be an existing file or folder: download the model first, "
-            f"for instance with `hf download`"
+            f"{path} must be an existing file or folder: download the model first, for instance "
+            "with `hf download`"
         )
     return path
 
@@ -130,8 +130,8 @@ def _open(path: Path) -> Checkpoint | WeightSource:
     if is_checkpoint(path):
         if weights := sorted(file.name for file in path.glob("model*.safetensors")):
             raise ValueError(
-                f"{path} must hold either params/ or {weights}, but holds both: move "
-                f"one of them elsewhere"
+                f"{path} must hold either params/ or {weights}, but holds both: move one of them "
+                "elsewhere"
             )
         return Checkpoint(path)
     with hugging_face_packages(path):
@@ -139,8 +139,8 @@ def _open(path: Path) -> Checkpoint | WeightSource:
     if is_safetensors_folder(path):
         return SafetensorsSource(path)
     raise ValueError(
-        f"{path} must hold model.safetensors, model.safetensors.index.json or "
-        f"params/: {_what_is_there(path)}"
+        f"{path} must hold model.safetensors, model.safetensors.index.json or params/: "
+        f"{_what_is_there(path)}"
     )
 
 
@@ -149,8 +149,8 @@ def _open_file(path: Path) -> WeightSource:
         magic = file.read(4)
     if magic != b"GGUF":
         raise ValueError(
-            f"{path} must start with the bytes b'GGUF', given {magic!r}: pass a GGUF "
-            f"file, or the folder for other formats"
+            f"{path} must start with the bytes b'GGUF', given {magic!r}: pass a GGUF file, or the "
+            "folder for other formats"
         )
     with hugging_face_packages(path):
         from .gguf_source import GGUFSource
@@ -164,7 +164,7 @@ def _what_is_there(folder: Path) -> str:
     if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")]):
         return (
             f"save {[file.name for file in pickles]} again as safetensors with "
-            f"`model.save_pretrained(folder)`"
+            "`model.save_pretrained(folder)`"
         )
     return "pass the folder that holds the weights"
 
@@ -176,8 +176,8 @@ def _tokenizer(
         tokenizer = read_tokenizer(_existing(folder))
         if tokenizer is None:
             raise ValueError(
-                f"tokenizer={str(folder)!r} must be a folder with a tokenizer.json: "
-                f"copy the model's tokenizer files there"
+                f"tokenizer={str(folder)!r} must be a folder with a tokenizer.json: copy the "
+                "model's tokenizer files there"
             )
         return tokenizer
     with hugging_face_packages(path):

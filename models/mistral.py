@@ -1,6 +1,4 @@
-"""Mistral 7B and its kin: Llama's layer with one sliding window for all layers
-(arXiv:2310.06825).
-"""
+"""Mistral 7B and its kin: Llama's layer with one sliding window for all (arXiv:2310.06825)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +9,7 @@ from .switches import Switches
 
 
 def _layers(raw: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[str, ...] | None]:
-    # an explicit null means none; an absent key means the default
-    window = raw.get("sliding_window", 4096)
+    window = raw.get("sliding_window", 4096)  # null means none, an absent key the default
     return window, ("full_attention" if window is None else "sliding_attention",) * num_layers
 
 

@@ -87,8 +87,8 @@ def hf_name(path: tuple[str, ...], layer: int | None = None, expert: int | None 
     """
     if path[-1] not in _LEAF_TO_HF:
         raise ValueError(
-            f"parameter {'/'.join(path)} must end in one of {sorted(_LEAF_TO_HF)} to "
-            f"have a checkpoint name"
+            f"parameter {'/'.join(path)} must end in one of {sorted(_LEAF_TO_HF)} to have a "
+            "checkpoint name"
         )
     modules, leaf = path[:-1], _LEAF_TO_HF[path[-1]]
     if modules[0] in _STACKS:

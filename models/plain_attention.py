@@ -1,6 +1,4 @@
-"""Dense causal attention over the given tokens only: the model without a cache, and the yardstick
-for one with it.
-"""
+"""Dense causal attention over the given tokens: the model without a cache, the yardstick."""
 
 import jax
 import jax.numpy as jnp

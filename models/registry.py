@@ -38,8 +38,8 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         supported = ", ".join([*FAMILIES, *TEXT_PART])
         raise ValueError(
-            f"model_type={model_type!r} is not supported; supported are {supported}. "
-            f"Use a checkpoint of one of these."
+            f"model_type={model_type!r} is not supported; supported are {supported}. Use a "
+            "checkpoint of one of these."
         )
     return FAMILIES[model_type]
 

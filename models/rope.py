@@ -1,5 +1,4 @@
-"""Rotary position embedding: unscaled, linear, llama3 and YaRN frequencies, in Hugging Face's
-half-rotation layout.
+"""Rotary embedding: unscaled, linear, llama3 and YaRN frequencies, half-rotation layout.
 
 Source: Su et al., arXiv:2104.09864; channel c is paired with channel c + head_dim/2, as checkpoints
 on the Hugging Face hub expect. Linear scaling divides every frequency; llama3 scaling is the
@@ -46,13 +45,13 @@ class RopeScaling:
         if self.rope_type not in ROPE_TYPES[1:]:
             raise ValueError(
                 f"rope_type={self.rope_type!r} is not supported; supported are "
-                f"{', '.join(ROPE_TYPES)}. "
-                "Use a checkpoint with one of these (leave the scaling out for 'default')."
+                f"{', '.join(ROPE_TYPES)}. Use a checkpoint with one of these (leave the scaling "
+                "out for 'default')."
             )
         if self.factor < 1.0:
             raise ValueError(
-                f"rope factor={self.factor} must be at least 1.0; it is the context "
-                f"length's multiple."
+                f"rope factor={self.factor} must be at least 1.0; it is the context length's "
+                "multiple."
             )
         if not 0.0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
@@ -62,15 +61,13 @@ class RopeScaling:
         if not (0.0 < self.beta_slow < self.beta_fast and self.attention_factor > 0.0):
             raise ValueError(
                 f"beta_slow={self.beta_slow} must be positive and below "
-                f"beta_fast={self.beta_fast}, and "
-                f"attention_factor={self.attention_factor} positive; check rope_scaling in "
-                f"config.json."
+                f"beta_fast={self.beta_fast}, and attention_factor={self.attention_factor} "
+                "positive; check rope_scaling in config.json."
             )
         if self.original_max_position_embeddings < 1:
             raise ValueError(
-                f"original_max_position_embeddings={self.original_max_position_embeddings} must "
-                f"be at least 1; "
-                "it is the context length before scaling."
+                f"original_max_position_embeddings={self.original_max_position_embeddings} must be "
+                "at least 1; it is the context length before scaling."
             )
 
     @property
@@ -100,8 +97,7 @@ def inverse_frequencies(
     # within the original context
     turns = scaling.original_max_position_embeddings * frequency / (2.0 * np.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    # 1: a short wavelength, left alone; 0: a long one, fully stretched
-    keep = np.clip(keep, 0.0, 1.0)
+    keep = np.clip(keep, 0.0, 1.0)  # 1: a short wavelength, left alone; 0: a long one, stretched
     return (frequency * (keep + (1.0 - keep) / scaling.factor)).astype(np.float32)
 
 
@@ -119,10 +115,8 @@ def _yarn(frequency: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarr
             / math.log(theta)
         )
 
-    first, last = (
-        max(math.floor(pair(scaling.beta_fast)), 0),
-        min(math.ceil(pair(scaling.beta_slow)), 2 * pairs - 1),
-    )
+    first = max(math.floor(pair(scaling.beta_fast)), 0)
+    last = min(math.ceil(pair(scaling.beta_slow)), 2 * pairs - 1)
     slowed = np.clip((np.arange(pairs) - first) / max(last - first, 0.001), 0.0, 1.0)
     return frequency * (1.0 - slowed + slowed / scaling.factor)
 
@@ -146,7 +140,5 @@ def apply_rope(
     cos: Float[Array, "B T pairs"],
     sin: Float[Array, "B T pairs"],
 ) -> Float[Array, "B T heads head_dim"]:
-    """Rotate x [B, T, heads, head_dim] by angles [B, T, head_dim / 2]; computed in float32,
-    returned in x's dtype.
-    """
+    """Rotate x [B, T, heads, head_dim] by [B, T, head_dim / 2] in float32, in x's dtype."""
     return turn_pairs(x, cos[:, :, None, :], sin[:, :, None, :])

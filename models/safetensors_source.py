@@ -96,8 +96,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
     }
     if wrong:
         raise ValueError(
-            f"{folder / _INDEX} must give the name of a file beside it for every "
-            f"tensor, given {wrong}: correct it"
+            f"{folder / _INDEX} must give the name of a file beside it for every tensor, given "
+            f"{wrong}: correct it"
         )
     return weight_map
 
@@ -123,8 +123,8 @@ def _shard_paths(folder: Path, weight_map: dict[str, str]) -> list[Path]:
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise ValueError(
-            f"{folder} must hold every shard named in {source}, missing {missing}: "
-            f"copy or download them again"
+            f"{folder} must hold every shard named in {source}, missing {missing}: copy or "
+            "download them again"
         )
     return paths
 
@@ -140,8 +140,8 @@ def _files(
     absent = sorted(set(weight_map) - set(holders))
     if absent:
         raise ValueError(
-            f"{folder}: the shards must hold every tensor named in {_INDEX}, missing "
-            f"{absent}: download the folder again"
+            f"{folder}: the shards must hold every tensor named in {_INDEX}, missing {absent}: "
+            "download the folder again"
         )
     chosen = {
         name: folder / weight_map[name] if name in weight_map else paths[0]
@@ -154,8 +154,8 @@ def _files(
     ]
     if elsewhere:
         raise ValueError(
-            f"{folder}: {_INDEX} names tensors that their file lacks: "
-            f"{'; '.join(elsewhere)}: correct the index"
+            f"{folder}: {_INDEX} names tensors that their file lacks: {'; '.join(elsewhere)}: "
+            "correct the index"
         )
     twice = [
         f"{name} in {_names(paths)}"
@@ -164,9 +164,8 @@ def _files(
     ]
     if twice:
         raise ValueError(
-            f"{folder}: every tensor must be in one file, or {_INDEX} must say which counts, "
-            f"given {'; '.join(twice)}: "
-            "remove the file that is not the model's, or write the index"
+            f"{folder}: every tensor must be in one file, or {_INDEX} must say which counts, given "
+            f"{'; '.join(twice)}: remove the file that is not the model's, or write the index"
         )
     return {name: path for path in headers for name in headers[path] if chosen[name] == path}
 
@@ -184,8 +183,7 @@ def _check_not_quantized(folder: Path, config: dict[str, Any]) -> None:
         )
         raise ValueError(
             f"{folder} holds weights quantized with {method!r}, but safetensors weights must be "
-            f"float32, float16 or bfloat16: "
-            "use the unquantized checkpoint or a GGUF file"
+            "float32, float16 or bfloat16: use the unquantized checkpoint or a GGUF file"
         )
 
 

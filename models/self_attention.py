@@ -1,6 +1,4 @@
-"""Self-attention of a decoder layer: projections, q/k norm and RoPE, then plain attention or the
-cache's.
-"""
+"""Self-attention of a decoder layer: projections, q/k norm, RoPE, plain attention or a cache's."""
 
 from typing import Any, NamedTuple
 
@@ -55,9 +53,7 @@ def score_scale(config: ModelConfig) -> float:
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245) over the given tokens, or over a cache that takes
-    them in.
-    """
+    """Grouped-query attention (arXiv:2305.13245) over the given tokens, or over a cache."""
 
     config: ModelConfig
     switches: Switches

@@ -1,6 +1,4 @@
-"""What every kind of weight file offers the loader: a config, a list of tensors, and the tensors
-one at a time.
-"""
+"""What every weight file offers the loader: a config, a list of tensors, and them one by one."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,18 +9,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file, known from the header alone. shape: as Hugging Face stores it, [out,
-    in] for a matrix.
-    """
+    """A tensor known from the header; shape as Hugging Face stores it, [out, in] for a matrix."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
 def check_unique(origin: object, meaning: Mapping[str, str]) -> None:
-    """Raise ValueError where two stored tensors mean one; `meaning` is {name in the file: canonical
-    name}.
-    """
+    """Raise ValueError where two stored tensors mean one: {name in the file: canonical name}."""
     stored: dict[str, list[str]] = {}
     for name, canonical in meaning.items():
         stored.setdefault(canonical, []).append(name)
@@ -33,8 +27,8 @@ def check_unique(origin: object, meaning: Mapping[str, str]) -> None:
             for canonical, names in sorted(twice.items())
         )
         raise ValueError(
-            f"{origin} must hold every tensor once, but holds {listed}: remove the "
-            f"one that is not the model's"
+            f"{origin} must hold every tensor once, but holds {listed}: remove the one that is not "
+            "the model's"
         )
 
 
@@ -60,9 +54,7 @@ class WeightSource(Protocol):
 
     @property
     def ignored(self) -> dict[str, str]:
-        """{tensor name as the file spells it: why it is left out}, for tensors that `tensors` does
-        not list.
-        """
+        """{tensor name in the file: why it is left out}, of those that `tensors` does not list."""
         ...
 
     def stream(self) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,6 +1,4 @@
-"""Which implementation of the cache's operations runs: chosen once, carried in the cache's static
-spec.
-"""
+"""Which implementation of the operations runs: chosen once, carried in the static spec."""
 
 import logging
 from collections.abc import Callable
@@ -36,8 +34,7 @@ class Kernels:
     def resolve(
         implementation: str | None = None, *, interpret: bool | Literal["checked"] = False
     ) -> "Kernels":
-        """None takes the kernels of the platform that the program will run on, plain XLA where
-        there are none.
+        """None: the kernels of the platform that the program will run on, plain XLA without any.
 
         Raises:
             ValueError: the name is unknown, its platform is not the one at hand and `interpret` is
@@ -49,15 +46,14 @@ class Kernels:
         if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}, "
-                f"or None to choose by platform"
+                "or None to choose by platform"
             )
         needs = IMPLEMENTATIONS[implementation]
         if needs not in (None, platform) and not interpret:
             raise ValueError(
-                f"implementation={implementation!r} needs a {needs.upper()}, and this program "
-                f"runs on {platform.upper()}; "
-                "leave it out, take 'xla', or set interpret=True to run the kernels slowly in the "
-                "interpreter"
+                f"implementation={implementation!r} needs a {needs.upper()}, and this program runs "
+                f"on {platform.upper()}; leave it out, take 'xla', or set interpret=True to run "
+                "the kernels slowly in the interpreter"
             )
         if implementation == "cpu" and (reason := _no_native_kernels()):
             raise ValueError(
@@ -116,9 +112,7 @@ class Operation:
 
 
 def _default(platform: str) -> str:
-    """The implementation made for a platform; plain XLA where there is none, or no compiler for
-    native kernels.
-    """
+    """The implementation made for a platform; plain XLA without one, or without a compiler."""
     if platform == "cpu" and _no_native_kernels():
         return "xla"
     return next((name for name, made_for in IMPLEMENTATIONS.items() if made_for == platform), "xla")

@@ -1,6 +1,4 @@
-"""The page: a self-contained compressed block of tokens of one head, one fixed shape for every tier
-(docs/design.md 2).
-"""
+"""The page: a compressed block of tokens of a head, one shape for all tiers (docs/design.md 2)."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,8 +22,7 @@ def least_waste(sizes: Iterable[int], waste: Callable[[int], Sequence[float]]) -
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Static geometry of a pool whose pages serve every tier of `formats` (tier 0 first, the
-    highest precision).
+    """Static geometry of a pool whose pages serve every tier of `formats`, most precise first.
 
     `scored`: whether tokens have a significance; `group`: how the scores that the query heads of a
     KV head's group give become one. `rope`: keys are stored without their rotary embedding of these
@@ -61,8 +58,7 @@ class PageLayout:
         group: Literal["max", "mean"] = "max",
         rope: tuple[float, ...] | None = None,
     ) -> "PageLayout":
-        """Choose `rows` between one and four of the largest blocks so that the worst waste of any
-        tier is least.
+        """Choose `rows` of one to four of the largest blocks so that the worst tier wastes least.
 
         Raises:
             ValueError: a format cannot pack `head_dim`, or needs more payload than the first.
@@ -99,8 +95,8 @@ class PageLayout:
         if max(block_rows) > block_rows[0]:
             names = [f.name for f in formats]
             raise ValueError(
-                f"tiers {names} take {block_rows} payload bytes a token at "
-                f"{head_dim=}; a lower tier must not take more"
+                f"tiers {names} take {block_rows} payload bytes a token at {head_dim=}; a lower "
+                "tier must not take more"
             )
         rows = least_waste(
             range(max(block_rows), 4 * max(block_rows) + 1), lambda rows: layout(rows).waste()
@@ -118,9 +114,7 @@ class PageLayout:
 
     @property
     def tokens_per_group(self) -> int:
-        """Tokens that enter a tier together, encoded once as a block: T where a codec shares
-        numbers over a block, else 1.
-        """
+        """Tokens encoded once as a block: T where a codec shares numbers over a block, else 1."""
         return 1 if all(fmt.separable for fmt in self.formats) else self.tokens
 
     @property
@@ -160,9 +154,7 @@ class PageLayout:
         )
 
     def value_start(self, tier: int) -> tuple[int, int]:
-        """First payload row and first metadata row of V in a page of a tier: behind K of all
-        blocks.
-        """
+        """First payload row and first metadata row of V in a page of a tier: behind all of K."""
         (k_rows, _), count = self.formats[tier].rows(self.head_dim), self.blocks[tier]
         return count * k_rows, count * self.formats[tier].key.meta_rows
 
@@ -181,9 +173,7 @@ class PageLayout:
         )
 
     def join(self, tier: int, block: Block, payload: Array, meta: Array) -> tuple[Array, Array]:
-        """Inverse of `split`: the blocks laid over the pages `payload`, `meta`, whose remaining
-        rows stay.
-        """
+        """Inverse of `split`: the blocks laid over `payload`, `meta`, whose remaining rows stay."""
         new_payload = jnp.concatenate([_rows(block.k_payload), _rows(block.v_payload)], axis=-2)
         new_meta = jax.lax.bitcast_convert_type(
             jnp.concatenate([_rows(block.k_meta), _rows(block.v_meta)], axis=-2), meta.dtype
@@ -226,8 +216,7 @@ class Pages:
 
     payload: Array  # uint8 [num_pages, rows, T]
     meta: Array  # float16 [num_pages, meta_rows, T], or its bits as int16: `PageLayout.meta_dtype`
-    # float32 [num_pages, blocks, T]; [num_pages, 0, T] when the policy does not score
-    significance: Array
+    significance: Array  # float32 [num_pages, blocks, T]; [num_pages, 0, T] if not scored
     position: Array  # uint16 or int32 [num_pages, blocks, T]
 
     @staticmethod
@@ -248,9 +237,7 @@ class Pages:
 
 
 def page_column(tier: int, index, max_pages: int):
-    """Column of a head's page table that holds page `index` of a tier: tier 0 from the left, any
-    other from the right.
-    """
+    """Column of page `index` of a tier in a page table: tier 0 from the left, any other right."""
     return index if tier == 0 else max_pages - 1 - index
 
 
@@ -310,9 +297,7 @@ def write_token_array(
 
 
 def meta_as_bits(meta: Array) -> Array:
-    """The metadata as int16 bits for a TPU kernel: no copy when the pool keeps it so
-    (`PageLayout.meta_dtype`).
-    """
+    """The metadata as int16 bits for a TPU kernel: no copy where `meta_dtype` keeps it so."""
     return meta if meta.dtype == jnp.int16 else jax.lax.bitcast_convert_type(meta, jnp.int16)
 
 

@@ -12,8 +12,7 @@ R = TypeVar("R")
 
 
 def in_32_bits(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, which computes in 32 bits also where `jax_enable_x64` is set: the same programs,
-    the same results.
+    """`function`, which computes in 32 bits also under `jax_enable_x64`: the same results.
 
     Pages, tables and kernels hold 32-bit numbers, and JAX would widen what is counted from them.
     64-bit JAX arrays among the arguments are narrowed as they are without `jax_enable_x64`; whole

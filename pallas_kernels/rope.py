@@ -1,6 +1,4 @@
-"""Rotary position embedding in Hugging Face's half-rotation layout: channel c is paired with
-channel c + d/2 (arXiv:2104.09864).
-"""
+"""Rotary embedding, half-rotation layout: channel c pairs with c + d/2 (arXiv:2104.09864)."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -12,9 +10,7 @@ def turned(first: Array, second: Array, cos: Array, sin: Array) -> tuple[Array, 
 
 
 def turn_pairs(x: Array, cos: Array, sin: Array) -> Array:
-    """`x [..., d]` with every pair of channels turned by the angles of `cos`, `sin [..., d / 2]`;
-    float32 sums, x's dtype.
-    """
+    """`x [..., d]` turned by the angles of `cos`, `sin [..., d / 2]` in float32, in x's dtype."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate(turned(first, second, cos, sin), axis=-1).astype(x.dtype)
 

@@ -16,8 +16,7 @@ from diffkv_jax.pallas_kernels.precision import in_32_bits
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes and tokens of a cache. L paged layers, R requests, K KV heads; all arrays are NumPy
-    int64.
+    """Bytes and tokens of a cache: L paged layers, R requests, K KV heads; NumPy int64 arrays.
 
     Attributes:
         tier_names: names of the stored tiers; the last entry of a tier axis below is the recent
@@ -53,9 +52,7 @@ class MemoryReport:
 
     @property
     def kept_fraction(self) -> np.ndarray:
-        """Share of the seen tokens in each stored tier and, last, in the recent window: float
-        [tiers + 1].
-        """
+        """Share of the seen tokens in each tier and, last, the recent window: float [tiers + 1]."""
         seen = self.tokens.sum() + self.dropped.sum()
         return self.tokens.sum(axis=(0, 1, 2)) / max(seen, 1)
 

@@ -74,10 +74,8 @@ def calibrate(
     check_model("calibrate", model)
     params, policy = as_params("calibrate", params), as_policy(policy)
     fisher, progress = flag("fisher", fisher), flag("progress", progress)
-    samples, iterations = (
-        integer("samples", samples, least=1),
-        integer("iterations", iterations, least=1),
-    )
+    samples = integer("samples", samples, least=1)
+    iterations = integer("iterations", iterations, least=1)
     q_norm = None if q_norm is None else flag("q_norm", q_norm)
     key = jax.random.key(integer("seed", seed, least=0))
     batch = _checked(model, tokens)
@@ -93,8 +91,8 @@ def calibrate(
     total = len(spec.paged_layers) * sum(shape is not None for pair in shapes for shape in pair)
     if not total:
         raise ValueError(
-            f"policy {policy.name!r} has no learned codec in tiers={policy.tiers}: "
-            f"there is nothing to calibrate"
+            f"policy {policy.name!r} has no learned codec in tiers={policy.tiers}: there is "
+            "nothing to calibrate"
         )
     # exact sinks never meet a learned codec
     at = _spread(batch, samples, policy.protect.sinks if policy.tiers[0] == "full" else 0)
@@ -122,9 +120,7 @@ def calibrate(
 
 
 def _as_stored(tables: np.ndarray) -> np.ndarray:
-    """The float32 tables `[L, K, ...]` of all layers in float16; in bfloat16 where that does not
-    hold all of them.
-    """
+    """The float32 tables `[L, K, ...]` of all layers in float16, or bfloat16 if that overflows."""
     largest = np.abs(tables).max(axis=tuple(range(2, tables.ndim)))
     return tables.astype(jnp.bfloat16 if needs_wide(jnp.asarray(largest)).any() else np.float16)
 
@@ -134,8 +130,8 @@ def _checked(model: CausalLM, tokens: Any) -> np.ndarray:
     batch, sizes = as_batch(tokens, model.attention.vocab_size)
     if batch.shape[1] < 2 or (sizes != batch.shape[1]).any():
         raise ValueError(
-            f"calibration sequences must have one length of at least 2 tokens, given "
-            f"lengths {sorted(set(sizes.tolist()))}"
+            "calibration sequences must have one length of at least 2 tokens, given lengths "
+            f"{sorted(set(sizes.tolist()))}"
         )
     check_context(model.attention, sizes, batch.shape[1])
     return batch
@@ -148,8 +144,8 @@ def _spread(batch: np.ndarray, samples: int, first: int) -> np.ndarray:
     places = batch.shape[1] - 1 - first
     if places < 1:
         raise ValueError(
-            f"calibration sequences of {batch.shape[1]} tokens have none between the "
-            f"policy's {first} sinks and the last one"
+            f"calibration sequences of {batch.shape[1]} tokens have none between the policy's "
+            f"{first} sinks and the last one"
         )
     return np.linspace(first, batch.shape[1] - 2, min(places, -(-samples // len(batch)))).astype(
         np.int32
@@ -180,9 +176,8 @@ def _collect(
             for layer in np.flatnonzero(~np.isfinite(part).all(axis=(1, 2, 3))):
                 raise ValueError(
                     f"{what} of layer {spec.paged_layers[layer]} are not finite, so that nothing "
-                    f"can be learned from them: the model "
-                    f"computes in {spec.attention.dtype}; load it with dtype='float32', or look "
-                    f"for NaN in the parameters"
+                    f"can be learned from them: the model computes in {spec.attention.dtype}; load "
+                    "it with dtype='float32', or look for NaN in the parameters"
                 )
     return keys, values
 

@@ -24,8 +24,7 @@ SAMPLED = 4096  # numbers of each parameter array that the fingerprint looks at
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` learned: it serves every policy with the same tiers and transforms on the
-    same model.
+    """What `calibrate` learned, for every policy with the same tiers, transforms and model.
 
     Attributes:
         tables: float16 or bfloat16 NumPy arrays `[L, K, ...]` of K and V in each tier, None where a
@@ -46,8 +45,8 @@ class Calibration:
         tiers = tuple_of("tiers", self.tiers, text, "a list of format names such as ['K8v4V8v4']")
         if len(tables) != len(tiers):
             raise ValueError(
-                f"tables hold {len(tables)} pairs, and tiers={tiers} are "
-                f"{len(tiers)}: give one for each"
+                f"tables hold {len(tables)} pairs, and tiers={tiers} are {len(tiers)}: give one "
+                "for each"
             )
         found = (
             tables,
@@ -74,8 +73,8 @@ class Calibration:
             )
         if self.fingerprint != fingerprint(model, params):
             raise ValueError(
-                "the calibration was made with another model or other parameters: "
-                "calibrate with this one"
+                "the calibration was made with another model or other parameters: calibrate with "
+                "this one"
             )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -176,8 +175,8 @@ def tables_for(
         learned, given = getattr(calibration, field), getattr(policy, field)
         if learned != given:
             raise ValueError(
-                f"the calibration was made for {field}={learned!r}, policy "
-                f"{policy.name!r} has {given!r}: calibrate with it"
+                f"the calibration was made for {field}={learned!r}, policy {policy.name!r} has "
+                f"{given!r}: calibrate with it"
             )
     if (
         found := tuple(
@@ -185,8 +184,8 @@ def tables_for(
         )
     ) != shapes:
         raise ValueError(
-            f"the calibration's arrays have shapes {found}, the cache needs "
-            f"{shapes}: calibrate with this model and policy"
+            f"the calibration's arrays have shapes {found}, the cache needs {shapes}: calibrate "
+            "with this model and policy"
         )
     return calibration.tables
 
@@ -208,9 +207,7 @@ def fingerprint(model: CausalLM, params: Mapping[str, Any]) -> str:
 
 @jax.jit
 def _sampled(params: Mapping[str, Any]) -> list[jax.Array]:
-    """Evenly spaced numbers of each array, without flattening it: the flat copy of a large one
-    would be large.
-    """
+    """Evenly spaced numbers of each array, without flattening it: that would copy it whole."""
 
     def sample(leaf: jax.Array) -> jax.Array:
         index = np.unravel_index(

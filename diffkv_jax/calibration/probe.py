@@ -22,8 +22,7 @@ from diffkv_jax.pallas_kernels.decode_attention.stream import soft_cap
 )
 @dataclass(frozen=True)
 class Probe:
-    """Takes a cache's place in `CausalLM.apply`. N tokens, all arrays float32 `[layers, N,
-    kv_heads, head_dim]`.
+    """Takes a cache's place in `CausalLM.apply`. All arrays float32 `[layers, N, kv_heads, d]`.
 
     With a latent (`AttentionSpec.latent`) values are part of the keys, and `v` has no channels.
     """

@@ -42,8 +42,7 @@ def apply_event(
     pages_a_round: int,
     kernels: Kernels = XLA,
 ) -> Stored:
-    """Carry out a compression event in place: drop and demote stored tokens, let new ones in, take
-    and free pages.
+    """Carry out a compression event in place: drop and demote tokens, let new ones in, move pages.
 
     DiffKV, arXiv 2412.03131 sec. 5.2 and 5.3 (parallel KV compaction), Algorithm 1. For each
     admitted head: tokens of tier 1, then of tier 0, that leave (see `count_moves`) are removed; the

@@ -1,6 +1,4 @@
-"""Gather and scatter of single tokens (one lane of a page) and of whole pages, on all arrays of the
-pool.
-"""
+"""Gather and scatter of single tokens (one lane of a page) and of whole pages, on all arrays."""
 
 from typing import NamedTuple
 
@@ -13,9 +11,7 @@ from ..pages import PageLayout, Pages, tier_page_ids
 
 
 class Slots(NamedTuple):
-    """Where tokens of one tier lie: page id, block within the page and lane, equal shapes
-    `[...]`.
-    """
+    """Where tokens of one tier lie: page id, block in the page and lane, equal shapes `[...]`."""
 
     page: Array
     block: Array
@@ -39,19 +35,12 @@ def locate(
 def read_tokens(
     pages: Pages, layout: PageLayout, tier: int, slots: Slots
 ) -> tuple[Block, Array, Array]:
-    """Encoded tokens at `slots [...]` as a block of one-token columns `[..., rows]`, their
-    significance and position `[...]`.
-    """
-    parts = [
-        _read_column(array, slots, first, rows)
-        for array, first, rows in _parts(pages, layout, tier, slots)
-    ]
-    halves = [lax.bitcast_convert_type(part, jnp.float16) for part in parts[2:]]
-    return (
-        Block(parts[0], parts[1], *halves),
-        _read_array(pages.significance, slots),
-        _read_array(pages.position, slots),
-    )
+    """Tokens at `slots [...]`: one-token columns `[..., rows]`, significance, position `[...]`."""
+    parts = _parts(pages, layout, tier, slots)
+    columns = [_read_column(array, slots, first, rows) for array, first, rows in parts]
+    halves = [lax.bitcast_convert_type(column, jnp.float16) for column in columns[2:]]
+    significance = _read_array(pages.significance, slots)
+    return Block(*columns[:2], *halves), significance, _read_array(pages.position, slots)
 
 
 def write_tokens(
@@ -75,9 +64,7 @@ def write_tokens(
 
 
 def _parts(pages: Pages, layout: PageLayout, tier: int, slots: Slots):
-    """(array, first row of the token's block, rows) of K payload, V payload, K metadata, V
-    metadata.
-    """
+    """(array, first row of the token's block, rows) of K and V payload, K and V metadata."""
     fmt, (v_start, v_meta_start) = layout.formats[tier], layout.value_start(tier)
     k_rows, v_rows = fmt.rows(layout.head_dim)
     k_meta, v_meta = fmt.key.meta_rows, fmt.value.meta_rows
@@ -90,9 +77,7 @@ def _parts(pages: Pages, layout: PageLayout, tier: int, slots: Slots):
 
 
 def _read_column(array: Array, slots: Slots, first: Array, rows: int) -> Array:
-    """`array [num_pages, all rows, T]` at page, rows `first` to `first + rows`, lane: `[...,
-    rows]`.
-    """
+    """`array [num_pages, all rows, T]` at page, `rows` rows from `first`, lane: `[..., rows]`."""
     if rows == 0:
         return jnp.zeros((*slots.page.shape, 0), array.dtype)
     dims = lax.GatherDimensionNumbers(
@@ -124,9 +109,8 @@ def _read_array(array: Array, slots: Slots) -> Array:
 def _write_array(array: Array, slots: Slots, values: Array) -> Array:
     if array.shape[1] == 0:
         return array
-    return array.at[slots.page, slots.block, slots.lane].set(
-        values.astype(array.dtype), mode="drop"
-    )
+    at = array.at[slots.page, slots.block, slots.lane]
+    return at.set(values.astype(array.dtype), mode="drop")
 
 
 def ranked(cumulative: Array, rank: Array) -> Array:

@@ -1,6 +1,4 @@
-"""A compression event in plain jax.numpy: victims leave their tiers, entering tokens are encoded,
-pages change hands.
-"""
+"""A compression event in plain jax.numpy: victims leave, new tokens are encoded, pages move."""
 
 import jax.numpy as jnp
 from jax import Array

@@ -1,6 +1,4 @@
-"""The compression event of many heads as one Pallas kernel for TPU, between a few operations on
-what is known of each head.
-"""
+"""The compression event of many heads as one Pallas kernel for TPU, between a few operations."""
 
 from functools import partial
 from typing import Literal
@@ -38,9 +36,7 @@ def apply_event(
     interpret: bool | Literal["checked"],
     blocks: Blocks | None = None,
 ) -> Stored:
-    """`apply_event` of api.py on TPU. The pool and the table stay in HBM and are changed in place
-    where the caller donates them.
-    """
+    """`apply_event` of api.py on TPU: pool and table stay in HBM, changed in place if donated."""
     del max_len  # lengths are read
     entering, moves = of_admitted(entering, moves, admitted)
     sizes = sizes_after(layout, stored.tier_len, entering, moves)
@@ -68,15 +64,12 @@ def apply_event(
 
 def _pages(layout: PageLayout, tier_len: Array) -> Array:
     """Pages of each tier `[B, tiers]`."""
-    return jnp.stack(
-        [layout.pages_for(tier, tier_len[:, tier]) for tier in range(layout.tiers)], axis=-1
-    )
+    pages = [layout.pages_for(tier, tier_len[:, tier]) for tier in range(layout.tiers)]
+    return jnp.stack(pages, axis=-1)
 
 
 def _tails(layout: PageLayout, stored: Stored, leaving: Array, length: Array) -> Array:
-    """Id of the last page of each tier `[B, tiers]` that loses tokens, or gains some and has room
-    in it; else -1.
-    """
+    """Ids `[B, tiers]` of last pages that lose tokens, or gain some and have room; else -1."""
     ids, before = [], stored.tier_len
     for tier in range(layout.tiers):
         last = layout.pages_for(tier, before[:, tier]) - 1
@@ -96,11 +89,8 @@ def _most_extra(layout: PageLayout, entering: int) -> int:
 
 def _live_table(stored: Stored, layout: PageLayout) -> Array:
     """The page table with `num_pages` in every column that no tier uses."""
-    pages, column, width = (
-        _pages(layout, stored.tier_len),
-        jnp.arange(stored.page_table.shape[1]),
-        stored.page_table.shape[1],
-    )
+    pages = _pages(layout, stored.tier_len)
+    column, width = jnp.arange(stored.page_table.shape[1]), stored.page_table.shape[1]
     used = column < pages[:, :1]
     if layout.tiers == 2:
         used |= column >= width - pages[:, 1:]
@@ -109,10 +99,7 @@ def _live_table(stored: Stored, layout: PageLayout) -> Array:
 
 def _tile(entering: int, tokens: int, lanes: int) -> int:
     """Entering tokens that one program takes, of `tokens` that there are."""
-    rounded = -(-entering // LANES_OF_TOKENS) * LANES_OF_TOKENS
-    if tokens <= lanes:
-        return min(rounded, tokens)
-    return min(rounded, lanes)
+    return min(-(-entering // LANES_OF_TOKENS) * LANES_OF_TOKENS, tokens, lanes)
 
 
 def _call(
@@ -133,44 +120,12 @@ def _call(
     columns, end = {}, 0
     for name, x in numbers.items():
         columns[name], end = range(end, end + x.shape[1]), end + x.shape[1]
-    plan = Plan(
-        layout,
-        pages.num_pages,
-        max_pages,
-        one_victim,
-        columns,
-        Blocks() if blocks is None else blocks,
-    )
-    token_data = jnp.stack(
-        [
-            entering,
-            lax.bitcast_convert_type(tokens.significance[:, :n], jnp.int32),
-            tokens.position[:, :n],
-        ],
-        axis=1,
-    )
-    pool = Pool(
-        pages.payload,
-        pages.position,
-        meta_as_bits(pages.meta) if layout.meta_rows else None,
-        pages.significance if layout.scored else None,
-    )
-    scalars = jnp.concatenate([x.astype(jnp.int32) for x in numbers.values()], axis=1)[:, None]
-    inputs = Inputs(
-        numbers=scalars,
-        upcoming=scalars,
-        tau=tau[:, None],
-        k=_plain(tokens.k),
-        v=_plain(tokens.v),
-        token_data=jnp.pad(token_data, ((0, 0), (0, 0), (0, tiles * tile - n))),
-        table=_live_table(stored, layout)[:, None],
-        pool=pool,
-    )
-    out_shape = Outputs(
-        *(
-            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x)
-            for x in (inputs.table, inputs.table, pool)
-        )
+    scan = Blocks() if blocks is None else blocks
+    plan = Plan(layout, pages.num_pages, max_pages, one_victim, columns, scan)
+    inputs = _inputs(stored, layout, tau, numbers, tokens, entering, tiles * tile)
+    pool = inputs.pool
+    out_shape = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), Outputs(inputs.table, inputs.table, pool)
     )
     changed = len(jax.tree.leaves((inputs.table, pool)))
     first = len(jax.tree.leaves(inputs)) - changed
@@ -190,6 +145,38 @@ def _call(
     meta = pages.meta if pool.meta is None else meta_like(pool.meta, pages.meta)
     significance = pages.significance if pool.significance is None else pool.significance
     return surplus[:, 0], table[:, 0], Pages(pool.payload, meta, significance, pool.position)
+
+
+def _inputs(
+    stored: Stored,
+    layout: PageLayout,
+    tau: Array,
+    numbers: dict[str, Array],
+    tokens: Tokens,
+    entering: Array,
+    room: int,
+) -> Inputs:
+    """The kernel's operands; of entering tokens there are `room` lanes of numbers."""
+    pages, n = stored.pages, entering.shape[1]
+    significance = lax.bitcast_convert_type(tokens.significance[:, :n], jnp.int32)
+    token_data = jnp.stack([entering, significance, tokens.position[:, :n]], axis=1)
+    pool = Pool(
+        pages.payload,
+        pages.position,
+        meta_as_bits(pages.meta) if layout.meta_rows else None,
+        pages.significance if layout.scored else None,
+    )
+    scalars = jnp.concatenate([x.astype(jnp.int32) for x in numbers.values()], axis=1)[:, None]
+    return Inputs(
+        numbers=scalars,
+        upcoming=scalars,
+        tau=tau[:, None],
+        k=_plain(tokens.k),
+        v=_plain(tokens.v),
+        token_data=jnp.pad(token_data, ((0, 0), (0, 0), (0, room - n))),
+        table=_live_table(stored, layout)[:, None],
+        pool=pool,
+    )
 
 
 def _plain(x: Array) -> Array:

@@ -35,13 +35,8 @@ class Columns:
         k, end = fmt.key.rows(d), fmt.key.rows(d) + fmt.value.rows(d)
         v_meta = end + fmt.key.meta_rows
         token_data = v_meta + fmt.value.meta_rows
-        return Columns(
-            (0, k),
-            (end, v_meta),
-            token_data,
-            token_data + layout.scored,
-            token_data + layout.scored + 1,
-        )
+        position = token_data + layout.scored
+        return Columns((0, k), (end, v_meta), token_data, position, rows=position + 1)
 
     @property
     def meta_end(self) -> int:
@@ -55,22 +50,16 @@ class Columns:
 
 
 def move(words: Array, where_to: Array, size: int, contract: int = 1) -> Array:
-    """Lanes of int32 `words [rows, n]` to the lanes that the one-hot `where_to [n, T]` says, zero
-    where none goes; bit for bit.
+    """Lanes of int32 `words [rows, n]` to those of the one-hot `where_to [n, T]`, else 0; exact.
 
     The words have `size` bytes that are not zero. A byte is exact in bfloat16. With `contract=0`
     the words are `[n, rows]`.
     """
-    parts = []
+    parts, dims = [], (((contract,), (0,)), ((), ()))
     for byte in range(size):
-        part = (
-            (words if size == 1 else (words >> (8 * byte)) & 255)
-            .astype(jnp.float32)
-            .astype(jnp.bfloat16)
-        )
-        product = lax.dot_general(
-            part, where_to, (((contract,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        part = words if size == 1 else (words >> (8 * byte)) & 255
+        part = part.astype(jnp.float32).astype(jnp.bfloat16)
+        product = lax.dot_general(part, where_to, dims, preferred_element_type=jnp.float32)
         parts.append(product.astype(jnp.int32) << (8 * byte))
     return sum(parts[1:], start=parts[0])
 
@@ -110,9 +99,7 @@ def _indices(n: int) -> tuple[Array, Array]:
 
 
 def one_hot(valid: Array, lane: Array, lanes: int) -> Array:
-    """Columns `valid`, `lane [n, 1]` to a bfloat16 matrix `[n, lanes]` that is one at the lane of
-    each valid one.
-    """
+    """Columns `valid`, `lane [n, 1]` to bfloat16 `[n, lanes]`, 1 at the lane of each valid one."""
     j = lax.broadcasted_iota(jnp.int32, (valid.shape[0], lanes), 1)
     return jnp.where(valid & (j == lane), 1.0, 0.0).astype(jnp.bfloat16)
 
@@ -122,9 +109,8 @@ def encode(layout: PageLayout, tier: int, k: Array, v: Array, out: Any) -> None:
     columns, fmt = Columns.of(layout, tier), layout.formats[tier]
     for tensor, (codec, x) in enumerate(zip(fmt.scalars(), (k, v), strict=True)):
         tiles = codec.tiles(layout.head_dim)
-        codes, meta = codec.encode_tiles(
-            tiles, [x[tile.channel : tile.channel + tile.channels] for tile in tiles]
-        )
+        values = [x[tile.channel : tile.channel + tile.channels] for tile in tiles]
+        codes, meta = codec.encode_tiles(tiles, values)
         _write(columns, tensor, codec, tiles, codes, meta, out)
 
 

@@ -1,6 +1,4 @@
-"""What a program of the TPU kernel of the compression event has at hand: its operands, and one
-head.
-"""
+"""What a program of the TPU kernel of the compression event has: its operands, and one head."""
 
 from typing import Any, NamedTuple
 
@@ -27,9 +25,7 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Changed in place, but `surplus`: int32 `[B, 1, max_pages]` in HBM, the pages that each head
-    gives back.
-    """
+    """Changed in place, but `surplus`: int32 `[B, 1, max_pages]` in HBM, pages given back."""
 
     surplus: Any
     table: Any
@@ -53,9 +49,7 @@ class Head:
         return (self.x.upcoming if upcoming else self.x.numbers)[0, self.plan.numbers[name][index]]
 
     def leaving(self, tier: int, columns: Array, slot: Array) -> tuple[Array, Array]:
-        """Which tokens of a block `[rows, T]` leave a tier, and which of them fall to the next one:
-        int32 0 or 1 `[1, T]`.
-        """
+        """Tokens of a block that leave a tier, and those that fall to the next: int32 `[1, T]`."""
         if self.plan.one_victim:
             leaves = jnp.where(slot == self.number("victim", tier), 1, 0)
             return leaves, leaves * self.number("demoted") if tier == 0 else jnp.zeros_like(leaves)
@@ -68,9 +62,7 @@ class Head:
         return jnp.where(dropped | falls, 1, 0), jnp.where(falls, 1, 0)
 
     def find_holes(self, tier: int, stop) -> Array:
-        """List in `holed` the pages of a tier that have victims in slots before `stop`; returns how
-        many.
-        """
+        """List in `holed` a tier's pages with victims in slots before `stop`; returns how many."""
         if self.plan.one_victim:
             victim = self.number("victim", tier)
             self.s.holed[0] = jnp.maximum(victim, 0) // self.layout.tokens_per_page(tier)

@@ -14,8 +14,7 @@ from .mosaic_tpu_removal import remove
 
 
 def carry_out(*refs, plan: Plan) -> None:
-    """One head and one tile of its entering tokens; the program of the first tile also removes what
-    leaves the tiers.
+    """One head and one tile of its entering tokens; the first tile's program also removes.
 
     DiffKV, arXiv 2412.03131 sec. 5.2 and 5.3. Reads significance and positions of the live pages of
     tiers that lose tokens (unless `one_victim`), and whole pages: those with holes, those at the
@@ -70,9 +69,7 @@ def _end(head: Head, out: Outputs) -> None:
 
 
 def _ask(head: Head, table: Any, *, upcoming: bool) -> None:
-    """Let the table row of this head, or of the next one, and its tail pages come, if it has
-    something to do.
-    """
+    """Let the table row of this or the next head, and its tail pages, come if it has work."""
 
     @pl.when(head.number("busy", upcoming=upcoming) > 0)
     def _():
@@ -91,12 +88,8 @@ def _open(head: Head, out: Outputs, more: Array) -> None:
     def _():
         for tier in head.tiers:
             length, t = head.number("length", tier.tier), tier.tier
-            s.length[t], s.owned[t], s.held[t], s.dirty[t] = (
-                length,
-                head.layout.pages_for(t, length),
-                -1,
-                0,
-            )
+            s.length[t], s.owned[t] = length, head.layout.pages_for(t, length)
+            s.held[t], s.dirty[t] = -1, 0
             pl.when(head.number("tail", t) >= 0)(
                 lambda tier=tier, length=length: tier.take_next((length - 1) // tier.per_page)
             )
@@ -165,9 +158,8 @@ def _enter(head: Head, tier: Tier) -> None:
 def _as_lanes(x: Array, to: Array) -> Array:
     """Tokens `[W, d]` as float32 `[d, T]`, those that `to [W, T]` places."""
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    words = (
-        move(bits >> 16, to, 2, contract=0) << 16
-        if x.dtype == jnp.bfloat16
-        else move(bits, to, 4, contract=0)
-    )
+    if x.dtype == jnp.bfloat16:
+        words = move(bits >> 16, to, 2, contract=0) << 16
+    else:
+        words = move(bits, to, 4, contract=0)
     return lax.bitcast_convert_type(words, jnp.float32)

@@ -1,6 +1,4 @@
-"""Pages of one head on their way between the pool and VMEM, and the head's table, lengths and free
-pages.
-"""
+"""Pages of one head between the pool and VMEM, and the head's table, lengths and free pages."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,9 +18,7 @@ NEXT = 2  # only where pages arrive: the tail of the next head
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known before the kernel runs. `numbers` names the columns of the heads' rows of
-    scalars.
-    """
+    """What is known before the kernel runs. `numbers` names the columns of the heads' scalars."""
 
     layout: PageLayout
     num_pages: int
@@ -51,8 +47,7 @@ class Scratch(NamedTuple):
     """
 
     pages: tuple[Any, ...]  # of each tier: int32 [2, blocks, rows of a column, T], pages as columns
-    # of each tier: int32 [rows of a column, T], columns that will be appended
-    fresh: tuple[Any, ...]
+    fresh: tuple[Any, ...]  # int32 [rows of a column, T] a tier, columns to be appended
     fallen: Any  # int32 [rows of a column of tier 0, T], columns that will be requantised
     arriving: Pool  # [tiers, 3, ...] pages as they lie in the pool
     departing: Pool  # [tiers, 2, ...]
@@ -81,13 +76,14 @@ class Scratch(NamedTuple):
         blocks = layout.token_data_rows
 
         def staging(slots: int) -> Pool:
+            def array(rows: int, dtype):
+                return pltpu.VMEM((tiers, slots, rows, lanes), dtype) if rows else None
+
             return Pool(
-                pltpu.VMEM((tiers, slots, layout.rows, lanes), jnp.uint8),
-                pltpu.VMEM((tiers, slots, blocks, lanes), jnp.dtype(layout.position_dtype)),
-                pltpu.VMEM((tiers, slots, layout.meta_rows, lanes), jnp.int16)
-                if layout.meta_rows
-                else None,
-                pltpu.VMEM((tiers, slots, blocks, lanes), jnp.float32) if layout.scored else None,
+                array(layout.rows, jnp.uint8),
+                array(blocks, jnp.dtype(layout.position_dtype)),
+                array(layout.meta_rows, jnp.int16),
+                array(blocks if layout.scored else 0, jnp.float32),
             )
 
         def scalars(*shape: int):
@@ -122,9 +118,7 @@ class Scratch(NamedTuple):
 
 
 class Tier:
-    """One tier of the head at hand. Pages are counted within the tier; a page beyond `owned` has no
-    place in the pool yet.
-    """
+    """One tier of the head at hand; a page beyond `owned` has no place in the pool yet."""
 
     def __init__(self, plan: Plan, pool: Pool, scratch: Scratch, tier: int, row: Array):
         self.plan, self.pool, self.s, self.tier, self.row = plan, pool, scratch, tier, row
@@ -208,10 +202,8 @@ class Tier:
             @pl.when(page >= self.s.owned[self.tier])
             def _():
                 self.s.free_count[0] -= 1
-                page_id = self.s.free[self.row, 0, self.s.free_count[0]]
-                self.s.table[self.row, 0, page_column(self.tier, page, self.plan.max_pages)] = (
-                    page_id
-                )
+                column = page_column(self.tier, page, self.plan.max_pages)
+                self.s.table[self.row, 0, column] = self.s.free[self.row, 0, self.s.free_count[0]]
                 self.s.owned[self.tier] += 1
 
             self.store(page, TAIL)
@@ -223,9 +215,8 @@ class Tier:
         page = self.s.held[self.tier]
         self.s.free[self.row, 0, self.s.free_count[0]] = self.page_id(page)
         self.s.free_count[0] += 1
-        self.s.table[self.row, 0, page_column(self.tier, page, self.plan.max_pages)] = (
-            self.plan.num_pages
-        )
+        column = page_column(self.tier, page, self.plan.max_pages)
+        self.s.table[self.row, 0, column] = self.plan.num_pages
         self.s.owned[self.tier] -= 1
         self.s.held[self.tier] = -1
 
@@ -261,41 +252,31 @@ class Tier:
         ]
 
     def _parts(self) -> list[tuple[str, int, int, int]]:
-        """(array, its first row, first row of the column, rows) of each part of the tier's blocks;
-        block b is `b * rows` further.
-        """
-        fmt, c, (start, meta_start) = (
-            self.layout.formats[self.tier],
-            self.columns,
-            self.layout.value_start(self.tier),
-        )
+        """(array, its first row, the column's, rows) of each part; block b is `b * rows` on."""
+        fmt, c = self.layout.formats[self.tier], self.columns
+        start, meta_start = self.layout.value_start(self.tier)
         k_rows, v_rows = fmt.rows(self.layout.head_dim)
-        parts = [("payload", 0, c.payload[0], k_rows), ("payload", start, c.payload[1], v_rows)]
-        parts += [
+        parts = (
+            ("payload", 0, c.payload[0], k_rows),
+            ("payload", start, c.payload[1], v_rows),
             ("meta", 0, c.meta[0], fmt.key.meta_rows),
             ("meta", meta_start, c.meta[1], fmt.value.meta_rows),
-        ]
-        parts += [
             ("significance", 0, c.significance, int(self.layout.scored)),
             ("position", 0, c.position, 1),
-        ]
+        )
         return [part for part in parts if part[3]]
 
     def _widen(self, source: int, slot: int) -> None:
         """What has arrived, as it lies in the pool, to the columns of TAIL or HOLE."""
-        words = {
-            name: _to_words(x[self.tier, source]) for name, x in self.s.arriving.present().items()
-        }
+        arriving = self.s.arriving.present()
+        words = {name: _to_words(x[self.tier, source]) for name, x in arriving.items()}
         for block in range(self.blocks):
             for name, first, row, rows in self._parts():
-                self.pages[slot, block, row : row + rows] = words[name][
-                    first + block * rows : first + (block + 1) * rows
-                ]
+                start = first + block * rows
+                self.pages[slot, block, row : row + rows] = words[name][start : start + rows]
 
     def _narrow(self, slot: int) -> None:
-        """Columns to arrays as they lie in the pool; rows that the tier does not use become
-        zero.
-        """
+        """Columns to arrays as they lie in the pool; rows that the tier does not use become 0."""
         for name, buffer in self.s.departing.present().items():
             rows = [
                 self.pages[slot, block, row : row + count]
@@ -306,12 +287,10 @@ class Tier:
             unused = buffer.shape[2] - sum(x.shape[0] for x in rows)
             rows += [jnp.zeros((unused, self.layout.tokens), jnp.int32)] if unused else []
             words = jnp.concatenate(rows, axis=0)
-            same_width = buffer.dtype == jnp.float32
-            buffer[self.tier, slot] = (
-                lax.bitcast_convert_type(words, jnp.float32)
-                if same_width
-                else words.astype(buffer.dtype)
-            )
+            if buffer.dtype == jnp.float32:
+                buffer[self.tier, slot] = lax.bitcast_convert_type(words, jnp.float32)
+            else:
+                buffer[self.tier, slot] = words.astype(buffer.dtype)
 
 
 def _to_words(x: Array) -> Array:

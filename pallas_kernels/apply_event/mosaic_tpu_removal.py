@@ -1,6 +1,4 @@
-"""Removal of a tier's victims in the TPU kernel of the compression event: the last tokens fill the
-holes, the fallen go one tier down.
-"""
+"""Removal of a tier's victims on TPU: the last tokens fill the holes, the fallen go a tier down."""
 
 from typing import Any, NamedTuple
 
@@ -30,9 +28,7 @@ class At(NamedTuple):
 
 
 def remove(head: Head, tier: Tier) -> None:
-    """Clear the top slots of a tier as many as it loses: survivors among them fill the holes below,
-    fallen victims go to the next tier.
-    """
+    """Clear a tier's top slots: survivors fill the holes below, fallen victims go down a tier."""
     t, length = tier.tier, head.s.length[tier.tier]
     total = head.number("dropped", t) + (head.number("demoted") if t == 0 else 0)
 
@@ -51,9 +47,7 @@ def remove(head: Head, tier: Tier) -> None:
 
 
 def _open_hole(head: Head, tier: Tier, index, holed, stop) -> Array:
-    """Bring page number `index` of `holed` to HOLE unless TAIL holds it; returns its first slot,
-    `stop` where there is none.
-    """
+    """Bring page `index` of `holed` to HOLE unless in TAIL; its first slot, `stop` without one."""
     page, held = _holed(head, index), head.s.held[tier.tier]
 
     @pl.when((index < holed) & (page != held))
@@ -105,9 +99,7 @@ def _ask_below(tier: Tier, page, stop) -> None:
 
 
 def _removal_step(head: Head, tier: Tier, stop, holed):
-    """The body of the loop over top slots: one block of them and one block of holes, as far as both
-    reach.
-    """
+    """The body of the loop over top slots: a block of them and a block of holes, to both ends."""
     layout, s, t, lanes = head.layout, head.s, tier.tier, head.layout.tokens
 
     def body(at: At) -> At:
@@ -115,9 +107,8 @@ def _removal_step(head: Head, tier: Tier, stop, holed):
         page = top_block // tier.blocks
         _open_top(head, tier, page, at, stop, holed)
         hole_block = at.hole // lanes
-        slot = jnp.where(
-            (at.hole_page < holed) & (_holed(head, at.hole_page) != s.held[t]), HOLE, TAIL
-        )
+        in_hole = (at.hole_page < holed) & (_holed(head, at.hole_page) != s.held[t])
+        slot = jnp.where(in_hole, HOLE, TAIL)
         above = tier.pages.at[TAIL, lax.rem(top_block, tier.blocks)]
         below = tier.pages.at[slot, lax.rem(hole_block, tier.blocks)]
         step = _match(head, t, above, below, at, stop, at.hole_page >= holed)
@@ -148,28 +139,22 @@ def _removal_step(head: Head, tier: Tier, stop, holed):
 def _next_hole(head: Head, tier: Tier, at: At, step: "Step", stop, holed) -> At:
     """Pass over the holes that are filled, to the next page where all of this one are."""
     lanes, block = head.layout.tokens, at.hole // head.layout.tokens
-    after = jnp.where(
-        step.filled == step.holes,
-        (block + 1) * lanes,
-        jnp.maximum(at.hole, block * lanes + step.next_lane),
-    )
+    all_filled, block_end = step.filled == step.holes, (block + 1) * lanes
+    after = jnp.where(all_filled, block_end, jnp.maximum(at.hole, block * lanes + step.next_lane))
     page_done = (at.hole_page < holed) & (after > at.hole) & (lax.rem(after, tier.per_page) == 0)
 
     def turn():
         _close_hole(head, tier, at.hole_page)
         return At(at.top, at.hole_page + 1, _open_hole(head, tier, at.hole_page + 1, holed, stop))
 
-    return lax.cond(
-        page_done,
-        turn,
-        lambda: At(at.top, at.hole_page, jnp.where(at.hole_page < holed, after, stop)),
-    )
+    def stay():
+        return At(at.top, at.hole_page, jnp.where(at.hole_page < holed, after, stop))
+
+    return lax.cond(page_done, turn, stay)
 
 
 class Step(NamedTuple):
-    """What a step does. Masks are int32 0 or 1, sublane = lane of the top block, lane = lane of the
-    block of holes.
-    """
+    """What a step does: int32 0 or 1, sublane = lane of the top block, lane = that of the holes."""
 
     pairs: Array  # [T, T] which top token goes to which hole
     fill: Array  # [1, T] holes that are filled
@@ -184,9 +169,7 @@ class Step(NamedTuple):
 
 
 def _match(head: Head, tier: int, above: Any, below: Any, at: At, stop, no_hole) -> Step:
-    """Pair the survivors of the top block, from the top, with the holes of the other, from the
-    bottom, as many as both have.
-    """
+    """Pair survivors of the top block, from the top, with holes of the other, from the bottom."""
     lanes = head.layout.tokens
     lane = lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
     top_slot, hole_slot = (at.top - 1) // lanes * lanes + lane, at.hole // lanes * lanes + lane
@@ -222,17 +205,15 @@ def _match(head: Head, tier: int, above: Any, below: Any, at: At, stop, no_hole)
 
 
 def _requantise_fallen(head: Head, above: Any, below: Any, step: Step) -> None:
-    """Columns of the victims of both blocks that fall, requantised, to `fresh` of tier 1 at the
-    lanes where they will lie.
-    """
+    """Columns of both blocks' falling victims, requantised, to their lanes of `fresh` of tier 1."""
     columns, lanes, fallen = head.tiers[0].columns, head.layout.tokens, head.s.fallen
     from_top = one_hot(step.top_falls > 0, step.lane, lanes)
     falling = _matrix(step.pairs * step.hole_falls)
     lane = one_hot(step.lane >= 0, step.lane, lanes)
-    from_hole = lax.dot_general(
-        falling, lane, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    ).astype(jnp.bfloat16)
-    top, hole = move_columns(columns, above, from_top), move_columns(columns, below, from_hole)
+    dims = (((0,), (0,)), ((), ()))
+    from_hole = lax.dot_general(falling, lane, dims, preferred_element_type=jnp.float32)
+    top = move_columns(columns, above, from_top)
+    hole = move_columns(columns, below, from_hole.astype(jnp.bfloat16))
     fallen[: columns.bytes_end], fallen[columns.bytes_end :] = (
         a | b for a, b in zip(top, hole, strict=True)
     )

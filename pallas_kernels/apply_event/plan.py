@@ -38,9 +38,7 @@ def leaving_of(moves: Moves) -> Array:
 
 
 def of_admitted(entering: Array, moves: Moves, admitted: Array) -> tuple[Array, Moves]:
-    """Both for heads of which those not `admitted [B]` stay as they are: nothing enters or leaves
-    them.
-    """
+    """Both for heads of which those not `admitted [B]` stay as they are."""
     gate = admitted[:, None]
     dropped, demoted = jnp.where(gate, moves.dropped, 0), jnp.where(admitted, moves.demoted, 0)
     return jnp.where(gate, entering, DROPPED), Moves(dropped, demoted, moves.victim)

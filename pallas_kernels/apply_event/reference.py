@@ -1,6 +1,4 @@
-"""Adding tokens to and removing tokens from the tiers of all heads of a layer, in place, with pages
-taken from and returned to the ring.
-"""
+"""Adding and removing tokens of all heads of a layer, in place, with pages of the ring."""
 
 from collections.abc import Callable
 from functools import partial
@@ -39,9 +37,7 @@ class Tokens(NamedTuple):
 def append_tokens(
     stored: Stored, layout: PageLayout, tier: int, tokens: Tokens, keep: Array
 ) -> Stored:
-    """Encode the tokens where `keep [B, n]` and put them at the tail of a tier, in order. The
-    caller has made sure of the pages.
-    """
+    """Encode tokens where `keep [B, n]` at the tail of a tier, in order; the pages are there."""
     if layout.rope is not None:
         tokens = tokens._replace(k=at_positions(tokens.k, tokens.position, layout.rope, back=True))
     cumulative = jnp.cumsum(keep, axis=-1)
@@ -52,10 +48,8 @@ def append_tokens(
         k = jnp.take_along_axis(tokens.k, index[..., None], axis=1)
         v = jnp.take_along_axis(tokens.v, index[..., None], axis=1)
         block = layout.formats[tier].encode(_lanes(k, layout, tier), _lanes(v, layout, tier))
-        token_data = (
-            jnp.take_along_axis(x, index, axis=1) for x in (tokens.significance, tokens.position)
-        )
-        return (block, *token_data)
+        token_data = (tokens.significance, tokens.position)
+        return (block, *(jnp.take_along_axis(x, index, axis=1) for x in token_data))
 
     return _append(stored, layout, tier, cumulative[:, -1], last + 1, fetch)
 
@@ -92,24 +86,19 @@ def remove_tokens(
         victims_above = total[:, None] - jnp.take_along_axis(cumulative, top, axis=1)
         hole = jnp.minimum(ranked(cumulative, nth - victims_above), victim.shape[1] - 1)
         removed = jnp.where(top_is_victim, top, hole)
-        falls = (
-            jnp.zeros_like(active)
-            if demoted is None
-            else jnp.take_along_axis(demoted, removed, axis=1) & active
-        )
-        return Round(
-            top, removed, active & ~top_is_victim, falls, jnp.clip(total - cleared, 0, width)
-        )
+        if demoted is None:
+            falls = jnp.zeros_like(active)
+        else:
+            falls = jnp.take_along_axis(demoted, removed, axis=1) & active
+        moves = active & ~top_is_victim
+        return Round(top, removed, moves, falls, jnp.clip(total - cleared, 0, width))
 
     def read(stored: Stored, cleared: Array):
-        this, at = (
-            plan(cleared),
-            partial(locate, layout, stored.page_table, tier, num_pages=stored.pages.num_pages),
-        )
-        movers = read_tokens(stored.pages, layout, tier, at(this.top, this.moves))
-        return movers, None if demoted is None else read_tokens(
-            stored.pages, layout, tier, at(this.removed, this.falls)
-        )
+        this = plan(cleared)
+        at = partial(locate, layout, stored.page_table, tier, num_pages=stored.pages.num_pages)
+        tokens = partial(read_tokens, stored.pages, layout, tier)
+        movers = tokens(at(this.top, this.moves))
+        return movers, None if demoted is None else tokens(at(this.removed, this.falls))
 
     def one_round(state):
         cleared, stored, (movers, falling) = state
@@ -119,19 +108,16 @@ def remove_tokens(
             stored = _append_demoted(stored, layout, tier, falling, this.falls)
         return cleared + width, stored, read(stored, cleared + width)
 
-    start = jnp.int32(0)
-    return lax.while_loop(
-        lambda state: jnp.any(state[0] < total), one_round, (start, stored, read(stored, start))
-    )[1]
+    cleared = jnp.int32(0)
+    start = (cleared, stored, read(stored, cleared))
+    return lax.while_loop(lambda state: jnp.any(state[0] < total), one_round, start)[1]
 
 
 class Round(NamedTuple):
     """What one round of `remove_tokens` does to each head; `[B, width]` unless said."""
 
     top: Array  # slots that are cleared, the tail of the tier
-    # slots of the victims: a top slot that holds one, else a hole below, which the top slot's token
-    # fills
-    removed: Array
+    removed: Array  # slots of the victims: a top slot, else a hole below, which its token fills
     moves: Array  # whether the token of the top slot moves to `removed`
     falls: Array  # whether the victim is demoted
     cleared: Array  # int32 [B] how many top slots
@@ -142,22 +128,17 @@ def release_all(stored: Stored, layout: PageLayout, gone: Array) -> Stored:
     ring, page_table, tier_len = stored.ring, stored.page_table, stored.tier_len
     for tier in range(layout.tiers):
         pages = jnp.where(gone, layout.pages_for(tier, tier_len[:, tier]), 0)
-        ring, page_table = shrink(
-            ring, page_table, tier, pages, jnp.zeros_like(pages), page_table.shape[1]
-        )
+        none, most = jnp.zeros_like(pages), page_table.shape[1]
+        ring, page_table = shrink(ring, page_table, tier, pages, none, most)
     return Stored(stored.pages, ring, page_table, jnp.where(gone[:, None], 0, tier_len))
 
 
 def _clear(
     stored: Stored, layout: PageLayout, tier: int, this: Round, movers: tuple[Block, Array, Array]
 ) -> Stored:
-    """Fill the holes with the survivors of the top slots, shorten the tier and free its emptied
-    pages.
-    """
-    width = this.top.shape[1]
-    holes = locate(
-        layout, stored.page_table, tier, this.removed, this.moves, stored.pages.num_pages
-    )
+    """Fill the holes with the survivors of the top slots, shorten the tier, free emptied pages."""
+    width, num_pages = this.top.shape[1], stored.pages.num_pages
+    holes = locate(layout, stored.page_table, tier, this.removed, this.moves, num_pages)
     written = write_tokens(stored.pages, layout, tier, holes, movers)
     before = stored.tier_len[:, tier]
     pages, fewer = (layout.pages_for(tier, n) for n in (before, before - this.cleared))
@@ -176,19 +157,17 @@ def _append_demoted(
     """Requantise `tokens [B, n]` (as `read_tokens` gives them) of a tier where `leaving`, and put
     them at the tail of the next one.
     """
-    block, *token_data = tokens
+    stored_block, *token_data = tokens
     cumulative = jnp.cumsum(leaving, axis=-1)
     last = leaving.shape[1] - 1
 
     def fetch(rank):
         index = jnp.minimum(ranked(cumulative, rank), last)
-        columns = (jnp.take_along_axis(part, index[..., None], axis=1) for part in block)
+        columns = (jnp.take_along_axis(part, index[..., None], axis=1) for part in stored_block)
         lanes = Block(*(_lanes(part, layout, tier + 1) for part in columns))
         source, target = layout.formats[tier], layout.formats[tier + 1]
-        return (
-            source.demote(target, lanes),
-            *(jnp.take_along_axis(x, index, axis=1) for x in token_data),
-        )
+        block = source.demote(target, lanes)
+        return (block, *(jnp.take_along_axis(x, index, axis=1) for x in token_data))
 
     return _append(stored, layout, tier + 1, cumulative[:, -1], last + 1, fetch)
 
@@ -252,11 +231,6 @@ def _overlay_array(array: Array, ids: Array, fresh: Array, values: Array) -> Arr
 
 def _lanes(x: Array, layout: PageLayout, tier: int) -> Array:
     """Tokens `[B, n, rows]` as blocks of a tier `[B, n / tokens_per_page, blocks, rows, T]`."""
-    x = x.reshape(
-        x.shape[0],
-        x.shape[1] // layout.tokens_per_page(tier),
-        layout.blocks[tier],
-        layout.tokens,
-        x.shape[-1],
-    )
+    (b, n, rows), per_page = x.shape, layout.tokens_per_page(tier)
+    x = x.reshape(b, n // per_page, layout.blocks[tier], layout.tokens, rows)
     return jnp.swapaxes(x, -1, -2)

@@ -1,6 +1,4 @@
-"""The free-page ring: allocation and release for many claimants at once by prefix sums (DiffKV,
-arXiv 2412.03131 sec. 5.2-5.3).
-"""
+"""The free-page ring: many claimants at once by prefix sums (arXiv 2412.03131 sec. 5.2-5.3)."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +13,7 @@ from ..pages import page_column, tier_page_ids
 @partial(jax.tree_util.register_dataclass, data_fields=["ids", "start", "count"], meta_fields=[])
 @dataclass(frozen=True)
 class FreeRing:
-    """Free page ids are `ids[(start + i) % num_pages]` for `i < count`; a count, so that empty and
-    full differ.
-    """
+    """Free page ids are `ids[(start + i) % num_pages]`, `i < count`: empty and full differ."""
 
     ids: Array  # int32 [num_pages]
     start: Array  # int32 []
@@ -44,9 +40,7 @@ def allocate(ring: FreeRing, wanted: Array, most: int) -> tuple[Array, FreeRing]
 
 
 def release(ring: FreeRing, ids: Array, valid: Array) -> FreeRing:
-    """Return pages `ids` where `valid` (any equal shapes): a prefix sum gives each claimant its own
-    range of the ring.
-    """
+    """Return pages `ids` where `valid` (any equal shapes): prefix sums give each its own place."""
     num_pages = ring.ids.shape[0]
     valid, ids = valid.ravel(), ids.ravel()
     rank = jnp.cumsum(valid) - 1
@@ -69,9 +63,7 @@ def grow(
 def shrink(
     ring: FreeRing, page_table: Array, tier: int, pages: Array, new_pages: Array, most: int
 ) -> tuple[FreeRing, Array]:
-    """Cut the tier of each head from `pages [B]` to `new_pages [B]` pages, at most `most` fewer,
-    and free them.
-    """
+    """Cut each head's tier from `pages [B]` to `new_pages [B]`, at most `most` fewer; free them."""
     freed = jnp.arange(most) < (pages - new_pages)[:, None]
     ids = tier_page_ids(page_table, tier, new_pages, most)
     ring = release(ring, ids, freed)

@@ -41,18 +41,11 @@ def apply_event(
     check_pool(stored.pages)
     blocks, heads = blocks or Blocks.choose(layout), entering.shape[0]
     inputs, ring = _plan(stored, layout, rule, moves, tokens, entering, admitted)
-    pool = [
-        stored.pages.payload,
-        stored.pages.meta,
-        stored.pages.significance,
-        stored.pages.position,
-    ]
+    pages = stored.pages
+    pool = [pages.payload, pages.meta, pages.significance, pages.position]
     used = [array.size > 0 for array in pool]
-    changed = [array for array in pool if array.size] + [
-        stored.page_table,
-        stored.tier_len,
-        stored.ring.ids,
-    ]
+    changed = [array for array in pool if array.size]
+    changed += [stored.page_table, stored.tier_len, stored.ring.ids]
     results = pl.pallas_call(
         partial(
             _kernel,
@@ -71,9 +64,8 @@ def apply_event(
         name="apply_event",
     )(*inputs, *changed)
     new = iter(results)
-    pages = Pages(
-        *(next(new) if in_use else array for array, in_use in zip(pool, used, strict=True))
-    )
+    pairs = zip(pool, used, strict=True)
+    pages = Pages(*(next(new) if in_use else array for array, in_use in pairs))
     page_table, tier_len, ids = next(new), next(new), next(new)
     return Stored(pages, FreeRing(ids, ring.start, ring.count), page_table, tier_len)
 
@@ -87,8 +79,7 @@ def _plan(
     entering: Array,
     admitted: Array,
 ) -> tuple[Inputs, FreeRing]:
-    """What each head loses, gains and takes from or gives to the ring; the ring after (its ids are
-    written by the kernel).
+    """What each head loses, gains and moves to or from the ring; the ring after, without its ids.
 
     A prefix sum gives each head its own range of the ring (DiffKV, arXiv 2412.03131 sec. 5.2).
     Pages taken lie in `[start, start + count)`, pages given up go to `[start + count, ...)`; those
@@ -121,8 +112,7 @@ def _plan(
 def _kernel(
     *refs, layout: PageLayout, used: list[bool], one_victim: bool, blocks: Blocks, barrier: Any
 ) -> None:
-    """Program `head`: tier 1, then tier 0 lose the tokens that leave, then the entering ones are
-    encoded at the tails.
+    """Program `head`: tier 1, then tier 0 lose tokens, then the entering ones are encoded.
 
     DiffKV, arXiv 2412.03131 sec. 5.2, 5.3 and Algorithm 1. Reads significance and position (6 or 8
     bytes) of tokens up to the last hole; for every token that leaves, reads and writes about one
@@ -155,9 +145,7 @@ def _kernel(
 
 
 def _append(head: Head, tier: int, lengths: tuple) -> tuple:
-    """Encode the tokens that enter a tier at its tail, in order; returns the lengths of the tiers
-    after.
-    """
+    """Encode the tokens that enter a tier at its tail, in order; the tiers' lengths after."""
     inputs, n = head.inputs, head.inputs.entering.shape[1]
     grown = tuple(
         length + inputs.arriving[head.index, tier] if t == tier else length
@@ -168,9 +156,8 @@ def _append(head: Head, tier: int, lengths: tuple) -> tuple:
 
     def body(step, length):
         nth = step * head.blocks.enter + jnp.arange(head.blocks.enter, dtype=jnp.int32)
-        code = plgpu.load(
-            inputs.entering.at[head.index, jnp.where(nth < n, nth, n)], mask=nth < n, other=0
-        )
+        at = inputs.entering.at[head.index, jnp.where(nth < n, nth, n)]
+        code = plgpu.load(at, mask=nth < n, other=0)
         enters = code == tier + 1
         rank, count = jnp.cumsum(enters.astype(jnp.int32)) - 1, enters.astype(jnp.int32).sum()
 
@@ -189,14 +176,10 @@ def _append(head: Head, tier: int, lengths: tuple) -> tuple:
 def _encoded(head: Head, tier: int, nth: Array, valid: Array) -> Columns:
     """Entering tokens number `nth [n]` as columns of a tier."""
     inputs, fmt, head_dim = head.inputs, head.layout.formats[tier], head.layout.head_dim
-    k, v = (
-        encoded(c, head_dim, x, head.index, nth, valid)
-        for c, x in zip(fmt.scalars(), (inputs.k, inputs.v), strict=True)
-    )
-    at = (head.index, jnp.where(valid, nth, 0))
-    significance, position = (
-        plgpu.load(x.at[at], mask=valid, other=0) for x in (inputs.significance, inputs.position)
-    )
+    pairs = zip(fmt.scalars(), (inputs.k, inputs.v), strict=True)
+    k, v = (encoded(codec, head_dim, x, head.index, nth, valid) for codec, x in pairs)
+    at, token_data = (head.index, jnp.where(valid, nth, 0)), (inputs.significance, inputs.position)
+    significance, position = (plgpu.load(x.at[at], mask=valid, other=0) for x in token_data)
     return Columns(k, v, significance, position)
 
 

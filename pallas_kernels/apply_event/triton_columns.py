@@ -1,5 +1,4 @@
-"""Columns (single tokens) of pages on GPUs: copied, requantised, encoded and written, as lists of
-tiles.
+"""Columns (single tokens) of pages on GPUs: copied, requantised, encoded, written, as tiles.
 
 Triton cannot slice or join values, so a column is loaded and stored in pieces of rows, `n` columns
 side by side.
@@ -47,18 +46,14 @@ class Columns(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Rows of K or of V in one array of the pool: block b of a page has those from `first + b *
-    rows` on.
-    """
+    """Rows of K or of V in an array of the pool: those of block b begin at `first + b * rows`."""
 
     ref: Any
     first: int
     rows: int
 
     def at(self, slots: Slots, row: Array):
-        """The elements at rows `row [rows, 1]` of the part of tokens `slots [n]`: a view `[rows,
-        n]` and its mask.
-        """
+        """Elements at rows `row [rows, 1]` of the part of `slots [n]`: view `[rows, n]`, mask."""
         rows = self.first + slots.block[None, :] * self.rows + row
         valid = jnp.broadcast_to(slots.valid[None, :], rows.shape)
         return self.ref.at[slots.page[None, :], rows, slots.lane[None, :]], valid
@@ -82,11 +77,8 @@ def _parts(
     pool: Pool, layout: PageLayout, tier: int
 ) -> tuple[tuple[_Part, _Part], tuple[_Part, _Part]]:
     """(payload, metadata) of K and of V."""
-    fmt, (k_rows, v_rows), (start, meta_start) = (
-        layout.formats[tier],
-        layout.formats[tier].rows(layout.head_dim),
-        layout.value_start(tier),
-    )
+    fmt, (start, meta_start) = layout.formats[tier], layout.value_start(tier)
+    k_rows, v_rows = fmt.rows(layout.head_dim)
     return (
         (_Part(pool.payload, 0, k_rows), _Part(pool.meta, 0, fmt.key.meta_rows)),
         (_Part(pool.payload, start, v_rows), _Part(pool.meta, meta_start, fmt.value.meta_rows)),
@@ -101,31 +93,24 @@ def copy(pool: Pool, layout: PageLayout, tier: int, source: Slots, target: Slots
                 part.store(target, first, part.load(source, first, count))
     for array in (pool.significance, pool.position):
         if array is not None:
-            value = plgpu.load(
-                array.at[source.page, source.block, source.lane], mask=source.valid, other=0
-            )
+            at = array.at[source.page, source.block, source.lane]
+            value = plgpu.load(at, mask=source.valid, other=0)
             plgpu.store(array.at[target.page, target.block, target.lane], value, mask=target.valid)
 
 
 def write(pool: Pool, layout: PageLayout, tier: int, slots: Slots, columns: Columns) -> None:
     """Put tokens at `slots [n]` of a tier."""
-    for (payload, meta), encoded in zip(
-        _parts(pool, layout, tier), (columns.k, columns.v), strict=True
-    ):
+    tensors = zip(_parts(pool, layout, tier), (columns.k, columns.v), strict=True)
+    for (payload, meta), encoded in tensors:
         for first, rows in encoded.payload.items():
             payload.store(slots, first, rows)
         for row, values in encoded.meta.items():
             meta.store(slots, row, values[None, :])
-    for array, values in (
-        (pool.significance, columns.significance),
-        (pool.position, columns.position),
-    ):
+    token_data = (pool.significance, columns.significance), (pool.position, columns.position)
+    for array, values in token_data:
         if array is not None and values is not None:
-            plgpu.store(
-                array.at[slots.page, slots.block, slots.lane],
-                values.astype(array.dtype),
-                mask=slots.valid,
-            )
+            at = array.at[slots.page, slots.block, slots.lane]
+            plgpu.store(at, values.astype(array.dtype), mask=slots.valid)
 
 
 def demoted(
@@ -135,11 +120,8 @@ def demoted(
     alone where the groups match).
     """
     source, target = layout.formats[tier : tier + 2]
-    pairs = zip(
-        zip(source.scalars(), target.scalars(), strict=True),
-        _parts(pool, layout, tier),
-        strict=True,
-    )
+    codecs = zip(source.scalars(), target.scalars(), strict=True)
+    pairs = zip(codecs, _parts(pool, layout, tier), strict=True)
     k, v = (_requantised(*codecs, layout.head_dim, *parts, slots) for codecs, parts in pairs)
     return Columns(k, v, significance, position)
 
@@ -152,9 +134,8 @@ def _requantised(
     def codes(tile: Tile) -> Array:
         for row in tile.rows:
             if (row, tile.channels) not in planes:
-                planes[row, tile.channels] = payload.load(slots, row, tile.channels).astype(
-                    jnp.int32
-                )
+                plane = payload.load(slots, row, tile.channels)
+                planes[row, tile.channels] = plane.astype(jnp.int32)
         return tile.unpack([planes[row, tile.channels] for row in tile.rows])
 
     def number(row: int) -> Array:
@@ -194,9 +175,7 @@ def _pieces(rows: int) -> Iterator[tuple[int, int]]:
 
 @cache
 def check_tiles(layout: PageLayout) -> None:
-    """Raise ValueError where the layout's tiles or blocks are no powers of two, which Triton asks
-    for.
-    """
+    """Raise ValueError where the layout's tiles or blocks are no powers of two (Triton)."""
     formats = layout.formats
     codecs = [(codec,) for fmt in formats for codec in fmt.scalars()]
     codecs += [
@@ -210,8 +189,8 @@ def check_tiles(layout: PageLayout) -> None:
             if tile.channels & (tile.channels - 1):
                 raise ValueError(
                     f"formats {names} at head_dim={layout.head_dim} make a piece of "
-                    f"{tile.channels} channels; Triton needs powers of two: "
-                    "choose other groups or bits, or use implementation='xla'"
+                    f"{tile.channels} channels; Triton needs powers of two: choose other groups or "
+                    "bits, or use implementation='xla'"
                 )
     if layout.meta_dtype != "float16":
         raise ValueError(

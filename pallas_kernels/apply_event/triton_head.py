@@ -85,8 +85,7 @@ class Head:
     layout: PageLayout
     blocks: Blocks
     one_victim: bool
-    # what the program has written so far may be read by all its threads
-    barrier: Callable[[], None]
+    barrier: Callable[[], None]  # what the program wrote so far may be read by all its threads
     index: Any  # int32 []
     held: Any  # int32 [] pages of the head, free ones included
 
@@ -102,8 +101,7 @@ class Head:
         )
 
     def resize_low(self, before: tuple, after: tuple) -> None:
-        """Give up or take pages of tier 1, whose length alone differs in `before` and `after`; ends
-        with a barrier.
+        """Give up or take pages of tier 1, whose length alone differs; ends with a barrier.
 
         Its ids and the free ones move at the facing ends of the two ranges: no id is overwritten
         before it has been read, because pages given up move left from the lowest column on, and
@@ -138,18 +136,14 @@ class Head:
             at = self._ring_at(self.inputs.give[self.index] + nth, nth < free)
             plgpu.store(self.state.ring_ids.at[at], ids, mask=nth < free)
             self.barrier()
-            plgpu.store(
-                self._row(high + nth, nth < unused),
-                jnp.full((IDS,), self.num_pages, jnp.int32),
-                mask=nth < unused,
-            )
+            row = self._row(high + nth, nth < unused)
+            nowhere = jnp.full((IDS,), self.num_pages, jnp.int32)
+            plgpu.store(row, nowhere, mask=nth < unused)
 
         lax.fori_loop(0, pl.cdiv(unused, IDS), body, None)
 
     def _move_ids(self, source, target, step: int, count) -> None:
-        """Copy `count` table entries (none if negative) from column `source` on to `target` on, in
-        steps of 1 or -1.
-        """
+        """Copy `count` table entries (none if negative) from `source` to `target`, step 1 or -1."""
 
         def body(chunk, _):
             nth = chunk * IDS + jnp.arange(IDS, dtype=jnp.int32)

@@ -1,6 +1,4 @@
-"""Tokens out of a tier of one head, on GPUs: the last tokens fill the holes, the demoted go to tier
-1.
-"""
+"""Tokens out of a tier of one head, on GPUs: the last fill the holes, the demoted go down."""
 
 from typing import NamedTuple
 
@@ -14,9 +12,7 @@ from .triton_head import Head
 
 
 class Round(NamedTuple):
-    """What one round does; `[width]`, the order that of the top slots from the tail of the tier
-    on.
-    """
+    """What one round does; `[width]`, in the order of the top slots from the tier's tail on."""
 
     source: Slots  # top slots of tokens that stay
     target: Slots  # the holes that they fill
@@ -25,19 +21,15 @@ class Round(NamedTuple):
 
 
 def remove(head: Head, judge: Judge, tier: int, lengths: tuple) -> tuple:
-    """Remove the tokens that leave a tier, in rounds of one page of tier 0; returns the lengths of
-    the tiers after.
+    """Remove the tokens that leave a tier, a page of tier 0 a round; the tiers' lengths after.
 
     A round only reads the top slots, which end at `kept`, and only writes holes, which lie below:
     who leaves is always decided from what was there before the event, or from a token that filled a
     hole and stays. Full rounds free one page of tier 0 and need at most one for tier 1, whose pages
     hold no fewer tokens: the head's pages suffice.
     """
-    total, length, width = (
-        head.inputs.leaving[head.index, tier],
-        lengths[tier],
-        head.layout.tokens_per_page(0),
-    )
+    total, length = head.inputs.leaving[head.index, tier], lengths[tier]
+    width, pool = head.layout.tokens_per_page(0), head.state.pool
     kept = length - total
     falls_too = tier == 0 and len(lengths) == 2
 
@@ -46,20 +38,11 @@ def remove(head: Head, judge: Judge, tier: int, lengths: tuple) -> tuple:
         this = _plan(head, judge, tier, length - cleared, kept, search)
         columns = falls = None
         if falls_too:
-            significance, position = read_token_data(
-                head.state.pool.significance, head.state.pool.position, this.removed
-            )
-            falls = this.removed.valid & judge.leaving(judge.mean(significance, position), tier)[1]
-            columns = demoted(
-                head.state.pool,
-                head.layout,
-                tier,
-                _only(head, this.removed, falls),
-                significance,
-                position,
-            )
+            data = read_token_data(pool.significance, pool.position, this.removed)
+            falls = this.removed.valid & judge.leaving(judge.mean(*data), tier)[1]
+            columns = demoted(pool, head.layout, tier, _only(head, this.removed, falls), *data)
         head.barrier()  # the demoted have been read: their slots may be filled
-        copy(head.state.pool, head.layout, tier, this.source, this.target)
+        copy(pool, head.layout, tier, this.source, this.target)
         left = jnp.maximum(length - cleared - width, kept)
         lengths = tuple(left if t == tier else n for t, n in enumerate(lengths))
         head.barrier()  # the top slots have been read: their page may be taken
@@ -76,9 +59,7 @@ def remove(head: Head, judge: Judge, tier: int, lengths: tuple) -> tuple:
 
 
 def _append_demoted(head: Head, lengths: tuple, columns, falls: Array) -> tuple:
-    """Put requantised tokens where `falls [width]` at the tail of tier 1; returns the lengths
-    after.
-    """
+    """Put requantised tokens where `falls [width]` at the tail of tier 1; the lengths after."""
     rank = jnp.cumsum(falls.astype(jnp.int32)) - 1
     grown = (lengths[0], lengths[1] + falls.astype(jnp.int32).sum())
     head.resize_low(lengths, grown)
@@ -87,9 +68,7 @@ def _append_demoted(head: Head, lengths: tuple, columns, falls: Array) -> tuple:
 
 
 def _plan(head: Head, judge: Judge, tier: int, length, kept, search) -> Round:
-    """The round that clears the top slots of a tier that still has `length` tokens, of which `kept`
-    stay in the end.
-    """
+    """The round that clears top slots of a tier of `length` tokens, of which `kept` stay."""
     nth = jnp.arange(head.blocks.width, dtype=jnp.int32)
     slot = length - 1 - nth
     active = (nth < head.layout.tokens_per_page(0)) & (slot >= kept)
@@ -98,18 +77,14 @@ def _plan(head: Head, judge: Judge, tier: int, length, kept, search) -> Round:
     stays = active & ~leaves
     rank = jnp.cumsum(stays.astype(jnp.int32)) - 1
     search = _list_holes(head, judge, tier, kept, search, stays.astype(jnp.int32).sum())
-    hole = plgpu.load(
-        head.state.holes.at[head.index, jnp.where(stays, rank, head.blocks.width)],
-        mask=stays,
-        other=0,
-    )
+    at = head.state.holes.at[head.index, jnp.where(stays, rank, head.blocks.width)]
+    hole = plgpu.load(at, mask=stays, other=0)
     removed = head.locate(tier, jnp.where(stays, hole, slot), active)
     return Round(_only(head, top, stays), _only(head, removed, stays), removed, search)
 
 
 def _list_holes(head: Head, judge: Judge, tier: int, kept, search, count) -> Array:
-    """Write the next `count` slots below `kept` whose tokens leave to the list of holes; returns
-    where to go on.
+    """Add the next `count` slots below `kept` whose tokens leave to the holes; where to go on.
 
     The search begins again where the last one ended; holes filled since then hold tokens that stay.
     """
@@ -123,11 +98,8 @@ def _list_holes(head: Head, judge: Judge, tier: int, kept, search, count) -> Arr
         leaves = _leaves(head, judge, tier, slot, head.locate(tier, slot, slot < kept))
         rank = found + jnp.cumsum(leaves.astype(jnp.int32)) - 1
         listed = leaves & (rank < count)
-        plgpu.store(
-            head.state.holes.at[head.index, jnp.where(listed, rank, head.blocks.width)],
-            slot,
-            mask=listed,
-        )
+        at = head.state.holes.at[head.index, jnp.where(listed, rank, head.blocks.width)]
+        plgpu.store(at, slot, mask=listed)
         found += leaves.astype(jnp.int32).sum()
         return found, jnp.where(found < count, first + head.blocks.scan, first)
 
@@ -140,10 +112,9 @@ def _leaves(head: Head, judge: Judge, tier: int, slot: Array, at: Slots) -> Arra
     """Mask of the tokens at `slot [n]` that leave the tier."""
     if head.one_victim:
         return at.valid & (slot == head.inputs.victim[head.index, tier])
-    dropped, falls = judge.leaving(
-        judge.mean(*read_token_data(head.state.pool.significance, head.state.pool.position, at)),
-        tier,
-    )
+    pool = head.state.pool
+    mean = judge.mean(*read_token_data(pool.significance, pool.position, at))
+    dropped, falls = judge.leaving(mean, tier)
     return at.valid & (dropped | falls)
 
 

@@ -1,6 +1,4 @@
-"""One block of K or V inside a kernel, tile by tile: encoding and demotion, shared by the Triton
-and the TPU kernels.
-"""
+"""One block of K or V in a kernel, Triton or TPU, tile by tile: encoding and demotion."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -35,9 +33,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(fmt: KVFormat, parts: Sequence) -> Parts:
-    """Those given, in the order of `Parts`, without the metadata that the codecs of `fmt` do not
-    have.
-    """
+    """Those given, in the order of `Parts`, without metadata that the codecs of `fmt` lack."""
     k_payload, v_payload, *metas = parts
     k_meta = metas.pop(0) if fmt.key.meta_rows else None
     return Parts(k_payload, v_payload, k_meta, metas.pop(0) if fmt.value.meta_rows else None)

@@ -29,27 +29,21 @@ class Tile:
     rows: tuple[int, ...]
     scale_row: int | None
     zero_row: int | None
-    # byte planes int32 [channels, T] -> float32 codes [channels, T]
-    unpack: Callable[[Sequence[Array]], Array]
+    unpack: Callable[[Sequence[Array]], Array]  # int32 byte planes -> float32, all [channels, T]
 
     def value(self, codes: Array, number: Callable[[int], Array]) -> Array:
-        """The values float32 `[channels, T]` of codes; `number(row)` reads a metadata row `[T]` as
-        it is stored (`scales`).
-        """
+        """Float32 `[channels, T]` of codes; `number(row)` reads a stored metadata row `[T]`."""
         scale, zero = self.scale_zero(number)
         scaled = codes if scale is None else scale[None, :] * codes
         return scaled if zero is None else scaled + zero[None, :]
 
     def scale_zero(self, number: Callable[[int], Array]) -> tuple[Array | None, Array | None]:
-        """Scale and zero point float32, as far as there are any; `number(row)` reads a metadata row
-        as it is stored.
-        """
+        """Scale and zero point float32, if any; `number(row)` reads a stored metadata row."""
         if self.scale_row is None:
             return None, None
-        scale = number(self.scale_row)
-        return scale_of(scale), None if self.zero_row is None else zero_of(
-            scale, number(self.zero_row)
-        )
+        stored = number(self.scale_row)
+        scale = scale_of(stored)
+        return scale, None if self.zero_row is None else zero_of(stored, number(self.zero_row))
 
 
 class Fitting(NamedTuple):
@@ -66,8 +60,7 @@ class Fitting(NamedTuple):
 
 
 class Codec(ABC):
-    """One tensor (K or V) of a tier. Subclasses are frozen dataclasses: a codec is part of what is
-    compiled.
+    """One tensor (K or V) of a tier. Subclasses are frozen dataclasses, part of the compile key.
 
     `rows`, `encode` and `decode` are enough for plain XLA, which reads decoded blocks; a codec with
     metadata gives `meta_rows` too. `register_codec` makes names of formats stand for it.
@@ -162,9 +155,7 @@ class Codec(ABC):
 
 
 class Beside(Codec):
-    """A codec that keeps something of a block beside what `codec` stores of it. Frozen dataclasses
-    derive from it.
-    """
+    """A codec that keeps more of a block beside what `codec` stores. Base of frozen dataclasses."""
 
     codec: Codec
     head_dim: int  # of blocks, given by `for_block`

@@ -1,6 +1,4 @@
-"""Vector quantisation of neighbouring channels with learned codebooks (Coupled Quantization,
-arXiv:2405.03917).
-"""
+"""Vector quantisation of neighbouring channels, learned codebooks (CQ, arXiv:2405.03917)."""
 
 from dataclasses import dataclass, field
 
@@ -42,8 +40,7 @@ class Coupled(Tiled):
         if head_dim % self.channels or not fills_bytes(self.bits, head_dim // self.channels):
             raise ValueError(
                 f"head_dim={head_dim} must be a multiple of channels={self.channels}, and its "
-                f"codes of {self.bits} bits must fill bytes; "
-                "choose another number of channels"
+                f"codes of {self.bits} bits must fill bytes; choose another number of channels"
             )
         return packed_rows(self.bits, head_dim // self.channels)
 
@@ -62,14 +59,11 @@ class Coupled(Tiled):
         return head_dim // self.channels, 2**self.bits, self.channels
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """`[B, ..., d, T]` to (payload, empty metadata): the code of the nearest row, of equally
-        near ones the first.
-        """
+        """`[B, ..., d, T]` to (codes of the nearest rows, of equals the first; empty metadata)."""
         tokens = jnp.swapaxes(x.astype(jnp.float32), -1, -2)  # [B, ..., T, d]
         vectors = tokens.reshape(x.shape[0], -1, x.shape[-2] // self.channels, self.channels)
         by_group = jnp.moveaxis(vectors, 2, 0), jnp.moveaxis(self._codebooks(), 1, 0)
-        # [groups, B, n], one group's distances at a time
-        codes = lax.map(lambda one: nearest(*one), by_group)
+        codes = lax.map(lambda one: nearest(*one), by_group)  # [groups, B, n], one by one
         codes = jnp.moveaxis(codes, 0, 2).reshape(*tokens.shape[:-1], -1)
         return pack_planes(jnp.swapaxes(codes, -1, -2), self.bits), without_meta(x)
 
@@ -77,11 +71,9 @@ class Coupled(Tiled):
         """Back to float32 `[B, ..., d, T]`: the rows of the codebooks."""
         del meta
         codes = jnp.swapaxes(unpack_planes(payload, self.bits), -1, -2)  # [B, ..., T, groups]
-        by_group = jnp.swapaxes(codes.reshape(payload.shape[0], -1, codes.shape[-1]), 1, 2).astype(
-            jnp.int32
-        )
-        # [B, groups, n, channels]
-        vectors = jnp.take_along_axis(self._codebooks(), by_group[..., None], axis=2)
+        by_group = jnp.swapaxes(codes.reshape(payload.shape[0], -1, codes.shape[-1]), 1, 2)
+        index = by_group.astype(jnp.int32)[..., None]
+        vectors = jnp.take_along_axis(self._codebooks(), index, axis=2)  # [B, groups, n, channels]
         tokens = jnp.swapaxes(vectors, 1, 2).reshape(*codes.shape[:-1], -1)
         return jnp.swapaxes(tokens, -1, -2)
 
@@ -107,9 +99,7 @@ class Coupled(Tiled):
 
 
 def nearest(x: Array, codebook: Array) -> Array:
-    """Index int32 `[..., n]` of the row of `codebook [..., m, c]` nearest to each of `x [..., n,
-    c]`.
-    """
+    """Index int32 `[..., n]` of the row of `codebook [..., m, c]` nearest `x [..., n, c]`."""
     _, inverse = unit_of(jnp.abs(codebook).max(axis=(-1, -2), keepdims=True))
     x, codebook = x * inverse, codebook * inverse  # squares neither overflow nor vanish
     product = jnp.einsum("...nc,...mc->...nm", x, codebook, precision=lax.Precision.HIGHEST)

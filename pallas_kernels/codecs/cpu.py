@@ -41,8 +41,8 @@ def _shapes(fmt: KVFormat, count: int, head_dim: int, tokens: int) -> list[jax.S
     """The shapes of `count` blocks of a format."""
     if tokens % LANES:
         raise ValueError(
-            f"tokens a block={tokens} must be a multiple of {LANES} for the CPU's "
-            f"kernels; use implementation='xla'"
+            f"tokens a block={tokens} must be a multiple of {LANES} for the CPU's kernels; use "
+            "implementation='xla'"
         )
     codecs = fmt.key, fmt.value
     payloads = [

@@ -1,6 +1,4 @@
-"""`KVFormat`: how a token's K and V are stored in one tier, and the grammar of the named
-formats.
-"""
+"""`KVFormat`: how K and V are stored in one tier, and the grammar of the named formats."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -78,9 +76,7 @@ def register_codec(
 
 
 class Block(NamedTuple):
-    """Encoded tokens of one tier: payloads uint8 `[..., rows, T]`, metadata float16 `[...,
-    meta_rows, T]`.
-    """
+    """Encoded tokens: payloads uint8 `[..., rows, T]`, metadata float16 `[..., meta_rows, T]`."""
 
     k_payload: Array
     v_payload: Array
@@ -114,20 +110,15 @@ class KVFormat:
         match = _NAME.fullmatch(name) if len(name) <= _LONGEST else None
         if match is None or match[2] not in KINDS or match[5] not in KINDS:
             raise ValueError(
-                f"format {name[:_LONGEST]!r} must be 'full' or K<bits>V<bits> such as 'K8V4', "
-                f"with a letter behind the bits of "
-                f"{[kind for kind in KINDS if kind]}, groups after a colon as in 'K4V2:2,4', "
-                f"outliers in percent "
-                "as in '+o2', ranks of the error as in '+r4'"
+                f"format {name[:_LONGEST]!r} must be 'full' or K<bits>V<bits> such as 'K8V4', with "
+                f"a letter behind the bits of {[kind for kind in KINDS if kind]}, groups after a "
+                "colon as in 'K4V2:2,4', outliers in percent as in '+o2', ranks of the error as in "
+                "'+r4'"
             )
-        k, v, beside = (
-            (match[1], match[2], match[3], match[7]),
-            (match[4], match[5], match[6], match[8]),
-            (match[9], match[10]),
-        )
-        return KVFormat(
-            _tensor(name, *k, *beside), _tensor(name, *v, *beside, as_tokens=match[2] == "c"), name
-        )
+        k = (match[1], match[2], match[3], match[7])
+        v, beside = (match[4], match[5], match[6], match[8]), (match[9], match[10])
+        key = _tensor(name, *k, *beside)
+        return KVFormat(key, _tensor(name, *v, *beside, as_tokens=match[2] == "c"), name)
 
     def for_block(self, head_dim: int, tokens: int) -> "KVFormat":
         """The format of blocks `[head_dim, tokens]`: some codecs' rows depend on both.
@@ -136,15 +127,12 @@ class KVFormat:
             ValueError: they cannot hold such blocks.
         """
         first, second = self.widths(head_dim)
-        return replace(
-            self, key=self.key.for_block(first, tokens), value=self.value.for_block(second, tokens)
-        )
+        key = self.key.for_block(first, tokens)
+        return replace(self, key=key, value=self.value.for_block(second, tokens))
 
     @property
     def separable(self) -> bool:
-        """Whether a token's lane can be moved, dropped or overwritten without touching others; if
-        not, only whole blocks are encoded.
-        """
+        """Whether one token's lane can change without touching others; else whole blocks only."""
         return self.key.separable and self.value.separable
 
     @property
@@ -173,9 +161,8 @@ class KVFormat:
 
     def decode(self, block: Block) -> tuple[Array, Array]:
         """The float32 K and V `[..., head_dim, T]` that attention reads."""
-        return self.key.decode(block.k_payload, block.k_meta), self.value.decode(
-            block.v_payload, block.v_meta
-        )
+        k = self.key.decode(block.k_payload, block.k_meta)
+        return k, self.value.decode(block.v_payload, block.v_meta)
 
     def key_logits(self, q: Array, block: Block) -> Array:
         """`q [..., G, d]` times the keys of a block, `[..., G, T]`."""
@@ -207,9 +194,7 @@ class KVFormat:
 
 
 def native_formats(formats: Sequence[KVFormat], blocks: Sequence[int]) -> np.ndarray:
-    """Codecs of tiers with so many blocks a page, as `Layout::make` of native/pages.h reads them:
-    int64 [tiers * 5].
-    """
+    """Codecs of tiers, `blocks` a page, for `Layout::make` of native/pages.h: int64 [tiers * 5]."""
     numbers = []
     for fmt, count in zip(formats, blocks, strict=True):
         key, value = fmt.key.native, fmt.value.native
@@ -234,9 +219,8 @@ def _tensor(
     kind = KINDS[letter]
     if bool(number) != (kind.takes == "number"):
         raise ValueError(
-            f"format {name!r}: the letter {letter!r} "
-            f"{'takes no' if number else 'needs a'} number behind it, as in "
-            f"'K4g32V4c'"
+            f"format {name!r}: the letter {letter!r} {'takes no' if number else 'needs a'} number "
+            "behind it, as in 'K4g32V4c'"
         )
     if kind.takes != "groups" and groups not in (None, "1"):
         raise ValueError(

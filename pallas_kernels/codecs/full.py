@@ -1,6 +1,4 @@
-"""The identity codec: a tensor kept in a floating type, stored as byte planes so that it fits the
-same pages.
-"""
+"""The identity codec: a tensor in a floating type, as byte planes that fit the same pages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,16 +61,12 @@ class Full(Scalar):
     def encode_tiles(
         self, tiles: Sequence[Tile], values: Sequence[Array]
     ) -> tuple[list[Array], dict[int, Array]]:
-        """The bits of each value as int32 (upper half zero for 16-bit types), same shapes; no
-        metadata.
-        """
+        """The bits of each value as int32 (upper half zero for 16-bit types); no metadata."""
         del tiles
         return [self._to_bits(x) for x in values], {}
 
     def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
-        """Bits of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row
-        once.
-        """
+        """Bits of all tiles to `{first payload row: bytes int32 [channels, T]}`, each row once."""
         return {
             row: (code >> (8 * byte)) & 255
             for tile, code in zip(tiles, codes, strict=True)

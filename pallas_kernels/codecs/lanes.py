@@ -1,6 +1,4 @@
-"""Numbers that belong to a whole block kept in its rows of T lanes, and blocks that lie side by
-side taken apart.
-"""
+"""A block's shared numbers kept in its rows of T lanes; blocks side by side taken apart."""
 
 import jax.numpy as jnp
 from jax import Array

@@ -1,6 +1,4 @@
-"""The format of multi-head latent attention's one key a token: a latent, which is the value too,
-and a rotary part (arXiv:2405.04434).
-"""
+"""The format of multi-head latent attention's one key a token (arXiv:2405.04434)."""
 
 from dataclasses import dataclass
 
@@ -13,8 +11,7 @@ from .full import Full
 
 @dataclass(frozen=True)
 class LatentFormat(KVFormat):
-    """`key` is the codec of the latent, the first `rank` channels of the key, `value` that of the
-    rotary part, the others.
+    """`key` is the codec of the latent (the first `rank` channels), `value` of the rotary part.
 
     A `Block` has the two in the places of K and V, and V has no channels. Plain XLA only: the
     kernels take a V of K's width from the pages.
@@ -32,8 +29,7 @@ class LatentFormat(KVFormat):
         if fmt.key != fmt.value:
             raise ValueError(
                 f"format {fmt.name!r} keeps keys and values differently, and this model has one "
-                f"latent for both: "
-                "take one codec for the two, such as 'K8V8', 'K4V4' or 'full'"
+                "latent for both: take one codec for the two, such as 'K8V8', 'K4V4' or 'full'"
             )
         return LatentFormat(fmt.key, Full(dtype), fmt.name, rank)
 

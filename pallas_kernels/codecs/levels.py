@@ -1,6 +1,4 @@
-"""Learned non-uniform levels: of the range that a token has, or of the range that a channel has had
-(KVQuant, arXiv:2401.18079).
-"""
+"""Learned non-uniform levels of a token's or a channel's range (KVQuant, arXiv:2401.18079)."""
 
 from dataclasses import dataclass, field
 
@@ -83,11 +81,8 @@ class Levels(Tiled):
         half, middle = _range_of(*jnp.split(meta, 2, axis=-2))
         flat = codes.reshape(codes.shape[0], -1).astype(jnp.int32)
         assert self.table is not None
-        return (
-            jnp.take_along_axis(self.table.astype(jnp.float32), flat, axis=1).reshape(codes.shape)
-            * half
-            + middle
-        )
+        levels = jnp.take_along_axis(self.table.astype(jnp.float32), flat, axis=1)
+        return levels.reshape(codes.shape) * half + middle
 
     def tile(self, head_dim: int, channel: int, channels: int) -> Tile:
         """Codes that are looked up, on the scale of the token's range."""
@@ -109,9 +104,7 @@ class Levels(Tiled):
 
 
 def token_range(x: Array) -> tuple[Array, Array]:
-    """Half of the range of each token's channels and its middle, as metadata keeps them: `[..., d,
-    T]` to float32 `[..., 1, T]`.
-    """
+    """Half range and middle of each token, as stored: `[..., d, T]` to float32 `[..., 1, T]`."""
     return _range_of(*_range_bits(x))
 
 
@@ -132,8 +125,7 @@ def normalised(x: Array, half: Array, middle: Array) -> Array:
 
 @dataclass(frozen=True)
 class StaticLevels(Coupled):
-    """Codec of one tensor (K): learned levels of the range that each channel had in the
-    calibration, no metadata.
+    """Codec of K: learned levels of each channel's range in the calibration, no metadata.
 
     The layer's levels, spread over each channel's range, are a codebook a channel: `table` float16
     or bfloat16 `[B, head_dim, 2**bits, 1]`, each ascending. Where it runs: as `Coupled`.
@@ -152,13 +144,9 @@ class StaticLevels(Coupled):
     def fit(
         self, x: Array, fisher: Array, key: Array, how: Fitting, outliers: float = 0.0
     ) -> Array:
-        """A channel's range without its share of `outliers`, and the layer's levels on it (sec.
-        3).
-        """
-        # [K, d, 1]
-        low, high = jnp.quantile(
-            x, jnp.array([outliers / 2, 1 - outliers / 2]), axis=-1, keepdims=True
-        )
+        """A channel's range without its share of `outliers`, and the layer's levels on it."""
+        ends = jnp.array([outliers / 2, 1 - outliers / 2])
+        low, high = jnp.quantile(x, ends, axis=-1, keepdims=True)  # [K, d, 1]
         half, middle = (high - low) / 2, (high + low) / 2
         scaled = normalised(x, half, middle)
         weight = jnp.where(jnp.abs(scaled) <= 1, fisher, 0.0)
@@ -180,13 +168,10 @@ def fitted_levels(bits: int, scaled: Array, weight: Array, key: Array, how: Fitt
         return levels
     coded = levels[nearest(values[:, None], levels[:, None])]
     counts = jnp.where(weight > 0, 1.0, 0.0)
-    (mean, deviation), (coded_mean, coded_deviation) = (
-        _moments(values, counts),
-        _moments(coded, counts),
-    )
-    return (levels - coded_mean) * deviation / jnp.where(
-        coded_deviation > 0, coded_deviation, 1.0
-    ) + mean
+    mean, deviation = _moments(values, counts)
+    coded_mean, coded_deviation = _moments(coded, counts)
+    coded_deviation = jnp.where(coded_deviation > 0, coded_deviation, 1.0)
+    return (levels - coded_mean) * deviation / coded_deviation + mean
 
 
 def _moments(x: Array, counts: Array) -> tuple[Array, Array]:

@@ -1,6 +1,4 @@
-"""What a codec gets wrong of a block, kept as a product of two narrow matrices (GEAR,
-arXiv:2403.05527, sec. 3).
-"""
+"""A codec's error of a block as two narrow matrices' product (GEAR, arXiv:2403.05527 sec. 3)."""
 
 from dataclasses import dataclass
 
@@ -44,8 +42,8 @@ class LowRank(Beside):
         """The codec of blocks `[head_dim, tokens]`."""
         if not 1 <= self.rank <= min(head_dim, tokens):
             raise ValueError(
-                f"rank={self.rank} must be at least 1 and at most that of a block of "
-                f"{head_dim} channels and {tokens} tokens"
+                f"rank={self.rank} must be at least 1 and at most that of a block of {head_dim} "
+                f"channels and {tokens} tokens"
             )
         return super().for_block(head_dim, tokens)
 
@@ -59,9 +57,7 @@ class LowRank(Beside):
         return self.codec.meta_rows + self.rank + rows_for(self.head_dim * self.rank, self.tokens)
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """`[..., d, T]` to payload uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows,
-        T]`.
-        """
+        """`[..., d, T]` to uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows, T]`."""
         payload, meta = self.codec.encode(x)
         by_token, by_channel = nearest(
             jnp.swapaxes(x.astype(jnp.float32) - self.codec.decode(payload, meta), -1, -2),
@@ -82,8 +78,7 @@ class LowRank(Beside):
         payload, meta = apart(payload, self.tokens), apart(meta, self.tokens)
         inner, numbers = meta[..., : self.codec.meta_rows, :], meta[..., self.codec.meta_rows :, :]
         by_token = numbers[..., : self.rank, :].astype(jnp.float32)
-        # [..., 1, rank]
-        far = jnp.swapaxes(jnp.abs(by_token).max(axis=-1, keepdims=True) > 2, -1, -2)
+        far = jnp.swapaxes(jnp.abs(by_token).max(axis=-1, keepdims=True) > 2, -1, -2)  # [..., 1, r]
         by_channel = scales.either(
             from_rows(numbers[..., self.rank :, :], self.head_dim, self.rank), far
         )
@@ -91,8 +86,7 @@ class LowRank(Beside):
 
 
 def nearest(error: Array, rank: int) -> tuple[Array, Array]:
-    """Q `[..., T, rank]` with orthonormal columns and P `[..., d, rank]` whose product Q P^T is
-    near the best of that rank.
+    """Q `[..., T, rank]`, orthonormal columns, and P `[..., d, rank]`: Q P^T is near the best.
 
     Three power iterations on `error [..., T, d]` from a fixed start, orthonormal in the last one
     (GEAR, algorithm 2).
@@ -109,8 +103,7 @@ def nearest(error: Array, rank: int) -> tuple[Array, Array]:
 
 
 def _orthonormal(x: Array) -> Array:
-    """`x [..., n, rank]` with orthonormal columns instead that span as much; one that adds nothing
-    becomes 0.
+    """`x [..., n, rank]` with orthonormal columns of the same span; one that adds nothing is 0.
 
     Gram-Schmidt, each projection taken off twice. With LAPACK's QR the prompts of ten requests
     never came back on two cores (jaxlib 0.10.2; docs/log.md).

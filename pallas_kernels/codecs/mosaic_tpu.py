@@ -1,6 +1,4 @@
-"""Encoding and demotion of blocks on TPUs (Mosaic), one pass over the data. float16 passes as int16
-bits, which Mosaic does have.
-"""
+"""Encoding and demotion of blocks on TPUs (Mosaic) in one pass. float16 passes as int16 bits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,9 +118,7 @@ def _demote(*refs: Any, source: KVFormat, target: KVFormat, head_dim: int) -> No
 
 
 def _write(i: Array, planes: Planes, metadata: Meta, payload: Any, meta: Any) -> None:
-    """Store block `i`; rows are joined first, so that each Ref is written whole whatever its
-    tiling.
-    """
+    """Store block `i`; rows are joined first: each Ref is written whole whatever its tiling."""
     payload[i] = _joined([planes[row] for row in sorted(planes)]).astype(jnp.uint8)
     if meta is not None:
         meta[i] = _joined([metadata[row][None, :] for row in sorted(metadata)]).astype(jnp.int16)

@@ -1,6 +1,4 @@
-"""Scalar quantisation with the best levels for a normal variable (TurboQuant, arXiv:2504.19874;
-docs/design.md 1).
-"""
+"""Scalar quantisation with a normal variable's best levels (TurboQuant, arXiv:2504.19874)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,8 +37,8 @@ class Normal(Scalar):
     def __post_init__(self):
         if self.bits not in LEVELS:
             raise ValueError(
-                f"bits={self.bits} must be one of {tuple(LEVELS)} for levels of the "
-                f"normal distribution"
+                f"bits={self.bits} must be one of {tuple(LEVELS)} for levels of the normal "
+                "distribution"
             )
 
     @property
@@ -57,8 +55,8 @@ class Normal(Scalar):
         """Payload rows (bytes a token) of one block."""
         if (head_dim * self.bits) % 8:
             raise ValueError(
-                f"head_dim={head_dim} must be a multiple of {8 // self.bits}, the "
-                f"channels in a byte at {self.bits} bits"
+                f"head_dim={head_dim} must be a multiple of {8 // self.bits}, the channels in a "
+                f"byte at {self.bits} bits"
             )
         return packed_rows(self.bits, head_dim)
 
@@ -72,9 +70,7 @@ class Normal(Scalar):
         return scale_of(meta) * self._levels(payload)
 
     def key_logits(self, q: Array, payload: Array, meta: Array) -> Array:
-        """`q [..., G, d]` times the decoded block, `[..., G, T]`; the scale applied outside the dot
-        product.
-        """
+        """`q [..., G, d]` times the decoded block, `[..., G, T]`; the scale outside the product."""
         return jnp.einsum("...Gc,...ct->...Gt", q, self._levels(payload)) * scale_of(meta)
 
     def value_mix(self, p: Array, payload: Array, meta: Array, valid: Array) -> Array:
@@ -105,17 +101,13 @@ class Normal(Scalar):
         values = [x * inverse[..., None, :] for x in values]  # squares neither overflow nor vanish
         squares = sum((x * x).sum(axis=-2) for x in values)
         to_rms = jnp.where(squares > 0, jnp.sqrt(sum(x.shape[-2] for x in values) / squares), 0.0)
-        codes, squared_levels = zip(
-            *(_nearest(x * to_rms[..., None, :], self.bits) for x in values), strict=True
-        )
-        return list(codes), {
-            0: scale_bits(unit * jnp.sqrt(squares / sum(x.sum(axis=-2) for x in squared_levels)))
-        }
+        pairs = (_nearest(x * to_rms[..., None, :], self.bits) for x in values)
+        codes, squared_levels = zip(*pairs, strict=True)
+        scale = unit * jnp.sqrt(squares / sum(x.sum(axis=-2) for x in squared_levels))
+        return list(codes), {0: scale_bits(scale)}
 
     def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
-        """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row
-        once.
-        """
+        """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, each row once."""
         return pack_tiles(tiles, codes, self.bits)
 
     def _levels(self, payload: Array) -> Array:
@@ -133,15 +125,11 @@ def _nearest(x: Array, bits: int) -> tuple[Array, Array]:
 
 
 def _level(code: Array, bits: int) -> Array:
-    """The float32 levels of int32 codes, by halving the table bit after bit; bits above those of a
-    code do not matter.
-    """
+    """Float32 levels of int32 codes by halving the table bit by bit; higher bits do not matter."""
     levels = [jnp.float32(level) for level in LEVELS[bits]]
     for bit in range(bits - 1):
-        odd = (code >> bit) & 1 == 1
-        levels = [
-            jnp.where(odd, high, low) for low, high in zip(levels[::2], levels[1::2], strict=True)
-        ]
+        odd, pairs = (code >> bit) & 1 == 1, zip(levels[::2], levels[1::2], strict=True)
+        levels = [jnp.where(odd, high, low) for low, high in pairs]
     return jnp.where((code >> (bits - 1)) & 1 == 1, -levels[0], levels[0])
 
 

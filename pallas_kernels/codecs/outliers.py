@@ -1,5 +1,4 @@
-"""The largest and smallest values of every vector kept beside a codec, which then sees a narrower
-range.
+"""The largest and smallest values of a vector kept beside a codec that sees a narrower range.
 
 GEAR (arXiv:2403.05527, sec. 3) and KVQuant (arXiv:2401.18079, sec. 3.4): per-vector outliers.
 """
@@ -46,8 +45,8 @@ class Outliers(Beside):
             raise ValueError(f"share={self.share} of outliers must lie between 0 and 1")
         if self._length > 256:
             raise ValueError(
-                f"outliers are counted by a byte: a vector of {self._length} values "
-                f"is longer than 256"
+                f"outliers are counted by a byte: a vector of {self._length} values is longer than "
+                "256"
             )
 
     @property
@@ -101,9 +100,7 @@ class Outliers(Beside):
         return self.codec.meta_rows + self._outlier_rows
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """`[..., d, T]` to payload uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows,
-        T]`.
-        """
+        """`[..., d, T]` to uint8 `[..., rows, T]` and metadata float16 `[..., meta_rows, T]`."""
         index = self._largest(x)
         values = jnp.take_along_axis(self._as_vectors(x.astype(jnp.float32)), index, axis=-1)
         index, values = _in_order(index, values)
@@ -142,10 +139,8 @@ class Outliers(Beside):
         vectors = self._as_vectors(
             self.codec.decode(payload[..., :rows, :], meta[..., :meta_rows, :])
         )
-        index, stored = (
-            self._unpacked(payload[..., rows:, :]),
-            self._unpacked(meta[..., meta_rows:, :]),
-        )
+        index = self._unpacked(payload[..., rows:, :])
+        stored = self._unpacked(meta[..., meta_rows:, :])
         values = jnp.concatenate(outliers_of(*jnp.split(stored, 2, axis=-1)), axis=-1)
         for i in range(self.count):
             here = jnp.arange(self._length) == index[..., i, None]

@@ -25,9 +25,7 @@ def fills_bytes(bits: int, codes: int) -> bool:
 
 
 def pack_planes(codes: Array, bits: int) -> Array:
-    """Pack codes `[..., d, T]` (integers below `2**bits`) into uint8 rows `[..., d * bits / 8,
-    T]`.
-    """
+    """Pack codes `[..., d, T]` (integers below `2**bits`) as uint8 `[..., d * bits / 8, T]`."""
     if bits == 3:
         return jnp.concatenate([pack_planes(codes & 3, 2), pack_planes(codes >> 2, 1)], axis=-2)
     planes = jnp.split(codes.astype(jnp.uint8), 8 // bits, axis=-2)
@@ -60,9 +58,7 @@ def code_of(number: Array, bits: int, codes: int, byte: Callable[[Array], Array]
 
 
 def pack_tiles(tiles: Sequence[Tile], codes: Sequence[Array], bits: int) -> dict[int, Array]:
-    """Codes (int32 `[channels, T]`) of all tiles to `{first payload row: bytes int32 [channels,
-    T]}`, every payload row once.
-    """
+    """Codes int32 `[channels, T]` of all tiles to `{first payload row: bytes}`, each row once."""
     width, packed = packed_rows(bits, tiles[-1].channel + tiles[-1].channels), {}
     for tile, code in zip(tiles, codes, strict=True):
         (row,) = tile.rows

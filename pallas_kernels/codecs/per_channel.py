@@ -1,6 +1,4 @@
-"""Uniform asymmetric quantisation per channel over the tokens of a block (KIVI, arXiv:2402.02750,
-sec. 3.2).
-"""
+"""Uniform asymmetric quantisation per channel over a block (KIVI, arXiv:2402.02750, sec. 3.2)."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -17,8 +15,7 @@ from .uniform import BITS, Uniform
 
 @dataclass(frozen=True)
 class PerChannel(Codec):
-    """Codec of one tensor: `bits` a channel, a scale and a zero point for each channel, shared by
-    the block's T tokens.
+    """Codec of one tensor: `bits` a channel, a scale and zero point a channel for the T tokens.
 
     Keys have a few large channels; a group along the tokens keeps their range from the others. The
     metadata is `2 * head_dim` float16 numbers (`scales`), all scales first, in rows of T lanes
@@ -49,9 +46,7 @@ class PerChannel(Codec):
         return rows_for(2 * self.head_dim, self.tokens)
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """Quantise `[..., d, T]` to (payload, metadata). Rounds half to even with the scale and
-        zero point of `scales.grid`.
-        """
+        """Quantise `[..., d, T]` to (payload, metadata), half to even, with `scales.grid`."""
         x = x.astype(jnp.float32)
         scale, zero, *stored = scales.grid(
             x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True), 2**self.bits - 1
@@ -63,9 +58,7 @@ class PerChannel(Codec):
         return pack_planes(codes, self.bits), as_rows(numbers, self.tokens)
 
     def decode(self, payload: Array, meta: Array) -> Array:
-        """`scale * code + zero` in float32 `[..., d, n * T]`, of one block or n that lie side by
-        side.
-        """
+        """`scale * code + zero`, float32 `[..., d, n * T]`, of one block or n side by side."""
         payload, meta = apart(payload, self.tokens), apart(meta, self.tokens)
         numbers = from_rows(meta, 2 * self.head_dim, 1)
         scale, zero = numbers[..., : self.head_dim, :], numbers[..., self.head_dim :, :]

@@ -13,12 +13,9 @@ from .halves import float_to_half, half_to_float
 
 TOO_LARGE = 65520.0  # rounds to infinity in float16
 TOO_SMALL = 2.0**-16  # float16 has fewer bits than bfloat16 below
-# beside a scale that is too small; a zero point beyond is told better in float16
-SMALL_ZERO = 2.0**-8
+SMALL_ZERO = 2.0**-8  # beside a too small scale; a larger zero is told better in float16
 LEAST_OUTLIER = 2.0**-100  # below, float16 zeros do
-# finite numbers saturate there, so that sums of a block's do not overflow; a stored range is finite
-# as float16, too
-LIMIT = 2.0**119
+LIMIT = 2.0**119  # finite numbers saturate there: a block's sums and ranges stay finite
 
 
 def scale_of(stored: Array) -> Array:
@@ -111,9 +108,7 @@ def saturated(x: Array) -> Array:
 
 
 def nearest_bfloat16(x: Array) -> Array:
-    """The 16 bits of the nearest bfloat16 (half to even) to finite float32, as int32 below
-    65536.
-    """
+    """The 16 bits of the bfloat16 nearest (half to even) to finite float32, int32 below 65536."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
 
@@ -122,28 +117,22 @@ def unit_of(size: Array) -> tuple[Array, Array]:
     """The largest power of two up to float32 `size`, from 2**-100 to 2**120, and its reciprocal:
     products with them round nothing.
     """
-    exponent = jnp.clip(
-        lax.bitcast_convert_type(size, jnp.int32) & 0x7F800000, (127 - 100) << 23, (127 + 120) << 23
-    )
-    return lax.bitcast_convert_type(exponent, jnp.float32), lax.bitcast_convert_type(
-        (254 << 23) - exponent, jnp.float32
-    )
+    exponent = lax.bitcast_convert_type(size, jnp.int32) & 0x7F800000
+    exponent = jnp.clip(exponent, (127 - 100) << 23, (127 + 120) << 23)
+    unit = lax.bitcast_convert_type(exponent, jnp.float32)
+    return unit, lax.bitcast_convert_type((254 << 23) - exponent, jnp.float32)
 
 
 def length(x: Array, axis: int = -1) -> Array:
-    """The Euclidean norm of float32 `x` along an axis, which stays; squares neither overflow nor
-    vanish.
-    """
+    """The Euclidean norm of float32 `x` along an axis, which stays; no overflow in squares."""
     unit, inverse = unit_of(jnp.abs(x).max(axis=axis, keepdims=True))
     return unit * jnp.linalg.norm(x * inverse, axis=axis, keepdims=True)
 
 
 def _bits(stored: Array) -> Array:
-    return (
-        lax.bitcast_convert_type(stored, jnp.int16).astype(jnp.int32)
-        if stored.dtype == jnp.float16
-        else stored
-    )
+    if stored.dtype != jnp.float16:
+        return stored
+    return lax.bitcast_convert_type(stored, jnp.int16).astype(jnp.int32)
 
 
 def _from_half(stored: Array) -> Array:

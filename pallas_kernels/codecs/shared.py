@@ -1,6 +1,4 @@
-"""One direction for the vectors of two layers, and the norm of each (MiniCache, arXiv:2405.14366):
-plain XLA only.
-"""
+"""One direction for the vectors of two layers and their norms (MiniCache, arXiv:2405.14366)."""
 
 from dataclasses import dataclass, replace
 
@@ -67,9 +65,8 @@ class Shared(Codec):
         T]` are never read.
         """
         inner, norm = self._split(meta)
-        return self.inner.value_mix(
-            p * jnp.where(valid[..., None, :], norm, 0), payload, inner, valid
-        )
+        weights = p * jnp.where(valid[..., None, :], norm, 0)
+        return self.inner.value_mix(weights, payload, inner, valid)
 
     def _split(self, meta: Array) -> tuple[Array, Array]:
         """Metadata of `inner`, and the layer's norms float32 `[..., 1, T]`."""
@@ -85,9 +82,7 @@ def shared_format(fmt: KVFormat, t: float) -> KVFormat:
 
 
 def read_by(fmt: KVFormat, which: int | Array) -> KVFormat:
-    """A shared format as the first (0) or the second (1) of the layers reads it; any other as it
-    is.
-    """
+    """A shared format as the first (0) or second (1) of the layers reads it; others as they are."""
     key, value = (
         replace(codec, reads=which) if isinstance(codec, Shared) else codec
         for codec in (fmt.key, fmt.value)
@@ -96,8 +91,7 @@ def read_by(fmt: KVFormat, which: int | Array) -> KVFormat:
 
 
 def between(x: Array, y: Array, t: float) -> Array:
-    """Unit vector at `t` on the arc from the direction of `x` to that of `y`, both `[..., d, T]`
-    (SLERP).
+    """Unit vector at `t` on the arc between the directions of `x` and `y [..., d, T]` (SLERP).
 
     On the line between the two where they are parallel or opposite.
     """
@@ -112,9 +106,7 @@ def between(x: Array, y: Array, t: float) -> Array:
 
 
 def angle(x: Array, y: Array) -> Array:
-    """Angle in radians between `x` and `y [..., d, T]`, float32 `[..., 1, T]`; a right one where
-    one is zero.
-    """
+    """Angle in radians of `x` and `y [..., d, T]`, float32 `[..., 1, T]`; right where one is 0."""
     return jnp.arccos(jnp.clip((_unit(x) * _unit(y)).sum(axis=-2, keepdims=True), -1.0, 1.0))
 
 

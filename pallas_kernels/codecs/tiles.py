@@ -1,5 +1,4 @@
-"""Tiles: the pieces in which kernels read and write a block, so that they never slice, join or
-reshape a value.
+"""Tiles: the pieces of a block that kernels read and write, never slicing or joining a value.
 
 A tile is a range of channels of one tensor that shares a byte plane and a group; every codec cuts
 its blocks into tiles with `codec.tiles(head_dim)`. The functions of a tile work on plain arrays
@@ -22,9 +21,7 @@ def looked_up(planes: Sequence[Array]) -> Array:
 
 
 def cut_points(head_dim: int, codecs: Iterable) -> tuple[int, ...]:
-    """Channel boundaries 0 ... head_dim at which every plane and group of all `codecs` begins, the
-    same within every plane.
-    """
+    """Channel boundaries 0 ... head_dim at which every plane and group of all `codecs` begins."""
     codecs, points = tuple(codecs), {0}
     while True:
         more = set(points)
@@ -38,9 +35,7 @@ def cut_points(head_dim: int, codecs: Iterable) -> tuple[int, ...]:
 
 
 class Tiled(Codec):
-    """A codec whose blocks Triton and TPU kernels read tile by tile. A subclass says which bytes a
-    tile has.
-    """
+    """A codec whose blocks Triton and TPU kernels read tile by tile; a subclass says its bytes."""
 
     @abstractmethod
     def tile(self, head_dim: int, channel: int, channels: int) -> Tile:
@@ -56,17 +51,13 @@ class Tiled(Codec):
         return 1
 
     def tiles(self, head_dim: int, *others: Codec) -> tuple[Tile, ...]:
-        """The tiles of a block, cut so that the blocks of the codecs `others`, `Tiled` too, have
-        the same channels in theirs.
-        """
+        """The tiles of a block, cut at the same channels as those of `others`, `Tiled` too."""
         points = cut_points(head_dim, (self, *others))
         return tuple(self.tile(head_dim, a, b - a) for a, b in pairwise(points))
 
 
 class Scalar(Tiled):
-    """A codec with a code for each channel, which kernels do not only read, but encode and demote,
-    tile by tile.
-    """
+    """A codec with a code for each channel, which kernels also encode and demote by tiles."""
 
     @abstractmethod
     def encode_tiles(
@@ -78,9 +69,7 @@ class Scalar(Tiled):
 
     @abstractmethod
     def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
-        """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row
-        once.
-        """
+        """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, each row once."""
 
     def demote_tiles(
         self,

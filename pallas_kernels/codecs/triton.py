@@ -19,9 +19,7 @@ from .tiles import Scalar
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of one program: all channels of `tokens` (a power of two that divides T) tokens of one
-    block, in registers.
-    """
+    """A program: all channels of `tokens` (a power of two that divides T) tokens of one block."""
 
     tokens: int
     warps: int
@@ -132,9 +130,7 @@ def _call(
     name: str,
     head_dim: int | None = None,
 ) -> Block:
-    """Run a kernel over `[count, rows, T]` operands to a block of `fmt`: one program for
-    `blocks.tokens` tokens of a block.
-    """
+    """Run a kernel over `[count, rows, T]` operands to a block of `fmt`, a program a part."""
     count, first_rows, tokens = operands[0].shape
     head_dim = first_rows if head_dim is None else head_dim
     rows = fmt.key.rows(head_dim), fmt.value.rows(head_dim)
@@ -169,7 +165,6 @@ def _check_powers_of_two(shape: tuple[int, ...], *codecs: tuple[Scalar, ...]) ->
     ]:
         if size & (size - 1):
             raise ValueError(
-                f"{name}={size} (head_dim={head_dim}, {codecs}) must be a power of two for "
-                f"Triton; choose other groups or formats, or use "
-                "implementation='xla'"
+                f"{name}={size} (head_dim={head_dim}, {codecs}) must be a power of two for Triton; "
+                "choose other groups or formats, or use implementation='xla'"
             )

@@ -1,6 +1,4 @@
-"""Uniform asymmetric quantisation per token and channel group (DiffKV, arXiv 2412.03131 sec. 5.1;
-docs/design.md 1).
-"""
+"""Uniform asymmetric quantisation per token and channel group (DiffKV, arXiv 2412.03131 5.1)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,8 +40,8 @@ class Uniform(Scalar):
         if (head_dim * self.bits) % 8 or head_dim % self.groups:
             raise ValueError(
                 f"head_dim={head_dim} must be a multiple of groups={self.groups} and of "
-                f"{8 // self.bits}, the channels in a byte at "
-                f"{self.bits} bits; choose other groups or bits"
+                f"{8 // self.bits}, the channels in a byte at {self.bits} bits; choose other "
+                "groups or bits"
             )
         return packed_rows(self.bits, head_dim)
 
@@ -58,13 +56,10 @@ class Uniform(Scalar):
         return self.bits, self.groups
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """Quantise `[..., d, T]` to (payload, metadata). Rounds half to even with the scale and
-        zero point of `scales.grid`.
-        """
+        """Quantise `[..., d, T]` to (payload, metadata), half to even, with `scales.grid`."""
         grouped = _grouped(x.astype(jnp.float32), self.groups)  # [..., groups, d / groups, T]
-        scale, zero, *stored = scales.grid(
-            grouped.min(axis=-2), grouped.max(axis=-2), 2**self.bits - 1
-        )
+        low, high = grouped.min(axis=-2), grouped.max(axis=-2)
+        scale, zero, *stored = scales.grid(low, high, 2**self.bits - 1)
         step = jnp.where(scale > 0, scale, 1.0)
         codes = jnp.round((grouped - zero[..., None, :]) / step[..., None, :])
         codes = jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8).reshape(x.shape)
@@ -78,9 +73,7 @@ class Uniform(Scalar):
         return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
     def key_logits(self, q: Array, payload: Array, meta: Array) -> Array:
-        """`q [..., G, d]` times the decoded block, `[..., G, T]`; scale and zero point applied
-        outside the dot product.
-        """
+        """`q [..., G, d]` times the decoded block, `[..., G, T]`; scale, zero beside the dot."""
         scale, zero = self._scale_zero(meta)
         codes = _grouped(unpack_planes(payload, self.bits).astype(jnp.float32), self.groups)
         q = q.reshape(*q.shape[:-1], self.groups, -1)
@@ -152,9 +145,8 @@ class Uniform(Scalar):
             high[group] = jnp.maximum(high[group], largest) if group in high else largest
         zeros, steps = {}, {}
         for group, least in low.items():
-            scale, zeros[group], meta[group], meta[self.groups + group] = scales.grid(
-                least, high[group], most
-            )
+            scale, zeros[group], *stored = scales.grid(least, high[group], most)
+            meta[group], meta[self.groups + group] = stored
             steps[group] = jnp.where(scale > 0, scale, 1.0)
         codes = []
         for tile, x in zip(tiles, values, strict=True):
@@ -175,17 +167,14 @@ class Uniform(Scalar):
             return super().demote_tiles(target, head_dim, codes, number)
         ratio, numbers = (2**self.bits - 1) // (2**target.bits - 1), {}
         for row in range(self.groups):
-            numbers[row], numbers[self.groups + row] = _demoted(
-                number(row), number(self.groups + row), ratio
-            )
+            below = row + self.groups
+            numbers[row], numbers[below] = _demoted(number(row), number(below), ratio)
         whole = (codes(tile).astype(jnp.int32) for tile in self.tiles(head_dim, target))
         lower = [(code + ratio // 2) // ratio for code in whole]
         return target.tiles(head_dim, self), lower, numbers
 
     def pack_tiles(self, tiles: Sequence[Tile], codes: Sequence[Array]) -> dict[int, Array]:
-        """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, every payload row
-        once.
-        """
+        """Codes of all tiles to `{first payload row: bytes int32 [channels, T]}`, each row once."""
         return pack_tiles(tiles, codes, self.bits)
 
     def _scale_zero(self, meta: Array) -> tuple[Array, Array]:
@@ -222,8 +211,7 @@ class Grouped(Codec):
         if head_dim % channels:
             raise ValueError(
                 f"head_dim={head_dim} must be a multiple of the groups' channels={self.channels}, "
-                f"as in 'K4g32V4g32'; groups of "
-                f"{nearest_divisor(head_dim, channels)} would do"
+                f"as in 'K4g32V4g32'; groups of {nearest_divisor(head_dim, channels)} would do"
             )
         return Uniform(self.bits, head_dim // channels)
 
@@ -242,9 +230,7 @@ class Grouped(Codec):
 
 
 def nearest_divisor(head_dim: int, channels: int) -> int:
-    """The largest divisor of `head_dim` from half of `channels` to `channels`; where there is none,
-    the smallest one above.
-    """
+    """The largest divisor of `head_dim` in half of `channels` to `channels`, or the next above."""
     divisors = [n for n in range(1, head_dim + 1) if head_dim % n == 0]
     below = [n for n in divisors if channels <= 2 * n <= 2 * channels]
     return below[-1] if below else next(n for n in divisors if n > channels or n == head_dim)
@@ -252,12 +238,9 @@ def nearest_divisor(head_dim: int, channels: int) -> int:
 
 def _demoted(scale: Array, zero: Array, ratio: int) -> tuple[Array, Array]:
     """Bits of the stored numbers of a scale that is `ratio` times as large."""
-    scale, zero, was_wide = (
-        scales.scale_of(scale) * float(ratio),
-        scales.zero_of(scale, zero),
-        scales.is_wide(scale),
-    )
-    return scales.pair_bits(scale, zero, was_wide | scales.too_large(scale))
+    larger = scales.scale_of(scale) * float(ratio)
+    zero, was_wide = scales.zero_of(scale, zero), scales.is_wide(scale)
+    return scales.pair_bits(larger, zero, was_wide | scales.too_large(larger))
 
 
 def _plane(planes: Sequence[Array], shift: int, bits: int) -> Array:

@@ -17,13 +17,9 @@ from .mosaic_tpu_kernel import attend_head
 from .mosaic_tpu_stream import Plan
 from .reference import Heads, Sliding
 
-# VMEM that the kept logits and significance pages may take: half of the 16 MiB that a kernel gets
-# on v4 to v5p
-SCORE_BYTES = 8 << 20
-# SMEM (1 MiB) that the page table and the lengths may take
-TABLE_BYTES = 768 << 10
-# Operands of which the kernel reads a part: XLA is told to leave them in HBM, else it may copy them
-# whole to VMEM before the call
+SCORE_BYTES = 8 << 20  # of VMEM for kept logits and significance: half of what v4 to v5p give
+TABLE_BYTES = 768 << 10  # SMEM (1 MiB) that the page table and the lengths may take
+# read in part: XLA is told to leave them in HBM, else it may copy them whole to VMEM
 LARGE = ("recent_k", "recent_v", "payload", "meta", "position", "old_significance")
 
 
@@ -51,9 +47,8 @@ class Blocks:
         tokens = max(8 * layout.tokens, max(map(layout.tokens_per_page, range(layout.tiers))))
         pages = tokens // layout.tokens_per_page(0)
         step_bytes = pages * layout.tokens * (layout.rows + 2 * layout.meta_rows)
-        return Blocks(
-            tokens, min(8, max(2, 1 + -(-(1 << 20) // step_bytes))), 2 if batch % 2 == 0 else 1
-        )
+        buffers = min(8, max(2, 1 + -(-(1 << 20) // step_bytes)))
+        return Blocks(tokens, buffers, splits=2 if batch % 2 == 0 else 1)
 
 
 def decode_attention(
@@ -81,7 +76,7 @@ def decode_attention(
     plan = Plan(
         layout=layout,
         pages=tuple(
-            max(1, blocks.tokens // layout.tokens_per_page(tier)) for tier in range(layout.tiers)
+            max(1, blocks.tokens // layout.tokens_per_page(t)) for t in range(layout.tiers)
         ),
         buffers=blocks.buffers,
         heads=batch // blocks.splits,
@@ -93,52 +88,45 @@ def decode_attention(
     _check_memory(plan, batch, group, max_len, blocks)
     scalars = [heads.page_table, heads.tier_len, heads.recent_len, heads.layer.reshape(1)]
     scalars += [] if sliding is None else [sliding.position]
-    arrays: dict = dict(
-        q=q,
-        recent_k=heads.recent_k,
-        recent_v=heads.recent_v,
-        payload=pages.payload,
-        meta=meta_as_bits(pages.meta),
-    )
-    arrays |= dict(
-        position=pages.position, old_significance=pages.significance, tables=_tables(layout, heads)
-    )
-    arrays |= (
-        {}
-        if layout.rope is None
-        else dict(frequencies=jnp.asarray(layout.rope, jnp.float32)[:, None])
-    )
+    arrays = _arrays(q, pages, layout, heads)
     if not interpret:
         arrays |= {
             name: pltpu.with_memory_space_constraint(arrays[name], pltpu.HBM) for name in LARGE
         }
-    names, call = _build(
-        plan, q, pages, heads, arrays["tables"], max_len, blocks, interpret, len(scalars)
-    )
+    tables = arrays["tables"]
+    names, call = _build(plan, q, pages, heads, tables, max_len, blocks, interpret, len(scalars))
     output, recent, *significance = call(*scalars, *(arrays[name] for name in names))
     return output, significance[0] if layout.scored else pages.significance, recent[:, 0]
+
+
+def _arrays(q: Array, pages: Pages, layout: PageLayout, heads: Heads) -> dict:
+    """The operands by the names in `Refs`, also those that some layouts do not have."""
+    arrays: dict = dict(q=q, recent_k=heads.recent_k, recent_v=heads.recent_v)
+    arrays |= dict(payload=pages.payload, meta=meta_as_bits(pages.meta), position=pages.position)
+    arrays |= dict(old_significance=pages.significance, tables=_tables(layout, heads))
+    if layout.rope is not None:
+        arrays["frequencies"] = jnp.asarray(layout.rope, jnp.float32)[:, None]
+    return arrays
 
 
 def _check_memory(plan: Plan, batch: int, group: int, max_len: int, blocks: Blocks) -> None:
     if batch % blocks.splits:
         raise ValueError(f"{blocks.splits=} must divide the {batch} heads")
-    score_bytes = sum(
-        _padded_bytes(x.shape, x.dtype) for x in _score_scratch(plan, group, max_len).values()
-    )
+    scratch = _score_scratch(plan, group, max_len).values()
+    score_bytes = sum(_padded_bytes(x.shape, x.dtype) for x in scratch)
     if score_bytes > SCORE_BYTES:
         raise ValueError(
             f"{max_len=} with {group} query heads a group needs {score_bytes} bytes of VMEM for "
-            f"the logits, and at most {SCORE_BYTES} are "
-            "given; use implementation='xla' or a policy that does not score"
+            f"the logits, and at most {SCORE_BYTES} are given; use implementation='xla' or a "
+            "policy that does not score"
         )
-    table_bytes = _padded_bytes((batch, plan.max_pages), jnp.int32) + _padded_bytes(
-        (batch, plan.layout.tiers), jnp.int32
-    )
+    columns = (plan.max_pages, plan.layout.tiers)
+    table_bytes = sum(_padded_bytes((batch, n), jnp.int32) for n in columns)
     if table_bytes > TABLE_BYTES:
         raise ValueError(
             f"the page table of {batch} heads with {plan.max_pages} pages takes {table_bytes} "
-            f"bytes of SMEM, and at most {TABLE_BYTES} are "
-            "given; use fewer requests, a smaller max_len or implementation='xla'"
+            f"bytes of SMEM, and at most {TABLE_BYTES} are given; use fewer requests, a smaller "
+            "max_len or implementation='xla'"
         )
 
 
@@ -158,9 +146,8 @@ def _score_scratch(plan: Plan, group: int, max_len: int) -> dict:
     layout = plan.layout
     if not layout.scored:
         return {}
-    logit_blocks = -(-max_len // layout.tokens) + sum(
-        n * b for n, b in zip(plan.pages, layout.blocks, strict=True)
-    )
+    of_chunks = sum(n * b for n, b in zip(plan.pages, layout.blocks, strict=True))
+    logit_blocks = -(-max_len // layout.tokens) + of_chunks
     kept_pages = plan.max_pages + max(plan.pages)
     return dict(
         logits=pltpu.VMEM((logit_blocks, group, layout.tokens), jnp.float32),
@@ -169,24 +156,19 @@ def _score_scratch(plan: Plan, group: int, max_len: int) -> dict:
 
 
 def _tables(layout: PageLayout, heads: Heads) -> dict[tuple[int, int], Array]:
-    """Learned tables by tier and tensor `[L, KV heads, d or 1, levels]`, the levels in lanes;
-    float16 as its bits in int16.
-    """
+    """Learned tables by tier and tensor `[L, KV heads, d or 1, levels]`; float16 as int16 bits."""
     found = {}
     for tier, tables in enumerate(heads.tables):
         for tensor, table in enumerate(tables):
             if table is None:
                 continue
-            bits = (
-                table if table.dtype == jnp.bfloat16 else lax.bitcast_convert_type(table, jnp.int16)
-            )
-            if bits.ndim == 5:  # codebooks [L, KV heads, d / channels, levels, channels]
-                bits = jnp.swapaxes(bits, -1, -2).reshape(
-                    *bits.shape[:2], layout.head_dim, bits.shape[3]
-                )
+            if table.dtype != jnp.bfloat16:
+                table = lax.bitcast_convert_type(table, jnp.int16)
+            if table.ndim == 5:  # codebooks [L, KV heads, d / channels, levels, channels]
+                shape = (*table.shape[:2], layout.head_dim, table.shape[3])
+                found[tier, tensor] = jnp.swapaxes(table, -1, -2).reshape(shape)
             else:
-                bits = bits[:, :, None]
-            found[tier, tensor] = bits
+                found[tier, tensor] = table[:, :, None]
     return found
 
 
@@ -217,7 +199,7 @@ def _build(
     recent scores[, significance])`.
     """
     layout, (batch, group, head_dim), slots = plan.layout, q.shape, heads.recent_k.shape[2]
-    hbm, used = pl.BlockSpec(memory_space=pltpu.HBM), max(plan.pages)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
 
     def of_head(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec(
@@ -229,21 +211,9 @@ def _build(
         lambda core, step, *s: (s[3][0], core * plan.heads + step, 0, 0),
     )
     inputs: dict = dict(q=of_head(group, head_dim), recent_k=recent, recent_v=recent, payload=hbm)
-    scratch: dict = dict(
-        payload_buffer=pltpu.VMEM((plan.buffers, used, layout.rows, layout.tokens), jnp.uint8),
-        arrived=pltpu.SemaphoreType.DMA((plan.buffers,)),
-        cursor=pltpu.SMEM((3,), jnp.int32),
-    )
-    if layout.meta_rows:
-        inputs["meta"] = hbm
-        scratch["meta_buffer"] = pltpu.VMEM(
-            (plan.buffers, used, layout.meta_rows, layout.tokens), jnp.int16
-        )
-    if plan.positions:
-        inputs["position"] = hbm
-        scratch["position_buffer"] = pltpu.VMEM(
-            (plan.buffers, used, layout.token_data_rows, layout.tokens), pages.position.dtype
-        )
+    inputs |= dict(meta=hbm) if layout.meta_rows else {}
+    inputs |= dict(position=hbm) if plan.positions else {}
+    scratch = _stream_scratch(plan, pages.position.dtype)
     outputs = dict(output=of_head(group, head_dim), recent_scores=of_head(1, slots))
     shapes: list = [
         jax.ShapeDtypeStruct((batch, group, head_dim), jnp.float32),
@@ -285,6 +255,25 @@ def _build(
         name="decode_attention",
     )
     return tuple(inputs), call
+
+
+def _stream_scratch(plan: Plan, position_dtype) -> dict:
+    """What chunks of pages are streamed through."""
+    layout = plan.layout
+
+    def buffer(rows: int, dtype):
+        return pltpu.VMEM((plan.buffers, max(plan.pages), rows, layout.tokens), dtype)
+
+    scratch: dict = dict(
+        payload_buffer=buffer(layout.rows, jnp.uint8),
+        arrived=pltpu.SemaphoreType.DMA((plan.buffers,)),
+        cursor=pltpu.SMEM((3,), jnp.int32),
+    )
+    if layout.meta_rows:
+        scratch["meta_buffer"] = buffer(layout.meta_rows, jnp.int16)
+    if plan.positions:
+        scratch["position_buffer"] = buffer(layout.token_data_rows, position_dtype)
+    return scratch
 
 
 def _cost(plan: Plan, batch: int, group: int, max_len: int) -> pl.CostEstimate:

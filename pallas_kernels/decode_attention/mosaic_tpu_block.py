@@ -43,63 +43,46 @@ def matmul(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     """Product in the type of `a`, sums in float32."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(
-        a, b.astype(a.dtype), dimensions, precision=precision, preferred_element_type=jnp.float32
-    )
+    b, float32 = b.astype(a.dtype), jnp.float32
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=float32)
 
 
 class StoredBlock:
     """A block of a chunk in VMEM. Every plane is read once."""
 
     def __init__(self, r: Refs, plan: Plan, tier: int, buffer, page: int, block: int):
-        self.refs, self._at, self._tier, self._index, self.layout = (
-            r,
-            (buffer, page),
-            tier,
-            block,
-            plan.layout,
-        )
-        fmt, (k_rows, v_rows) = (
-            plan.layout.formats[tier],
-            plan.layout.formats[tier].rows(plan.layout.head_dim),
-        )
+        self.refs, self.layout = r, plan.layout
+        self._at, self._tier, self._index = (buffer, page), tier, block
+        fmt = plan.layout.formats[tier]
+        k_rows, v_rows = fmt.rows(plan.layout.head_dim)
         v_start, v_meta_start = plan.layout.value_start(tier)
         self._codecs = beneath(fmt.key), beneath(fmt.value)
-        # rows behind those of the codec
-        self.outliers = tuple(
-            c.count if isinstance(c, Outliers) else 0 for c in (fmt.key, fmt.value)
-        )
+        counts = (c.count if isinstance(c, Outliers) else 0 for c in (fmt.key, fmt.value))
+        self.outliers = tuple(counts)  # rows behind those of the codec
         self._payload = (block * k_rows, v_start + block * v_rows)
         self._metadata = (block * fmt.key.meta_rows, v_meta_start + block * fmt.value.meta_rows)
 
     def codes(self, run: Run, tensor: int) -> Array:
-        """Float32 codes `[channels, T]` of K (0) or V (1), or what the learned table has for
-        them.
-        """
+        """Float32 codes `[channels, T]` of K (0) or V (1), or what the learned table has there."""
         if self._codecs[tensor].learned:
             return self._looked_up(tensor)
         planes: dict[tuple[int, int], Array] = {}
         parts = []
         for tile in run.tiles:
             keys = [(row, tile.channels) for row in tile.rows]
-            planes |= {
-                key: self._plane(self._payload[tensor] + key[0], key[1])
-                for key in keys
-                if key not in planes
-            }
+            for row, rows in keys:
+                if (row, rows) not in planes:
+                    planes[row, rows] = self._plane(self._payload[tensor] + row, rows)
             parts.append(tile.unpack([planes[key] for key in keys]))
         return jnp.concatenate(parts, axis=0)
 
     def meta(self, row: int, tensor: int) -> Array:
         """Bits of a metadata row of K (0) or V (1), int32 `[1, T]`."""
-        return self.refs.meta_buffer[(*self._at, pl.ds(self._metadata[tensor] + row, 1))].astype(
-            jnp.int32
-        )
+        at = (*self._at, pl.ds(self._metadata[tensor] + row, 1))
+        return self.refs.meta_buffer[at].astype(jnp.int32)
 
     def scale_zero(self, run: Run, tensor: int) -> tuple[Array | None, Array | None]:
-        """Scale and zero point of a run of K (0) or V (1), float32 `[1, T]`, as far as there are
-        any.
-        """
+        """Scale and zero point of a run of K (0) or V (1), float32 `[1, T]`, if there are any."""
         return run.tiles[0].scale_zero(lambda row: self.meta(row, tensor))
 
     def values(self, runs: Sequence[Run], tensor: int) -> Array:
@@ -113,11 +96,8 @@ class StoredBlock:
         channel = lax.broadcasted_iota(jnp.int32, values.shape, 0)
         for i in range(self.outliers[tensor] // 2):
             rows = i, self.outliers[tensor] // 2 + i
-            for row, value in zip(
-                rows,
-                outliers_of(*(self.meta(codec.meta_rows + row, tensor) for row in rows)),
-                strict=True,
-            ):
+            pair = outliers_of(*(self.meta(codec.meta_rows + row, tensor) for row in rows))
+            for row, value in zip(rows, pair, strict=True):
                 here = self._plane(self._payload[tensor] + codec.rows(len(values)) + row, 1)
                 values = jnp.where(channel == here, value, values)
         return values
@@ -130,28 +110,23 @@ class StoredBlock:
         return self.refs.payload_buffer[(*self._at, pl.ds(row, rows))].astype(jnp.int32)
 
     def _looked_up(self, tensor: int) -> Array:
-        codec, table, head_dim = (
-            self._codecs[tensor],
-            self.refs.levels[self._tier, tensor],
-            self.layout.head_dim,
-        )
+        codec, table = self._codecs[tensor], self.refs.levels[self._tier, tensor]
+        head_dim = self.layout.head_dim
         codes = unpack_planes(self._plane(self._payload[tensor], codec.rows(head_dim)), codec.bits)
         groups, tokens = codes.shape
-        codes = jnp.broadcast_to(codes[:, None, :], (groups, codec.channels, tokens)).reshape(
-            head_dim, tokens
-        )
+        codes = jnp.broadcast_to(codes[:, None, :], (groups, codec.channels, tokens))
+        codes = codes.reshape(head_dim, tokens)
 
         def of_levels(first: int) -> Array:
             """What a register holds: all of a table, or half of one of 256."""
             levels = jnp.broadcast_to(table[:, first : first + LANES], (head_dim, LANES))
-            return jnp.take_along_axis(
-                levels, codes & (LANES - 1), axis=1, mode="promise_in_bounds"
-            )
+            index = codes & (LANES - 1)
+            return jnp.take_along_axis(levels, index, axis=1, mode="promise_in_bounds")
 
         found = of_levels(0)
-        return (
-            found if table.shape[1] == LANES else jnp.where(codes < LANES, found, of_levels(LANES))
-        )
+        if table.shape[1] == LANES:
+            return found
+        return jnp.where(codes < LANES, found, of_levels(LANES))
 
 
 def logits_of(
@@ -161,10 +136,8 @@ def logits_of(
     where decoded keys are not needed.
     """
     if block.layout.rope is not None or block.outliers[0]:
-        keys = block.values(runs, 0)
-        return matmul(
-            block.refs.q[...], keys if block.layout.rope is None else _turned(block, keys), (1, 0)
-        )
+        keys, q = block.values(runs, 0), block.refs.q[...]
+        return matmul(q, keys if block.layout.rope is None else _turned(block, keys), (1, 0))
     logits = []
     for run, q, q_sum in zip(runs, queries, sums, strict=True):
         product, (scale, zero) = matmul(q, block.codes(run, 0), (1, 0)), block.scale_zero(run, 0)

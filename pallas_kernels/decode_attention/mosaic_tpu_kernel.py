@@ -15,9 +15,7 @@ from .stream import group_score, soft_cap
 
 
 class Softmax(NamedTuple):
-    """Softmax over part of the keys: maximum and sum of exponentials `[G, 1]`, output without its
-    divisor `[G, d]`, float32.
-    """
+    """Softmax of some keys: maximum, sum `[G, 1]`, output without divisor `[G, d]`, float32."""
 
     maximum: Array
     total: Array
@@ -42,14 +40,12 @@ class Softmax(NamedTuple):
         """
         some = self.total > 0
         total = jnp.where(some, self.total, 1.0)
-        return self.output / total, jnp.where(
-            some, jnp.where(some, self.maximum, 0.0) + jnp.log(total), jnp.inf
-        )
+        output, maximum = self.output / total, jnp.where(some, self.maximum, 0.0)
+        return output, jnp.where(some, maximum + jnp.log(total), jnp.inf)
 
 
 def attend_head(*refs, names: tuple[str, ...], plan: Plan) -> None:
-    """One head: softmax attention of its G query heads over its window and its pages, then the
-    significance of its pages.
+    """One head: attention of its G query heads over window and pages, then their significance.
 
     DiffKV, arXiv 2412.03131 sec. 4 and 6. Of the pool it reads the head's live pages whole and
     once: payload, metadata, where needed positions; when scored it reads their significance and
@@ -64,12 +60,10 @@ def attend_head(*refs, names: tuple[str, ...], plan: Plan) -> None:
     pl.when(head == first)(lambda: stream.open(first))
     for which, table in r.tables.items():
         numbers = table[...]
-        numbers = (
-            half_to_float(numbers.astype(jnp.int32))
-            if numbers.dtype == jnp.int16
-            else numbers.astype(jnp.float32)
-        )
-        r.levels[which][:, : table.shape[1]] = numbers  # no code names the lanes behind
+        if numbers.dtype == jnp.int16:
+            numbers = half_to_float(numbers.astype(jnp.int32))
+        # no code names the lanes behind
+        r.levels[which][:, : table.shape[1]] = numbers.astype(jnp.float32)
 
     group, head_dim = r.q.shape
     state = Softmax(
@@ -78,9 +72,8 @@ def attend_head(*refs, names: tuple[str, ...], plan: Plan) -> None:
     recent_logits, mix = _recent(r, plan, head)
     state = state.add(recent_logits, mix)
     for tier in range(plan.layout.tiers):
-        state = lax.fori_loop(
-            0, stream.chunks(head, tier), _chunk_step(r, plan, stream, head, tier), state
-        )
+        chunks = stream.chunks(head, tier)
+        state = lax.fori_loop(0, chunks, _chunk_step(r, plan, stream, head, tier), state)
     r.output[...], lse = state.normalised()
     if plan.layout.scored:
         r.recent_scores[...] = group_score(recent_logits, lse, plan.layout, keepdims=True)
@@ -99,9 +92,11 @@ def _recent(r: Refs, plan: Plan, head) -> tuple[Array, Callable[[Array], Array]]
     logits = soft_cap(matmul(r.q[...], r.recent_k[...], (1, 1)) * plan.sm_scale, plan.soft_cap)
     live = lax.broadcasted_iota(jnp.int32, (slots, 1), 0) < length
     values = jnp.where(live, r.recent_v[...].astype(jnp.float32), 0.0)
-    return jnp.where(seen, logits, -jnp.inf), lambda weights: matmul(
-        weights.astype(r.q.dtype), values, (1, 0)
-    )
+
+    def mix(weights: Array) -> Array:
+        return matmul(weights.astype(r.q.dtype), values, (1, 0))
+
+    return jnp.where(seen, logits, -jnp.inf), mix
 
 
 def _live(r: Refs, plan: Plan, head, tier: int, chunk) -> Array:
@@ -139,9 +134,8 @@ def _chunk_step(r: Refs, plan: Plan, stream: Stream, head, tier: int) -> Callabl
             StoredBlock(r, plan, tier, buffer, page, block)
             for page, block, _ in _blocks(plan, tier)
         ]
-        logits = jnp.concatenate(
-            [logits_of(block, k_runs, queries, sums) for block in blocks], axis=1
-        )
+        parts = [logits_of(block, k_runs, queries, sums) for block in blocks]
+        logits = jnp.concatenate(parts, axis=1)
         logits = jnp.where(live, soft_cap(logits * plan.sm_scale, plan.soft_cap), -jnp.inf)
         if plan.window is not None:
             position = jnp.concatenate([block.position() for block in blocks], axis=1)
@@ -156,9 +150,8 @@ def _chunk_step(r: Refs, plan: Plan, stream: Stream, head, tier: int) -> Callabl
                 mix_of(b, v_runs, weights[:, t], live[:, t], r.q.dtype)
                 for b, (_, _, t) in zip(blocks, _blocks(plan, tier), strict=True)
             ]
-            return jnp.concatenate(
-                [sum(part[1:], start=part[0]) for part in zip(*parts, strict=True)], axis=1
-            )
+            sums = [sum(part[1:], start=part[0]) for part in zip(*parts, strict=True)]
+            return jnp.concatenate(sums, axis=1)
 
         return state.add(logits, mix)
 
@@ -169,19 +162,16 @@ def _read_scores(r: Refs, stream: Stream, head, tier: int, chunk) -> None:
     """Ask for the significance of the pages of a chunk."""
     near = r.scores.at[lax.rem(head, 2)]
     first = stream.first_page(head, tier) + chunk * stream.plan.pages[tier]
-    stream.each_page(
-        head,
-        tier,
-        chunk,
-        lambda i, page: pltpu.make_async_copy(
-            r.significance.at[page], near.at[first + i], r.scores_read
-        ).start(),
-    )
+
+    def read(i, page) -> None:
+        far = r.significance.at[page]
+        pltpu.make_async_copy(far, near.at[first + i], r.scores_read).start()
+
+    stream.each_page(head, tier, chunk, read)
 
 
 def _score_pages(r: Refs, plan: Plan, stream: Stream, head, lse: Array) -> None:
-    """Add the probabilities of the kept logits to the significance of the head's pages and send it
-    back to the pool.
+    """Add the probabilities of kept logits to the significance of the head's pages, back in HBM.
 
     The head waits for what the head before it has sent, and only the last head of a core for its
     own.
@@ -199,23 +189,19 @@ def _score_pages(r: Refs, plan: Plan, stream: Stream, head, lse: Array) -> None:
 
     def score_chunk(tier: int):
         def body(chunk, _):
-            first_block, live = (
-                _first_block(plan, stream, head, tier, chunk),
-                _live(r, plan, head, tier, chunk),
-            )
+            first_block = _first_block(plan, stream, head, tier, chunk)
+            live = _live(r, plan, head, tier, chunk)
             first_page = stream.first_page(head, tier) + chunk * plan.pages[tier]
             for i, (page, block, tokens) in enumerate(_blocks(plan, tier)):
                 at = (first_page + page, pl.ds(block, 1))
                 scores = group_score(r.logits[first_block + i], lse, plan.layout, keepdims=True)
                 near[at] = jnp.where(live[:, tokens], near[at] + scores, near[at])
-            stream.each_page(
-                head,
-                tier,
-                chunk,
-                lambda i, page: pltpu.make_async_copy(
-                    near.at[first_page + i], r.significance.at[page], r.scores_written
-                ).start(),
-            )
+
+            def write(i, page) -> None:
+                far = r.significance.at[page]
+                pltpu.make_async_copy(near.at[first_page + i], far, r.scores_written).start()
+
+            stream.each_page(head, tier, chunk, write)
             return 0
 
         lax.fori_loop(0, stream.chunks(head, tier), body, 0)

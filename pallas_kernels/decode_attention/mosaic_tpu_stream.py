@@ -1,6 +1,4 @@
-"""What feeds the TPU kernel of decode attention: its plan, its references and the stream of pages
-into VMEM.
-"""
+"""What feeds the TPU kernel of decode attention: plan, references, pages streamed into VMEM."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,9 +29,7 @@ class Plan:
 
     @property
     def positions(self) -> bool:
-        """Whether positions are read: for a sliding window, or for keys that are stored without
-        their rotary embedding.
-        """
+        """Whether positions are read: for a sliding window, or for keys stored without RoPE."""
         return self.window is not None or self.layout.rope is not None
 
     def chunk_tokens(self, tier: int) -> int:
@@ -42,9 +38,7 @@ class Plan:
 
 
 class Refs(NamedTuple):
-    """The kernel's references. B heads, G query heads each, P pages in the pool, N slots of the
-    window, C pages a chunk.
-    """
+    """B heads of G query heads, P pages in the pool, N slots of the window, C pages a chunk."""
 
     # scalars in SMEM
     page_table: Any  # int32 [B, max_pages]
@@ -108,9 +102,7 @@ class Stream:
         return pl.cdiv(self.refs.tier_len[head, tier], self.plan.layout.tokens_per_page(tier))
 
     def each_page(self, head, tier: int, chunk, visit: Callable) -> None:
-        """`visit(index in the chunk, page id)` of every page that a chunk has; unrolled for a full
-        chunk, as most are.
-        """
+        """`visit(index in the chunk, page id)` of each page of a chunk; unrolled for a full one."""
         count = self.plan.pages[tier]
         first = chunk * count
         live = jnp.minimum(self.pages(head, tier) - first, count)
@@ -142,12 +134,12 @@ class Stream:
         """Ask for one chunk more and wait for the next one; returns its buffer."""
         self._ask()
         buffer = lax.rem(self.refs.cursor[2], self.plan.buffers)
-        self.each_page(
-            head,
-            tier,
-            chunk,
-            lambda i, page: [copy.wait() for copy in self._copies(buffer, i, page)],
-        )
+
+        def wait(i, page) -> None:
+            for copy in self._copies(buffer, i, page):
+                copy.wait()
+
+        self.each_page(head, tier, chunk, wait)
         return buffer
 
     def _ask(self) -> None:
@@ -155,6 +147,10 @@ class Stream:
         head, number = cursor[0], cursor[1]
         buffer = lax.rem(cursor[2], self.plan.buffers)
         cursor[2] += 1
+
+        def start(i, page) -> None:
+            for copy in self._copies(buffer, i, page):
+                copy.start()
 
         @pl.when(head < self.end)
         def _():
@@ -164,12 +160,7 @@ class Stream:
 
                 @pl.when((number >= begin) & (number < begin + count))
                 def _(tier=tier, chunk=number - begin):
-                    self.each_page(
-                        head,
-                        tier,
-                        chunk,
-                        lambda i, page: [copy.start() for copy in self._copies(buffer, i, page)],
-                    )
+                    self.each_page(head, tier, chunk, start)
 
                 begin += count
             last = number + 1 == begin

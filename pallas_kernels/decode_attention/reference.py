@@ -35,13 +35,9 @@ class Heads(NamedTuple):
     tables: tuple[tuple[Array | None, Array | None], ...] = ()
 
     def recent(self) -> tuple[Array, Array, Array]:
-        """The layer's recent K and V in float32 `[B, window + flush, d]`, dead slots zeroed, and
-        the mask of live ones.
-        """
-        k, v = (
-            lax.dynamic_index_in_dim(x, self.layer, keepdims=False)
-            for x in (self.recent_k, self.recent_v)
-        )
+        """Recent K and V float32 `[B, window + flush, d]`, dead slots zeroed, and the live mask."""
+        windows = (self.recent_k, self.recent_v)
+        k, v = (lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in windows)
         live = jnp.arange(k.shape[1]) < self.recent_len[:, None]
         k, v = (jnp.where(live[..., None], x, 0).astype(jnp.float32) for x in (k, v))
         return k, v, live
@@ -69,9 +65,8 @@ def decode_attention(
     q = q.astype(jnp.float32)
     recent_k, recent_v, live = heads.recent()
     recent_logits = soft_cap(jnp.einsum("bgd,btd->bgt", q, recent_k) * sm_scale, logits_soft_cap)
-    recent_logits = jnp.where(
-        (live & _recent_seen(heads, sliding))[:, None], recent_logits, -jnp.inf
-    )
+    seen = live & _recent_seen(heads, sliding)
+    recent_logits = jnp.where(seen[:, None], recent_logits, -jnp.inf)
     values = layout.formats[0].values(recent_k, recent_v)
     partial = Partial.empty(q.shape[:2], values.shape[2])
     partial = partial.add(recent_logits, lambda p: jnp.einsum("bgt,btd->bgd", p, values))
@@ -107,14 +102,8 @@ def _attend_tier(
     for the significance when scored.
     """
     chunk = read_chunk(pages, layout, tier, heads.page_table, heads.tier_len, jnp.int32(0))
-    kept = jnp.zeros(
-        (
-            num_chunks(layout, tier, max_len) if layout.scored else 0,
-            *q.shape[:2],
-            chunk.valid.shape[1],
-        ),
-        jnp.float32,
-    )
+    chunks = num_chunks(layout, tier, max_len) if layout.scored else 0
+    kept = jnp.zeros((chunks, *q.shape[:2], chunk.valid.shape[1]), jnp.float32)
 
     def body(i, state):
         partial, kept = state
@@ -133,8 +122,7 @@ def _attend_tier(
 def _score_tier(significance, logits, lse, pages, layout, tier, heads) -> Array:
     def body(i, significance):
         chunk = read_chunk(pages, layout, tier, heads.page_table, heads.tier_len, i)
-        return add_significance(
-            significance, chunk, layout, tier, group_score(logits[i], lse[..., None], layout)
-        )
+        scores = group_score(logits[i], lse[..., None], layout)
+        return add_significance(significance, chunk, layout, tier, scores)
 
     return over_chunks(layout, tier, heads.tier_len, body, significance)

@@ -10,14 +10,11 @@ from ..codecs import Block
 from ..pages import PageLayout, Pages, tier_page_ids
 from ..rope import at_positions
 
-# tokens of one head that one step of the loop reads: about a cache's worth of decoded keys
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 512  # of one head a step of the loop: about a cache's worth of decoded keys
 
 
 class Partial(NamedTuple):
-    """Softmax over part of the keys: running maximum, sum of exponentials and unnormalised output,
-    float32.
-    """
+    """Softmax over part of the keys: maximum, sum of exponentials, unnormalised output, float32."""
 
     maximum: Array  # [..., G]
     total: Array  # [..., G]
@@ -53,9 +50,8 @@ class Partial(NamedTuple):
         some = self.total > 0
         output = self.output / jnp.where(some, self.total, 1.0)[..., None]
         safe_max = jnp.where(some, self.maximum, 0.0)
-        return output, jnp.where(
-            some, safe_max + jnp.log(jnp.where(some, self.total, 1.0)), jnp.inf
-        )
+        lse = safe_max + jnp.log(jnp.where(some, self.total, 1.0))
+        return output, jnp.where(some, lse, jnp.inf)
 
 
 class Scale(NamedTuple):
@@ -103,9 +99,7 @@ def num_chunks(layout: PageLayout, tier: int, tokens):
 def read_chunk(
     pages: Pages, layout: PageLayout, tier: int, page_table: Array, tier_len: Array, chunk: Array
 ) -> PageChunk:
-    """Chunk number `chunk` of a tier of each head. `page_table [B, max_pages]`, `tier_len [B,
-    tiers]`.
-    """
+    """Chunk `chunk` of a tier of each head; `page_table [B, max_pages]`, `tier_len [B, tiers]`."""
     n = chunk_pages(layout, tier)
     return read_pages(pages, layout, tier, page_table, tier_len, chunk * n, n)
 
@@ -127,12 +121,8 @@ def read_pages(
     rows_first = (
         jnp.moveaxis(part, 3, 1).reshape(part.shape[0], part.shape[3], lanes) for part in block
     )
-    position = (
-        pages.position.at[ids]
-        .get(mode="clip")[:, :, : layout.blocks[tier]]
-        .astype(jnp.int32)
-        .reshape(-1, lanes)
-    )
+    position = pages.position.at[ids].get(mode="clip")[:, :, : layout.blocks[tier]]
+    position = position.astype(jnp.int32).reshape(-1, lanes)
     slot = first * layout.tokens_per_page(tier) + jnp.arange(lanes)
     return PageChunk(ids, Block(*rows_first), slot < tier_len[:, tier, None], position)
 
@@ -149,9 +139,7 @@ def chunk_logits(
 
 
 def chunk_tokens(chunk: PageChunk, layout: PageLayout, tier: int) -> tuple[Array, Array]:
-    """K and V of a chunk as attention reads them, float32 `[B, lanes, d]`; what is not valid is
-    meaningless.
-    """
+    """K and V of a chunk, float32 `[B, lanes, d]`; what is not valid is meaningless."""
     k, v = (jnp.swapaxes(x, -1, -2) for x in layout.formats[tier].decode(chunk.block))
     return k if layout.rope is None else at_positions(k, chunk.position, layout.rope), v
 
@@ -167,9 +155,8 @@ def add_significance(
     """Add `scores [B, lanes]` (0 where not valid) to the significance of a chunk's pages."""
     shape = (*chunk.ids.shape, layout.blocks[tier], layout.tokens)
     ids = jnp.where(chunk.valid.reshape(shape).any(axis=(-1, -2)), chunk.ids, significance.shape[0])
-    padded = jnp.pad(
-        scores.reshape(shape), ((0, 0), (0, 0), (0, significance.shape[1] - shape[2]), (0, 0))
-    )
+    unused = significance.shape[1] - shape[2]
+    padded = jnp.pad(scores.reshape(shape), ((0, 0), (0, 0), (0, unused), (0, 0)))
     return significance.at[ids].add(padded, mode="drop")
 
 

@@ -32,8 +32,7 @@ FLAGS = (
     "-shared",
     "-Wno-psabi",
 )
-# that a process waits for another one's build; a build takes one minute at most
-LOCK_SECONDS = 600.0
+LOCK_SECONDS = 600.0  # to wait for another process's build, which takes one minute at most
 
 _log = logging.getLogger(__name__)
 
@@ -89,9 +88,7 @@ def _source(operation: str) -> Path:
 
 
 def _place(operation: str) -> Path:
-    """Where the operation's library lies once it is built: its name changes with all that the
-    machine code depends on.
-    """
+    """Where the operation's built library lies: its name depends on all that its code does."""
     source = _source(operation)
     sources = [source, *sorted(source.parent.glob("*.h")), *sorted(HEADERS.glob("*.h"))]
     parts = [_toolchain().identity, *(path.read_text() for path in sources)]
@@ -100,9 +97,7 @@ def _place(operation: str) -> Path:
 
 
 def cache_directory() -> Path:
-    """Where built libraries lie: $DIFFKV_JAX_CACHE, else diffkv_jax in the user's cache
-    directory.
-    """
+    """Where built libraries lie: $DIFFKV_JAX_CACHE, else diffkv_jax in the user's cache folder."""
     given = os.environ.get("DIFFKV_JAX_CACHE")
     return (
         Path(given)
@@ -121,8 +116,8 @@ def _check_writable(directory: Path) -> None:
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise Unavailable(
-            f"built kernels cannot be kept in {directory} ({error}); set "
-            f"DIFFKV_JAX_CACHE to another folder"
+            f"built kernels cannot be kept in {directory} ({error}); set DIFFKV_JAX_CACHE to "
+            "another folder"
         ) from error
 
 
@@ -144,16 +139,13 @@ def _build(source: Path, built: Path) -> None:
             lock.unlink(missing_ok=True)  # still held, and whoever waits for it finds the library
     except Timeout as error:
         raise Unavailable(
-            f"{lock} has been held for {LOCK_SECONDS:g} s: end the process that builds, remove "
-            f"the file if there is none, "
-            "or set DIFFKV_JAX_CACHE to another folder"
+            f"{lock} has been held for {LOCK_SECONDS:g} s: end the process that builds, remove the "
+            "file if there is none, or set DIFFKV_JAX_CACHE to another folder"
         ) from error
 
 
 def _compile(source: Path, built: Path) -> None:
-    """Compile into a temporary file, then move it: nobody sees half a library, also where file
-    systems know no locks.
-    """
+    """Compile into a temporary file, then move it: nobody sees half a library, locks or not."""
     handle, temporary = tempfile.mkstemp(dir=built.parent, suffix=".so")
     os.close(handle)
     try:

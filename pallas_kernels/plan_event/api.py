@@ -42,8 +42,7 @@ def count_moves(
     max_len: int,
     kernels: Kernels = XLA,
 ) -> Moves:
-    """Classify every stored token of `B` heads by its mean significance and count those that leave
-    their tier.
+    """Classify the stored tokens of `B` heads by mean significance and count those that leave.
 
     DiffKV, arXiv 2412.03131 sec. 4 and Algorithm 1. A token below the low threshold is dropped from
     any tier; one of tier 0 below the high threshold alone is demoted to tier 1 where there is one;

@@ -1,6 +1,4 @@
-"""Which stored tokens leave their tier, as one Pallas kernel for TPU; the compression event
-(apply_event/mosaic_tpu.py) decides with it too.
-"""
+"""Which stored tokens leave their tier, as one Pallas kernel for TPU and inside apply_event's."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,10 +66,9 @@ class Thresholds(NamedTuple):
     def leaving(self, mean: Array, tier: int, tiers: int) -> tuple[Array, Array]:
         """Masks of the tokens that are dropped and of those that fall from tier 0 to tier 1."""
         dropped = mean < self.low
-        falls = (
-            (mean < self.high) & ~dropped if tier == 0 and tiers == 2 else jnp.zeros_like(dropped)
-        )
-        return dropped, falls
+        if tier == 0 and tiers == 2:
+            return dropped, (mean < self.high) & ~dropped
+        return dropped, jnp.zeros_like(dropped)
 
 
 def scan_pages(
@@ -114,12 +111,9 @@ def scan_pages(
                 copy.wait()
 
         buffer = lax.rem(step, cut.buffers)
-        return visit(
-            step * cut.pages,
-            token_data.near_significance[buffer],
-            token_data.near_position[buffer].astype(jnp.int32),
-            carry,
-        )
+        first, significance = step * cut.pages, token_data.near_significance[buffer]
+        position = token_data.near_position[buffer].astype(jnp.int32)
+        return visit(first, significance, position, carry)
 
     for step in range(cut.buffers - 1):
         ask(jnp.int32(step))
@@ -131,9 +125,8 @@ def slots(layout: PageLayout, tier: int, first, shape: tuple[int, ...]) -> tuple
     the blocks that the tier has.
     """
     page, block, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
-    return (
-        (first + page) * layout.blocks[tier] + block
-    ) * layout.tokens + lane, block < layout.blocks[tier]
+    slot = ((first + page) * layout.blocks[tier] + block) * layout.tokens + lane
+    return slot, block < layout.blocks[tier]
 
 
 def count_moves(
@@ -181,9 +174,8 @@ def count_moves(
         ),
         interpret=tpu_interpreter(interpret),
         name="count_moves",
-    )(*(x[:, None] for x in (numbers, rule.tau, page_table)), pages.significance, pages.position)[
-        :, 0
-    ]
+    )(*(x[:, None] for x in (numbers, rule.tau, page_table)), pages.significance, pages.position)
+    found = found[:, 0]
     return Moves(found[:, :tiers], found[:, tiers], found[:, tiers + 1 :])
 
 
@@ -214,9 +206,8 @@ def _count(
         def scan(visit: Callable, carry, tier=tier, length=length):
             def live(first, total, position, carry):
                 slot, own = slots(layout, tier, first, total.shape)
-                return visit(
-                    rule.mean(total, position), position, slot, own & (slot < length), carry
-                )
+                mean = rule.mean(total, position)
+                return visit(mean, position, slot, own & (slot < length), carry)
 
             def page_id(index):
                 return page_table[0, page_column(tier, index, max_pages)]
@@ -237,11 +228,8 @@ def _all_of_tier(
     zero = jnp.zeros((cut.pages, layout.token_data_rows, layout.tokens), jnp.int32)
 
     def visit(mean, position, slot, live, carry):
-        leaves = rule.leaving(mean, tier, layout.tiers)
-        return tuple(
-            count + jnp.where(live & leave, 1, 0)
-            for count, leave in zip(carry, leaves, strict=True)
-        )
+        pairs = zip(carry, rule.leaving(mean, tier, layout.tiers), strict=True)
+        return tuple(count + jnp.where(live & leave, 1, 0) for count, leave in pairs)
 
     return *(jnp.sum(count) for count in scan(visit, (zero, zero))), jnp.int32(-1)
 
@@ -249,31 +237,21 @@ def _all_of_tier(
 def _least_of_tier(
     scan: Callable, rule: Thresholds, tier: int, layout: PageLayout, cut: Blocks, receives: Array
 ):
-    """The same where only the least significant token of the tier, the oldest of equals, may leave;
-    and its slot.
-    """
+    """The same where only the least significant, the oldest of equals, may leave; and its slot."""
     shape = (cut.pages, layout.token_data_rows, layout.tokens)
 
     def visit(mean, position, slot, live, carry):
         best = carry
         less = live & ((mean < best[0]) | ((mean == best[0]) & (position < best[1])))
-        return tuple(
-            jnp.where(less, new, old) for new, old in zip((mean, position, slot), best, strict=True)
-        )
+        pairs = zip((mean, position, slot), best, strict=True)
+        return tuple(jnp.where(less, new, old) for new, old in pairs)
 
-    start = (
-        jnp.full(shape, jnp.inf, jnp.float32),
-        jnp.full(shape, OLDEST, jnp.int32),
-        jnp.full(shape, OLDEST, jnp.int32),
-    )
-    mean, position, slot = scan(visit, start)
+    oldest = (jnp.full(shape, OLDEST, jnp.int32) for _ in range(2))
+    mean, position, slot = scan(visit, (jnp.full(shape, jnp.inf, jnp.float32), *oldest))
     least = jnp.min(mean)
     oldest = jnp.min(jnp.where(mean == least, position, OLDEST))
     victim = jnp.min(jnp.where((mean == least) & (position == oldest), slot, OLDEST))
     some = receives & (victim != OLDEST)
     dropped, falls = (some & leave for leave in rule.leaving(least, tier, layout.tiers))
-    return (
-        dropped.astype(jnp.int32),
-        falls.astype(jnp.int32),
-        jnp.where(dropped | falls, victim, -1),
-    )
+    left = jnp.where(dropped | falls, victim, -1)
+    return dropped.astype(jnp.int32), falls.astype(jnp.int32), left

@@ -1,6 +1,4 @@
-"""Which tier a token belongs to, from its mean significance (DiffKV, arXiv 2412.03131 sec. 4 and
-Algorithm 1; docs/design.md 1).
-"""
+"""A token's tier from its mean significance (DiffKV, arXiv 2412.03131 sec. 4, Algorithm 1)."""
 
 from typing import NamedTuple
 
@@ -16,8 +14,7 @@ class Rule(NamedTuple):
     """Which stored tokens of the `B` heads leave their tier in a compression event."""
 
     tau: Array  # float32 [B, 2] thresholds of the mean significance (high, low)
-    # int32 [B, spans, 2] (end, length) of the spans of positions whose queries have scored
-    query_spans: Array
+    query_spans: Array  # int32 [B, spans, 2] (end, length) of positions whose queries scored
     has_new_tokens: Array  # bool [B] heads that some token enters; nothing leaves the others
     receives: Array  # bool [B, tiers] tiers that a token enters; read with `one_victim` only
 
@@ -47,9 +44,7 @@ def mean_significance(total: Array, position: Array, query_spans: Array) -> Arra
 
 
 def classify(mean: Array, tau: Array, tiers: int) -> Array:
-    """Tier code of tokens of mean significance `mean [B, n]` under thresholds `tau [B, 2]` (high,
-    low); strict comparisons.
-    """
+    """Tier code of mean significance `mean [B, n]` under `tau [B, 2]` (high, low), strictly."""
     below_high, below_low = mean < tau[:, :1], mean < tau[:, 1:]
     kept = jnp.where(below_high, LOW, HIGH) if tiers == 2 else jnp.full(mean.shape, HIGH)
     return jnp.where(below_low, DROPPED, kept)
@@ -76,9 +71,7 @@ def stored_victims(
     one_victim: bool,
     max_len: int,
 ) -> tuple[Array, Array]:
-    """Masks `[B, capacity]` (slot order) of a tier's tokens that leave it, and of those among them
-    that fall to the low tier.
-    """
+    """Masks `[B, capacity]` of a tier's tokens that leave it, and of those that fall to the low."""
     total, position, live = read_token_data(pages, layout, page_table, tier_len, tier, max_len)
     if not layout.scored:
         return jnp.zeros_like(live), jnp.zeros_like(live)

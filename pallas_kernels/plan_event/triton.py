@@ -1,6 +1,4 @@
-"""Which stored tokens leave their tier, on GPUs (Triton): one program a head; and what
-`apply_event` shares with it.
-"""
+"""Which stored tokens leave their tier, on GPUs (Triton), a program a head; for apply_event too."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -51,13 +49,10 @@ def locate(
 
 
 def read_token_data(significance: Any, position: Any, slots: Slots) -> tuple[Array, Array]:
-    """Significance float32 and position int32 `[n]` of tokens, 0 where not valid; Refs as in
-    `Pages`.
-    """
+    """Significance float32 and position int32 `[n]`, 0 where not valid; Refs as in `Pages`."""
     at = (slots.page, slots.block, slots.lane)
-    total, where = (
-        plgpu.load(ref.at[at], mask=slots.valid, other=0) for ref in (significance, position)
-    )
+    refs = (significance, position)
+    total, where = (plgpu.load(ref.at[at], mask=slots.valid, other=0) for ref in refs)
     return total, where.astype(jnp.int32)
 
 
@@ -69,9 +64,8 @@ def divide(total: Array, count: Array) -> Array:
     products are exact (Dekker 1971).
     """
     quotient = total / count.astype(jnp.float32)
-    high = lax.bitcast_convert_type(
-        lax.bitcast_convert_type(quotient, jnp.int32) & ~0xFFF, jnp.float32
-    )
+    bits = lax.bitcast_convert_type(quotient, jnp.int32)
+    high = lax.bitcast_convert_type(bits & ~0xFFF, jnp.float32)
     low = quotient - high
     count_high, count_low = ((count & mask).astype(jnp.float32) for mask in (~0xFFF, 0xFFF))
     rest = total - high * count_high - high * count_low - low * count_high - low * count_low
@@ -147,16 +141,8 @@ def count_moves(
         interpret=bool(interpret),
         name="count_moves",
     )(
-        *_Inputs(
-            rule.tau,
-            rule.query_spans,
-            has_new_tokens,
-            receives,
-            page_table,
-            tier_len,
-            pages.significance,
-            pages.position,
-        )
+        *(rule.tau, rule.query_spans, has_new_tokens, receives),
+        *(page_table, tier_len, pages.significance, pages.position),
     )
     return Moves(dropped, demoted, victim)
 
@@ -214,9 +200,7 @@ def _count(
 def _least(
     inputs: _Inputs, layout: PageLayout, tier: int, head, judge: Judge, length, n: int
 ) -> tuple[Array, Array, Array]:
-    """Whether the least significant token (the oldest of equals) is dropped, whether demoted, and
-    its slot; -1 when it stays.
-    """
+    """Whether the least significant (the oldest) is dropped, or demoted, and its slot, or -1."""
     last = jnp.iinfo(jnp.int32).max
 
     def body(step, best):

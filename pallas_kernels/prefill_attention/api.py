@@ -49,8 +49,7 @@ def prefill_attention(
     *,
     kernels: Kernels = XLA,
 ) -> tuple[Array, Array]:
-    """Attention of each row of a chunk over the stored pages, the recent window and, causally, the
-    chunk itself.
+    """Attention of a chunk's rows over the pages, the recent window and, causally, the chunk.
 
     Args:
         chunk: C right-aligned tokens of each of B heads, G query heads each; the kernels multiply

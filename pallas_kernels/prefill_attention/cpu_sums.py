@@ -22,8 +22,7 @@ def column_sums(
     heads: Heads,
     scale: Scale,
 ) -> ColumnSums:
-    """`column_sums` of api.py. Adds to the significance in place; multiplies like
-    `prefill_attention`.
+    """`column_sums` of api.py: adds to the significance in place, multiplies like the attention.
 
     Raises:
         ValueError or jax.errors.JaxRuntimeError: when run, for a length or page id that leads out

@@ -1,6 +1,4 @@
-"""Attention of a prompt chunk as one Pallas kernel for TPU: pages, recent window and the chunk
-itself in one online softmax.
-"""
+"""Attention of a prompt chunk as one TPU kernel: pages, window and chunk in one online softmax."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,20 +35,15 @@ from .reference import Chunk, Scale
 class Blocks:
     """Sizes of one program."""
 
-    # of the chunk, each with all query heads of the group; divides the chunk, a multiple of 128 or
-    # all of it
-    rows: int
+    rows: int  # of the chunk, with all query heads; divides it, a multiple of 128 or all of it
     keys: int  # of one step; whole pages, and a divisor of the chunk
 
     @staticmethod
     def choose(layout: PageLayout, group: int, rows: int) -> "Blocks":
-        """About 512 pairs of row and query head, and at most four blocks of tokens whose logits
-        take at most 1 MiB.
-        """
+        """About 512 pairs (row, query head), at most four blocks of tokens, 1 MiB of logits."""
         rows = largest_divisor(rows, max(128, 512 // group))
-        return Blocks(
-            rows, max(1, min(4, (1 << 18) // (group * rows * layout.tokens))) * layout.tokens
-        )
+        keys = max(1, min(4, (1 << 18) // (group * rows * layout.tokens))) * layout.tokens
+        return Blocks(rows, keys)
 
 
 class Inputs(NamedTuple):
@@ -138,8 +131,7 @@ def pages_of_step(layout: PageLayout, keys: int) -> list[int]:
 
 
 def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks):
-    """Program (head, block): `blocks.rows` rows of the chunk, for all G query heads, against every
-    key they see.
+    """Program (head, block): `blocks.rows` rows of the chunk, G query heads, every key they see.
 
     Pair m is row m % rows of query head m // rows, so that a page is read and unpacked once for all
     G heads. Reads the head's live pages (payload and metadata, once a program, by double-buffered
@@ -158,17 +150,8 @@ def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks):
 
     for number, pages in enumerate(pages_of_step(layout, blocks.keys)):
         length = jnp.where(attends, inputs.tier_len[head, number], 0)
-        tier = Tier(
-            layout,
-            number,
-            head,
-            length,
-            pages,
-            inputs.page_table,
-            inputs.payload,
-            inputs.meta,
-            buffers,
-        )
+        pool = (inputs.page_table, inputs.payload, inputs.meta)
+        tier = Tier(layout, number, head, length, pages, *pool, buffers)
 
         def add_stored(step, slot, tier=tier):
             valid = tier.valid(step)
@@ -190,6 +173,12 @@ def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks):
         _add_recent(state, q, inputs, inputs.recent_len[head], scale, blocks)
         _add_own(state, q, inputs, inputs.length[head], first_row, rows, scale, blocks)
 
+    _finish(state, out, lse)
+
+
+def _finish(state: Scratch, out, lse) -> None:
+    """Write the output float32 `[G, rows, d]` and the log-sum-exp `[G, rows]`."""
+    g, rows, d = out.shape
     some = state.total[...] > 0
     total = jnp.where(some, state.total[...], 1.0)
     out[...] = (state.output[...] / total).reshape(g, rows, d)
@@ -197,9 +186,8 @@ def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks):
     for member in range(g):
         for first in range(0, rows, 128):
             size = min(128, rows - first)
-            lse[member : member + 1, first : first + size] = row_of(
-                column[member * rows + first :][:size]
-            )
+            row = row_of(column[member * rows + first :][:size])
+            lse[member : member + 1, first : first + size] = row
 
 
 def queries(ref, layout: PageLayout) -> Callable[[Group], tuple[Array, Array]]:
@@ -207,11 +195,9 @@ def queries(ref, layout: PageLayout) -> Callable[[Group], tuple[Array, Array]]:
     float32 sums over them `[G * rows, 1]`.
     """
     g, rows, d = ref.shape
-    groups = {group[:2] for fmt in layout.formats for group in groups_of(fmt.scalars()[0], d)} | {
-        (0, d)
-    }
+    groups = {group[:2] for fmt in layout.formats for group in groups_of(fmt.scalars()[0], d)}
     loaded = {}
-    for first, size in sorted(groups):
+    for first, size in sorted(groups | {(0, d)}):
         q = ref[:, :, first : first + size].reshape(g * rows, size)
         loaded[first, size] = q, q.astype(jnp.float32).sum(axis=1, keepdims=True)
     return lambda group: loaded[group.first, group.size]
@@ -264,15 +250,13 @@ def _add_own(
     width = largest_divisor(c, blocks.keys)
 
     def add(i, _):
-        logits = capped(
-            matmul(q, inputs.k[pl.ds(i * width, width), :], (1, 1)) * scale.sm_scale, scale
-        )
+        k = inputs.k[pl.ds(i * width, width), :]
+        logits = capped(matmul(q, k, (1, 1)) * scale.sm_scale, scale)
         row = first_row + lax.rem(lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0), rows)
         key = i * width + lax.broadcasted_iota(jnp.int32, (1, width), 1)
         weights = _weights(state, jnp.where((key <= row) & (key >= c - length), logits, -jnp.inf))
-        state.output[...] = state.output[...] + matmul(
-            weights.astype(q.dtype), inputs.v[pl.ds(i * width, width), :]
-        )
+        output, weights = state.output[...], weights.astype(q.dtype)
+        state.output[...] = output + matmul(weights, inputs.v[pl.ds(i * width, width), :])
         return None
 
     lax.fori_loop(lax.div(c - length, width), pl.cdiv(first_row + rows, width), add, None)

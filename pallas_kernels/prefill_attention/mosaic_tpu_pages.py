@@ -1,8 +1,7 @@
-"""What the TPU kernels of this operation share: stored tokens streamed from HBM, page by page, and
-their keys and values.
-"""
+"""What this operation's TPU kernels share: stored tokens from HBM page by page, K and V of them."""
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,9 +23,9 @@ def check_table(page_table: Array) -> None:
     size = 4 * (heads + -heads % 8) * (columns + -columns % 128)
     if size > TABLE_BYTES:
         raise ValueError(
-            f"the page table of {heads} heads with {columns} pages takes {size} bytes of SMEM, "
-            f"and at most {TABLE_BYTES} are given; use "
-            "fewer requests, a smaller max_len or implementation='xla'"
+            f"the page table of {heads} heads with {columns} pages takes {size} bytes of SMEM, and "
+            f"at most {TABLE_BYTES} are given; use fewer requests, a smaller max_len or "
+            "implementation='xla'"
         )
 
 
@@ -36,9 +35,8 @@ def pool_inputs(pages: Pages, interpret) -> tuple[Array, Array]:
     payload, meta = pages.payload, meta_as_bits(pages.meta) if pages.meta.size else empty
     if interpret:
         return payload, meta
-    return pltpu.with_memory_space_constraint(
-        payload, pltpu.HBM
-    ), pltpu.with_memory_space_constraint(meta, pltpu.HBM)
+    in_hbm = pltpu.with_memory_space_constraint
+    return in_hbm(payload, pltpu.HBM), in_hbm(meta, pltpu.HBM)
 
 
 def largest_divisor(n: int, most: int) -> int:
@@ -47,9 +45,7 @@ def largest_divisor(n: int, most: int) -> int:
 
 
 def matmul(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
-    """`a` times `b` over axes `contract`, in float32 sums; float32 factors are multiplied in full
-    precision.
-    """
+    """`a` times `b` over axes `contract` in float32 sums; float32 factors in full precision."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
@@ -57,9 +53,8 @@ def matmul(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
 
 def capped(dots: Array, scale: Scale) -> Array:
     """Logits of scaled dot products."""
-    return (
-        dots if scale.soft_cap is None else scale.soft_cap * jnp.tanh(dots * (1 / scale.soft_cap))
-    )
+    cap = scale.soft_cap
+    return dots if cap is None else cap * jnp.tanh(dots * (1 / cap))
 
 
 def row_of(column: Array) -> Array:
@@ -82,8 +77,7 @@ class Buffers(NamedTuple):
     """VMEM that the pages arrive in."""
 
     payload: Any  # uint8 [BUFFERS, pages of a step, rows, T]
-    # int16 [BUFFERS, pages of a step, meta_rows, T]; the bits of float16, which Mosaic lacks
-    meta: Any
+    meta: Any  # int16 [BUFFERS, pages of a step, meta_rows, T]; bits of float16
     arrived: Any  # DMA semaphores [BUFFERS]
 
     @staticmethod
@@ -102,6 +96,9 @@ class Group(NamedTuple):
     first: int
     size: int
     tiles: tuple[Tile, ...]
+
+
+Coded = tuple[Group, Array, Array | None, Array | None]  # with codes, scale and zero point
 
 
 def groups_of(codec: Scalar, head_dim: int) -> list[Group]:
@@ -136,27 +133,20 @@ class Tier(NamedTuple):
     def page_id(self, page):
         """Id of page number `page`, or of the last live one where there are fewer."""
         last = self.layout.pages_for(self.number, self.length) - 1
-        return self.page_table[
-            self.head, page_column(self.number, jnp.minimum(page, last), self.page_table.shape[1])
-        ]
+        page, columns = jnp.minimum(page, last), self.page_table.shape[1]
+        return self.page_table[self.head, page_column(self.number, page, columns)]
 
     def copies(self, step, slot, rows: int) -> list:
-        """The copies that bring a step's metadata and the first `rows` payload rows of its pages to
-        `slot`.
-        """
+        """The copies of a step's metadata and first `rows` payload rows of its pages to `slot`."""
         copies = []
         for page in range(self.pages):
             source, arrived = self.page_id(step * self.pages + page), self.buffers.arrived.at[slot]
             to = self.buffers.payload.at[slot, page, pl.ds(0, rows)]
-            copies.append(
-                pltpu.make_async_copy(self.payload.at[source, pl.ds(0, rows)], to, arrived)
-            )
+            payload = self.payload.at[source, pl.ds(0, rows)]
+            copies.append(pltpu.make_async_copy(payload, to, arrived))
             if self.layout.meta_rows:
-                copies.append(
-                    pltpu.make_async_copy(
-                        self.meta.at[source], self.buffers.meta.at[slot, page], arrived
-                    )
-                )
+                to = self.buffers.meta.at[slot, page]
+                copies.append(pltpu.make_async_copy(self.meta.at[source], to, arrived))
         return copies
 
     def valid(self, step) -> Array:
@@ -164,34 +154,21 @@ class Tier(NamedTuple):
         lane = lax.broadcasted_iota(jnp.int32, (1, self.step_tokens), 1)
         return step * self.step_tokens + lane < self.length
 
-    def keys(
-        self, slot, valid: Array, dtype
-    ) -> list[tuple[Group, Array, Array | None, Array | None]]:
+    def keys(self, slot, valid: Array, dtype) -> list[Coded]:
         """Of each group of channels: codes `[channels, n]` of the keys in `slot`, float32 scale and
         zero point `[1, n]` or None.
         """
         return self._read(self.layout.formats[self.number].scalars()[0], slot, valid, dtype, 0, 0)
 
-    def values(
-        self, slot, valid: Array, dtype
-    ) -> list[tuple[Group, Array, Array | None, Array | None]]:
+    def values(self, slot, valid: Array, dtype) -> list[Coded]:
         """The same of the values."""
-        return self._read(
-            self.layout.formats[self.number].scalars()[1],
-            slot,
-            valid,
-            dtype,
-            *self.layout.value_start(self.number),
-        )
+        codec, start = self.layout.formats[self.number].scalars()[1], self.layout.value_start
+        return self._read(codec, slot, valid, dtype, *start(self.number))
 
     def _read(
         self, codec: Scalar, slot, valid: Array, dtype, first_row: int, first_meta: int
     ) -> list:
-        blocks = [
-            (page, block)
-            for page in range(self.pages)
-            for block in range(self.layout.blocks[self.number])
-        ]
+        blocks = list(product(range(self.pages), range(self.layout.blocks[self.number])))
         rows, head_dim = codec.rows(self.layout.head_dim), self.layout.head_dim
         meta = []
         if codec.meta_rows:
@@ -214,18 +191,15 @@ class Tier(NamedTuple):
                 return tile.unpack([plane.astype(jnp.int32) for plane in planes])
 
             x = side_by_side([unpacked(*block) for block in blocks], 1)
-            # an exact number of a dead lane may be NaN
-            x = x if tile.scale_row is not None else jnp.where(valid, x, 0.0)
+            if tile.scale_row is None:  # an exact number of a dead lane may be NaN
+                x = jnp.where(valid, x, 0.0)
             return x.astype(dtype)
 
-        return [
-            (
-                group,
-                side_by_side(list(map(codes, group.tiles)), 0),
-                *group.tiles[0].scale_zero(number),
-            )
-            for group in groups_of(codec, head_dim)
-        ]
+        def read(group: Group) -> Coded:
+            joined = side_by_side(list(map(codes, group.tiles)), 0)
+            return (group, joined, *group.tiles[0].scale_zero(number))
+
+        return list(map(read, groups_of(codec, head_dim)))
 
 
 def side_by_side(parts: Sequence[Array], axis: int) -> Array:

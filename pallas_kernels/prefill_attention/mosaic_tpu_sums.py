@@ -32,20 +32,15 @@ from .mosaic_tpu_pages import (
 from .reference import Chunk, Scale
 from .sums_reference import ColumnSums
 
-# of VMEM that the observing rows of one head may take; they are there twice, the next head's on
-# their way
-QUERY_BYTES = 4 << 20
+QUERY_BYTES = 4 << 20  # of VMEM for a head's observing rows; the next head's are on their way too
 
 
 @dataclass(frozen=True)
 class Blocks:
     """Sizes of one step."""
 
-    # rows at the end of the chunk that are brought to VMEM: at least the observing ones, divides
-    # the chunk
-    observed: int
-    # of these that are multiplied at a time, with all query heads of the group; divides `observed`
-    rows: int
+    observed: int  # rows at the chunk's end in VMEM: all observing ones, divides the chunk
+    rows: int  # of these at a time, with all query heads of the group; divides `observed`
     keys: int  # of one step; whole pages
 
     @staticmethod
@@ -111,8 +106,8 @@ def column_sums(
     if query_bytes > QUERY_BYTES:
         raise ValueError(
             f"{observe=} rows of {g} query heads take {query_bytes} bytes of VMEM, and at most "
-            f"{QUERY_BYTES} are given; let fewer rows "
-            "observe, take a smaller prefill_chunk or use implementation='xla'"
+            f"{QUERY_BYTES} are given; let fewer rows observe, take a smaller prefill_chunk or use "
+            "implementation='xla'"
         )
     slots, step_pages = heads.recent_k.shape[2], max(pages_of_step(layout, blocks.keys))
 
@@ -128,17 +123,8 @@ def column_sums(
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     rows = of_head(g, blocks.observed, d, last=c // blocks.observed - 1)
     inputs = Inputs(
-        *(
-            heads.page_table,
-            heads.tier_len,
-            heads.recent_len,
-            heads.layer.reshape(1),
-            chunk.length,
-            chunk.q,
-            lse,
-            chunk.k,
-            heads.recent_k,
-        ),
+        *(heads.page_table, heads.tier_len, heads.recent_len, heads.layer.reshape(1), chunk.length),
+        *(chunk.q, lse, chunk.k, heads.recent_k),
         *pool_inputs(pages, interpret),
         pages.significance,
     )
@@ -171,8 +157,7 @@ def column_sums(
 
 
 def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks, observe: int):
-    """Program (head): every key of one head, scored by the chunk's last `observe` rows that are
-    tokens.
+    """Program (head): every key of a head, scored by the chunk's last `observe` real rows.
 
     Reads K payload and metadata of the head's live pages once and its q, log-sum-exp, chunk K and
     recent K; adds to the significance of live tokens (pages of float32 [blocks, T], read and
@@ -188,17 +173,8 @@ def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks, observe: in
 
     for number, pages in enumerate(pages_of_step(layout, blocks.keys)):
         stored = jnp.where(count > 0, inputs.tier_len[head, number], 0)
-        tier = Tier(
-            layout,
-            number,
-            head,
-            stored,
-            pages,
-            inputs.page_table,
-            inputs.payload,
-            inputs.meta,
-            buffers,
-        )
+        pool = (inputs.page_table, inputs.payload, inputs.meta)
+        tier = Tier(layout, number, head, stored, pages, *pool, buffers)
         k_rows, _ = layout.value_start(number)
         _score_tier(tier, k_rows, scratch, significance, sums, scale, dtype)
 
@@ -214,10 +190,8 @@ def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks, observe: in
 
     width = largest_divisor(c, max(128, blocks.keys))
     for first in range(0, c, width):
-        key, k = (
-            first + lax.broadcasted_iota(jnp.int32, (1, width), 1),
-            inputs.k[first : first + width, :],
-        )
+        key = first + lax.broadcasted_iota(jnp.int32, (1, width), 1)
+        k = inputs.k[first : first + width, :]
         own[:, first : first + width] = sums(
             width,
             partial(_exact_dots, k, scale),
@@ -234,13 +208,11 @@ def _load_shift(shift, lse, count) -> None:
     for member in range(g):
         for first in range(0, observed, 128):
             size = min(128, observed - first)
-            column = column_of(
-                lse[member : member + 1, c - observed + first : c - observed + first + size]
-            )
+            start = c - observed + first
+            column = column_of(lse[member : member + 1, start : start + size])
             row = first + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
-            shift[member, first : first + size, :] = jnp.where(
-                row >= observed - count, column, jnp.inf
-            )
+            counted = jnp.where(row >= observed - count, column, jnp.inf)
+            shift[member, first : first + size, :] = counted
 
 
 def _exact_dots(k: Array, scale: Scale, q_of: Callable[[Group], tuple[Array, Array]]) -> Array:
@@ -274,10 +246,8 @@ def _sums(
         first = pl.multiple_of(i * rows, rows)
         logits = capped(dots(queries(inputs.q.at[:, pl.ds(first, rows), :], layout)), scale)
         row = before + first + lax.rem(lax.broadcasted_iota(jnp.int32, (g * rows, 1), 0), rows)
-        weights = jnp.exp(
-            jnp.where(seen(row), logits, -jnp.inf)
-            - shift[:, pl.ds(first, rows), :].reshape(g * rows, 1)
-        )
+        logits = jnp.where(seen(row), logits, -jnp.inf)
+        weights = jnp.exp(logits - shift[:, pl.ds(first, rows), :].reshape(g * rows, 1))
         parts = (weights[m * rows : (m + 1) * rows].sum(axis=0, keepdims=True) for m in range(g))
         return tuple(total + part for total, part in zip(totals, parts, strict=True))
 
@@ -300,18 +270,13 @@ def _score_tier(
     total = layout.pages_for(tier.number, tier.length)
 
     def each_live(step, slot, act: Callable) -> None:
-        """`act(page in the pool, its place in VMEM, slot)` for every live page of a step; a step
-        before the first has none.
-        """
+        """`act(page in the pool, its place in VMEM, slot)` for each live page of a step, if any."""
         for page in range(tier.pages):
 
             @pl.when((step >= 0) & (step * tier.pages + page < total))
             def _(page=page):
-                act(
-                    significance.at[tier.page_id(step * tier.pages + page)],
-                    scratch.scores.at[slot, page],
-                    slot,
-                )
+                pool = significance.at[tier.page_id(step * tier.pages + page)]
+                act(pool, scratch.scores.at[slot, page], slot)
 
     def read(pool, here, slot):
         return pltpu.make_async_copy(pool, here, scratch.read.at[slot])
@@ -324,23 +289,20 @@ def _score_tier(
         each_live(step, slot, lambda *at: read(*at).start())
         valid = tier.valid(step)
         keys = tier.keys(slot, valid, dtype)
-        scores = sums(
-            tier.step_tokens, lambda q_of: dots_of(q_of, keys, scale.sm_scale), lambda row: valid
-        )
+        dots = partial(dots_of, keys=keys, factor=scale.sm_scale)
+        scores = sums(tier.step_tokens, dots, lambda row: valid)
         each_live(step, slot, lambda *at: read(*at).wait())
         for number in range(tier.pages * blocks):
             first = number * layout.tokens
             lane = first + lax.broadcasted_iota(jnp.int32, (1, layout.tokens), 1)
             at = (slot, number // blocks, pl.ds(number % blocks, 1))
             old, new = scratch.scores[at], scores[:, first : first + layout.tokens]
-            scratch.scores[at] = jnp.where(
-                step * tier.step_tokens + lane < tier.length, old + new, old
-            )
+            live = step * tier.step_tokens + lane < tier.length
+            scratch.scores[at] = jnp.where(live, old + new, old)
         each_live(step, slot, lambda *at: written(*at).start())
 
     over_steps(tier, k_rows, add)
     steps = pl.cdiv(tier.length, tier.step_tokens)
     for back in range(BUFFERS, 0, -1):
-        each_live(
-            steps - back, lax.rem(steps - back + BUFFERS, BUFFERS), lambda *at: written(*at).wait()
-        )
+        step = steps - back
+        each_live(step, lax.rem(step + BUFFERS, BUFFERS), lambda *at: written(*at).wait())

@@ -1,6 +1,4 @@
-"""Attention of a prompt chunk over the stored prefix, the recent window and itself, and the column
-sums of its observing rows.
-"""
+"""Attention of a prompt chunk over prefix, recent window and itself, and its column sums."""
 
 from typing import NamedTuple
 
@@ -24,9 +22,7 @@ BLOCK_Q, BLOCK_KV = 512, 512
 
 
 class Chunk(NamedTuple):
-    """A prompt chunk of C tokens of each of the `B` heads, right-aligned: the last `length` rows
-    are tokens.
-    """
+    """A prompt chunk of C tokens of each of `B` heads, right-aligned: the last `length` count."""
 
     q: Array  # float32 or bfloat16 [B, G, C, d]
     k: Array  # like q [B, C, d], zeros where padded
@@ -64,10 +60,8 @@ def prefill_attention(
     b, g, c, d = chunk.q.shape
     rows = min(BLOCK_Q, c)
     recent, values = recent_keys(heads), layout.formats[0].values
-    chunk, recent = (
-        chunk._replace(v=values(chunk.k, chunk.v)),
-        recent._replace(v=values(recent.k, recent.v)),
-    )
+    chunk = chunk._replace(v=values(chunk.k, chunk.v))
+    recent = recent._replace(v=values(recent.k, recent.v))
 
     def block(i):
         q = lax.dynamic_slice_in_dim(chunk.q, i * rows, rows, axis=2).reshape(b, g * rows, d)
@@ -105,9 +99,7 @@ def _add_tier(
 def _add_own(
     partial: Partial, q: Array, chunk: Chunk, first_row, rows: int, scale: Scale
 ) -> Partial:
-    """Causal attention of rows `first_row ...` over the chunk's own keys, block by block up to the
-    diagonal.
-    """
+    """Causal attention of rows `first_row ...` over the chunk's keys, blockwise to the diagonal."""
     c = chunk.k.shape[1]
     width = min(BLOCK_KV, c)
 

@@ -1,6 +1,4 @@
-"""Significance from a prompt: probability mass that each key gets from the observing rows (DiffKV,
-arXiv 2412.03131 sec. 4).
-"""
+"""Significance from a prompt: probability mass of each key (DiffKV, arXiv 2412.03131 sec. 4)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -41,9 +39,7 @@ def column_sums(
     recent = recent_keys(heads)
 
     def summed(keys: int, logits_of: Callable) -> Array:
-        """`sum_rows exp(logit - lse)` block of rows by block, then maximum or mean over the group:
-        `[B, keys]`.
-        """
+        """`sum_rows exp(logit - lse)`, then maximum or mean over the group: `[B, keys]`."""
 
         def body(i, total):
             # blocks from the end; the first may overlap the second: masked

@@ -1,8 +1,5 @@
-"""Attention of a prompt chunk as one Triton kernel: pages, recent window and the chunk itself in
-one online softmax.
-"""
+"""Attention of a prompt chunk as one Triton kernel: pages, window, chunk in one online softmax."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,19 +11,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ..decode_attention.reference import Heads
+from ..decode_attention.triton_blocks import stored_blocks
 from ..decode_attention.triton_keys import (
     LN_2,
-    CodeTile,
     State,
     check_pool,
     chunk_key_index,
+    exact_keys,
     gathered,
     key_pieces,
     load_rows,
     logits_of,
-    matmul,
+    mix_rows,
     row_channels,
-    stored_blocks,
     value_pieces,
 )
 from ..pages import PageLayout, Pages
@@ -38,15 +35,13 @@ class Blocks:
     """Sizes of one program."""
 
     rows: int  # pairs of row and query head, a power of two of at least 16
-    # keys of one step, a power of two of at least 16 and of at least the tokens of a block
-    keys: int
+    keys: int  # of one step, a power of two of at least 16 and of the tokens of a block
     warps: int
     stages: int
 
     @staticmethod
     def choose(layout: PageLayout, group: int, rows: int, itemsize: int) -> "Blocks":
-        """The defaults for a chunk of `rows` rows of `group` query heads, whose values take
-        `itemsize` bytes.
+        """The defaults for a chunk of `rows` rows, `group` query heads, values of `itemsize` bytes.
 
         64 keys a step fit the registers of an H100 too, but spill on A100 and L40.
         """
@@ -75,16 +70,11 @@ class Inputs(NamedTuple):
 
     @staticmethod
     def of(chunk: Chunk, pages: Pages, heads: Heads) -> "Inputs":
-        """The arrays in the order of the Refs. Raises ValueError where a pool's size is beyond
-        Triton.
-        """
+        """The arrays in the order of the Refs. Raises ValueError if the pool is beyond Triton."""
         check_pool(pages)
-        # an empty array is no Ref
-        meta = (
-            pages.meta
-            if pages.meta.size
-            else jnp.zeros((1, 1, pages.meta.shape[2]), pages.meta.dtype)
-        )
+        meta = pages.meta
+        if not meta.size:  # an empty array is no Ref
+            meta = jnp.zeros((1, 1, meta.shape[2]), meta.dtype)
         return Inputs(*chunk, *heads[:5], jnp.reshape(heads.layer, 1), pages.payload, meta)
 
 
@@ -117,8 +107,7 @@ def prefill_attention(
 
 
 def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks):
-    """Program (head, block): `blocks.rows` pairs (row, query head) of one head against every key
-    they see.
+    """Program (head, block): `blocks.rows` (row, query head) pairs against every key they see.
 
     Pair f is row f // G of query head f % G, so that a page is read and unpacked once for all G
     heads. Reads the head's live blocks of pages (payload and metadata, once a program), live recent
@@ -136,11 +125,7 @@ def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks):
     at = (head, member, row)
     q = [load_rows(inputs.q, at, piece, real, inputs.q.dtype) for piece in key_pieces(layout)]
 
-    state = State(
-        jnp.full((blocks.rows,), -jnp.inf, jnp.float32),
-        jnp.zeros((blocks.rows,), jnp.float32),
-        tuple(jnp.zeros((blocks.rows, size), jnp.float32) for _, size in value_pieces(layout)),
-    )
+    state = State.empty(blocks.rows, layout)
     for tier in range(layout.tiers):
         state = _add_tier(state, q, inputs, layout, tier, head, scale, blocks, attends)
     state = _add_recent(state, q, inputs, layout, head, scale, blocks, attends)
@@ -149,11 +134,8 @@ def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks):
     some = state.total > 0
     total = jnp.where(some, state.total, 1.0)
     for channels, piece in zip(value_pieces(layout), state.output, strict=True):
-        plgpu.store(
-            row_channels(out, at, channels),
-            piece / total[:, None],
-            mask=jnp.broadcast_to(real[:, None], piece.shape),
-        )
+        rows, values = row_channels(out, at, channels), piece / total[:, None]
+        plgpu.store(rows, values, mask=jnp.broadcast_to(real[:, None], piece.shape))
     logsumexp = jnp.where(some, state.maximum * LN_2 + jnp.log(total), jnp.inf)
     plgpu.store(gathered(lse, *at), logsumexp, mask=real)
 
@@ -185,21 +167,16 @@ def _add_recent(
 ) -> State:
     """The live slots of the recent window; dead ones are never read."""
     slots, dtype = inputs.recent_k.shape[2], inputs.q.dtype
-    length, layer = (
-        jnp.where(attends, jnp.minimum(inputs.recent_len[head], slots), 0),
-        inputs.layer[0],
-    )
+    length = jnp.where(attends, jnp.minimum(inputs.recent_len[head], slots), 0)
+    layer = inputs.layer[0]
 
     def body(step, state: State) -> State:
         slot = step * blocks.keys + jnp.arange(blocks.keys, dtype=jnp.int32)
         live = slot < length
         at = (layer, head, jnp.minimum(slot, slots - 1))
-        keys = [
-            CodeTile(load_rows(inputs.recent_k, at, piece, live, dtype).T)
-            for piece in key_pieces(layout)
-        ]
+        keys = exact_keys(inputs.recent_k, at, live, layout, dtype)
         logits = logits_of(q, keys, jnp.where(live, 0.0, -jnp.inf), scale)
-        return state.add(logits, _mix_rows(inputs.recent_v, at, live, layout, dtype))
+        return state.add(logits, mix_rows(inputs.recent_v, at, live, layout, dtype))
 
     return lax.fori_loop(0, pl.cdiv(length, blocks.keys), body, state)
 
@@ -222,26 +199,10 @@ def _add_own(
 
     def body(step, state: State) -> State:
         key, at = chunk_key_index(step * blocks.keys, blocks.keys, head, c)
-        keys = [
-            CodeTile(load_rows(inputs.k, at, piece, key < c, dtype).T)
-            for piece in key_pieces(layout)
-        ]
+        keys = exact_keys(inputs.k, at, key < c, layout, dtype)
         logits = logits_of(q, keys, jnp.where(key >= first_key, 0.0, -jnp.inf), scale)
         logits = jnp.where(key[None, :] <= row[:, None], logits, -jnp.inf)
-        return state.add(logits, _mix_rows(inputs.v, at, key < c, layout, dtype))
+        return state.add(logits, mix_rows(inputs.v, at, key < c, layout, dtype))
 
     stop = jnp.where(attends, pl.cdiv(last_row + 1, blocks.keys), 0)
     return lax.fori_loop(lax.div(jnp.maximum(first_key, 0), blocks.keys), stop, body, state)
-
-
-def _mix_rows(ref, at, live: Array, layout: PageLayout, dtype) -> Callable[[Array], list[Array]]:
-    """Weights times exact values, piece by piece."""
-
-    def mix(weights: Array) -> list[Array]:
-        weights = weights.astype(dtype)
-        return [
-            matmul(weights, load_rows(ref, at, piece, live, dtype))
-            for piece in value_pieces(layout)
-        ]
-
-    return mix

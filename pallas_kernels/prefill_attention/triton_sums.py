@@ -1,6 +1,4 @@
-"""Column sums of a prompt chunk's observing rows as Triton kernels: one over the pages, one each
-over recent window and chunk.
-"""
+"""Column sums of a chunk's observing rows: Triton kernels over pages, recent window and chunk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +12,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ..decode_attention.reference import Heads
+from ..decode_attention.triton_blocks import stored_blocks
 from ..decode_attention.triton_keys import (
     LOG2_E,
     CodeTile,
     chunk_key_index,
+    exact_keys,
     gathered,
     key_pieces,
     load_rows,
     logits_of,
-    stored_blocks,
 )
 from ..pages import PageLayout, Pages
 from .reference import Chunk, Scale
@@ -37,8 +36,7 @@ class Blocks:
     """Sizes of one program."""
 
     rows: int  # observing rows of one query head at a time, a power of two of at least 16
-    # keys of one step, a power of two of at least 16 and of at least the tokens of a block
-    keys: int
+    keys: int  # of one step, a power of two of at least 16 and of the tokens of a block
     splits: int  # programs that share the pages of a head
     warps: int
     stages: int
@@ -47,9 +45,7 @@ class Blocks:
     def choose(
         layout: PageLayout, heads: int, max_pages: int, observe: int, itemsize: int
     ) -> "Blocks":
-        """The defaults for `heads` heads of at most `max_pages` pages and `observe` rows of values
-        of `itemsize` bytes.
-        """
+        """The defaults for `heads` heads, `max_pages` pages, `observe` rows of `itemsize` bytes."""
         wide = layout.head_dim > 128 or itemsize > 2
         keys = max(layout.tokens, 32 if wide else 64)
         steps = pl.cdiv(max_pages * layout.tokens_per_page(0), keys)
@@ -101,8 +97,7 @@ def column_sums(
 
 
 def _stored_kernel(*refs, observe: int, layout: PageLayout, scale: Scale, blocks: Blocks):
-    """Program (head, split): every `splits`-th step of `blocks.keys` stored tokens of one head,
-    tier by tier.
+    """Program (head, split): every `splits`-th step of `blocks.keys` stored tokens, tier by tier.
 
     Reads the K rows and K metadata of the head's live pages once, and q and log-sum-exp (float32
     [B, G, C]) of the observing rows once a step; adds to the significance float32 [num_pages,
@@ -112,16 +107,14 @@ def _stored_kernel(*refs, observe: int, layout: PageLayout, scale: Scale, blocks
     num_pages = inputs.payload.shape[0]
     head, split = pl.program_id(0), pl.program_id(1)
     observes = jnp.minimum(inputs.length[head], observe) > 0
+    sums_of = partial(_sums, inputs, lse, layout, scale, observe, blocks, head)
     for tier in range(layout.tiers):
         length = jnp.where(observes, inputs.tier_len[head, tier], 0)
 
         def add(i, _, tier=tier, length=length):
-            stored = stored_blocks(
-                inputs, layout, tier, head, length, split + i * blocks.splits, blocks.keys
-            )
-            sums = _sums(
-                inputs, lse, stored.keys(), stored.bias(), layout, scale, observe, blocks, head
-            )
+            step = split + i * blocks.splits
+            stored = stored_blocks(inputs, layout, tier, head, length, step, blocks.keys)
+            sums = sums_of(stored.keys(), stored.bias())
             # steps past the end name no page twice
             page = jnp.where(stored.live, stored.page, num_pages)
             lanes = jnp.arange(layout.tokens, dtype=jnp.int32)[None, :]
@@ -154,67 +147,50 @@ def _exact_kernel(
     else:
         slots = inputs.recent_k.shape[2]
         key = first + jnp.arange(blocks.keys, dtype=jnp.int32)
-        at, live = (
-            (inputs.layer[0], head, jnp.minimum(key, slots - 1)),
-            key < jnp.minimum(inputs.recent_len[head], slots),
-        )
+        at = (inputs.layer[0], head, jnp.minimum(key, slots - 1))
+        live = key < jnp.minimum(inputs.recent_len[head], slots)
         ref, causal = inputs.recent_k, None
-    keys = [CodeTile(load_rows(ref, at, piece, live, dtype).T) for piece in key_pieces(layout)]
-    sums = _sums(
-        inputs,
-        lse,
-        keys,
-        jnp.where(live, 0.0, -jnp.inf),
-        layout,
-        scale,
-        observe,
-        blocks,
-        head,
-        causal,
-    )
+    keys, bias = exact_keys(ref, at, live, layout, dtype), jnp.where(live, 0.0, -jnp.inf)
+    sums = _sums(inputs, lse, layout, scale, observe, blocks, head, keys, bias, causal)
     plgpu.store(gathered(out, head, key), sums, mask=key < out.shape[1])
 
 
 def _sums(
     inputs: Inputs,
     lse,
-    keys: Sequence[CodeTile],
-    bias: Array,
     layout: PageLayout,
     scale: Scale,
     observe: int,
     blocks: Blocks,
     head,
+    keys: Sequence[CodeTile],
+    bias: Array,
     causal: Array | None = None,
 ) -> Array:
-    """`exp(logit - lse)` summed over the observing rows of a query head, then maximum or mean over
-    the group: `[n]`.
+    """`exp(logit - lse)` summed over a query head's rows, then max or mean of the group: `[n]`.
 
     `causal [n]`: number of each key in the chunk, seen by its own row and later ones; None for keys
     that all rows see.
     """
-    _, g, c, _ = inputs.q.shape
+    (_, g, c, _), dtype = inputs.q.shape, inputs.q.dtype
     count = jnp.minimum(inputs.length[head], observe)
-    skipped = (
-        0 if causal is None else lax.div(jnp.maximum(causal.min() - (c - count), 0), blocks.rows)
-    )
+    skipped = 0
+    if causal is not None:
+        skipped = lax.div(jnp.maximum(causal.min() - (c - count), 0), blocks.rows)
 
     def of_member(member, score: Array) -> Array:
         def add_rows(i, total: Array) -> Array:
             row = c - count + i * blocks.rows + jnp.arange(blocks.rows, dtype=jnp.int32)
             real, at = row < c, (head, member, jnp.minimum(row, c - 1))
-            q = [
-                load_rows(inputs.q, at, piece, real, inputs.q.dtype) for piece in key_pieces(layout)
-            ]
+            q = [load_rows(inputs.q, at, piece, real, dtype) for piece in key_pieces(layout)]
             logits = logits_of(q, keys, bias, scale)
             if causal is not None:
                 logits = jnp.where(causal[None, :] <= row[:, None], logits, -jnp.inf)
             shift = plgpu.load(gathered(lse, *at), mask=real, other=jnp.inf) * LOG2_E
             return total + jnp.exp2(logits - shift[:, None]).sum(axis=0)
 
-        total = lax.fori_loop(
-            skipped, pl.cdiv(count, blocks.rows), add_rows, jnp.zeros(bias.shape, jnp.float32)
-        )
+        steps = pl.cdiv(count, blocks.rows)
+        total = lax.fori_loop(skipped, steps, add_rows, jnp.zeros(bias.shape, jnp.float32))
         return jnp.maximum(score, total) if layout.group == "max" else score + total / g
 
     return lax.fori_loop(0, g, of_member, jnp.zeros(bias.shape, jnp.float32))

@@ -1,6 +1,4 @@
-"""The recent window on TPUs (Mosaic): one token in, the oldest out, in place. Rows and windows go
-through VMEM by DMA.
-"""
+"""The recent window on TPUs: one token in, the oldest out, in place, through VMEM by DMA."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -67,6 +65,12 @@ class _Shift(NamedTuple):
     significance: Any = None  # float32 [B, N]
 
 
+# the Refs in the order in which `_shift` gets them, and those that are there when scored
+_SHIFT = """layer shift shift_column old_k old_v old_significance recent_k recent_v significance
+k_window v_window arrived left""".split()
+_SCORED = ("shift_column", "old_significance", "significance")
+
+
 def append_recent(
     recent_k: Array,
     recent_v: Array,
@@ -81,11 +85,10 @@ def append_recent(
     """`append_recent` of api.py on TPUs."""
     (_, batch, slots, head_dim), dtype = recent_k.shape, recent_k.dtype
     rows = TILE_ROWS if slots % TILE_ROWS == 0 else slots
-    blocks = (
-        Blocks.choose(batch, 2 * rows * head_dim * dtype.itemsize) if blocks is None else blocks
-    )
+    blocks = blocks or Blocks.choose(batch, 2 * rows * head_dim * dtype.itemsize)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     token = pl.BlockSpec((blocks.heads, head_dim), lambda step, *_: (step, 0))
+    rounded = (x.astype(dtype).astype(jnp.float32) for x in (k, v))
     return pl.pallas_call(
         partial(_append, heads=blocks.heads),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -103,13 +106,7 @@ def append_recent(
         ),
         interpret=tpu_interpreter(interpret),
         name="append_recent",
-    )(
-        layer.reshape(1),
-        slot,
-        *(x.astype(dtype).astype(jnp.float32) for x in (k, v)),
-        recent_k,
-        recent_v,
-    )
+    )(layer.reshape(1), slot, *rounded, recent_k, recent_v)
 
 
 def _append(*refs: Any, heads: int) -> None:
@@ -140,22 +137,17 @@ def _append(*refs: Any, heads: int) -> None:
         lax.fori_loop(0, heads, one, None)
 
     def read(i: Array, tiles: list) -> list:
-        return [
-            pltpu.make_async_copy(tile, rows.at[i], r.arrived)
-            for tile, rows in zip(tiles, (r.k_rows, r.v_rows), strict=True)
-        ]
+        pairs = zip(tiles, (r.k_rows, r.v_rows), strict=True)
+        return [pltpu.make_async_copy(far, near.at[i], r.arrived) for far, near in pairs]
 
     def written(i: Array, tiles: list) -> list:
-        return [
-            pltpu.make_async_copy(rows.at[i], tile, r.left)
-            for tile, rows in zip(tiles, (r.k_rows, r.v_rows), strict=True)
-        ]
+        pairs = zip(tiles, (r.k_rows, r.v_rows), strict=True)
+        return [pltpu.make_async_copy(near.at[i], far, r.left) for far, near in pairs]
 
     def change(i: Array, at: Array, tiles: list) -> None:
         for token, rows in ((r.k, r.k_rows), (r.v, r.v_rows)):
-            rows[i] = jnp.where(
-                row == at, token[pl.ds(i, 1), :], rows[i].astype(jnp.float32)
-            ).astype(rows.dtype)
+            new = jnp.where(row == at, token[pl.ds(i, 1), :], rows[i].astype(jnp.float32))
+            rows[i] = new.astype(rows.dtype)
         for copy in written(i, tiles):
             copy.start()
 
@@ -176,35 +168,14 @@ def shift_recent(
     blocks: Blocks | None = None,
 ) -> tuple[Array, Array, Array]:
     """`shift_recent` of api.py on TPUs."""
-    (_, batch, slots, head_dim), dtype, scored = (
-        recent_k.shape,
-        recent_k.dtype,
-        significance.shape[2] > 0,
-    )
-    blocks = (
-        Blocks.choose(batch, 4 * slots * head_dim * dtype.itemsize) if blocks is None else blocks
-    )
+    (_, batch, slots, head_dim), dtype = recent_k.shape, recent_k.dtype
+    scored = significance.shape[2] > 0
+    blocks = blocks or Blocks.choose(batch, 4 * slots * head_dim * dtype.itemsize)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     column = pl.BlockSpec((batch, 1), lambda *_: (0, 0))
     scores = pl.BlockSpec((None, batch, slots), lambda step, layer, _: (layer[0], 0, 0))
     windows = [recent_k, recent_v, significance] if scored else [recent_k, recent_v]
-    names = (
-        "layer",
-        "shift",
-        *(("shift_column",) if scored else ()),
-        "old_k",
-        "old_v",
-        *(("old_significance",) if scored else ()),
-    )
-    names += (
-        "recent_k",
-        "recent_v",
-        *(("significance",) if scored else ()),
-        "k_window",
-        "v_window",
-        "arrived",
-        "left",
-    )
+    names = tuple(name for name in _SHIFT if scored or name not in _SCORED)
     shifted = pl.pallas_call(
         partial(_shift, names=names, heads=blocks.heads),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -236,12 +207,8 @@ def _shift(*refs: Any, names: tuple[str, ...], heads: int) -> None:
     significance, 8 N bytes a head, is always rewritten.
     """
     r = _Shift(**dict(zip(names, refs, strict=True)))
-    step, steps, layer, batch = (
-        pl.program_id(0),
-        pl.num_programs(0),
-        r.layer[0],
-        r.recent_k.shape[1],
-    )
+    step, steps, layer = pl.program_id(0), pl.num_programs(0), r.layer[0]
+    batch = r.recent_k.shape[1]
 
     def each_head(step: Array, act) -> None:
         def one(i: Array, none: None) -> None:
@@ -256,17 +223,13 @@ def _shift(*refs: Any, names: tuple[str, ...], heads: int) -> None:
 
     def read(step: Array, i: Array, windows: list) -> list:
         near = [x.at[step % 2, i] for x in (r.k_window, r.v_window)]
-        return [
-            pltpu.make_async_copy(far, to, r.arrived.at[step % 2])
-            for far, to in zip(windows, near, strict=True)
-        ]
+        pairs = zip(windows, near, strict=True)
+        return [pltpu.make_async_copy(far, to, r.arrived.at[step % 2]) for far, to in pairs]
 
     def written(step: Array, i: Array, windows: list) -> list:
         near = [x.at[step % 2, i] for x in (r.k_window, r.v_window)]
-        return [
-            pltpu.make_async_copy(to, far, r.left.at[step % 2])
-            for far, to in zip(windows, near, strict=True)
-        ]
+        pairs = zip(windows, near, strict=True)
+        return [pltpu.make_async_copy(to, far, r.left.at[step % 2]) for far, to in pairs]
 
     def start_reads(step: Array) -> None:
         each_head(step, lambda i, _, windows: [copy.start() for copy in read(step, i, windows)])
@@ -276,9 +239,8 @@ def _shift(*refs: Any, names: tuple[str, ...], heads: int) -> None:
 
     def move(i: Array, shift: Array, windows: list) -> None:
         for window in (r.k_window, r.v_window):
-            window[step % 2, i] = _up(window[step % 2, i].astype(jnp.float32), shift).astype(
-                window.dtype
-            )
+            moved = _up(window[step % 2, i].astype(jnp.float32), shift)
+            window[step % 2, i] = moved.astype(window.dtype)
         for copy in written(step, i, windows):
             copy.start()
 
@@ -310,9 +272,8 @@ def _left(scores: Array, shift: Array) -> Array:
     slots = scores.shape[1]
     for bit in range(slots.bit_length()):
         step = min(1 << bit, slots)
-        parts = ([scores[:, step:]] if step < slots else []) + [
-            jnp.zeros((scores.shape[0], step), scores.dtype)
-        ]
-        moved = jnp.concatenate(parts, axis=1)
+        kept = [scores[:, step:]] if step < slots else []
+        zeros = jnp.zeros((scores.shape[0], step), scores.dtype)
+        moved = jnp.concatenate([*kept, zeros], axis=1)
         scores = jnp.where((shift >> bit) & 1 == 1, moved, scores)
     return scores

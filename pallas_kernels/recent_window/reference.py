@@ -28,9 +28,7 @@ def shift_recent(
 
 
 def _shift(recent: Array, layer: Array, shift: Array) -> Array:
-    """Remove the first `shift [B]` slots of a layer of `recent [L, B, N, ...]`; what is behind
-    moves up, zeros follow.
-    """
+    """Remove the first `shift [B]` slots of a layer of `recent [L, B, N, ...]`; zeros follow."""
     one = lax.dynamic_index_in_dim(recent, layer, keepdims=False)
     slot = jnp.arange(one.shape[1]) + shift[:, None]
     shape = (*slot.shape, *(1,) * (one.ndim - 2))

@@ -13,18 +13,14 @@ from jax.experimental.pallas import triton as plgpu
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of one program of `shift_recent`: `channels` (a power of two) of one head's window, all
-    slots, in registers.
-    """
+    """A program of `shift_recent`: `channels` (a power of two) of a head's window, all slots."""
 
     channels: int
     warps: int
 
     @staticmethod
     def choose(slots: int, itemsize: int) -> "Blocks":
-        """The defaults: 64 bytes of a slot, fewer where the window is long, with at most 64 values
-        a thread.
-        """
+        """The defaults: 64 bytes of a slot, fewer for long windows, at most 64 values a thread."""
         padded = pl.next_power_of_2(slots)
         channels = max(4, min(64 // itemsize, 2**14 // padded))
         return Blocks(channels, max(1, min(8, padded * channels // 2**10)))
