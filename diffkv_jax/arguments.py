@@ -159,12 +159,8 @@ def tuple_of(
         try:
             found.append(each(name, entry))
         except ValueError as error:
-            refuse(
-                name,
-                value,
-                f"{entry_rule or rule}; it holds {shown(entry)}",
-                isinstance(error, TypeError),
-            )
+            said = f"{entry_rule or rule}; it holds {shown(entry)}"
+            refuse(name, value, said, isinstance(error, TypeError))
     return tuple(found)
 
 
@@ -199,12 +195,8 @@ def nested(name: str, value: Any, each: Callable[[str, Any], Any], *, axes: int)
     try:
         return convert(value, axes)
     except _Uneven:
-        refuse(
-            name,
-            value,
-            f"one value or nested lists of equal shapes, with up to {axes} axes and none of them "
-            "empty",
-        )
+        rule = "one value or nested lists of equal shapes, with up to"
+        refuse(name, value, f"{rule} {axes} axes and none of them empty")
 
 
 def instance(name: str, value: Any, kind: type, remedy: str) -> Any:
@@ -258,12 +250,8 @@ def file_path(name: str, value: Any) -> Path:
         with suppress(FileNotFoundError):
             os.stat(path)
         return path
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        TypeError,
-    ) as error:  # no such user, a null byte, too long, forbidden
+    # no such user, a null byte, too long, forbidden
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         refuse(name, value, f"the path of a file or folder that can be read ({reason})")
 
@@ -303,9 +291,8 @@ def _entries(name: str, value: Any) -> list | None:
     _scalar(name, value)  # refuses tracers
     if isinstance(value, np.ndarray | jax.Array):
         return list(value) if value.ndim else None
-    return (
-        list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else None
-    )
+    listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return list(value) if listed else None
 
 
 def _shape(value: Any) -> tuple[int, ...]:

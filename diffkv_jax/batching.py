@@ -62,18 +62,16 @@ def as_prompts(tokens: Any, lengths: Any, attention_mask: Any, vocab_size: int) 
         raise ValueError(
             "give lengths= or attention_mask=, not both: each says which tokens of a row count"
         )
-    masks = (
-        [None] * len(rows) if attention_mask is None else _rows(attention_mask, "attention_mask")
-    )
+    masks = [None] * len(rows)
+    if attention_mask is not None:
+        masks = _rows(attention_mask, "attention_mask")
     if len(masks) != len(rows):
         raise ValueError(
             f"attention_mask has {len(masks)} rows, tokens have {len(rows)}; give a row of it for "
             "each prompt"
         )
-    found = [
-        _ids(i, row, mask, vocab_size)
-        for i, (row, mask) in enumerate(zip(rows, masks, strict=True))
-    ]
+    pairs = enumerate(zip(rows, masks, strict=True))
+    found = [_ids(i, row, mask, vocab_size) for i, (row, mask) in pairs]
     if lengths is not None:
         found = _cut(found, lengths)
     for i, row in enumerate(found):
@@ -81,11 +79,8 @@ def as_prompts(tokens: Any, lengths: Any, attention_mask: Any, vocab_size: int) 
     batch = np.zeros((len(found), max(map(len, found))), np.int32)
     for i, row in enumerate(found):
         batch[i, : len(row)] = row
-    return Prompts(
-        batch,
-        np.array([len(row) for row in found], np.int32),
-        np.array([row is None for row in rows]),
-    )
+    sizes = np.array([len(row) for row in found], np.int32)
+    return Prompts(batch, sizes, np.array([row is None for row in rows]))
 
 
 def _of_encoding(encoding: Mapping, mask: Any) -> tuple[Any, Any]:
@@ -183,9 +178,8 @@ def _integers(array: np.ndarray, name: str = "tokens") -> np.ndarray:
 
 def _cut(rows: list[np.ndarray], lengths: Any) -> list[np.ndarray]:
     """The first `lengths` ids of each row."""
-    if isinstance(lengths, str | bytes | None) or not (
-        isinstance(lengths, Sequence) or np.ndim(lengths) == 1
-    ):
+    listed = isinstance(lengths, Sequence) or np.ndim(lengths) == 1
+    if isinstance(lengths, str | bytes | None) or not listed:
         raise TypeError(
             f"lengths={shown(lengths)} must be a list with one number of tokens for each of the "
             f"{len(rows)} requests"

@@ -102,9 +102,8 @@ def _take(
     asked &= state.reason == RUNNING
     broken = asked & ~jnp.isfinite(logits.max(axis=-1))  # NaN, infinity, or nothing to choose
     draws = asked & ~broken & (state.lengths < requests.limit)
-    drawn = next_token(
-        requests.rules, logits, jax.vmap(jax.random.fold_in)(requests.keys, cache.seq_len)
-    )
+    keys = jax.vmap(jax.random.fold_in)(requests.keys, cache.seq_len)
+    drawn = next_token(requests.rules, logits, keys)
     rows, width = jnp.arange(len(asked)), state.tokens.shape[1]
     lengths = state.lengths + draws
     ended = jnp.where(lengths >= requests.limit, LENGTH, RUNNING)

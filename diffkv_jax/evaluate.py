@@ -98,19 +98,12 @@ def teacher_forced(
         raise ValueError(
             f"context={context} must leave something of the {batch.shape[1]} tokens to feed"
         )
-    progress = (
-        None
-        if progress is None
-        else text("progress", progress, "the name of a progress bar, or None")
-    )
+    if progress is not None:
+        progress = text("progress", progress, "the name of a progress bar, or None")
     size = chunk_size(context, integer("prefill_chunk", prefill_chunk), policy.queries)
     if calibration is not None:
-        instance(
-            "calibration",
-            calibration,
-            Calibration,
-            "calibrate(model, params, tokens, policy) makes it",
-        ).check(model, params)
+        remedy = "calibrate(model, params, tokens, policy) makes it"
+        instance("calibration", calibration, Calibration, remedy).check(model, params)
     cache = make_cache(
         model,
         policy,
@@ -123,19 +116,13 @@ def teacher_forced(
     _, cache = prefill(model, params, cache, batch, np.full_like(sizes, context), size)
     held = batch[:, context:].T  # [steps, R]
     rows = []
-    for first in tqdm(
-        range(0, len(held), SEGMENT),
-        desc=progress,
-        disable=progress is None,
-        unit_scale=SEGMENT,
-        unit=" tokens",
-    ):
+    starts, hidden = range(0, len(held), SEGMENT), progress is None
+    for first in tqdm(starts, desc=progress, disable=hidden, unit_scale=SEGMENT, unit=" tokens"):
         part = np.zeros((SEGMENT, held.shape[1]), np.int32)
         real = held[first : first + SEGMENT]
         part[: len(real)] = real
-        log_probs, cache = _feed(
-            model, params, cache, jnp.asarray(part), jnp.arange(SEGMENT) < len(real)
-        )
+        fed = jnp.arange(SEGMENT) < len(real)
+        log_probs, cache = _feed(model, params, cache, jnp.asarray(part), fed)
         rows.append(np.asarray(log_probs[: len(real)]))
     full = np.flatnonzero(np.asarray(cache.overflow))
     if full.size:

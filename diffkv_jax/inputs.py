@@ -30,12 +30,8 @@ def check_model(caller: str, model: Any) -> None:
             "swap them"
         )
     if isinstance(model, type) or not isinstance(model, CausalLM):
-        refuse(
-            "model",
-            model,
-            "a CausalLM, such as load_pretrained returns, with `attention` and `apply`",
-            True,
-        )
+        rule = "a CausalLM, such as load_pretrained returns, with `attention` and `apply`"
+        refuse("model", model, rule, True)
     try:
         hash(model)
     except TypeError as error:
@@ -60,12 +56,8 @@ def as_params(caller: str, params: Any) -> Any:
     check_outside_jit(caller, [leaf for _, leaf in leaves])
     for path, leaf in leaves:
         if not isinstance(leaf, np.ndarray | Array):
-            refuse(
-                f"params{jax.tree_util.keystr(path)}",
-                leaf,
-                "an array: load or initialise the parameters first",
-                True,
-            )
+            name = f"params{jax.tree_util.keystr(path)}"
+            refuse(name, leaf, "an array: load or initialise the parameters first", True)
         if isinstance(leaf, Array) and leaf.is_deleted():
             raise ValueError(
                 f"params{jax.tree_util.keystr(path)} was deleted or donated to another call: load "
@@ -93,13 +85,9 @@ def _is_traced(value: Any) -> bool:
     """Whether it is a tracer, or a list, mapping or cache of them."""
     if isinstance(value, Mapping):
         value = list(value.values())
-    parts = (
-        jax.tree.leaves(value)
-        if isinstance(value, KVCache)
-        else value
-        if isinstance(value, list | tuple)
-        else [value]
-    )
+    if isinstance(value, KVCache):
+        value = jax.tree.leaves(value)
+    parts = value if isinstance(value, list | tuple) else [value]
     return any(isinstance(x, Tracer) for x in parts)
 
 
@@ -126,23 +114,15 @@ def as_samplings(sampling: Any, requests: int) -> tuple[Greedy | Sample, ...]:
     """
     if isinstance(sampling, list | tuple):
         if len(sampling) != requests:
-            refuse(
-                "sampling",
-                sampling,
-                f"one for all or a list with one for each of the {requests} requests",
-            )
+            rule = f"one for all or a list with one for each of the {requests} requests"
+            refuse("sampling", sampling, rule)
         return tuple(_as_sampling(one) for one in sampling)
     return (_as_sampling(sampling),) * requests
 
 
 def _as_sampling(sampling: Any) -> Greedy | Sample:
-    named: dict[Any, Callable[[], Greedy | Sample]] = {
-        None: Greedy,
-        "greedy": Greedy,
-        "sample": Sample,
-        Greedy: Greedy,
-        Sample: Sample,
-    }
+    named: dict[Any, Callable[[], Greedy | Sample]]
+    named = {None: Greedy, "greedy": Greedy, "sample": Sample, Greedy: Greedy, Sample: Sample}
     if isinstance(sampling, Greedy | Sample):
         return sampling
     fields = tuple(inspect.signature(Sample).parameters)
@@ -150,12 +130,8 @@ def _as_sampling(sampling: Any) -> Greedy | Sample:
         return Sample(**sampling)
     if isinstance(sampling, str | None | type) and sampling in named:
         return named[sampling]()
-    refuse(
-        "sampling",
-        sampling,
-        f"Greedy(), Sample(...) or a mapping with any of {fields}",
-        not isinstance(sampling, str | Mapping),
-    )
+    rule = f"Greedy(), Sample(...) or a mapping with any of {fields}"
+    refuse("sampling", sampling, rule, not isinstance(sampling, str | Mapping))
 
 
 def request_keys(samplings: Sequence[Greedy | Sample], key: Any, requests: int) -> Array:
@@ -178,11 +154,8 @@ def request_keys(samplings: Sequence[Greedy | Sample], key: Any, requests: int) 
     if key.ndim == 1 and key.shape[0] == requests:
         return key
     if key.ndim:
-        refuse(
-            "key",
-            key,
-            f"a seed, jax.random.key(seed) or one such key for each of the {requests} requests",
-        )
+        rule = "a seed, jax.random.key(seed) or one such key for each of the"
+        refuse("key", key, f"{rule} {requests} requests")
     return _folded(key, jnp.arange(requests))
 
 

@@ -73,11 +73,8 @@ class AttentionSpec:
                 f"rope={shown(self.rope)} must hold a number for each pair of "
                 f"head_dim={self.head_dim} channels, given {len(self.rope)}"
             )
-        if self.latent is not None and not (
-            self.num_kv_heads == 1
-            and 0 < self.latent < self.head_dim
-            and not any(self.sliding_windows)
-        ):
+        plain = self.num_kv_heads == 1 and not any(self.sliding_windows)
+        if self.latent is not None and not (plain and 0 < self.latent < self.head_dim):
             raise ValueError(
                 f"latent={self.latent} must be between 0 and head_dim={self.head_dim}, with "
                 f"num_kv_heads=1 (given {self.num_kv_heads}) and no sliding windows: all query "

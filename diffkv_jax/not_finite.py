@@ -18,20 +18,11 @@ def warn_of_errors(cache: KVCache, rows: Sequence[int]) -> None:
     paged = _finite(cache.recent_k, cache.recent_v, cache.recent_len)
     # zeros where nothing came yet
     windowed = _finite(cache.ring_k, cache.ring_v, jnp.full_like(cache.recent_len, spec.ring_len))
-    finite = dict(
-        zip(
-            spec.paged_layers + spec.window_layers, jax.device_get((*paged, *windowed)), strict=True
-        )
-    )
+    layers = spec.paged_layers + spec.window_layers
+    finite = dict(zip(layers, jax.device_get((*paged, *windowed)), strict=True))
     for row in rows:
-        found = next(
-            (
-                (layer, *finite[layer][:, row])
-                for layer in sorted(finite)
-                if not finite[layer][:, row].all()
-            ),
-            None,
-        )
+        bad = (layer for layer in sorted(finite) if not finite[layer][:, row].all())
+        found = next(((layer, *finite[layer][:, row]) for layer in bad), None)
         warnings.warn(
             f"request {row} ended with finish reason 'error': its logits are not finite. "
             f"{_cause(found)} The model computes in {spec.attention.dtype} and the cache keeps "

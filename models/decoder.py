@@ -196,11 +196,9 @@ class Decoder(nn.Module):
         hidden = RMSNorm(
             config.rms_norm_eps, self.switches.norm_adds_one, self.param_dtype, name="norm"
         )(hidden, kernels=kernels)
-        head = (
-            embed.logits
-            if config.tie_word_embeddings
-            else LogitsHead(config.vocab_size, *types, name="lm_head")
-        )
+        head = embed.logits
+        if not config.tie_word_embeddings:
+            head = LogitsHead(config.vocab_size, *types, name="lm_head")
         logits, cap = head(hidden, kernels), config.final_logit_softcapping
         if cap is not None:
             logits = cap * jnp.tanh(logits / cap)

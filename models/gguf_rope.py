@@ -43,11 +43,9 @@ def rope_scaling(file: GGUFFile, arch: str, head_dim: int) -> dict[str, Any] | N
     if kind != "yarn":
         _check_no_yarn(file, arch, kind)
     if attention != 1.0 and (kind != "yarn" or arch == "gemma3"):
-        why = (
-            "config.json has such a factor for YaRN only"
-            if kind != "yarn"
-            else "layers with a window would need it too"
-        )
+        why = "layers with a window would need it too"
+        if kind != "yarn":
+            why = "config.json has such a factor for YaRN only"
         raise _refused(
             file, arch, "attn_factor", attention, f"1 with type {kind!r} of {arch}: {why}"
         )
@@ -89,13 +87,8 @@ def _check_no_yarn(file: GGUFFile, arch: str, kind: str) -> None:
     for name, default in {**_YARN_DEFAULTS, "yarn_ext_factor": 0.0}.items():
         value = number(file, f"{arch}.rope.scaling.{name}", default)
         if value != default and not (name == "yarn_ext_factor" and value < 0.0):  # negative: unset
-            raise _refused(
-                file,
-                arch,
-                name,
-                value,
-                f"{default!r} with rope.scaling.type {kind!r} (absent: 'linear')",
-            )
+            rule = f"{default!r} with rope.scaling.type {kind!r} (absent: 'linear')"
+            raise _refused(file, arch, name, value, rule)
 
 
 def _yarn(file: GGUFFile, arch: str, factor: float, attention: float) -> dict[str, Any] | None:

@@ -84,11 +84,8 @@ def _plain_fields(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
             f"config.json lacks {', '.join(missing)}, which model_type={raw['model_type']!r} "
             "needs; add them."
         )
-    if (
-        "num_key_value_heads" in raw
-        and raw["num_key_value_heads"] is None
-        or fields["num_key_value_heads"] is None
-    ):
+    stated = raw.get("num_key_value_heads", fields["num_key_value_heads"])
+    if stated is None or fields["num_key_value_heads"] is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     # used before ModelConfig checks the rest
     for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):

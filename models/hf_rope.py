@@ -164,11 +164,9 @@ def _yarn(block: Mapping[str, Any], original: int) -> RopeScaling:
         )
     factor, above = float(block["factor"]), float(block.get("mscale") or 0.0)
     below = float(block.get("mscale_all_dim") or 0.0)
-    weighted = (
-        yarn_mscale(factor, above) / yarn_mscale(factor, below)
-        if above and below
-        else yarn_mscale(factor)
-    )
+    weighted = yarn_mscale(factor)
+    if above and below:
+        weighted = yarn_mscale(factor, above) / yarn_mscale(factor, below)
     return RopeScaling(
         "yarn",
         factor,

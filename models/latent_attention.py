@@ -100,28 +100,16 @@ class LatentAttention(nn.Module):
     def _queries(self, hidden: jax.Array, data: LayerData, kernels: Any) -> jax.Array:
         """Queries of all heads side by side, directly or through their own latent."""
         sizes, width = self._sizes, hidden.shape[-1]
-        features = self.config.num_attention_heads * (
-            sizes.qk_nope_head_dim + sizes.qk_rope_head_dim
-        )
+        per_head = sizes.qk_nope_head_dim + sizes.qk_rope_head_dim
+        features = self.config.num_attention_heads * per_head
         if sizes.q_lora_rank is None:
-            return project(
-                hidden,
-                [self._projection("q_proj", width, features)],
-                data.layer,
-                self.dtype,
-                kernels,
-            )[0]
+            projection = [self._projection("q_proj", width, features)]
+            return project(hidden, projection, data.layer, self.dtype, kernels)[0]
         down = self._projection("q_a_proj", width, sizes.q_lora_rank, self.switches.qkv_bias)
-        latent = self._norm("q_a_layernorm")(
-            project(hidden, [down], data.layer, self.dtype, kernels)[0], data.layer, kernels
-        )
-        return project(
-            latent,
-            [self._projection("q_b_proj", sizes.q_lora_rank, features)],
-            data.layer,
-            self.dtype,
-            kernels,
-        )[0]
+        latent = project(hidden, [down], data.layer, self.dtype, kernels)[0]
+        latent = self._norm("q_a_layernorm")(latent, data.layer, kernels)
+        up = [self._projection("q_b_proj", sizes.q_lora_rank, features)]
+        return project(latent, up, data.layer, self.dtype, kernels)[0]
 
     def _embedded(self, x: jax.Array, data: LayerData, shared: SharedData) -> jax.Array:
         """`x [B, T, heads, qk_rope_head_dim]` with rotary embedding, half-rotation layout."""

@@ -110,9 +110,8 @@ class Embedding(nn.Module):
 
     def logits(self, hidden: jax.Array, kernels: Kernels = XLA) -> jax.Array:
         """hidden [B, T, hidden_size] against every row: float32 [B, T, vocab_size]."""
-        return linear(hidden, [self.embedding], transposed=True, dtype="float32", kernels=kernels)[
-            0
-        ]
+        table = [self.embedding]
+        return linear(hidden, table, transposed=True, dtype="float32", kernels=kernels)[0]
 
 
 class LogitsHead(nn.Module):
@@ -124,12 +123,8 @@ class LogitsHead(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, kernels: Kernels = XLA) -> jax.Array:
-        kernel = self.param(
-            "kernel",
-            nn.initializers.lecun_normal(),
-            (hidden.shape[-1], self.vocab_size),
-            self.param_dtype,
-        )
+        shape, initial = (hidden.shape[-1], self.vocab_size), nn.initializers.lecun_normal()
+        kernel = self.param("kernel", initial, shape, self.param_dtype)
         return linear(hidden, [kernel], dtype="float32", kernels=kernels)[0]
 
 

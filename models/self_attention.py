@@ -45,11 +45,9 @@ class SharedData(NamedTuple):
 def score_scale(config: ModelConfig) -> float:
     """The factor on q . k before the softmax."""
     scale = float(config.query_pre_attn_scalar or config.head_dim) ** -0.5
-    return (
-        scale
-        if config.latent is None or config.rope_scaling is None
-        else scale * config.rope_scaling.latent_scale
-    )
+    if config.latent is None or config.rope_scaling is None:
+        return scale
+    return scale * config.rope_scaling.latent_scale
 
 
 class SelfAttention(nn.Module):

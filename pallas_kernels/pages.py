@@ -68,29 +68,14 @@ class PageLayout:
 
         def layout(rows: int) -> PageLayout:
             blocks = tuple(rows // need for need in block_rows)
-            meta_rows = _tile_rows(
-                max(
-                    n * (f.key.meta_rows + f.value.meta_rows)
-                    for n, f in zip(blocks, formats, strict=True)
-                ),
-                tokens,
-            )
+            pairs = zip(blocks, formats, strict=True)
+            meta_rows = max(n * (f.key.meta_rows + f.value.meta_rows) for n, f in pairs)
+            meta_rows = _tile_rows(meta_rows, tokens)
             # a TPU kernel would copy uint16 [pages, 1, 128]
             narrow = max_len <= 65536 and (tokens, max(blocks)) != (128, 1)
-            position_dtype = "uint16" if narrow else "int32"
-            return PageLayout(
-                tuple(formats),
-                head_dim,
-                tokens,
-                rows,
-                blocks,
-                meta_rows,
-                position_dtype,
-                scored,
-                meta_dtype,
-                group,
-                rope,
-            )
+            sizes = (head_dim, tokens, rows, blocks, meta_rows)
+            kept = ("uint16" if narrow else "int32", scored, meta_dtype, group, rope)
+            return PageLayout(tuple(formats), *sizes, *kept)
 
         if max(block_rows) > block_rows[0]:
             names = [f.name for f in formats]
@@ -98,10 +83,8 @@ class PageLayout:
                 f"tiers {names} take {block_rows} payload bytes a token at {head_dim=}; a lower "
                 "tier must not take more"
             )
-        rows = least_waste(
-            range(max(block_rows), 4 * max(block_rows) + 1), lambda rows: layout(rows).waste()
-        )
-        return layout(rows)
+        sizes = range(max(block_rows), 4 * max(block_rows) + 1)
+        return layout(least_waste(sizes, lambda rows: layout(rows).waste()))
 
     def native_formats(self) -> np.ndarray:
         """The tiers' codecs as `Layout::make` of native/pages.h reads them: int64 [tiers * 5]."""
@@ -130,9 +113,8 @@ class PageLayout:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all arrays of the pool."""
-        return self.tokens * (
-            self.rows + 2 * self.meta_rows + self.token_data_rows * self.token_data_bytes
-        )
+        token_data = self.token_data_rows * self.token_data_bytes
+        return self.tokens * (self.rows + 2 * self.meta_rows + token_data)
 
     def token_bytes(self, tier: int) -> int:
         """Bytes one token of a tier needs: payload, metadata, significance and position."""
@@ -175,9 +157,8 @@ class PageLayout:
     def join(self, tier: int, block: Block, payload: Array, meta: Array) -> tuple[Array, Array]:
         """Inverse of `split`: the blocks laid over `payload`, `meta`, whose remaining rows stay."""
         new_payload = jnp.concatenate([_rows(block.k_payload), _rows(block.v_payload)], axis=-2)
-        new_meta = jax.lax.bitcast_convert_type(
-            jnp.concatenate([_rows(block.k_meta), _rows(block.v_meta)], axis=-2), meta.dtype
-        )
+        new_meta = jnp.concatenate([_rows(block.k_meta), _rows(block.v_meta)], axis=-2)
+        new_meta = jax.lax.bitcast_convert_type(new_meta, meta.dtype)
         return (
             jnp.concatenate([new_payload, payload[..., new_payload.shape[-2] :, :]], axis=-2),
             jnp.concatenate([new_meta, meta[..., new_meta.shape[-2] :, :]], axis=-2),
@@ -274,10 +255,10 @@ def read_token_data(
     each, in slot order.
     """
     capacity = layout.pages_for(tier, max_len) * layout.tokens_per_page(tier)
-    significance, position = (
-        read_token_array(x, layout, page_table, tier, capacity)
-        for x in (pages.significance, pages.position)
+    read = partial(
+        read_token_array, layout=layout, page_table=page_table, tier=tier, capacity=capacity
     )
+    significance, position = read(pages.significance), read(pages.position)
     return significance, position, jnp.arange(capacity) < tier_len[:, tier, None]
 
 
@@ -289,9 +270,8 @@ def write_token_array(
     """
     pages = values.shape[1] // layout.tokens_per_page(tier)
     ids = tier_page_ids(page_table, tier, 0, pages)
-    ids = jnp.where(
-        jnp.arange(pages) < layout.pages_for(tier, length)[:, None], ids, array.shape[0]
-    )
+    held = jnp.arange(pages) < layout.pages_for(tier, length)[:, None]
+    ids = jnp.where(held, ids, array.shape[0])
     rows = values.reshape(*ids.shape, layout.blocks[tier], layout.tokens).astype(array.dtype)
     return array.at[ids, : layout.blocks[tier]].set(rows, mode="drop")
 

@@ -58,27 +58,17 @@ class MemoryReport:
 
     def __str__(self) -> str:
         table = Table("", "bytes", "of bf16", "tokens held", title="KV cache memory")
-        for name, amount in (
-            ("logical", self.logical),
-            ("allocated", self.allocated),
-            ("pool", self.pool),
-            ("bf16", self.bf16),
-        ):
-            table.add_row(
-                name,
-                humanize.naturalsize(amount, binary=True),
-                f"{amount / max(self.bf16, 1):.1%}",
-                "",
-            )
+        for name in ("logical", "allocated", "pool", "bf16"):
+            amount = getattr(self, name)
+            size = humanize.naturalsize(amount, binary=True)
+            table.add_row(name, size, f"{amount / max(self.bf16, 1):.1%}", "")
+        names = (*self.tier_names, "recent")
         per_tier = self.allocated_bytes.sum(axis=(0, 1, 2))
-        for name, amount, share in zip(
-            (*self.tier_names, "recent"), per_tier, self.kept_fraction, strict=True
-        ):
+        for name, amount, share in zip(names, per_tier, self.kept_fraction, strict=True):
             size = humanize.naturalsize(int(amount), binary=True)
             table.add_row(f"  {name}", size, f"{amount / max(self.bf16, 1):.1%}", f"{share:.1%}")
-        table.add_row(
-            "  dropped", "", "", f"{1 - self.kept_fraction.sum():.1%}" if self.tokens.any() else ""
-        )
+        dropped = f"{1 - self.kept_fraction.sum():.1%}" if self.tokens.any() else ""
+        table.add_row("  dropped", "", "", dropped)
         console = Console(width=80)
         with console.capture() as capture:
             console.print(table)
@@ -92,41 +82,30 @@ def memory_report(cache: KVCache) -> MemoryReport:
     Raises:
         TypeError: it is no cache.
     """
-    instance(
-        "cache", cache, KVCache, "generate returns one as .cache, make_cache makes an empty one"
-    )
+    remedy = "generate returns one as .cache, make_cache makes an empty one"
+    instance("cache", cache, KVCache, remedy)
     cache, spec = complete(cache), cache.spec
     layout, attention = spec.layout, spec.attention
     counters = jax.device_get((cache.tier_len, cache.seq_len, cache.recent_len))
     tier_len, seq_len, recent_len = (np.asarray(x, np.int64) for x in counters)
-    owned = np.concatenate(
-        [tier_len, np.broadcast_to(recent_len[:, None, None], (*tier_len.shape[:3], 1))], axis=-1
-    )
+    by_head = (*tier_len.shape[:3], 1)
+    recent = np.broadcast_to(recent_len[:, None, None], by_head)
+    owned = np.concatenate([tier_len, recent], axis=-1)
     tokens = owned.copy()
     if spec.pairs is not None:
         tokens[spec.unmerged_layers :: 2, ..., -2] = owned[spec.unmerged_layers + 1 :: 2, ..., -2]
     pages = np.stack([layout.pages_for(t, tier_len[..., t]) for t in range(layout.tiers)], axis=-1)
     channels = cache.recent_k.shape[-1] + cache.recent_v.shape[-1]  # of K and V of one token
     exact = channels * cache.recent_k.dtype.itemsize  # in the cache dtype
-    token_bytes = [layout.token_bytes(t) for t in range(layout.tiers)] + [
-        exact + (4 if layout.scored else 0)
-    ]
+    token_bytes = [layout.token_bytes(t) for t in range(layout.tiers)]
+    token_bytes.append(exact + (4 if layout.scored else 0))
     page_bytes = layout.page_bytes + cache.ring.ids.dtype.itemsize
-    fixed = (
-        cache.page_table,
-        cache.tier_len,
-        cache.policy,
-        cache.recent_k,
-        cache.recent_v,
-        cache.recent_significance,
-    )
-    head_bytes = np.broadcast_to(
-        tree_bytes(fixed) // max(pages[..., :1].size, 1), (*tier_len.shape[:3], 1)
-    )
-    ring_tokens = (
-        np.minimum(seq_len, spec.ring_len) * len(spec.window_layers) * attention.num_kv_heads
-    )
-    plain_tokens = seq_len * len(spec.paged_layers) * attention.num_kv_heads + ring_tokens
+    recent = (cache.recent_k, cache.recent_v, cache.recent_significance)
+    fixed = tree_bytes((cache.page_table, cache.tier_len, cache.policy, recent))
+    head_bytes = np.broadcast_to(fixed // max(pages[..., :1].size, 1), by_head)
+    kv_heads, in_rings = attention.num_kv_heads, np.minimum(seq_len, spec.ring_len)
+    ring_tokens = in_rings * len(spec.window_layers) * kv_heads
+    plain_tokens = seq_len * len(spec.paged_layers) * kv_heads + ring_tokens
     logical_bytes, pool = owned * token_bytes, tree_bytes(cache)
     return MemoryReport(
         tier_names=tuple(f.name for f in layout.formats),

@@ -107,9 +107,8 @@ def calibrate(
             for layer, (x, weight) in enumerate(zip(given.x, given.fisher, strict=True)):
                 # [K, d, n]
                 block, cost = (jnp.moveaxis(jnp.asarray(part), 0, 2) for part in (x, weight))
-                layers.append(
-                    np.asarray(codec.fit(block, cost, jax.random.fold_in(key, layer), how))
-                )
+                fitted = codec.fit(block, cost, jax.random.fold_in(key, layer), how)
+                layers.append(np.asarray(fitted))
                 bar.update()
             return _as_stored(np.stack(layers))
 
@@ -147,9 +146,8 @@ def _spread(batch: np.ndarray, samples: int, first: int) -> np.ndarray:
             f"calibration sequences of {batch.shape[1]} tokens have none between the policy's "
             f"{first} sinks and the last one"
         )
-    return np.linspace(first, batch.shape[1] - 2, min(places, -(-samples // len(batch)))).astype(
-        np.int32
-    )
+    count = min(places, -(-samples // len(batch)))
+    return np.linspace(first, batch.shape[1] - 2, count).astype(np.int32)
 
 
 def _collect(
@@ -193,10 +191,9 @@ def _stored(
         k, k_gradient = k[..., : spec.attention.latent], k_gradient[..., : spec.attention.latent]
     if spec.layout.rope is not None:
         position, rope = jnp.asarray(at)[None, None], spec.layout.rope
-        k, k_gradient = (
-            jnp.swapaxes(at_positions(jnp.swapaxes(x, 1, 2), position, rope, back=True), 1, 2)
-            for x in (k, k_gradient)
-        )
+        pair = (jnp.swapaxes(x, 1, 2) for x in (k, k_gradient))
+        pair = (at_positions(x, position, rope, back=True) for x in pair)
+        k, k_gradient = (jnp.swapaxes(x, 1, 2) for x in pair)
     k, k_gradient = (transform.keys(x, spec.attention) for x in (k, k_gradient))
     v, v_gradient = (transform.values(x) for x in (v, v_gradient))
     return tuple(

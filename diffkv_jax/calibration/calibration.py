@@ -39,21 +39,16 @@ class Calibration:
     fingerprint: str
 
     def __post_init__(self):
-        tables = tuple_of(
-            "tables", self.tables, _pair, "a pair of arrays or None, of K and V, for each tier"
-        )
+        rule = "a pair of arrays or None, of K and V, for each tier"
+        tables = tuple_of("tables", self.tables, _pair, rule)
         tiers = tuple_of("tiers", self.tiers, text, "a list of format names such as ['K8v4V8v4']")
         if len(tables) != len(tiers):
             raise ValueError(
                 f"tables hold {len(tables)} pairs, and tiers={tiers} are {len(tiers)}: give one "
                 "for each"
             )
-        found = (
-            tables,
-            tiers,
-            from_mapping("transform", self.transform, Transform),
-            text("fingerprint", self.fingerprint),
-        )
+        transform = from_mapping("transform", self.transform, Transform)
+        found = (tables, tiers, transform, text("fingerprint", self.fingerprint))
         for field, value in zip(fields(self), found, strict=True):
             object.__setattr__(self, field.name, value)
 
@@ -65,9 +60,8 @@ class Calibration:
             ValueError: they are not those that it was made with.
         """
         instance("model", model, CausalLM, "load_pretrained returns one")
-        if not isinstance(params, Mapping) or not all(
-            hasattr(leaf, "dtype") for leaf in jax.tree.leaves(params)
-        ):
+        leaves = jax.tree.leaves(params) if isinstance(params, Mapping) else [None]
+        if not all(hasattr(leaf, "dtype") for leaf in leaves):
             raise WrongType(
                 f"params={shown(params)} must be the model's parameters: nested mappings of arrays"
             )
@@ -100,9 +94,8 @@ class Calibration:
             "transform": to_mapping(self.transform),
             "fingerprint": self.fingerprint,
         }
-        ocp.save(
-            str(folder.absolute()), _named(self.tables), overwrite=overwrite, custom_metadata=names
-        )
+        target, arrays = str(folder.absolute()), _named(self.tables)
+        ocp.save(target, arrays, overwrite=overwrite, custom_metadata=names)
 
     @staticmethod
     def load(path: str | Path) -> "Calibration":
@@ -118,10 +111,8 @@ class Calibration:
             arrays = {name: np.asarray(array) for name, array in ocp.load(folder).items()}
             names: Any = found.custom_metadata
             tiers = tuple(names["tiers"])
-            tables = tuple(
-                (arrays.get(f"{i}.key"), arrays.get(f"{i}.value")) for i in range(len(tiers))
-            )
-            return Calibration(tables, tiers, names["transform"], names["fingerprint"])
+            tables = [(arrays.get(f"{i}.key"), arrays.get(f"{i}.value")) for i in range(len(tiers))]
+            return Calibration(tuple(tables), tiers, names["transform"], names["fingerprint"])
         except Exception as error:  # Orbax meets a damaged folder as many exception types
             raise ValueError(
                 f"path={str(path)!r} must be a folder that Calibration.save wrote "
@@ -130,11 +121,9 @@ class Calibration:
 
 
 def _pair(name: str, value: Any) -> tuple:
-    first, second = (
-        value
-        if isinstance(value, tuple | list) and len(value) == 2
-        else refuse(name, value, "a pair", True)
-    )
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        refuse(name, value, "a pair", True)
+    first, second = value
     for table in (first, second):
         if table is not None and not isinstance(table, np.ndarray | jax.Array):
             refuse(name, table, "an array or None", True)
@@ -178,16 +167,14 @@ def tables_for(
                 f"the calibration was made for {field}={learned!r}, policy {policy.name!r} has "
                 f"{given!r}: calibrate with it"
             )
-    if (
-        found := tuple(
-            tuple(x if x is None else x.shape for x in pair) for pair in calibration.tables
-        )
-    ) != shapes:
+    tables = calibration.tables
+    found = tuple(tuple(x if x is None else x.shape for x in pair) for pair in tables)
+    if found != shapes:
         raise ValueError(
             f"the calibration's arrays have shapes {found}, the cache needs {shapes}: calibrate "
             "with this model and policy"
         )
-    return calibration.tables
+    return tables
 
 
 def fingerprint(model: CausalLM, params: Mapping[str, Any]) -> str:
@@ -197,9 +184,8 @@ def fingerprint(model: CausalLM, params: Mapping[str, Any]) -> str:
     The same model loaded in another dtype has the same one.
     """
     digest = hashlib.sha256(repr(replace(model.attention, dtype="")).encode())
-    for (path, leaf), sample in zip(
-        jax.tree_util.tree_leaves_with_path(params), _sampled(params), strict=True
-    ):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), sample in zip(leaves, _sampled(params), strict=True):
         digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}".encode())
         digest.update(np.asarray(sample).tobytes())
     return digest.hexdigest()

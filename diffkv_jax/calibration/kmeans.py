@@ -41,9 +41,8 @@ def _kmeans(x: Array, weight: Array, key: Array, clusters: int, iterations: int)
         member = nearest(x, centroids)
         total = jax.ops.segment_sum(weight, member, clusters)
         sums = jax.ops.segment_sum(weight[:, None] * x, member, clusters)
-        return jnp.where(
-            total[:, None] > 0, sums / jnp.where(total > 0, total, 1.0)[:, None], centroids
-        )
+        means = sums / jnp.where(total > 0, total, 1.0)[:, None]
+        return jnp.where(total[:, None] > 0, means, centroids)
 
     return lax.fori_loop(0, iterations, improve, _seeds(x, weight, key, clusters))
 

@@ -72,12 +72,10 @@ def _causal_attention(
     n, kv_heads, d = k.shape
     logits = jnp.einsum("tkgd,skd->kgts", q.reshape(n, kv_heads, -1, d), k) * attention.sm_scale
     behind = jnp.arange(n)[:, None] - jnp.arange(n)
-    logits = jnp.where(
-        (behind >= 0) & (behind < window), soft_cap(logits, attention.logits_soft_cap), -jnp.inf
-    )
-    return jnp.einsum("kgts,skd->tkgd", jax.nn.softmax(logits, axis=-1), v).reshape(
-        *q.shape[:-1], -1
-    )
+    seen = (behind >= 0) & (behind < window)
+    logits = jnp.where(seen, soft_cap(logits, attention.logits_soft_cap), -jnp.inf)
+    out = jnp.einsum("kgts,skd->tkgd", jax.nn.softmax(logits, axis=-1), v)
+    return out.reshape(*q.shape[:-1], -1)
 
 
 class Activations(NamedTuple):

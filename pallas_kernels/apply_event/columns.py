@@ -1,5 +1,6 @@
 """Gather and scatter of single tokens (one lane of a page) and of whole pages, on all arrays."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -47,17 +48,14 @@ def write_tokens(
     pages: Pages, layout: PageLayout, tier: int, slots: Slots, tokens: tuple[Block, Array, Array]
 ) -> Pages:
     """Put tokens as returned by `read_tokens` at `slots`; those on page `num_pages` are dropped."""
-    (block, significance, position), meta_dtype = tokens, pages.meta.dtype
+    block, significance, position = tokens
+    bits = partial(lax.bitcast_convert_type, new_dtype=pages.meta.dtype)
     k_payload, v_payload, k_meta, v_meta = _parts(pages, layout, tier, slots)
     payload = _write_column(pages.payload, slots, k_payload[1], block.k_payload)
-    meta = _write_column(
-        pages.meta, slots, k_meta[1], lax.bitcast_convert_type(block.k_meta, meta_dtype)
-    )
+    meta = _write_column(pages.meta, slots, k_meta[1], bits(block.k_meta))
     return Pages(
         payload=_write_column(payload, slots, v_payload[1], block.v_payload),
-        meta=_write_column(
-            meta, slots, v_meta[1], lax.bitcast_convert_type(block.v_meta, meta_dtype)
-        ),
+        meta=_write_column(meta, slots, v_meta[1], bits(block.v_meta)),
         significance=_write_array(pages.significance, slots, significance),
         position=_write_array(pages.position, slots, position),
     )

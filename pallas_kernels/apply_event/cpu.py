@@ -31,12 +31,8 @@ def apply_event(
             out of an array, or when pages do not suffice; nothing has changed then.
     """
     del max_len
-    shapes = {
-        tokens.k.shape[:2],
-        tokens.v.shape[:2],
-        tokens.significance.shape,
-        tokens.position.shape,
-    }
+    shapes = {tokens.k.shape[:2], tokens.v.shape[:2]}
+    shapes |= {tokens.significance.shape, tokens.position.shape}
     if len(shapes) > 1 or tokens.k.dtype != tokens.v.dtype or entering.shape[1] > tokens.k.shape[1]:
         types = f"{tokens.k.dtype} and {tokens.v.dtype}"
         raise ValueError(

@@ -22,11 +22,8 @@ def carry_out(*refs, plan: Plan) -> None:
     bytes)).
     """
     inputs, outputs = len(Inputs._fields), len(Outputs._fields)
-    x, out, (s,) = (
-        Inputs(*refs[:inputs]),
-        Outputs(*refs[inputs : inputs + outputs]),
-        refs[inputs + outputs :],
-    )
+    x, out = Inputs(*refs[:inputs]), Outputs(*refs[inputs : inputs + outputs])
+    (s,) = refs[inputs + outputs :]
     head = Head(plan, x, out, s)
     first, last = pl.program_id(1) == 0, pl.program_id(1) == pl.num_programs(1) - 1
     heads = pl.num_programs(0)

@@ -202,8 +202,9 @@ class Tier:
             @pl.when(page >= self.s.owned[self.tier])
             def _():
                 self.s.free_count[0] -= 1
+                page_id = self.s.free[self.row, 0, self.s.free_count[0]]
                 column = page_column(self.tier, page, self.plan.max_pages)
-                self.s.table[self.row, 0, column] = self.s.free[self.row, 0, self.s.free_count[0]]
+                self.s.table[self.row, 0, column] = page_id
                 self.s.owned[self.tier] += 1
 
             self.store(page, TAIL)

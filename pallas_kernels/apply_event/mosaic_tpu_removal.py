@@ -212,8 +212,8 @@ def _requantise_fallen(head: Head, above: Any, below: Any, step: Step) -> None:
     lane = one_hot(step.lane >= 0, step.lane, lanes)
     dims = (((0,), (0,)), ((), ()))
     from_hole = lax.dot_general(falling, lane, dims, preferred_element_type=jnp.float32)
-    top = move_columns(columns, above, from_top)
-    hole = move_columns(columns, below, from_hole.astype(jnp.bfloat16))
+    from_hole = from_hole.astype(jnp.bfloat16)
+    top, hole = move_columns(columns, above, from_top), move_columns(columns, below, from_hole)
     fallen[: columns.bytes_end], fallen[columns.bytes_end :] = (
         a | b for a, b in zip(top, hole, strict=True)
     )

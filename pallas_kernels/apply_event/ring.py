@@ -55,9 +55,8 @@ def grow(
     `page_table [B, max_pages]`.
     """
     ids, ring = allocate(ring, jnp.maximum(new_pages - pages, 0), most)
-    return ring, _set_columns(
-        page_table, tier, pages, ids, jnp.arange(most) < (new_pages - pages)[:, None]
-    )
+    new = jnp.arange(most) < (new_pages - pages)[:, None]
+    return ring, _set_columns(page_table, tier, pages, ids, new)
 
 
 def shrink(

@@ -70,10 +70,8 @@ class State(NamedTuple):
 
 def pages_of(layout: PageLayout, lengths: tuple) -> list:
     """Pages that tiers of `lengths` (scalars) take."""
-    return [
-        lax.div(n + layout.tokens_per_page(t) - 1, jnp.int32(layout.tokens_per_page(t)))
-        for t, n in enumerate(lengths)
-    ]
+    pairs = zip(lengths, map(layout.tokens_per_page, range(len(lengths))), strict=True)
+    return [lax.div(n + per_page - 1, jnp.int32(per_page)) for n, per_page in pairs]
 
 
 @dataclass(frozen=True)

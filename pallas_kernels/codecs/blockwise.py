@@ -16,11 +16,9 @@ Meta = dict[int, Array]  # {metadata row: bits int32 [T]}
 
 def head_dim_of(codec: Any, rows: int) -> int:
     """The head_dim of a payload of `rows` rows."""
-    return (
-        rows // jnp.dtype(codec.dtype).itemsize
-        if isinstance(codec, Full)
-        else rows * 8 // codec.bits
-    )
+    if isinstance(codec, Full):
+        return rows // jnp.dtype(codec.dtype).itemsize
+    return rows * 8 // codec.bits
 
 
 class Parts(NamedTuple):

@@ -49,9 +49,9 @@ class Full(Scalar):
         """Back to float32 `[..., d, T]`."""
         del meta
         planes = payload.reshape(*payload.shape[:-2], self._bytes, -1, payload.shape[-1])
-        return jax.lax.bitcast_convert_type(
-            jnp.moveaxis(planes, -3, -1), jnp.dtype(self.dtype)
-        ).astype(jnp.float32)
+        planes = jnp.moveaxis(planes, -3, -1)
+        x = jax.lax.bitcast_convert_type(planes, jnp.dtype(self.dtype))
+        return x.astype(jnp.float32)
 
     def tile(self, head_dim: int, channel: int, channels: int) -> Tile:
         """A plane for each byte."""

@@ -141,18 +141,16 @@ def _call(
     count, _, tokens = operands[0].shape
     rows = fmt.key.rows(head_dim), fmt.value.rows(head_dim)
     meta_rows = [n for n in (fmt.key.meta_rows, fmt.value.meta_rows) if n]
-    shapes = [((count, n, tokens), jnp.uint8) for n in rows] + [
-        ((count, n, tokens), jnp.int16) for n in meta_rows
-    ]
+    shapes = [((count, n, tokens), jnp.uint8) for n in rows]
+    shapes += [((count, n, tokens), jnp.int16) for n in meta_rows]
     if blocks is None:
         blocks = Blocks.choose(count, sum(x.shape[1] * tokens * x.dtype.itemsize for x in operands))
 
     def of_step(rows: int) -> pl.BlockSpec:
         return pl.BlockSpec((blocks.blocks, rows, tokens), lambda step: (step, 0, 0))
 
-    moved = sum(x.size * x.dtype.itemsize for x in operands) + count * tokens * fmt.token_bytes(
-        head_dim
-    )
+    written = count * tokens * fmt.token_bytes(head_dim)
+    moved = sum(x.size * x.dtype.itemsize for x in operands) + written
     parts = pl.pallas_call(
         kernel,
         grid=(pl.cdiv(count, blocks.blocks),),

@@ -84,11 +84,9 @@ class Outliers(Beside):
 
     @property
     def _outlier_rows(self) -> int:
-        return (
-            self.count
-            if self.axis == "token"
-            else rows_for(self.head_dim * self.count, self.tokens)
-        )
+        if self.axis == "token":
+            return self.count
+        return rows_for(self.head_dim * self.count, self.tokens)
 
     def rows(self, head_dim: int) -> int:
         """Payload rows (bytes a token) of one block."""
@@ -115,9 +113,8 @@ class Outliers(Beside):
     def _replaced(self, x: Array, index: Array) -> tuple[Array, Array]:
         """`without_outliers` of the outliers at `index [..., vectors, count]`."""
         vectors = self._as_vectors(x.astype(jnp.float32))
-        middle = {"mean": jnp.mean, "median": jnp.median}[self.fill](
-            vectors, axis=-1, keepdims=True
-        )
+        middle_of = {"mean": jnp.mean, "median": jnp.median}[self.fill]
+        middle = middle_of(vectors, axis=-1, keepdims=True)
         taken = (jnp.arange(self._length) == index[..., None]).any(axis=-2)
         return self._as_vectors(jnp.where(taken, middle, vectors)), self._as_vectors(taken)
 
@@ -125,20 +122,18 @@ class Outliers(Beside):
         """Index of the largest, then the smallest values `[..., vectors, count]`: on the codec's
         own scale where channels have theirs.
         """
-        vectors = self._as_vectors(
-            self.codec.rank(x) if isinstance(self.codec, StaticLevels) else x.astype(jnp.float32)
-        )
-        return jnp.concatenate(
-            [lax.top_k(sign * vectors, self.count // 2)[1] for sign in (1, -1)], axis=-1
-        )
+        codec = self.codec
+        x = codec.rank(x) if isinstance(codec, StaticLevels) else x.astype(jnp.float32)
+        vectors = self._as_vectors(x)
+        both = [lax.top_k(sign * vectors, self.count // 2)[1] for sign in (1, -1)]
+        return jnp.concatenate(both, axis=-1)
 
     def decode(self, payload: Array, meta: Array) -> Array:
         """Back to float32 `[..., d, n * T]`, of one block or n that lie side by side."""
         payload, meta = apart(payload, self.tokens), apart(meta, self.tokens)
         rows, meta_rows = payload.shape[-2] - self._outlier_rows, self.codec.meta_rows
-        vectors = self._as_vectors(
-            self.codec.decode(payload[..., :rows, :], meta[..., :meta_rows, :])
-        )
+        decoded = self.codec.decode(payload[..., :rows, :], meta[..., :meta_rows, :])
+        vectors = self._as_vectors(decoded)
         index = self._unpacked(payload[..., rows:, :])
         stored = self._unpacked(meta[..., meta_rows:, :])
         values = jnp.concatenate(outliers_of(*jnp.split(stored, 2, axis=-1)), axis=-1)
@@ -153,16 +148,14 @@ class Outliers(Beside):
 
     def _packed(self, numbers: Array) -> Array:
         """`[..., vectors, count]` as rows of T lanes."""
-        return (
-            jnp.swapaxes(numbers, -1, -2) if self.axis == "token" else as_rows(numbers, self.tokens)
-        )
+        if self.axis == "token":
+            return jnp.swapaxes(numbers, -1, -2)
+        return as_rows(numbers, self.tokens)
 
     def _unpacked(self, rows: Array) -> Array:
-        return (
-            jnp.swapaxes(rows, -1, -2)
-            if self.axis == "token"
-            else from_rows(rows, self.head_dim, self.count)
-        )
+        if self.axis == "token":
+            return jnp.swapaxes(rows, -1, -2)
+        return from_rows(rows, self.head_dim, self.count)
 
 
 def _in_order(index: Array, values: Array) -> tuple[Array, Array]:
@@ -172,9 +165,8 @@ def _in_order(index: Array, values: Array) -> tuple[Array, Array]:
     (first, second), (first_at, second_at) = (jnp.split(x, 2, axis=-1) for x in (values, index))
     turned = first < second  # where a codec ranks on a scale of its own
     larger, smaller = jnp.where(turned, second, first), jnp.where(turned, first, second)
-    index = jnp.concatenate(
-        [jnp.where(turned, second_at, first_at), jnp.where(turned, first_at, second_at)], axis=-1
-    )
+    both = [jnp.where(turned, second_at, first_at), jnp.where(turned, first_at, second_at)]
+    index = jnp.concatenate(both, axis=-1)
     return index, as_half(jnp.concatenate(outlier_bits(larger, smaller), axis=-1))
 
 

@@ -48,12 +48,10 @@ class PerChannel(Codec):
     def encode(self, x: Array) -> tuple[Array, Array]:
         """Quantise `[..., d, T]` to (payload, metadata), half to even, with `scales.grid`."""
         x = x.astype(jnp.float32)
-        scale, zero, *stored = scales.grid(
-            x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True), 2**self.bits - 1
-        )
-        codes = jnp.clip(
-            jnp.round((x - zero) / jnp.where(scale > 0, scale, 1.0)), 0, 2**self.bits - 1
-        )
+        low, high = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
+        scale, zero, *stored = scales.grid(low, high, 2**self.bits - 1)
+        codes = jnp.round((x - zero) / jnp.where(scale > 0, scale, 1.0))
+        codes = jnp.clip(codes, 0, 2**self.bits - 1)
         numbers = scales.as_half(jnp.concatenate(stored, axis=-2))  # [..., 2 * d, 1]
         return pack_planes(codes, self.bits), as_rows(numbers, self.tokens)
 

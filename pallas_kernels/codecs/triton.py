@@ -57,10 +57,8 @@ def _encode(k_ref: Any, v_ref: Any, *refs: Any, fmt: KVFormat) -> None:
     """
     out = parts_of(fmt, refs)
     key, value = fmt.scalars()
-    for codec, values, payload, meta in (
-        (key, k_ref, out.k_payload, out.k_meta),
-        (value, v_ref, out.v_payload, out.v_meta),
-    ):
+    k, v = (key, k_ref, out.k_payload, out.k_meta), (value, v_ref, out.v_payload, out.v_meta)
+    for codec, values, payload, meta in (k, v):
         _write(*encode_block(codec, values.shape[0], _tile_of(values)), payload, meta)
 
 
@@ -135,9 +133,8 @@ def _call(
     head_dim = first_rows if head_dim is None else head_dim
     rows = fmt.key.rows(head_dim), fmt.value.rows(head_dim)
     meta_rows = [n for n in (fmt.key.meta_rows, fmt.value.meta_rows) if n]
-    shapes = [((count, n, tokens), jnp.uint8) for n in rows] + [
-        ((count, n, tokens), jnp.float16) for n in meta_rows
-    ]
+    shapes = [((count, n, tokens), jnp.uint8) for n in rows]
+    shapes += [((count, n, tokens), jnp.float16) for n in meta_rows]
 
     def of_program(rows: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, rows, blocks.tokens), lambda block, piece: (block, 0, piece))
@@ -159,10 +156,8 @@ def _call(
 def _check_powers_of_two(shape: tuple[int, ...], *codecs: tuple[Scalar, ...]) -> None:
     _, head_dim, tokens = shape
     sizes = {tile.channels for first, *others in codecs for tile in first.tiles(head_dim, *others)}
-    for name, size in [
-        ("tokens a block", tokens),
-        *(("channels of a tile", size) for size in sorted(sizes)),
-    ]:
+    of_tiles = (("channels of a tile", size) for size in sorted(sizes))
+    for name, size in [("tokens a block", tokens), *of_tiles]:
         if size & (size - 1):
             raise ValueError(
                 f"{name}={size} (head_dim={head_dim}, {codecs}) must be a power of two for Triton; "

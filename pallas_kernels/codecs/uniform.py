@@ -110,11 +110,9 @@ class Uniform(Scalar):
 
     def can_demote_to(self, target: Codec) -> TypeGuard["Uniform"]:
         """Whether `demote` works on integer codes: same groups, no more bits."""
-        return (
-            isinstance(target, Uniform)
-            and target.groups == self.groups
-            and target.bits <= self.bits
-        )
+        if not isinstance(target, Uniform):
+            return False
+        return target.groups == self.groups and target.bits <= self.bits
 
     def plane_channels(self, head_dim: int) -> int:
         """Channels that one byte plane holds."""

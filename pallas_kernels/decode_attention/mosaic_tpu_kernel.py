@@ -1,6 +1,7 @@
 """The TPU kernel of decode attention: what one program does for one head."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -130,10 +131,8 @@ def _chunk_step(r: Refs, plan: Plan, stream: Stream, head, tier: int) -> Callabl
         if layout.scored:
             _read_scores(r, stream, head, tier, chunk)
         live = _live(r, plan, head, tier, chunk)
-        blocks = [
-            StoredBlock(r, plan, tier, buffer, page, block)
-            for page, block, _ in _blocks(plan, tier)
-        ]
+        of_chunk = partial(StoredBlock, r, plan, tier, buffer)
+        blocks = [of_chunk(page, block) for page, block, _ in _blocks(plan, tier)]
         parts = [logits_of(block, k_runs, queries, sums) for block in blocks]
         logits = jnp.concatenate(parts, axis=1)
         logits = jnp.where(live, soft_cap(logits * plan.sm_scale, plan.soft_cap), -jnp.inf)

@@ -113,7 +113,7 @@ class Partials(NamedTuple):
     recent_logits: Any  # float32 [B, G, slots], base 2
 
     @staticmethod
-    def shapes(layout: PageLayout, blocks: Blocks, q: tuple[int, int, int], slots: int):
+    def shapes(layout: PageLayout, blocks: Blocks, q: tuple[int, ...], slots: int):
         """Their shapes and dtypes, for queries of shape `q`."""
         (b, g, d), splits = q, blocks.splits
         steps, kept = (blocks.steps, g) if layout.scored else (1, 1)

@@ -157,8 +157,8 @@ class StoredBlocks(NamedTuple):
         codes = code_of(
             group, codec.bits, count, lambda row: self._bytes(first, row).astype(jnp.int32)
         )
-        entry = (codes,) if isinstance(codec, Levels) else (group[:, None], codes, within[:, None])
         at = (self.inputs.layer[0], lax.rem(self.head, jnp.int32(table.shape[1])))
+        entry = (codes,) if isinstance(codec, Levels) else (group[:, None], codes, within[:, None])
         return plgpu.load(gathered(table, *at, *entry)).astype(jnp.float32)
 
     def _scale_zero(self, tile: Tile, first: Array) -> tuple[Array | None, Array | None]:

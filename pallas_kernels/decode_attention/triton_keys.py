@@ -163,10 +163,8 @@ def row_channels(ref, at: tuple, piece: tuple[int, int]):
 
 def load_rows(ref, at: tuple, piece: tuple[int, int], live: Array, dtype) -> Array:
     """`row_channels` as values of `dtype`, zeros where not `live [n]` (those are never read)."""
-    rows, mask = (
-        row_channels(ref, at, piece),
-        jnp.broadcast_to(live[:, None], (live.size, piece[1])),
-    )
+    rows = row_channels(ref, at, piece)
+    mask = jnp.broadcast_to(live[:, None], (live.size, piece[1]))
     return plgpu.load(rows, mask=mask, other=0.0).astype(dtype)
 
 

@@ -99,11 +99,9 @@ def _place(operation: str) -> Path:
 def cache_directory() -> Path:
     """Where built libraries lie: $DIFFKV_JAX_CACHE, else diffkv_jax in the user's cache folder."""
     given = os.environ.get("DIFFKV_JAX_CACHE")
-    return (
-        Path(given)
-        if given
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffkv_jax"
-    )
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffkv_jax"
 
 
 def _check_writable(directory: Path) -> None:

@@ -253,5 +253,5 @@ def _least_of_tier(
     victim = jnp.min(jnp.where((mean == least) & (position == oldest), slot, OLDEST))
     some = receives & (victim != OLDEST)
     dropped, falls = (some & leave for leave in rule.leaving(least, tier, layout.tiers))
-    left = jnp.where(dropped | falls, victim, -1)
-    return dropped.astype(jnp.int32), falls.astype(jnp.int32), left
+    counts = dropped.astype(jnp.int32), falls.astype(jnp.int32)
+    return *counts, jnp.where(dropped | falls, victim, -1)

@@ -78,9 +78,8 @@ def stored_victims(
     mean = mean_significance(total, position, rule.query_spans)
     codes = classify(mean, rule.tau, layout.tiers)
     stays = HIGH if tier == 0 else LOW
-    victim = (
-        live & (codes != stays) & ((codes == DROPPED) | (tier == 0)) & rule.has_new_tokens[:, None]
-    )
+    leaves = live & (codes != stays) & ((codes == DROPPED) | (tier == 0))
+    victim = leaves & rule.has_new_tokens[:, None]
     if one_victim:
         victim = victim & least_significant(mean, position, live) & rule.receives[:, tier, None]
     return victim, victim & (codes == LOW) & (tier == 0)

@@ -212,11 +212,8 @@ def _least(
             jnp.where(less, new, old) for new, old in zip((mean, position, slot), best, strict=True)
         )
 
-    start = (
-        jnp.full((n,), jnp.inf, jnp.float32),
-        jnp.full((n,), last, jnp.int32),
-        jnp.full((n,), last, jnp.int32),
-    )
+    lasts = (jnp.full((n,), last, jnp.int32) for _ in range(2))
+    start = (jnp.full((n,), jnp.inf, jnp.float32), *lasts)
     mean, position, slot = lax.fori_loop(0, pl.cdiv(length, n), body, start)
     least = mean.min()
     oldest = jnp.where(mean == least, position, last).min()

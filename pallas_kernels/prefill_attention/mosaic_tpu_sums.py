@@ -102,13 +102,7 @@ def column_sums(
     b, g, c, d = chunk.q.shape
     blocks = blocks or Blocks.choose(layout, g, c, observe)
     check_table(heads.page_table)
-    query_bytes = g * blocks.observed * max(d, 128) * chunk.q.dtype.itemsize
-    if query_bytes > QUERY_BYTES:
-        raise ValueError(
-            f"{observe=} rows of {g} query heads take {query_bytes} bytes of VMEM, and at most "
-            f"{QUERY_BYTES} are given; let fewer rows observe, take a smaller prefill_chunk or use "
-            "implementation='xla'"
-        )
+    _check_queries(g * blocks.observed * max(d, 128) * chunk.q.dtype.itemsize, g, observe)
     slots, step_pages = heads.recent_k.shape[2], max(pages_of_step(layout, blocks.keys))
 
     def of_head(*shape: int, last: int = 0) -> pl.BlockSpec:
@@ -154,6 +148,15 @@ def column_sums(
         name="column_sums",
     )(*inputs)
     return ColumnSums(significance, of_recent[:, 0], of_chunk[:, 0])
+
+
+def _check_queries(query_bytes: int, group: int, observe: int) -> None:
+    if query_bytes > QUERY_BYTES:
+        raise ValueError(
+            f"{observe=} rows of {group} query heads take {query_bytes} bytes of VMEM, and at most "
+            f"{QUERY_BYTES} are given; let fewer rows observe, take a smaller prefill_chunk or use "
+            "implementation='xla'"
+        )
 
 
 def _kernel(*refs, layout: PageLayout, scale: Scale, blocks: Blocks, observe: int):

@@ -43,12 +43,8 @@ def shift_recent(
             shift beyond the window.
     """
     windows = recent_k, recent_v, significance
-    run = build.call(
-        "recent_window",
-        "shift_recent_cpu",
-        *_like(*windows),
-        aliases={i: i for i in range(len(windows))},
-    )
+    aliases = {i: i for i in range(len(windows))}
+    run = build.call("recent_window", "shift_recent_cpu", *_like(*windows), aliases=aliases)
     new_k, new_v, scores = run(*windows, jnp.asarray(layer, jnp.int32), shift)
     return new_k, new_v, scores
 
