@@ -114,6 +114,7 @@ _READS = (
 )
 _FIELDS = sizes(head_dim=64, attention_bias=False, max_position_embeddings=REQUIRED)
 DEEPSEEK_V2 = Family(
+    model_type="deepseek_v2",
     hf_fields={**_FIELDS, "mlp_bias": False},
     rope_theta=10000.0,
     layers=all_full,
@@ -123,6 +124,7 @@ DEEPSEEK_V2 = Family(
     parts=_v2,
 )
 DEEPSEEK_V3 = Family(
+    model_type="deepseek_v3",
     hf_fields=_FIELDS,
     rope_theta=10000.0,
     layers=all_full,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import ModelConfig
+from .gguf_file import GGUFFile
 from .switches import Switches
 
 REQUIRED = object()
@@ -30,10 +31,36 @@ def sizes(**changes: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class InGGUF:
+    """How GGUF files keep models of a family.
+
+    Attributes:
+        arch: their general.architecture.
+        hf_class: the class that config.json names under "architectures".
+        config: from the file and the keys that every architecture has, the config.json keys of this
+            family alone.
+        reads: keys behind the architecture's name that `config` reads.
+        of: whether a file is of this family, where its architecture is also another one's, which
+            takes the others.
+    """
+
+    arch: str
+    hf_class: str
+    config: Callable[[GGUFFile, Mapping[str, Any]], Mapping[str, Any]]
+    reads: tuple[str, ...] = ()
+    of: Callable[[GGUFFile], bool] | None = None
+
+
+FAMILIES: dict[str, "Family"] = {}
+"""All families by `model_type`; each puts itself here."""
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family.
 
     Attributes:
+        model_type: what config.json calls it.
         hf_fields: the config.json keys read straight into `ModelConfig`, each with the value that
             `transformers` assumes where the key is absent (checkpoints leave defaults out), or
             REQUIRED.
@@ -46,9 +73,12 @@ class Family:
         parts: from the raw config, `ModelConfig` fields of this family alone; they come before all
             others.
         reads: the other config.json keys that `layers` and `parts` read.
+        in_gguf: how GGUF files keep it; None: they are not read.
+        text_of: the multimodal model type whose text model this is.
         must_be_off: options that change the computation and are not supported, refused when set.
     """
 
+    model_type: str
     hf_fields: Mapping[str, Any]
     rope_theta: float
     layers: Callable[[Mapping[str, Any], int], tuple[int | None, tuple[str, ...] | None]]
@@ -57,6 +87,11 @@ class Family:
     reads: tuple[str, ...] = ()
     must_be_off: tuple[str, ...] = ()
     parts: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda raw: {}
+    in_gguf: InGGUF | None = None
+    text_of: str | None = None
+
+    def __post_init__(self) -> None:
+        FAMILIES[self.model_type] = self
 
 
 def all_full(raw: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[str, ...] | None]:

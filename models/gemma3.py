@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import ModelConfig
-from .family import Family, sizes
+from .family import Family, InGGUF, sizes
+from .gguf_file import GGUFFile
+from .gguf_keys import number, size
 from .switches import Switches
 
 
@@ -30,7 +32,47 @@ def _switches(config: ModelConfig) -> Switches:
     )
 
 
+_LAYERS_PER_GLOBAL_LAYER = 6
+# the one size whose attention scale is not 1/sqrt(head_dim); a GGUF file does not state it
+_LAYERS_OF_27B = 62
+_GGUF_KEYS = (
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "rope.freq_base_swa",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
+
+
+def _gguf(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The file states the window, the rest are the family's own."""
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    period = file.metadata.get("gemma3.attention.sliding_window_pattern", _LAYERS_PER_GLOBAL_LAYER)
+    if type(period) is not int or period < 1:
+        raise ValueError(
+            f"{file.path}: gemma3.attention.sliding_window_pattern must be one integer, given "
+            f"{period}: convert the model again"
+        )
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_act": "gelu_pytorch_tanh",
+        "sliding_window": size(file, "gemma3.attention.sliding_window"),
+        "layer_types": [
+            "sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)
+        ],
+        "rope_theta": number(file, "gemma3.rope.freq_base", 1000000.0),
+        "rope_local_base_freq": number(file, "gemma3.rope.freq_base_swa", 10000.0),
+        "query_pre_attn_scalar": config["hidden_size"] // heads
+        if layers == _LAYERS_OF_27B
+        else config["head_dim"],
+        "attention_bias": False,
+        "attn_logit_softcapping": number(file, "gemma3.attn_logit_softcapping", None) or None,
+        "final_logit_softcapping": number(file, "gemma3.final_logit_softcapping", None) or None,
+    }
+
+
 GEMMA3 = Family(
+    model_type="gemma3_text",
     hf_fields=sizes(
         vocab_size=262208,
         hidden_size=2304,
@@ -53,4 +95,6 @@ GEMMA3 = Family(
     rope_local_base_freq=10000.0,
     reads=("sliding_window", "sliding_window_pattern"),
     must_be_off=("use_bidirectional_attention",),
+    in_gguf=InGGUF("gemma3", "Gemma3ForCausalLM", _gguf, reads=_GGUF_KEYS),
+    text_of="gemma3",
 )

@@ -1,7 +1,7 @@
 """The keys that a GGUF file states about its model: read, known as harmless, or refused."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,16 +34,6 @@ _READ = {
     "rope.scaling.yarn_beta_slow",
     "rope.scaling.yarn_log_multiplier",
 }
-_READ_IN_ADDITION = {
-    "llama": {"attention.sliding_window"},
-    "gemma3": {
-        "attention.sliding_window",
-        "attention.sliding_window_pattern",
-        "rope.freq_base_swa",
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-    },
-}
 _HARMLESS = {
     "rope.scaling.finetuned": "how the model was trained",
     "attention.layer_norm_epsilon": "of LayerNorm; these architectures have RMSNorm",
@@ -59,13 +49,14 @@ _HARMLESS = {
 _OFF_AT_ONE = ("logit_scale", "residual_scale", "embedding_scale")
 
 
-def check_keys(file: GGUFFile, arch: str) -> None:
-    """Raise ValueError, names and values, for keys that are neither read nor harmless.
+def check_keys(file: GGUFFile, arch: str, reads: Collection[str]) -> None:
+    """Raise ValueError, names and values, for keys that are neither read (by every architecture,
+    or of `reads` by this one) nor harmless.
 
     Nothing is said against a value that turns the key off, as in llama.cpp: 0, false, or 1 for a
     plain scale.
     """
-    known = {*_READ, *_READ_IN_ADDITION.get(arch, ()), *_HARMLESS}
+    known = {*_READ, *reads, *_HARMLESS}
     ours = {
         key.removeprefix(f"{arch}."): value
         for key, value in file.metadata.items()
@@ -118,6 +109,41 @@ def check_agreement(file: GGUFFile, arch: str, config: Mapping[str, Any]) -> Non
             f"{file.path}: tokenizer.ggml.tokens has {len(tokens)} entries, and token_embd.weight "
             f"only {config['vocab_size']} rows: convert the model to GGUF again"
         )
+
+
+def needed(file: GGUFFile, name: str) -> Any:
+    if name not in file.metadata:
+        raise ValueError(
+            f"{file.path} must state {name!r} in its metadata: convert the model to GGUF again "
+            "with a current converter"
+        )
+    return file.metadata[name]
+
+
+_PER_LAYER = {
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "feed_forward_length": "intermediate_size",
+}
+
+
+def size(file: GGUFFile, key: str, default: int | None = None) -> int:
+    """The integer at `key`; where the file has a list, one value a layer, they must agree."""
+    value = needed(file, key) if default is None else file.metadata.get(key, default)
+    if isinstance(value, list) and value:
+        name = _PER_LAYER.get(key.split(".", 1)[1], key)
+        if len(set(value)) > 1:
+            raise ValueError(
+                f"{file.path}: {name} must be the same in every layer, given {value}: use a model "
+                "with uniform layers"
+            )
+        value = value[0]
+    if type(value) is not int or value < 1:
+        raise ValueError(
+            f"{file.path}: {key}={value!r} must be an integer of at least 1: convert the model to "
+            "GGUF again"
+        )
+    return value
 
 
 def number(file: GGUFFile, key: str, default: Any) -> Any:

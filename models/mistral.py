@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import ModelConfig
-from .family import Family, sizes
+from .family import Family, InGGUF, sizes
+from .gguf_file import GGUFFile
 from .switches import Switches
 
 
@@ -17,10 +18,27 @@ def _switches(config: ModelConfig) -> Switches:
     return Switches()
 
 
+_GGUF_WINDOW = "llama.attention.sliding_window"
+
+
+def _gguf(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sliding_window": file.metadata.get(_GGUF_WINDOW) or None}
+
+
+def _of_mistral(file: GGUFFile) -> bool:
+    """GGUF files label it as a Llama."""
+    named = "mistral" in str(file.metadata.get("general.name", "")).lower()
+    return named or bool(file.metadata.get(_GGUF_WINDOW))
+
+
 MISTRAL = Family(
+    model_type="mistral",
     hf_fields=sizes(num_key_value_heads=8, max_position_embeddings=131072),
     rope_theta=10000.0,
     layers=_layers,
     switches=_switches,
     reads=("sliding_window",),
+    in_gguf=InGGUF(
+        "llama", "MistralForCausalLM", _gguf, ("attention.sliding_window",), _of_mistral
+    ),
 )

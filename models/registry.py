@@ -4,27 +4,17 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from . import deepseek as deepseek
+from . import gemma3 as gemma3
+from . import llama as llama
+from . import mistral as mistral
+from . import qwen2 as qwen2
+from . import qwen3 as qwen3
 from .config import ModelConfig
 from .decoder import Decoder
-from .deepseek import DEEPSEEK_V2, DEEPSEEK_V3
-from .family import Family
-from .gemma3 import GEMMA3
-from .llama import LLAMA
-from .mistral import MISTRAL
-from .qwen2 import QWEN2
-from .qwen3 import QWEN3
+from .family import FAMILIES, Family
 
-FAMILIES: dict[str, Family] = {
-    "llama": LLAMA,
-    "mistral": MISTRAL,
-    "qwen2": QWEN2,
-    "qwen3": QWEN3,
-    "gemma3_text": GEMMA3,
-    "deepseek_v2": DEEPSEEK_V2,
-    "deepseek_v3": DEEPSEEK_V3,
-}
-
-TEXT_PART = {"gemma3": "gemma3_text"}
+TEXT_PART = {family.text_of: name for name, family in FAMILIES.items() if family.text_of}
 """Multimodal model types and the family of the text model inside them."""
 
 

@@ -84,7 +84,10 @@ def rescore(
         new = view.scores
         if policy.score is not None and policy.score.rescores:
             new = policy.score.rescore(score_state, view)
-            new = jnp.where(_stored(view, is_protected(view.scores)), view.scores, new)
+            # a request from which nothing leaves is not decided on, whatever others of the batch do
+            stays = ~outside.leaving.any(axis=1)[:, None]
+            stays |= _stored(view, is_protected(view.scores))
+            new = jnp.where(stays, view.scores, new)
         if keep.marks:
             state, new = keep.mark(state, dataclasses.replace(view, scores=new), heads)
         return write(significance, new), new[:, view.scores.shape[1] - view.outside :], state
