@@ -45,13 +45,15 @@ def decode(model: CausalLM, params, held: Held, requests: Requests) -> None:
         return advance(model, params, cache, state, requests, steps)
 
     steps = 1
-    while (np.asarray(held.value.reason) == RUNNING).any():  # else nothing is compiled
-        began = time.perf_counter()
-        held.update(turns, jnp.int32(steps))
-        jax.block_until_ready(held.value)
-        # of the first call with the time to compile: then one step more
-        pace = (time.perf_counter() - began) / steps
-        steps = max(1, min(8 * steps, int(SECONDS / pace)))
+    with held.bar(desc="generating", unit=" tokens a request") as bar:
+        while (np.asarray(held.value.reason) == RUNNING).any():  # else nothing is compiled
+            began = time.perf_counter()
+            held.update(turns, jnp.int32(steps))
+            jax.block_until_ready(held.value)
+            # of the first call with the time to compile: then one step more
+            pace = (time.perf_counter() - began) / steps
+            bar.update(steps)
+            steps = max(1, min(8 * steps, int(SECONDS / pace)))
 
 
 @partial(jax.jit, static_argnames="width", donate_argnames="cache")

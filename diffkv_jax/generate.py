@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from diffkv_jax.arguments import instance, integer
+from diffkv_jax.arguments import flag, instance, integer
 from diffkv_jax.batching import Prompts, as_prompts, check_context, chunk_size
 from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.cache.claim import claimed
@@ -91,6 +91,7 @@ def generate(
     key: Array | int | None = None,
     stop_token_ids: Sequence[int] | None = None,
     prefill_chunk: int = 1024,
+    progress: bool | None = None,
     cache: KVCache | None = None,
     **options: Unpack[CacheOptions],
 ) -> GenerateOutput:
@@ -121,6 +122,8 @@ def generate(
             when None, `()` for none.
         prefill_chunk: prompts go in chunks of this many tokens, a power of two; a prompt that fits
             one is attended exactly.
+        progress: show what is being read and generated; None: where standard error is a terminal.
+            Of a shape's first call most of the time is compilation.
         cache: from an earlier call: the prompts go on where it ended. Donated.
         options: what a new cache is made with, without `cache` only: `policy`, `memory_budget`,
             `max_len`, `cache_dtype`, `calibration`, `implementation` and `interpret`
@@ -136,6 +139,7 @@ def generate(
     check_outside_jit("generate", tokens, lengths, attention_mask, key, cache, stop_token_ids)
     max_new_tokens = integer("max_new_tokens", max_new_tokens, least=0)
     prefill_chunk = integer("prefill_chunk", prefill_chunk)
+    progress = None if progress is None else flag("progress", progress)
     prompts = as_prompts(tokens, lengths, attention_mask, model.attention.vocab_size)
     samplings = as_samplings(sampling, len(prompts.lengths))
     keys = request_keys(samplings, key, len(samplings))
@@ -154,7 +158,8 @@ def generate(
     with claimed(cache):
         cache = _fingerprinted(cache, model, params)
         joined, size = _joined(cache, prompts, max_new_tokens, prefill_chunk)
-        out = _run(model, params, Held(None, cache), joined, size, asked, max_new_tokens)
+        held = Held(None, cache, progress)
+        out = _run(model, params, held, joined, size, asked, max_new_tokens)
     try:
         warn_of_errors(
             out.cache, [i for i, reason in enumerate(out.finish_reason) if reason == "error"]

@@ -3,9 +3,11 @@
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 from diffkv_jax.cache.cache import KVCache
 
@@ -17,10 +19,13 @@ class Held:
     Within the context (of the main thread) Ctrl-C calls the handler that was there, which raises
     `KeyboardInterrupt` unless it is the user's own, at once while the cache is here, and after the
     call that has taken it, so that `value` can always be gone on from.
+
+    `bar` makes progress bars: shown with `progress`, with None where standard error is a terminal.
     """
 
-    def __init__(self, value: Any, cache: KVCache):
+    def __init__(self, value: Any, cache: KVCache, progress: bool | None = False):
         self.value, self.cache = value, cache
+        self.bar = partial(tqdm, disable=None if progress is None else not progress, leave=False)
         self._waits = self._closing = False
         self._before: Any = None
 

@@ -70,13 +70,16 @@ def read_prompts(
     def read_again(found: Read, cache: KVCache, *part: Array) -> tuple[Read, KVCache]:
         return found, score_pass(model, params, cache, *part)
 
-    for chunk in chunks(tokens, lengths, size):
+    count = -(-int(lengths.max()) // size)
+    parts = chunks(tokens, lengths, size)
+    for chunk in held.bar(parts, total=count, desc="reading", unit=" chunks"):
         before = held.value
         held.update(read, *chunk)
         # one chunk ahead of the device, so that Ctrl-C does not wait for all
         jax.block_until_ready(before)
     if score is not None and score.has_passes and again.any():
-        for part, real, first in score.passes(tokens, again):
+        passes = held.bar(score.passes(tokens, again), desc="going over it again", unit=" passes")
+        for part, real, first in passes:
             held.update(read_again, jnp.asarray(part), jnp.asarray(real), jnp.int32(first))
         held.update(lambda found, cache: (found, end_passes(cache, jnp.asarray(again > 0))))
 

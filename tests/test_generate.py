@@ -214,6 +214,19 @@ def test_what_does_not_compile_again(model, plain):
     assert [f._cache_size() for f in (advance, begin, prefill_chunk)] == before
 
 
+def test_progress(model, capsys):
+    """Shown when asked for, not when standard error is a file; the tokens are the same."""
+    found = [run(model, progress=progress).tokens for progress in (True, False, None)]
+    said = capsys.readouterr().err
+    assert "reading" in said and "generating" in said and "tokens a request" in said
+    run(model, progress=False)
+    run(model)
+    assert capsys.readouterr().err == ""
+    assert all((tokens == found[0]).all() for tokens in found)
+    with pytest.raises(TypeError, match="progress='yes' must be True or False"):
+        run(model, progress="yes")
+
+
 ALIKE = {
     "thresholds": (diffkv(1.0, 0.1), diffkv([[[3.0]], [[2.0]]], 0.0)),
     "shares": (h2o(0.5), dataclasses.replace(h2o([[[0.3]], [[0.4]]]), name="another name")),
