@@ -2,47 +2,53 @@
 
 from diffkv_jax.cache.cache import KVCache as KVCache
 from diffkv_jax.cache.kept import kept_positions as kept_positions
-from diffkv_jax.cache.report import MemoryReport as MemoryReport
-from diffkv_jax.cache.report import memory_report as memory_report
+from diffkv_jax.cache.report import MemoryReport as MemoryReport, memory_report as memory_report
 from diffkv_jax.cache.spec import CacheSpec as CacheSpec
 from diffkv_jax.calibration.calibrate import calibrate as calibrate
 from diffkv_jax.calibration.calibration import Calibration as Calibration
-from diffkv_jax.evaluate import Quality as Quality
-from diffkv_jax.evaluate import quality as quality
-from diffkv_jax.evaluate import teacher_forced as teacher_forced
-from diffkv_jax.generate import GenerateOutput as GenerateOutput
-from diffkv_jax.generate import GenerationInterrupted as GenerationInterrupted
-from diffkv_jax.generate import generate as generate
+from diffkv_jax.evaluate import (
+    Quality as Quality,
+    quality as quality,
+    teacher_forced as teacher_forced,
+)
+from diffkv_jax.generate import (
+    GenerateOutput as GenerateOutput,
+    GenerationInterrupted as GenerationInterrupted,
+    generate as generate,
+)
 from diffkv_jax.make_cache import make_cache as make_cache
 from diffkv_jax.methods import *  # noqa: F403
 from diffkv_jax.methods.registry import load_policy as load_policy
-from diffkv_jax.methods.replay import Replay as Replay
-from diffkv_jax.methods.replay import replay_words as replay_words
-from diffkv_jax.model import AttentionSpec as AttentionSpec
-from diffkv_jax.model import CausalLM as CausalLM
-from diffkv_jax.pallas_kernels.codecs import Codec as Codec
-from diffkv_jax.pallas_kernels.codecs import register_codec as register_codec
-from diffkv_jax.policy.keep import Budget as Budget
-from diffkv_jax.policy.keep import Keep as Keep
-from diffkv_jax.policy.keep import KeepAll as KeepAll
-from diffkv_jax.policy.keep import KeepView as KeepView
-from diffkv_jax.policy.keep import Thresholds as Thresholds
+from diffkv_jax.methods.replay import Replay as Replay, replay_words as replay_words
+from diffkv_jax.model import AttentionSpec as AttentionSpec, CausalLM as CausalLM
+from diffkv_jax.pallas_kernels.codecs import Codec as Codec, register_codec as register_codec
+from diffkv_jax.policy.keep import (
+    Budget as Budget,
+    Keep as Keep,
+    KeepAll as KeepAll,
+    KeepView as KeepView,
+    Thresholds as Thresholds,
+)
 from diffkv_jax.policy.pairs import LayerPairs as LayerPairs
 from diffkv_jax.policy.policy import CompressionPolicy as CompressionPolicy
-from diffkv_jax.policy.protect import Protect as Protect
-from diffkv_jax.policy.protect import TokenClasses as TokenClasses
-from diffkv_jax.policy.protect import token_classes as token_classes
+from diffkv_jax.policy.protect import (
+    Protect as Protect,
+    TokenClasses as TokenClasses,
+    token_classes as token_classes,
+)
 from diffkv_jax.policy.schedule import Schedule as Schedule
-from diffkv_jax.policy.score import KeyScore as KeyScore
-from diffkv_jax.policy.score import LeavingTokens as LeavingTokens
-from diffkv_jax.policy.score import PromptQueries as PromptQueries
-from diffkv_jax.policy.score import Score as Score
-from diffkv_jax.policy.score import ScoreView as ScoreView
-from diffkv_jax.policy.stage import data as data
-from diffkv_jax.policy.stage import static as static
-from diffkv_jax.policy.transform import Exact as Exact
-from diffkv_jax.policy.transform import Hadamard as Hadamard
-from diffkv_jax.policy.transform import Transform as Transform
-from diffkv_jax.policy.transform import WithoutRope as WithoutRope
-from diffkv_jax.sampling import Greedy as Greedy
-from diffkv_jax.sampling import Sample as Sample
+from diffkv_jax.policy.score import (
+    KeyScore as KeyScore,
+    LeavingTokens as LeavingTokens,
+    PromptQueries as PromptQueries,
+    Score as Score,
+    ScoreView as ScoreView,
+)
+from diffkv_jax.policy.stage import data as data, static as static
+from diffkv_jax.policy.transform import (
+    Exact as Exact,
+    Hadamard as Hadamard,
+    Transform as Transform,
+    WithoutRope as WithoutRope,
+)
+from diffkv_jax.sampling import Greedy as Greedy, Sample as Sample

@@ -1,6 +1,5 @@
 """`make_cache`: an empty cache for requests of given lengths, within a memory budget."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
@@ -32,6 +31,7 @@ from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.policy.keep import Budget, KeepAll
 from diffkv_jax.policy.policy import CompressionPolicy
+from diffkv_jax.policy.stage import with_leaves
 
 
 class CacheOptions(TypedDict, total=False):
@@ -193,7 +193,7 @@ def check_room(
     """
     most = attention.max_position_embeddings
     if max_len is not None and max_len > most:
-        nearly = bound(spec, dataclasses.replace(policy, keep=KeepAll(), score=None))
+        nearly = bound(spec, with_leaves(policy, keep=KeepAll()))
         size = humanize.naturalsize(cache_bytes(spec, nearly), binary=True)
         raise ValueError(
             f"max_len={max_len} is more than the model's context of {most} tokens, and such a "

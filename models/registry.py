@@ -4,12 +4,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from . import deepseek as deepseek
-from . import gemma3 as gemma3
-from . import llama as llama
-from . import mistral as mistral
-from . import qwen2 as qwen2
-from . import qwen3 as qwen3
+from . import (
+    deepseek as deepseek,
+    gemma3 as gemma3,
+    llama as llama,
+    mistral as mistral,
+    qwen2 as qwen2,
+    qwen3 as qwen3,
+)
 from .config import ModelConfig
 from .decoder import Decoder
 from .family import FAMILIES, Family

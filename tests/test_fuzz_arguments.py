@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import diffkv_jax as dkv
 from diffkv_jax import AttentionSpec, CacheSpec, CompressionPolicy

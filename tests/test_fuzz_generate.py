@@ -10,8 +10,7 @@ import inspect
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import diffkv_jax as dkv
 from diffkv_jax import evaluate

@@ -109,7 +109,8 @@ def kept_within(
             f"{needs} bytes; raise it"
         )
     # of the layers that get fewer than the mean
-    smallest_share = np.asarray(_budget(carried).keep).min() / least
+    many = 2**20
+    smallest_share = np.asarray(_budget(bound(spec, of(many))).keep).min() / many
     everything = max(least, math.ceil(max(room) / smallest_share))
     return of(bisect.bisect_right(range(everything + 1), most_of_pool, lo=least, key=pages) - 1)
 

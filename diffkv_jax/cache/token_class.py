@@ -41,9 +41,9 @@ def classes_at(cache: KVCache, position: Array) -> Array:
 
 def protected_tokens(cache: KVCache, position: Array) -> Array | None:
     """Which tokens of each head at `position` int32 [B, n] always stay, bool; None: the policy
-    protects none, or heads choose.
+    protects none, or its keep rule sees to them (`Keep.protects`).
     """
     protect = cache.policy.protect
-    if cache.policy.keep.marks or not (protect.sinks or protect.token_ids):
+    if cache.policy.keep.protects or not (protect.sinks or protect.token_ids):
         return None
     return classes_at(cache, position) == PROTECTED_CLASS

@@ -56,6 +56,7 @@ class HeadClasses(Keep):
     frequent: float = static(default=0.3, convert=share)
     local: float = static(default=0.3, convert=share)
     ranks: ClassVar[bool] = False
+    protects: ClassVar[bool] = True
 
     @property
     def token_classes(self) -> tuple[tuple[int, ...], ...]:

@@ -39,7 +39,7 @@ class PivotalContext(LastQueries):
         return self.nested
 
     def query_weights(self, index: Array, count: Array) -> Array:
-        return 1 + (self.newest_weight - 1) * jnp.maximum(index, 0) / jnp.maximum(count - 1, 1)
+        return 1 + (self.newest_weight - 1) * index / jnp.maximum(count - 1, 1)
 
     def rescore(self, state: Any, view: ScoreView) -> Array:
         kv_heads = view.attention.num_kv_heads

@@ -11,8 +11,9 @@ import numpy as np
 
 from diffkv_jax.arguments import shown
 from diffkv_jax.pallas_kernels.codecs import KVFormat
-from diffkv_jax.policy.keep import Budget, Thresholds
-from diffkv_jax.policy.stage import lengths
+from diffkv_jax.policy.keep import Budget, KeepAll, Thresholds
+from diffkv_jax.policy.score import Score
+from diffkv_jax.policy.stage import lengths, overrides
 
 if TYPE_CHECKING:
     from diffkv_jax.policy.policy import CompressionPolicy
@@ -116,11 +117,19 @@ def _check_ranking(policy: "CompressionPolicy") -> None:
     score, keep = policy.score, policy.keep
     if keep.ranks and score is None:
         raise ValueError(f"keep={keep} needs a score to rank tokens by, such as score=KeyNorm()")
-    if score is not None and not keep.ranks and not keep.marks and not score.per_query:
+    absolute = isinstance(keep, Thresholds | KeepAll)
+    if score is not None and absolute and not score.per_query:
         raise ValueError(
             f"score={score} needs keep=Budget(...): {keep} is in units of uniform attention, which "
             "belong to score=MeanAttention()"
         )
+    if score is None and len(policy.tiers) == 2:
+        raise ValueError(
+            f"policy {policy.name!r} with tiers={policy.tiers} needs a score such as "
+            "score=MeanAttention(queries=64): a second tier needs scores"
+        )
+    if score is not None:
+        _check_score(policy, score)
     if keep.share_layers and not (score is not None and score.has_passes):
         raise ValueError(
             f"share_layers=True needs the scores of all layers at once: a score with passes such "
@@ -128,13 +137,34 @@ def _check_ranking(policy: "CompressionPolicy") -> None:
         )
 
 
+def _check_score(policy: "CompressionPolicy", score: Score) -> None:
+    """A score has something to rank by, and its facts go together."""
+    verbs, name = ("enter", "rescore", "passes"), type(score).__name__
+    if not score.queries and not any(overrides(score, verb, Score) for verb in verbs):
+        raise ValueError(
+            f"score={score} ranks by attention: give queries=64, another number, 'all'"
+        )
+    if score.hides_dropped and not score.shares_tokens:
+        raise ValueError(
+            f"{name} hides tokens from deeper layers for all heads: shares_tokens=True"
+        )
+    if score.hides_dropped and overrides(score, "on_prompt", Score):
+        raise ValueError(f"{name} hides tokens from deeper layers, whose queries on_prompt misses")
+    if score.shares_tokens and not isinstance(policy.keep, Budget):
+        raise ValueError(f"{name} keeps as much in every head: it needs keep=Budget(...)")
+    if score.resets and score.per_query:
+        raise ValueError(f"{name} forgets queries that per_query=True divides by: take one of both")
+    if score.has_passes and (score.rescores or policy.keep.marks):
+        raise ValueError(f"{name} decides after its passes: rescore and Keep.mark never run then")
+
+
 def _check_thresholds(policy: "CompressionPolicy", keep: Thresholds) -> None:
     """Thresholds have something to compare with."""
     high, low = (np.asarray(alpha) for alpha in (keep.alpha_high, keep.alpha_low))
-    if policy.score is None and (high.max() > 0 or len(policy.tiers) == 2):
+    if policy.score is None and high.max() > 0:
         raise ValueError(
-            f"policy {policy.name!r} with alpha_high={keep.alpha_high} and tiers={policy.tiers} "
-            "needs score=MeanAttention(queries=64): thresholds and a second tier need scores"
+            f"policy {policy.name!r} with alpha_high={keep.alpha_high} needs "
+            "score=MeanAttention(queries=64): thresholds need scores"
         )
     if len(policy.tiers) == 1 and policy.score is not None and np.any(low != high):
         raise ValueError(

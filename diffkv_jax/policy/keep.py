@@ -9,8 +9,8 @@ from jax import Array
 
 from diffkv_jax.arguments import flag, number, one_of, shown, tuple_of
 from diffkv_jax.policy.fields import alpha, budget, from_zero
-from diffkv_jax.policy.ranking import PROTECTED, reached_by
-from diffkv_jax.policy.score import ScoreView
+from diffkv_jax.policy.ranking import ALL, reached_by
+from diffkv_jax.policy.score import PROTECTED, ScoreView
 from diffkv_jax.policy.spread import SPREADS
 from diffkv_jax.policy.stage import Stage, data, leaf_names, overrides, static, with_leaves
 
@@ -22,7 +22,7 @@ Amount = float | int | str | tuple[Any, ...]
 
 
 class KeepView(NamedTuple):
-    """What decides about B heads."""
+    """What is decided on, of B heads."""
 
     scores: Array  # float32 [B, n] of all stored tokens and those that leave the window
     live: Array  # bool [B, n] where there is one
@@ -39,11 +39,14 @@ class Keep(Stage):
     Attributes:
         ranks: whether thresholds depend on all scores, which are then gathered; else
             `KeepView.scores` has no columns.
-        token_classes: token ids of the classes 2, 3, ... (`policy.protect`) that it asks for.
+        protects: whether `mark` itself keeps protected tokens (class 1); else they have the score
+            1e30 and stay whatever it says.
+        token_classes: token ids of the classes 2, 3, ... that it asks for (`cache.token_class`).
         share_layers: whether the heads of all layers share one line.
     """
 
     ranks: ClassVar[bool] = True
+    protects: ClassVar[bool] = False
     share_layers: ClassVar[bool] = False
 
     @property
@@ -56,9 +59,14 @@ class Keep(Stage):
         Raises:
             ValueError: one does not broadcast to it.
         """
-        leaves = {name: getattr(self, name) for name in leaf_names(self)}
-        bound = (None if leaf is None else broadcast(n, leaf, shape) for n, leaf in leaves.items())
-        return with_leaves(self, **dict(zip(leaves, bound, strict=True)))
+
+        def bound(name: str) -> Any:
+            leaf = getattr(self, name)
+            if leaf is None or isinstance(leaf, Keep):
+                return leaf and leaf.bind(shape)
+            return broadcast(name, leaf, shape)
+
+        return with_leaves(self, **{name: bound(name) for name in leaf_names(self)})
 
     def init(self, shape: tuple[int, int, int]) -> Any:
         """Arrays [layers, requests, kv_heads, ...] that it carries from event to event."""
@@ -133,6 +141,9 @@ class KeepAll(Keep):
     """Every token stays, in the first tier."""
 
     ranks = False
+
+    def thresholds(self, view: KeepView) -> Array:
+        return jnp.full((len(view.seq_len), 2), ALL)
 
     def at_least(self, stored, exact, seen, sinks, page):
         return stored
@@ -225,6 +236,11 @@ class Budget(Keep):
                 "share_layers=True shares budgets between layers, and so between heads: give "
                 "share_heads= too, such as 0.0"
             )
+        if self.share_layers and self.layers != "uniform":
+            raise ValueError(
+                f"layers={self.layers!r} spreads budgets over the layers, and share_layers=True "
+                "lets scores do that: leave one out"
+            )
         if self.share_layers and self.whole_layers:
             raise ValueError(
                 f"whole_layers={self.whole_layers} keep everything, and share_layers=True shares "
@@ -251,7 +267,9 @@ class Budget(Keep):
             if getattr(self, name) is None:
                 return None
             each = broadcast(name, getattr(self, name), shape) * factor[:, None, None]
-            each = np.floor(each + 1e-3).astype(np.int32) if counts else each.astype(np.float32)
+            if counts:  # more than any context has is as good as all
+                each = np.minimum(np.floor(each + 1e-3), 2**30)
+            each = each.astype(np.int32 if counts else np.float32)
             each[whole] = 2**30 if counts else 1.0
             return each
 

@@ -29,7 +29,9 @@ def is_protected(scores: Array) -> Array:
 
 
 class LeavingTokens(NamedTuple):
-    """Tokens of the recent window (and the prompt chunk) of B heads, oldest first."""
+    """Tokens of the recent window (and the prompt chunk) of B heads, oldest first; those that stay
+    too.
+    """
 
     k: Array  # [B, n, head_dim] as attention reads them
     v: Array  # [B, n, head_dim]
@@ -129,7 +131,8 @@ class Score(Stage):
             added (unless `queries` is 0). Else the policy decides once a prompt.
         per_query: whether a score is divided by the number of queries that gave it.
         resets: whether earlier queries are forgotten when the policy decides.
-        shares_tokens: whether all KV heads of a layer keep the same tokens.
+        shares_tokens: whether all KV heads of a layer have the same scores (`rescore` sees to that)
+            and so keep the same tokens: their budgets must be equal.
         hides_dropped: whether a prompt token that a layer drops is not there for deeper layers.
     """
 
@@ -163,7 +166,12 @@ class Score(Stage):
         return tokens.scores
 
     def rescore(self, state: Any, view: ScoreView) -> Array:
-        """New scores float32 [B, n] of all tokens before the policy decides. Plain XLA."""
+        """New scores float32 [B, n] of all tokens before the policy decides. Plain XLA.
+
+        They replace those that the tokens had: in decode, attention is added to them and the next
+        event gives the sums here again. Protected tokens, and heads from which nothing leaves, stay
+        as they are. With `per_query` they are divided by the number of queries afterwards.
+        """
         return view.scores
 
     def check_prompts(self, attention: AttentionSpec, lengths: np.ndarray) -> None:
@@ -194,7 +202,7 @@ class Score(Stage):
 
 
 class KeyScore(Score):
-    """The base of scores from the keys or positions alone: no query's attention counts."""
+    """The base of scores that need no attention of the prompt's last queries."""
 
     def check(self) -> None:
         if self.queries:

@@ -69,6 +69,7 @@ class Stage:
             if convert is not None:
                 value = convert(field.name, getattr(self, field.name))
                 object.__setattr__(self, field.name, value)
+            _check_hashable(field.name, getattr(self, field.name))
         self.check()
 
     def check(self) -> None:
@@ -80,6 +81,13 @@ class Stage:
         said = ((field.name, getattr(self, field.name), field.default) for field in fields)
         changed = (f"{name}={value!r}" for name, value, default in said if _differ(value, default))
         return f"{type(self).__name__}({', '.join(changed)})"
+
+
+def _check_hashable(name: str, value: Any) -> None:
+    try:
+        hash(value)
+    except TypeError:
+        refuse(name, value, "hashable, as programs are compiled by it: a tuple for a list", True)
 
 
 _KINDS: dict[str, type[Stage]] = {}
@@ -131,6 +139,8 @@ def type_name(cls: type) -> str:
 
 def to_mapping(value: Any) -> Any:
     """A stage as what JSON knows: its type and its fields."""
+    if isinstance(value, tuple):
+        return [to_mapping(entry) for entry in value]
     if not isinstance(value, Stage):
         return value
     fields = dataclasses.fields(value)  # pyright: ignore[reportArgumentType]
@@ -158,8 +168,19 @@ def from_mapping(name: str, value: Any, base: type[T]) -> T:
         outside = "; import the module that defines it first" if ":" in str(given) else ""
         refuse(f"{name}.type", given, f"{rule}{outside}{nearest([given], known)}")
     fields = [field.name for field in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
-    given = {key: entry for key, entry in value.items() if key != "type"}
+    given = {key: _restored(key, entry) for key, entry in value.items() if key != "type"}
     if unknown := [key for key in given if key not in fields]:
         like = nearest(unknown, fields)
         raise ValueError(f"{name}: {kind.__name__} has fields {fields}, not {shown(unknown)}{like}")
-    return kind(**given)
+    try:
+        return kind(**given)
+    except TypeError as error:  # of Python: a field that has no default is missing
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _restored(name: str, value: Any) -> Any:
+    """What JSON has made of a field of `to_mapping`."""
+    if isinstance(value, list):
+        return tuple(_restored(name, entry) for entry in value)
+    known = isinstance(value, Mapping) and value.get("type") in _KINDS
+    return from_mapping(name, value, Stage) if known else value

@@ -24,11 +24,13 @@ from diffkv_jax.steps.step import DecodeStep
 def after_decode(cache: KVCache, step: DecodeStep) -> KVCache:
     """Count the new tokens; every `flush` steps run a compression event."""
     active = step.active.astype(jnp.int32)
+    score = cache.policy.score
+    scored = active if score is not None and score.accumulates else jnp.zeros_like(active)
     cache = dataclasses.replace(
         cache,
         seq_len=cache.seq_len + active,
         recent_len=cache.recent_len + active,
-        query_spans=extend_query_spans(cache.query_spans, active, cache.seq_len + active),
+        query_spans=extend_query_spans(cache.query_spans, scored, cache.seq_len + active),
         steps=cache.steps + active,
     )
     spec = cache.spec
@@ -122,7 +124,10 @@ def _oldest(cache: KVCache, layer: Array | None) -> Tokens:
     slot, layers = jnp.arange(k.shape[1]), k.shape[0] // cache.spec.num_heads
     counters = (cache.seq_len - cache.recent_len, cache.recent_len)
     first, count = (per_head(cache, x, layers)[:, None] for x in counters)
-    return entered(cache, layer, Tokens(k, v, significance, first + slot), slot < count)
+    tokens = Tokens(k, v, significance, first + slot)
+    if cache.policy.in_decode and cache.policy.rescores:  # `rescore_oldest` has let them enter
+        return tokens
+    return entered(cache, layer, tokens, slot < count)
 
 
 def _carry_out(cache: KVCache, layer: Array | None, plan: Plan, going: Array) -> KVCache:

@@ -30,7 +30,8 @@ from diffkv_jax.pallas_kernels.plan_event import (
 )
 from diffkv_jax.policy.keep import KeepView
 from diffkv_jax.policy.ranking import ALL, in_whole_blocks
-from diffkv_jax.policy.score import PROTECTED, LeavingTokens
+from diffkv_jax.policy.score import PROTECTED, LeavingTokens, Score
+from diffkv_jax.policy.stage import overrides
 
 
 class Plan(NamedTuple):
@@ -50,9 +51,12 @@ def entered(cache: KVCache, layer: Array | None, tokens: Tokens, valid: Array) -
     """
     score, head = cache.policy.score, head_numbers(cache, layer)
     scores = tokens.significance
-    if score is not None:
-        of = LeavingTokens(*tokens, valid, head, cache.spec.attention)
-        scores = score.enter(of)
+    if score is not None and overrides(score, "enter", Score):
+        k, v, scores, position = tokens
+        scores = score.enter(
+            LeavingTokens(k, v, scores, position, valid, head, cache.spec.attention)
+        )
+        scores = jnp.clip(scores, ALL, PROTECTED / 4)  # one of -inf would go before it is decided
     protected = protected_tokens(cache, tokens.position)
     if protected is not None:
         scores = jnp.where(protected, PROTECTED, scores)
@@ -83,7 +87,7 @@ def plan_event(
     layout, mean = spec.layout, mean_significance(scores, position, clock.query_spans)
     tau = _thresholds(spec, stored, clock, mean, leaving)
     entering = jnp.where(leaving, classify(mean, tau, layout.tiers), DROPPED)
-    if layout.tokens_per_group > 1 and clock.keep.ranks:
+    if layout.tokens_per_group > 1 and cache.policy.score is not None:
         whole = in_whole_blocks(entering != DROPPED, leaving, mean, layout.tokens_per_group)
         entering = whole.astype(entering.dtype)  # tier code 1
     return planned(spec, stored, clock.query_spans, tau, entering, leaving.any(axis=-1), one_victim)
@@ -117,7 +121,7 @@ def _thresholds(
     if not keep.ranks:
         none = jnp.zeros((len(mean), 0))
         view = KeepView(none, none.astype(bool), clock.seq_len, clock.exact, tiers, kv_heads)
-        return jnp.where(clock.decides, keep.thresholds(view), 0.0)
+        return jnp.where(clock.decides, keep.thresholds(view), ALL)
 
     def layer_thresholds(heads: tuple) -> Array:
         keep, page_table, tier_len, query_spans, seq_len, exact, entering, enters = heads

@@ -137,7 +137,7 @@ def _weights(score: Score, rows: int, chunk: Chunk) -> Array:
     """What each row of the chunk counts, float32 [B, C], the last `rows` of them score."""
     count = jnp.minimum(rows, chunk.length)[:, None]
     index = jnp.arange(chunk.k.shape[1]) - (chunk.k.shape[1] - count)
-    return score.query_weights(index, count)
+    return score.query_weights(jnp.maximum(index, 0), count)
 
 
 def _on_prompt(cache: KVCache, layer: Array, chunk: Chunk) -> KVCache:

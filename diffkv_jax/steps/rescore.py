@@ -18,7 +18,7 @@ from diffkv_jax.cache.layer import (
     take_layer,
     unmerged_layout,
 )
-from diffkv_jax.cache.token_class import classes_at, protected_tokens
+from diffkv_jax.cache.token_class import classes_at
 from diffkv_jax.pallas_kernels.apply_event import Tokens
 from diffkv_jax.pallas_kernels.branch import when
 from diffkv_jax.pallas_kernels.decode_attention.stream import (
@@ -30,6 +30,7 @@ from diffkv_jax.pallas_kernels.decode_attention.stream import (
 )
 from diffkv_jax.pallas_kernels.pages import read_token_data, write_token_array
 from diffkv_jax.policy.score import ScoreView, is_protected
+from diffkv_jax.steps.event import entered
 
 
 class Outside(NamedTuple):
@@ -85,11 +86,11 @@ def rescore(
         if policy.score is not None and policy.score.rescores:
             new = policy.score.rescore(score_state, view)
             # a request from which nothing leaves is not decided on, whatever others of the batch do
-            stays = ~outside.leaving.any(axis=1)[:, None]
-            stays |= _stored(view, is_protected(view.scores))
-            new = jnp.where(stays, view.scores, new)
+            new = jnp.where(outside.leaving.any(axis=1)[:, None], new, view.scores)
         if keep.marks:
             state, new = keep.mark(state, dataclasses.replace(view, scores=new), heads)
+        if not keep.protects:
+            new = jnp.where(is_protected(view.scores), view.scores, new)
         return write(significance, new), new[:, view.scores.shape[1] - view.outside :], state
 
     state = jax.tree.map(lambda leaf: take_layer(leaf, layer), cache.state.keep)
@@ -113,14 +114,14 @@ def rescore_oldest(cache: KVCache, count: Array) -> KVCache:
     def of_layer(layer: Array, cache: KVCache) -> KVCache:
         windows = cache.recent_k, cache.recent_v, cache.recent_significance
         k, v, before = (take_layer(x, layer) for x in windows)
-        tokens = Tokens(k, v, before, first + slot)
+        tokens = entered(cache, layer, Tokens(k, v, before, first + slot), slot < recent)
         outside = Outside(tokens, slot < recent, slot < going)
         cache, scores = rescore(cache, layer, outside, cache.seq_len)
         scores = jnp.where(outside.leaving, scores, before)
         window = put_layer(cache.recent_significance, layer, scores)
         return dataclasses.replace(cache, recent_significance=window)
 
-    return lax.fori_loop(0, len(cache.spec.paged_layers), of_layer, cache)
+    return lax.fori_loop(0, cache.spec.unmerged_layers, of_layer, cache)
 
 
 def unmark(cache: KVCache) -> KVCache:
@@ -131,11 +132,6 @@ def unmark(cache: KVCache) -> KVCache:
     pages = dataclasses.replace(cache.pages, significance=keep.unmark(cache.pages.significance))
     recent = keep.unmark(cache.recent_significance)
     return dataclasses.replace(cache, pages=pages, recent_significance=recent)
-
-
-def _stored(view: ScoreView, mask: Array) -> Array:
-    """`mask` bool [B, n] of the tokens in pages."""
-    return mask & (jnp.arange(mask.shape[1]) < mask.shape[1] - view.outside)
 
 
 def _view(
@@ -155,9 +151,6 @@ def _view(
     ]
     stored_score, position, live = (jnp.concatenate(x, axis=1) for x in zip(*sides, strict=True))
     at = jnp.concatenate([position.astype(jnp.int32), outside.tokens.position], axis=1)
-    protected = protected_tokens(cache, outside.tokens.position)
-    if protected is None:
-        protected = jnp.zeros_like(outside.valid)
 
     def write(significance: Array, values: Array) -> Array:
         first = 0
@@ -170,14 +163,15 @@ def _view(
             first += score.shape[1]
         return significance
 
+    scores = jnp.concatenate([stored_score, scores], axis=1)
     view = ScoreView(
-        scores=jnp.concatenate([stored_score, scores], axis=1),
+        scores=scores,
         position=at,
         live=jnp.concatenate([live, outside.valid], axis=1),
         leaving=jnp.concatenate([live, outside.leaving], axis=1),
-        protected=jnp.concatenate([is_protected(stored_score), protected], axis=1),
+        protected=is_protected(scores),
         token_class=lambda: classes_at(cache, at),
-        outside=scores.shape[1],
+        outside=outside.valid.shape[1],
         seq_len=per_head(cache, seq_len),
         max_len=spec.max_len,
         over_tokens=lambda function: _over_tokens(cache, layer, outside.tokens, function),

@@ -69,6 +69,7 @@ def store(
     query_spans, exact = query_spans_after(cache, step, chunk_len), recent_after(cache, step)
     clock = layer_clock(cache, layer, seq_len, query_spans, exact, step.compress)
     leaving = _leaving(cache, gathered, step)
+    tokens = entered(cache, layer, tokens, valid)
     cache, scores = rescore(
         cache,
         layer,
@@ -77,7 +78,7 @@ def store(
         decides=step.compress,
         chooses=step.length > 0,
     )
-    tokens = entered(cache, layer, tokens._replace(significance=scores), valid)
+    tokens = tokens._replace(significance=scores)
     plan = plan_event(cache, layer, clock, tokens, leaving)
     dropped = leaving & (plan.entering == DROPPED)
     cache = note_dropped(cache, rows, dropped[:: spec.attention.num_kv_heads, -chunk_len:])

@@ -1,12 +1,13 @@
 """Tokens into and out of tiers, in place; free pages as a ring on the device."""
 
-from .api import APPLY_EVENT as APPLY_EVENT
-from .api import apply_event as apply_event
+from .api import APPLY_EVENT as APPLY_EVENT, apply_event as apply_event
 from .columns import ranked as ranked
 from .plan import pages_beyond as pages_beyond
-from .reference import Stored as Stored
-from .reference import Tokens as Tokens
-from .reference import append_tokens as append_tokens
-from .reference import release_all as release_all
-from .reference import remove_tokens as remove_tokens
+from .reference import (
+    Stored as Stored,
+    Tokens as Tokens,
+    append_tokens as append_tokens,
+    release_all as release_all,
+    remove_tokens as remove_tokens,
+)
 from .ring import FreeRing as FreeRing

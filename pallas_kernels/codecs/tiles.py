@@ -11,8 +11,7 @@ from itertools import pairwise
 
 from jax import Array
 
-from .codec import Codec
-from .codec import Tile as Tile
+from .codec import Codec, Tile as Tile
 
 
 def looked_up(planes: Sequence[Array]) -> Array:

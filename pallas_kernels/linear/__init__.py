@@ -1,4 +1,3 @@
 """Products of a few rows with a model's weights."""
 
-from .api import linear as linear
-from .api import sum_of_rows as sum_of_rows
+from .api import linear as linear, sum_of_rows as sum_of_rows

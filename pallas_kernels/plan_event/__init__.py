@@ -1,12 +1,13 @@
 """Significance to tiers."""
 
-from .api import COUNT_MOVES as COUNT_MOVES
-from .api import count_moves as count_moves
-from .reference import DROPPED as DROPPED
-from .reference import HIGH as HIGH
-from .reference import LOW as LOW
-from .reference import Moves as Moves
-from .reference import Rule as Rule
-from .reference import classify as classify
-from .reference import mean_significance as mean_significance
-from .reference import stored_victims as stored_victims
+from .api import COUNT_MOVES as COUNT_MOVES, count_moves as count_moves
+from .reference import (
+    DROPPED as DROPPED,
+    HIGH as HIGH,
+    LOW as LOW,
+    Moves as Moves,
+    Rule as Rule,
+    classify as classify,
+    mean_significance as mean_significance,
+    stored_victims as stored_victims,
+)

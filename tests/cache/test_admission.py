@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from diffkv_jax import CacheSpec, CompressionPolicy, KVCache, Thresholds, diffkv
 from diffkv_jax.cache.cache import complete, empty_cache, without_empty

@@ -7,8 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
-from test_coupled_quantization import POLICY as CODES
-from test_coupled_quantization import calibrated
+from test_coupled_quantization import POLICY as CODES, calibrated
 from tiny_llama import LAYERS, LENGTH, PROMPT, half, kept, models
 
 import diffkv_jax as dkv

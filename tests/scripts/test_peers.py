@@ -14,8 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 import diffkv_jax as dkv
-from benchmarks.peers import command
-from benchmarks.peers import grid as sections
+from benchmarks.peers import command, grid as sections
 from benchmarks.peers.llama import for_streams
 from benchmarks.peers.ours import Ours, _decode, replicate, spare_pages, used_pages
 from benchmarks.peers.results import OK, Entry, Results, ratio, table
