@@ -42,7 +42,10 @@ class Both(dkv.Keep):
         return self.inner.thresholds(view)
 
 
-def policy(score: dkv.Score, keep: dkv.Keep = dkv.Budget(keep=0.5)) -> dkv.CompressionPolicy:
+HALF = dkv.Budget(keep=0.5)
+
+
+def policy(score: dkv.Score, keep: dkv.Keep = HALF) -> dkv.CompressionPolicy:
     return dkv.CompressionPolicy("own", score=score, keep=keep)
 
 
