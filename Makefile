@@ -29,7 +29,7 @@ XDIST_SLOW := -n 2 --dist loadfile
 SLOW := slow and not compile
 JAX = $(error say which: make test-version JAX=0.11.2)
 # What turns 64 bits on in a whole process; tests/test_enable_x64.py compares the two ways in one.
-X64_TESTS := tests/test_end_to_end.py tests/test_generate.py tests/test_batch_rows.py tests/kernels/test_recent_window.py
+X64_TESTS := tests/test_end_to_end.py tests/test_generate.py tests/test_sampling.py tests/test_batch_rows.py tests/kernels/test_recent_window.py
 FOLDERS := diffkv_jax models pallas_kernels scripts tests
 INSTALLED_BY := pyproject.toml requirements/constraints.txt requirements/data.txt requirements/kvpress.txt
 

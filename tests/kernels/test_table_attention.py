@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decode_cases import Attended, same, softmax
 from implementations import IMPLEMENTATIONS, LONG, NATIVE, SLOW, crossed, marked
-from test_decode_attention import Attended, same, softmax
 
 from diffkv_jax.pallas_kernels.codecs import KVFormat
 from diffkv_jax.pallas_kernels.decode_attention import Heads, Sliding, decode_attention

@@ -3,171 +3,27 @@ holds what it holds alone, to the bit.
 """
 
 import dataclasses
-from functools import lru_cache, partial
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_minicache import (
-    CHUNK,
-    DIM,
-    FIRST,
-    FLUSH,
-    KV_HEADS,
-    LAYERS,
-    MODEL,
-    REQUESTS,
-    WINDOW,
-    decode,
-    draw,
+from layers_without_weights import CHUNK, DIM, FIRST, FLUSH, KV_HEADS, LAYERS, REQUESTS, WINDOW
+from tiers_and_pairs import (
+    DEEP,
+    OPERATIONS,
+    SHALLOW,
+    TOTALS,
+    differing,
+    empty,
+    follow,
+    operate,
+    stored,
+    whole_run,
 )
 
 import diffkv_jax as dkv
-from diffkv_jax.cache.cache import empty_cache
-from diffkv_jax.cache.pool_size import bound, with_pool
-from diffkv_jax.cache.spec import CacheSpec
-from diffkv_jax.make_cache import make_cache
-from diffkv_jax.methods.diffkv import MeanAttention
-from diffkv_jax.methods.fastgen import HeadClasses
-from diffkv_jax.methods.h2o import AttentionSum
-from diffkv_jax.methods.key_norm import KeyNorm
-from diffkv_jax.methods.pyramidinfer import PivotalContext
-from diffkv_jax.pallas_kernels.dispatch import XLA
-from diffkv_jax.read_prompts import prefill
-from diffkv_jax.steps.jitted import prefill_chunk
 from diffkv_jax.testing.readback import check_pool, held_tokens, page_ids_in_use
-from diffkv_jax.testing.tiny import tiny_model
 from oracles import minicache
-
-ALPHA, OPTIONS = (1.0, 0.7), {"queries": 16, "window": WINDOW, "flush": FLUSH}
-TIERS = dkv.diffkv(*ALPHA, **OPTIONS)
-POLICIES = {
-    "both": dataclasses.replace(TIERS, pairs=dkv.LayerPairs()),
-    "tiers": TIERS,
-    "pairs": dkv.minicache(inner="K8V4", window=WINDOW, flush=FLUSH),
-}
-SHALLOW, DEEP = range(FIRST), range(FIRST, LAYERS)
-# tokens of each request in a prompt chunk and whether it is the last one, or decode steps
-OPERATIONS = (
-    ((11, 0), False),
-    ((32, 8), False),
-    ((32, 32), True),
-    22,
-    ((20, 32), True),
-    5,
-)
-TOTALS = [
-    sum(op[0][row] if isinstance(op, tuple) else op for op in OPERATIONS) for row in range(REQUESTS)
-]
-
-
-def empty(
-    name: str, alpha: tuple[float, float] | None = None, free: int | None = None
-) -> dkv.KVCache:
-    """An empty cache with the pages that always suffice, or with only `free` of them."""
-    policy = POLICIES[name]
-    if alpha is not None:
-        keep = dkv.Thresholds(alpha_high=alpha[0], alpha_low=alpha[1])
-        policy = dataclasses.replace(policy, keep=keep)
-    build = partial(
-        CacheSpec.build, num_requests=REQUESTS, max_len=160, num_pages=0, dtype="float32", tokens=16
-    )
-    spec = with_pool(build(MODEL.attention, policy), policy, TOTALS, TOTALS, None)
-    cache = jax.jit(empty_cache, static_argnums=0)(spec, bound(spec, policy))
-    count = jnp.int32(spec.num_pages if free is None else free)
-    return dataclasses.replace(cache, ring=dataclasses.replace(cache.ring, count=count))
-
-
-class Moment(NamedTuple):
-    """After an operation: what attention gave [L, ...], the exact keys and values that came, and
-    the cache in NumPy.
-    """
-
-    out: np.ndarray
-    k: np.ndarray  # [L, R, tokens, K, d]
-    v: np.ndarray
-    cache: dkv.KVCache
-
-
-def operate(cache: dkv.KVCache, rng: np.random.Generator, operation) -> tuple[Moment, dkv.KVCache]:
-    """One prompt chunk or some decode steps. The model has no weights: every policy sees the same
-    queries, keys and values.
-    """
-    if isinstance(operation, tuple):
-        lengths, last = operation
-        inputs = draw(rng, CHUNK)
-        tokens = jnp.zeros((REQUESTS, CHUNK), jnp.int32)
-        out, cache = prefill_chunk(
-            MODEL, inputs, cache, tokens, jnp.asarray(lengths), jnp.asarray(last)
-        )
-        outs, seen = (
-            [
-                np.where(
-                    np.arange(CHUNK)[:, None, None]
-                    >= CHUNK - np.reshape(lengths, (-1, 1, 1, 1, 1)),
-                    out,
-                    0,
-                )
-            ],
-            [inputs],
-        )
-    else:
-        outs, seen = [], []
-        for _ in range(operation):
-            inputs = draw(rng, 1)
-            out, cache = decode(
-                inputs, cache, jnp.zeros(REQUESTS, jnp.int32), jnp.ones(REQUESTS, bool)
-            )
-            outs.append(np.array(out))
-            seen.append(inputs)
-    k, v = (np.concatenate([inputs[i] for inputs in seen], axis=2) for i in (1, 2))
-    return Moment(
-        np.moveaxis(np.concatenate(outs, axis=2), 1, 0), k, v, jax.tree.map(np.array, cache)
-    ), cache
-
-
-def follow(cache: dkv.KVCache, operations=OPERATIONS, change=lambda cache: cache) -> list[Moment]:
-    """The moments after each operation; `change` is done to the cache before it."""
-    rng, moments = np.random.default_rng(1), []
-    for operation in operations:
-        moment, cache = operate(change(cache), rng, operation)
-        moments.append(moment)
-    return moments
-
-
-@lru_cache
-def whole_run(name: str, alpha: tuple[float, float] | None = None) -> list[Moment]:
-    return follow(empty(name, alpha))
-
-
-def stored(cache: dkv.KVCache, layer: int, row: int, head: int, scores: bool) -> dict[int, tuple]:
-    """What a head holds, as things that compare: position to (tier, K, V, significance)."""
-    held = held_tokens(cache, layer, row, head)
-    second = "shared" if cache.spec.pairs is not None and layer >= FIRST else "low"
-    names = {"high": "high", "low": second, "shared": second, "recent": "recent"}
-    return {
-        at: (names[tier], k.tobytes(), v.tobytes(), score if scores else 0)
-        for at, (tier, k, v, score) in held.items()
-    }
-
-
-def differing(
-    one: dkv.KVCache, other: dkv.KVCache, layers, scores: bool = False, shift: int = 0
-) -> int:
-    """Tokens that a head of one cache holds and that of the other does not, or otherwise; `shift`
-    takes the next request's there.
-    """
-    count = 0
-    for layer, row, head in np.ndindex(LAYERS, REQUESTS, KV_HEADS):
-        if layer in layers:
-            mine, theirs = (
-                stored(one, layer, row, head, scores),
-                stored(other, layer, (row + shift) % REQUESTS, head, scores),
-            )
-            count += sum(mine.get(at) != theirs.get(at) for at in mine.keys() | theirs.keys())
-    return count
 
 
 @pytest.mark.slow
@@ -248,14 +104,6 @@ def test_without_thresholds_it_is_minicache():
         assert not differing(both.cache, pairs.cache, range(LAYERS))
         np.testing.assert_allclose(both.out, pairs.out, atol=1e-6)
     assert differing(whole_run("both")[-1].cache, pairs.cache, range(LAYERS)) > 200
-
-
-def test_no_layer_merged_is_diffkv():
-    policy = dataclasses.replace(POLICIES["both"], pairs=dkv.LayerPairs(start=1.0))
-    merged, plain = (make_cache(MODEL, policy, [50], kernels=XLA) for policy in (policy, TIERS))
-    assert plain.spec == merged.spec  # the same programs run
-    assert jax.tree.structure(plain) == jax.tree.structure(merged)
-    assert make_cache(MODEL, POLICIES["both"], [50]).spec != plain.spec
 
 
 def owners(cache: dkv.KVCache) -> list[set[int]]:
@@ -415,105 +263,3 @@ def test_decode_without_pages_leaves_a_request_as_it_was():
     )
     for name in ("page_table", "tier_len"):
         np.testing.assert_array_equal(getattr(before.cache, name), getattr(after.cache, name))
-
-
-def test_a_pool_is_refused_for_what_merged_layers_need():
-    """With thresholds shallow heads may do with a page; deep ones hold all."""
-    build = partial(
-        CacheSpec.build, MODEL.attention, num_requests=1, max_len=4096, num_pages=0, dtype="float32"
-    )
-    budgets = {
-        name: int(str(refused(build(policy=policy), policy)).split("can is ")[1].split()[0])
-        for name, policy in POLICIES.items()
-    }
-    spec = build(policy=POLICIES["both"])
-    pairs = KV_HEADS * (2 * spec.layout.pages_for(0, 200) + spec.layout.pages_for(2, 3800))
-    fixed = int(
-        str(refused(build(policy=POLICIES["both"]), POLICIES["both"], WINDOW))
-        .split("can is ")[1]
-        .split()[0]
-    )
-    assert (budgets["both"] - fixed) // spec.layout.page_bytes == pairs + FIRST * KV_HEADS - 1
-    assert budgets["tiers"] < budgets["both"] < budgets["pairs"]
-
-
-def refused(
-    spec: CacheSpec, policy: dkv.CompressionPolicy, total: int = 4000 + WINDOW
-) -> ValueError:
-    with pytest.raises(ValueError, match="smallest budget") as error:
-        with_pool(spec, policy, [total], [total], 1000)
-    return error.value
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "policy",
-    [
-        dkv.key_norm(0.5, window=16, whole_layers=(1,), tiers=("K8V4",)),
-        pytest.param(dkv.ada_kv(dkv.snapkv(0.4, window=16)), marks=pytest.mark.long),
-        pytest.param(dkv.expected_attention(0.5, window=16), marks=pytest.mark.long),
-        pytest.param(dkv.h2o("340KiB", window=16), marks=pytest.mark.long),
-    ],
-    ids=["key norm", "Ada-KV", "expected", "bytes"],
-)
-def test_budgets_are_for_shallow_layers(policy):
-    """Of a model with weights, whose layers see the same up to the first merged one."""
-    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32, layers=4)
-    prompts, caches = np.random.default_rng(5).integers(0, 97, (1, 200)), []
-    for pairs in (dkv.LayerPairs(), None):
-        if policy.keep.in_bytes and caches:
-            # what that memory comes to
-            keep = dkv.Budget(keep=int(caches[0].policy.keep.keep[0, 0, 0]))
-            policy = dataclasses.replace(policy, keep=keep)
-        cache = make_cache(model, dataclasses.replace(policy, pairs=pairs), [210], kernels=XLA)
-        _, cache = prefill(model, params, cache, prompts, np.array([200]), 256)
-        check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
-        assert not np.asarray(cache.overflow).any()
-        caches.append(cache)
-    merged, alone = caches
-    for layer, head in np.ndindex(4, 2):
-        kept = len(held_tokens(merged, layer, 0, head))
-        if layer < 2:
-            assert stored(merged, layer, 0, head, True) == stored(alone, layer, 0, head, True)
-            assert kept <= 150 or layer in policy.keep.whole_layers
-        else:
-            assert kept == 200 and len(held_tokens(alone, layer, 0, head)) <= 150
-
-
-def test_it_is_data():
-    policy = POLICIES["both"]
-    assert dkv.CompressionPolicy.from_json(policy.to_json()) == policy != TIERS
-    recipe = dkv.load_policy("diffkv_minicache")
-    assert recipe == dataclasses.replace(
-        dkv.diffkv(1.0, 0.02), name=recipe.name, pairs=dkv.LayerPairs()
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"score": PivotalContext(queries=64), "keep": dkv.Budget()},
-            "and PivotalContext.*: merged layers hold all tokens",
-        ),
-        (
-            {"score": AttentionSum(queries=64, reduce="mean"), "keep": HeadClasses(recover=0.9)},
-            "and HeadClasses.*: merged layers hold all tokens",
-        ),
-        (
-            {"score": KeyNorm(), "keep": dkv.Budget(layers="pyramid")},
-            "budgets would be spread over them",
-        ),
-        (
-            {
-                "tiers": ("K8V4", "K8v4V8v4"),
-                "score": MeanAttention(queries=64),
-                "keep": dkv.Thresholds(),
-            },
-            "learns them",
-        ),
-    ],
-)
-def test_choices_that_cannot_work(changes, message):
-    with pytest.raises(ValueError, match=message):
-        dkv.CompressionPolicy(**{"name": "x", "pairs": dkv.LayerPairs()} | changes)

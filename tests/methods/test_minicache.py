@@ -3,67 +3,35 @@ the equations in NumPy.
 """
 
 import dataclasses
-from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from layers_without_weights import (
+    CHUNK,
+    DIM,
+    FIRST,
+    FLUSH,
+    KV_HEADS,
+    LAYERS,
+    MODEL,
+    REQUESTS,
+    WINDOW,
+    decode,
+    draw,
+)
 
 import diffkv_jax as dkv
 from diffkv_jax.cache.cache import empty_cache
 from diffkv_jax.cache.pool_size import bound, with_pool
 from diffkv_jax.cache.spec import CacheSpec
-from diffkv_jax.make_cache import make_cache
-from diffkv_jax.model import AttentionSpec
-from diffkv_jax.pallas_kernels.codecs import Full, Shared, Uniform
-from diffkv_jax.pallas_kernels.dispatch import XLA
-from diffkv_jax.steps.attend import attend
-from diffkv_jax.steps.jitted import decode_step, prefill_chunk
-from diffkv_jax.testing import quantiser
+from diffkv_jax.steps.jitted import prefill_chunk
 from diffkv_jax.testing.readback import check_pool, held_tokens, page_ids_in_use
-from diffkv_jax.testing.tiny import tiny_model
 from oracles import minicache
 
-LAYERS, REQUESTS, Q_HEADS, KV_HEADS, DIM, CHUNK, WINDOW, FLUSH = 5, 2, 4, 2, 16, 32, 8, 4
-FIRST = 3  # of 5 layers the last 2 are merged: half of them, and an odd one out stays as it is
-
-
-def spec_of(
-    layers: int = LAYERS, windows: tuple[int | None, ...] | None = None, dim: int = DIM
-) -> AttentionSpec:
-    windows = windows or (None,) * layers
-    return AttentionSpec(
-        len(windows), Q_HEADS, KV_HEADS, dim, windows, dim**-0.5, None, 97, 4096, "float32"
-    )
-
-
-@dataclass(frozen=True)
-class Layers:
-    """A model without weights: its parameters are q, k, v of every layer and its logits are what
-    attention gives.
-    """
-
-    attention: AttentionSpec
-
-    def apply(self, variables, tokens, positions, cache, step, last_only=False):
-        """Outputs [R, 1, L, T, H, d]."""
-
-        def layer(cache, inputs):
-            out, cache = attend(cache, *inputs, step)
-            return cache, out
-
-        cache, outs = lax.scan(
-            layer, cache, (jnp.arange(self.attention.num_layers), *variables["params"])
-        )
-        return jnp.moveaxis(outs, 0, 1)[:, None], cache
-
-
-MODEL = Layers(spec_of())
 POLICY = dkv.minicache(window=WINDOW, flush=FLUSH)
-decode = jax.jit(partial(decode_step, MODEL))
 PROMPTS, STEPS, MORE, LAST_STEPS = ([11, 32, 32], [0, 8, 32]), 22, (20, 32), 5
 NEAR = 5e-3  # where the norm of a vector rounds to another float16
 TOTALS = [
@@ -80,24 +48,6 @@ def empty(free: int | None = None) -> dkv.KVCache:
     cache = jax.jit(empty_cache, static_argnums=0)(spec, bound(spec, POLICY))
     count = jnp.int32(spec.num_pages if free is None else free)
     return dataclasses.replace(cache, ring=dataclasses.replace(cache.ring, count=count))
-
-
-def draw(rng: np.random.Generator, tokens: int) -> list[np.ndarray]:
-    """q, k, v float32 [L, R, tokens, heads, d]: neighbouring layers are alike, some tokens less
-    than others, of different lengths.
-    """
-
-    def tensor(heads: int) -> np.ndarray:
-        base, own = (
-            rng.normal(size=(REQUESTS, tokens, heads, DIM)),
-            rng.normal(size=(LAYERS, REQUESTS, tokens, heads, DIM)),
-        )
-        mix = rng.uniform(0.1, 1.2, size=(REQUESTS, tokens, heads, 1))
-        return ((base + mix * own) * rng.uniform(0.5, 2.0, size=(LAYERS, 1, 1, heads, 1))).astype(
-            np.float32
-        )
-
-    return [tensor(Q_HEADS), tensor(KV_HEADS), tensor(KV_HEADS)]
 
 
 def follow(
@@ -307,230 +257,3 @@ def test_decode_without_pages_leaves_a_request_as_it_was():
     worst, cache = follow(requests, cache, rng, (32, 16))  # it goes on once there are pages
     assert worst < 2e-3 and distance(cache, requests) < NEAR
     check_free(cache)
-
-
-ARROW = np.array([3.0, 4.0, 0, 0])  # length 5
-
-
-@pytest.mark.parametrize(
-    ("y", "direction"),
-    [
-        (2 * ARROW, [0.6, 0.8, 0, 0]),  # parallel: restored exactly
-        (-2 * ARROW, [-0.6, -0.8, 0, 0]),  # opposite: the line ends nearer to the second
-        (
-            [-8.0, 6.0, 0, 0],
-            np.cos(0.3 * np.pi) * np.array([0.6, 0.8, 0, 0])
-            + np.sin(0.3 * np.pi) * np.array([-0.8, 0.6, 0, 0]),
-        ),
-    ],
-    ids=["parallel", "opposite", "orthogonal"],
-)
-def test_directions_between(y, direction):
-    block = jnp.asarray(np.concatenate([ARROW, y])[:, None], jnp.float32)
-    codec = Shared(Full("float32"), 0.6)
-    payload, meta = codec.encode(block)
-    for which, norm in enumerate((5, 10)):
-        found = dataclasses.replace(codec, reads=which).decode(payload, meta)[:, 0]
-        np.testing.assert_allclose(found, norm * np.asarray(direction), atol=1e-5)
-
-
-def test_a_vector_of_zeros():
-    codec = Shared(Full("float32"), 0.6, reads=1)
-    for halfway in (codec, dataclasses.replace(codec, t=0.5)):
-        payload, meta = halfway.encode(
-            jnp.asarray(np.concatenate([np.zeros(4), ARROW])[:, None], jnp.float32)
-        )
-        np.testing.assert_allclose(halfway.decode(payload, meta)[:, 0], ARROW, atol=1e-5)
-        np.testing.assert_array_equal(
-            dataclasses.replace(halfway, reads=0).decode(payload, meta), 0
-        )
-
-
-@pytest.mark.slow
-def test_directions_in_four_bits():
-    """What is stored, and what attention makes of it, against the equations and the reference
-    quantiser.
-    """
-    rng = np.random.default_rng(0)
-    x, y, q = (rng.normal(size=(n, 32)).astype(np.float32) for n in (7, 7, 3))
-    codec = Shared(Uniform(4, 2), 0.6)
-    payload, meta = codec.encode(jnp.concatenate([x.T, y.T]))
-    assert payload.shape == (codec.rows(32), 7) and meta.shape == (codec.meta_rows, 7) == (6, 7)
-    direction = quantiser.fake_quantise(minicache.common_direction(x, y, 0.6), 4, 2)
-    for which, layer in enumerate((x, y)):
-        reader, expected = (
-            dataclasses.replace(codec, reads=which),
-            np.linalg.norm(layer, axis=1, keepdims=True) * direction,
-        )
-        np.testing.assert_allclose(reader.decode(payload, meta).T, expected, rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(reader.key_logits(q, payload, meta), q @ expected.T, atol=2e-2)
-        weights = rng.uniform(size=(3, 7)).astype(np.float32)
-        valid = np.arange(7) < 5
-        mixed = reader.value_mix(
-            weights * valid, payload, meta.at[:, 5:].set(jnp.nan), jnp.asarray(valid)
-        )
-        np.testing.assert_allclose(mixed, (weights * valid) @ expected, atol=2e-2)
-        assert np.abs(expected - layer).max() > 0.5
-
-
-def shared_layers(
-    policy: dkv.CompressionPolicy, layers: int, tokens: int, dim: int = 64
-) -> dkv.MemoryReport:
-    """The report of a cache whose heads each hold `tokens` outside the window; only its counters
-    are filled in.
-    """
-    model = Layers(
-        dataclasses.replace(spec_of(layers, dim=dim), max_position_embeddings=2 * tokens)
-    )
-    cache = make_cache(
-        model, policy, [policy.schedule.window], cache_dtype="bfloat16", max_len=2 * tokens
-    )
-    spec = cache.spec
-    length = np.zeros(cache.tier_len.shape, np.int32)
-    length[..., 0] = tokens
-    if spec.pairs is not None:
-        retained = int(spec.pairs.retained(np.asarray(tokens)))
-        length[spec.unmerged_layers :, ..., 0] = retained
-        length[spec.unmerged_layers + 1 :: 2, ..., 1] = tokens - retained
-    seen = jnp.asarray([tokens + policy.schedule.window])
-    return dkv.memory_report(
-        dataclasses.replace(
-            cache, tier_len=jnp.asarray(length), seq_len=seen, recent_len=seen - tokens
-        )
-    )
-
-
-def test_memory_is_that_of_the_formula():
-    """Merged layers take 0.5 + 1/d + gamma of plain ones at most: norms take 1/d, and gamma counts
-    retained tokens twice.
-    """
-    tokens, dim, gamma = 6400, 64, 0.05
-    merged, plain = (
-        shared_layers(policy, 4, tokens)
-        for policy in (dkv.minicache(window=WINDOW), dkv.CompressionPolicy.none(window=WINDOW))
-    )
-    for kind in ("logical_bytes", "allocated_bytes"):
-        both = [
-            getattr(report, kind)[2:, ..., :-1].sum() / getattr(plain, kind)[2:, ..., :-1].sum()
-            for report in (merged, plain)
-        ]
-        share = gamma + (1 - gamma) * (0.5 + 1 / dim)
-        assert both[1] == 1 and share - 0.01 < both[0] < 0.5 + 1 / dim + gamma
-        untouched = (
-            getattr(merged, kind)[:2, ..., :-1].sum() / getattr(plain, kind)[:2, ..., :-1].sum()
-        )
-        assert 1 <= untouched < 1.04  # a page has rows for norms that exact tokens leave empty
-    assert 1.25 < plain.logical / merged.logical < 1.32  # half of the layers: 1.28
-    four_bits = shared_layers(dkv.minicache(inner="K4V4", window=WINDOW), 4, tokens)
-    assert 3.9 < plain.logical / four_bits.logical < 5.02
-
-
-def test_no_layer_merged_is_the_plain_cache():
-    plain = make_cache(MODEL, dkv.CompressionPolicy.none(), [50], kernels=XLA)
-    merged = make_cache(MODEL, dkv.minicache(start=1.0), [50], kernels=XLA)
-    assert plain.spec == merged.spec  # the same programs run
-    assert jax.tree.structure(plain) == jax.tree.structure(merged)
-    assert make_cache(MODEL, dkv.minicache(), [50]).spec != plain.spec
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_everything_retained_gives_the_same_text():
-    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32, layers=4)
-    prompts = np.random.default_rng(5).integers(0, 97, (2, 60))
-    plain, retained = (
-        dkv.generate(model, params, prompts, policy=policy, max_new_tokens=16, implementation="xla")
-        for policy in (
-            dkv.CompressionPolicy.none(window=16, flush=4),
-            dkv.minicache(retention=1.0, window=16, flush=4),
-        )
-    )
-    np.testing.assert_array_equal(plain.tokens, retained.tokens)
-    assert (np.asarray(retained.cache.tier_len) == [56, 0]).all()
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_a_row_is_as_the_request_alone():
-    """Prompts of several lengths in chunks of 64, decode events, and a second turn."""
-    model, params = tiny_model(
-        q_heads=4, kv_heads=2, head_dim=32, layers=4, windows=(None, 24, None, None)
-    )
-    policy, run = (
-        dkv.minicache(window=16, flush=4, inner="K4V4"),
-        {"max_new_tokens": 11, "prefill_chunk": 64},
-    )
-    batch = [np.random.default_rng(n).integers(0, 97, n) for n in (150, 70, 100)]
-
-    def turns(prompts: list[np.ndarray]) -> tuple[np.ndarray, dkv.KVCache]:
-        first = dkv.generate(model, params, prompts, policy=policy, max_len=256, **run)
-        second = dkv.generate(
-            model, params, [prompt[:30] for prompt in prompts], cache=first.cache, **run
-        )
-        return np.concatenate([first.tokens, second.tokens], axis=1), second.cache
-
-    tokens, cache = turns(batch)
-    check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
-    for row, prompt in enumerate(batch):
-        alone, its_cache = turns([prompt])
-        np.testing.assert_array_equal(tokens[row], alone[0])
-        for layer in (0, 1, 2):
-            mine, its = held_tokens(cache, layer, row, 1), held_tokens(its_cache, layer, 0, 1)
-            assert {at: token[0] for at, token in mine.items()} == {
-                at: token[0] for at, token in its.items()
-            }
-
-
-def test_a_policy_is_data():
-    policy = dkv.minicache(0.25, 0.5, 0.1, inner="K4V4", transform=dkv.Hadamard())
-    assert dkv.CompressionPolicy.from_json(policy.to_json()) == policy
-    assert dkv.load_policy("minicache") == dkv.minicache()
-    assert make_cache(MODEL, dkv.minicache(0.0), [50]).spec.num_pairs == 2
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"pairs": {"type": "LayerPairs", "t": 1.5}}, r"pairs.t=1.5 must be a number from 0 to 1"),
-        ({"pairs": {"type": "LayerPairs", "retention": "few"}}, "pairs.retention='few'"),
-        ({"pairs": {"type": "LayerPairs", "gamma": 0.1}}, "LayerPairs has fields .*, not .*gamma"),
-        ({"transform": dkv.WithoutRope()}, "leave it out"),
-        ({"tiers": ("K2cV2",)}, "shares numbers over tokens"),
-        ({"tiers": ("K8v4V8v4",)}, "learns them"),
-    ],
-)
-def test_choices_that_cannot_work(changes, message):
-    with pytest.raises(ValueError, match=message):
-        dkv.CompressionPolicy(**{"name": "x", "pairs": dkv.LayerPairs()} | changes)
-
-
-@pytest.mark.parametrize(
-    ("layers", "windows", "start", "message"),
-    [
-        (1, None, 0.5, "no two of 1 layers"),
-        (4, None, 0.9, "no two of 4 layers"),
-        (
-            4,
-            (None, None, 8, None),
-            0.5,
-            "merges layers 2 to 3 in pairs, and some of them have a sliding window",
-        ),
-    ],
-)
-def test_models_that_cannot_be_merged(layers, windows, start, message):
-    with pytest.raises(ValueError, match=message):
-        make_cache(Layers(spec_of(layers, windows)), dkv.minicache(start), [50])
-
-
-def test_a_latent_is_not_merged():
-    latent = dataclasses.replace(spec_of(), num_kv_heads=1, latent=8)
-    with pytest.raises(ValueError, match="one latent for both"):
-        make_cache(Layers(latent), dkv.minicache(), [50])
-
-
-def test_only_plain_xla_runs_it():
-    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32, layers=4)
-    with pytest.raises(ValueError, match="plain XLA only"):
-        dkv.generate(
-            model, params, np.ones((1, 9), int), policy=dkv.minicache(), implementation="cpu"
-        )
