@@ -8,9 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-<<<<<<< HEAD
-from hypothesis import given, settings, strategies as st
-=======
 from admission_program import (
     CHUNK,
     FLUSH,
@@ -24,9 +21,7 @@ from admission_program import (
     program,
     with_free_pages,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
->>>>>>> w-tests
+from hypothesis import given, settings, strategies as st
 
 from diffkv_jax import KVCache
 from diffkv_jax.cache.cache import complete, without_empty

@@ -9,13 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-<<<<<<< HEAD
 from hypothesis import HealthCheck, given, settings, strategies as st
-=======
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from pages_in_python import operations, play
->>>>>>> w-tests
 
 from diffkv_jax.pallas_kernels.apply_event import FreeRing
 from diffkv_jax.pallas_kernels.apply_event.ring import allocate, release

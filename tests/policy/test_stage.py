@@ -100,7 +100,9 @@ class Data(dkv.KeyScore):
 
 
 class Hides(dkv.KeyScore):
-    hides_dropped = True  # pyright: ignore[reportAssignmentType]
+    @property
+    def hides_dropped(self) -> bool:
+        return True
 
     def enter(self, tokens):
         return tokens.scores
