@@ -9,6 +9,7 @@ from kvzip_of_kvpress import HEADS, REPLAY, Tokenizer, kvzip, of_kvpress, scores
 from tiny_llama import LENGTH, PROMPT, kept
 
 import diffkv_jax as dkv
+from diffkv_jax.methods import recipes
 from diffkv_jax.methods.fastgen import HeadClasses
 from diffkv_jax.methods.key_norm import KeyNorm
 from diffkv_jax.methods.kvzip import ContextReconstruction
@@ -92,7 +93,7 @@ def test_what_is_scored_are_the_keys_that_attention_reads():
     """The recipe with four bits, on native kernels where they can be built: nearly the choice that
     exact keys make, in as many tokens.
     """
-    policy = dataclasses.replace(dkv.load_policy("kvzip_4bit"), replay=REPLAY, window=1)
+    policy = dkv.kvzip(0.6, tiers=recipes.kvzip_4bit().tiers, replay=REPLAY, window=1)
     found = kept(policy, kernels=Kernels("xla" if build.why_unavailable() else "cpu"))
     exact = kept(dataclasses.replace(policy, tiers=("full",)))
     both = sum(len(found[layer][head] & exact[layer][head]) for layer, head in HEADS)
