@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import ModelConfig
-from .gguf_file import GGUFFile
 from .switches import Switches
+
+if TYPE_CHECKING:
+    from .gguf_file import GGUFFile  # needs the gguf package
 
 REQUIRED = object()
 """Stands in `Family.hf_fields` for a key that config.json must hold."""
@@ -46,9 +48,9 @@ class InGGUF:
 
     arch: str
     hf_class: str
-    config: Callable[[GGUFFile, Mapping[str, Any]], Mapping[str, Any]]
+    config: Callable[["GGUFFile", Mapping[str, Any]], Mapping[str, Any]]
     reads: tuple[str, ...] = ()
-    of: Callable[[GGUFFile], bool] | None = None
+    of: Callable[["GGUFFile"], bool] | None = None
 
 
 FAMILIES: dict[str, "Family"] = {}

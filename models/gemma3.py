@@ -1,13 +1,15 @@
 """Gemma 3's text part: local and global layers, two rope bases, more norms (arXiv:2503.19786)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import ModelConfig
 from .family import Family, InGGUF, sizes
-from .gguf_file import GGUFFile
 from .gguf_keys import number, size
 from .switches import Switches
+
+if TYPE_CHECKING:
+    from .gguf_file import GGUFFile  # needs the gguf package
 
 
 def _layers(raw: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[str, ...] | None]:
@@ -44,7 +46,7 @@ _GGUF_KEYS = (
 )
 
 
-def _gguf(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
+def _gguf(file: "GGUFFile", config: Mapping[str, Any]) -> dict[str, Any]:
     """The file states the window, the rest are the family's own."""
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     period = file.metadata.get("gemma3.attention.sliding_window_pattern", _LAYERS_PER_GLOBAL_LAYER)

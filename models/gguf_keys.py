@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .gguf_file import GGUFFile
+if TYPE_CHECKING:
+    from .gguf_file import GGUFFile  # needs the gguf package
+
 
 _READ = {
     "block_count",
@@ -49,7 +51,7 @@ _HARMLESS = {
 _OFF_AT_ONE = ("logit_scale", "residual_scale", "embedding_scale")
 
 
-def check_keys(file: GGUFFile, arch: str, reads: Collection[str]) -> None:
+def check_keys(file: "GGUFFile", arch: str, reads: Collection[str]) -> None:
     """Raise ValueError, names and values, for keys that are neither read (by every architecture,
     or of `reads` by this one) nor harmless.
 
@@ -80,7 +82,7 @@ def _is_off(key: str, value: Any) -> bool:
     return all(not v or (key in _OFF_AT_ONE and v == 1) for v in values)
 
 
-def check_agreement(file: GGUFFile, arch: str, config: Mapping[str, Any]) -> None:
+def check_agreement(file: "GGUFFile", arch: str, config: Mapping[str, Any]) -> None:
     """Raise ValueError where the file contradicts itself, or the model that `config` describes."""
     width = config["head_dim"]
     scale = (config.get("query_pre_attn_scalar") or width) ** -0.5
@@ -111,7 +113,7 @@ def check_agreement(file: GGUFFile, arch: str, config: Mapping[str, Any]) -> Non
         )
 
 
-def needed(file: GGUFFile, name: str) -> Any:
+def needed(file: "GGUFFile", name: str) -> Any:
     if name not in file.metadata:
         raise ValueError(
             f"{file.path} must state {name!r} in its metadata: convert the model to GGUF again "
@@ -127,7 +129,7 @@ _PER_LAYER = {
 }
 
 
-def size(file: GGUFFile, key: str, default: int | None = None) -> int:
+def size(file: "GGUFFile", key: str, default: int | None = None) -> int:
     """The integer at `key`; where the file has a list, one value a layer, they must agree."""
     value = needed(file, key) if default is None else file.metadata.get(key, default)
     if isinstance(value, list) and value:
@@ -146,7 +148,7 @@ def size(file: GGUFFile, key: str, default: int | None = None) -> int:
     return value
 
 
-def number(file: GGUFFile, key: str, default: Any) -> Any:
+def number(file: "GGUFFile", key: str, default: Any) -> Any:
     """The number at `key` as the shortest decimal of its float32 (9.9999997e-06 -> 1e-05)."""
     value = file.metadata.get(key, default)
     if value is not None and not isinstance(value, (int, float)):

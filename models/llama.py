@@ -1,12 +1,14 @@
 """Llama 2 and 3, and models of that layout such as SmolLM2 (arXiv:2307.09288, 2407.21783)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import ModelConfig
 from .family import Family, InGGUF, all_full, sizes
-from .gguf_file import GGUFFile
 from .switches import Switches
+
+if TYPE_CHECKING:
+    from .gguf_file import GGUFFile  # needs the gguf package
 
 
 def _switches(config: ModelConfig) -> Switches:
@@ -15,7 +17,7 @@ def _switches(config: ModelConfig) -> Switches:
     )
 
 
-def _gguf(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
+def _gguf(file: "GGUFFile", config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "attention_bias": "blk.0.attn_q.bias" in file.shapes,
         "mlp_bias": "blk.0.ffn_up.bias" in file.shapes,

@@ -1,12 +1,14 @@
 """Mistral 7B and its kin: Llama's layer with one sliding window for all (arXiv:2310.06825)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import ModelConfig
 from .family import Family, InGGUF, sizes
-from .gguf_file import GGUFFile
 from .switches import Switches
+
+if TYPE_CHECKING:
+    from .gguf_file import GGUFFile  # needs the gguf package
 
 
 def _layers(raw: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[str, ...] | None]:
@@ -21,11 +23,11 @@ def _switches(config: ModelConfig) -> Switches:
 _GGUF_WINDOW = "llama.attention.sliding_window"
 
 
-def _gguf(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
+def _gguf(file: "GGUFFile", config: Mapping[str, Any]) -> dict[str, Any]:
     return {"sliding_window": file.metadata.get(_GGUF_WINDOW) or None}
 
 
-def _of_mistral(file: GGUFFile) -> bool:
+def _of_mistral(file: "GGUFFile") -> bool:
     """GGUF files label it as a Llama."""
     named = "mistral" in str(file.metadata.get("general.name", "")).lower()
     return named or bool(file.metadata.get(_GGUF_WINDOW))

@@ -1,19 +1,21 @@
 """Qwen3 (dense): RMSNorm on each head's q and k instead of Qwen2's biases (arXiv:2505.09388)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import ModelConfig
 from .family import WINDOW_KEYS, Family, InGGUF, sizes, windowed_from_layer
-from .gguf_file import GGUFFile
 from .switches import Switches
+
+if TYPE_CHECKING:
+    from .gguf_file import GGUFFile  # needs the gguf package
 
 
 def _switches(config: ModelConfig) -> Switches:
     return Switches(qkv_bias=config.attention_bias, o_bias=config.attention_bias, qk_norm=True)
 
 
-def _gguf(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
+def _gguf(file: "GGUFFile", config: Mapping[str, Any]) -> dict[str, Any]:
     return {"attention_bias": "blk.0.attn_q.bias" in file.shapes, "use_sliding_window": False}
 
 
