@@ -11,6 +11,7 @@ from jax import ShapeDtypeStruct as Shape
 
 from diffkv_jax import CompressionPolicy, diffkv
 from diffkv_jax.cache.cache import KVCache, empty_cache
+from diffkv_jax.cache.pool_size import bound
 from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.models import ModelConfig, build_model
 from diffkv_jax.pallas_kernels.apply_event import FreeRing, Stored
@@ -135,6 +136,4 @@ def cache(
     spec = CacheSpec.build(built.attention, policy, **options)
     layers = len(spec.paged_layers)
     spec = dataclasses.replace(spec, num_pages=pool(spec.layout, layers * spec.num_heads).num_pages)
-    return jax.eval_shape(
-        partial(empty_cache, spec), Shape((layers, requests, KV_HEADS, 2), jnp.float32)
-    )
+    return jax.eval_shape(partial(empty_cache, spec), bound(spec, policy))
