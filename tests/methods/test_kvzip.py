@@ -145,7 +145,7 @@ def test_its_words():
         ({"keep": dkv.Budget(keep="1MiB")}, "decides once a prompt"),
         ({"tiers": ("K2cV2",)}, "not separable"),
         ({"pairs": dkv.LayerPairs(), "keep": dkv.Budget()}, "keeps all tokens of merged layers"),
-        ({"keep": HeadClasses()}, "measures attention by"),
+        ({"keep": HeadClasses()}, "decides after its passes"),
     ],
     ids=str,
 )
