@@ -1,6 +1,5 @@
 """The decode loop on the device: sample, feed, sample ..., back in Python a few times a second."""
 
-import dataclasses
 import time
 from functools import partial
 from typing import NamedTuple
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from diffkv_jax.cache.cache import KVCache
+from diffkv_jax.cache.cache import KVCache, with_counters
 from diffkv_jax.interrupt import Held
 from diffkv_jax.model import CausalLM
 from diffkv_jax.sampling import Rules, next_token
@@ -65,7 +64,7 @@ def begin(
     others go on with their pending token.
     """
     count = len(fresh)
-    full = cache.overflow & ~rests
+    full = cache.counters.overflow & ~rests
     waiting = jnp.where(fresh | (requests.limit > 0), RUNNING, LENGTH)
     reason = jnp.where(rests, RESTING, jnp.where(full, CACHE_FULL, waiting)).astype(jnp.int32)
     state = State(jnp.zeros((count, width), jnp.int32), jnp.zeros(count, jnp.int32), reason)
@@ -81,9 +80,11 @@ def advance(
     def turn(carry: tuple[State, KVCache, Array]) -> tuple[State, KVCache, Array]:
         state, cache, left = carry
         running = state.reason == RUNNING
-        logits, cache = decode_step(model, params, cache, jnp.maximum(cache.pending, 0), running)
-        full = running & cache.overflow
-        cache = dataclasses.replace(cache, pending=jnp.where(full, -1, cache.pending))
+        logits, cache = decode_step(
+            model, params, cache, jnp.maximum(cache.counters.pending, 0), running
+        )
+        full = running & cache.counters.overflow
+        cache = with_counters(cache, pending=jnp.where(full, -1, cache.counters.pending))
         state = state._replace(reason=jnp.where(full, CACHE_FULL, state.reason))
         return *_take(state, cache, logits, running & ~full, requests), left - 1
 
@@ -104,14 +105,14 @@ def _take(
     asked &= state.reason == RUNNING
     broken = asked & ~jnp.isfinite(logits.max(axis=-1))  # NaN, infinity, or nothing to choose
     draws = asked & ~broken & (state.lengths < requests.limit)
-    keys = jax.vmap(jax.random.fold_in)(requests.keys, cache.seq_len)
+    keys = jax.vmap(jax.random.fold_in)(requests.keys, cache.counters.seq_len)
     drawn = next_token(requests.rules, logits, keys)
     rows, width = jnp.arange(len(asked)), state.tokens.shape[1]
     lengths = state.lengths + draws
     ended = jnp.where(lengths >= requests.limit, LENGTH, RUNNING)
     ended = jnp.where(draws & (drawn[:, None] == requests.stops).any(axis=1), EOS, ended)
     reason = jnp.where(broken, ERROR, jnp.where(asked, ended, state.reason))
-    pending = jnp.where(draws, drawn, jnp.where(asked, -1, cache.pending))
+    pending = jnp.where(draws, drawn, jnp.where(asked, -1, cache.counters.pending))
     column = jnp.where(draws, state.lengths, width)
     tokens = state.tokens.at[rows, column].set(drawn, mode="drop")
-    return State(tokens, lengths, reason), dataclasses.replace(cache, pending=pending)
+    return State(tokens, lengths, reason), with_counters(cache, pending=pending)

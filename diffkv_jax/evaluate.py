@@ -124,7 +124,7 @@ def teacher_forced(
         fed = jnp.arange(SEGMENT) < len(real)
         log_probs, cache = _feed(model, params, cache, jnp.asarray(part), fed)
         rows.append(np.asarray(log_probs[: len(real)]))
-    full = np.flatnonzero(np.asarray(cache.overflow))
+    full = np.flatnonzero(np.asarray(cache.counters.overflow))
     if full.size:
         raise ValueError(
             f"the pool had no page left for requests {full.tolist()}: raise "
@@ -148,7 +148,7 @@ def _feed(
 
         def feed(fed):
             _, cache = fed
-            active = jnp.full(token.shape, True) & ~cache.overflow
+            active = jnp.full(token.shape, True) & ~cache.counters.overflow
             logits, cache = decode_step(model, params, cache, token, active)
             return _log_softmax(logits, cache.spec.kernels), cache
 

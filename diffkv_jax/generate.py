@@ -50,8 +50,9 @@ class GenerateOutput:
             earlier turns included); "error" (its logits were not finite; a warning says in which
             layer that began); "resting" (None was given for its prompt); "interrupted" (Ctrl-C).
         cache: the compressed cache; give it to the next call to go on. It is donated there. The
-            token generated last has not been seen by the model: it waits in `cache.pending` and
-            goes before the next prompt by itself, so do not give it again.
+            token generated last has not been seen by the model: it waits in
+            `cache.counters.pending` and goes before the next prompt by itself, so do not give it
+            again.
         prefill_seconds: wall time until the prompts were in the cache, compilation included.
     """
 
@@ -66,9 +67,9 @@ class GenerationInterrupted(KeyboardInterrupt):
     """Ctrl-C in `generate`. `output` is what there was by then, and its cache can be gone on from.
 
     An empty prompt continues a request that had begun to generate; of one that was still being
-    read, `output.cache.seq_len` tokens in all are in the cache, and the next prompt may be the
-    rest. A policy that goes over the first prompt again (`kvzip`) and had not begun to drop keeps
-    all of it.
+    read, `output.cache.counters.seq_len` tokens in all are in the cache, and the next prompt may be
+    the rest. A policy that goes over the first prompt again (`kvzip`) and had not begun to drop
+    keeps all of it.
     """
 
     def __init__(self, output: GenerateOutput):
@@ -273,10 +274,10 @@ def _joined(
     Raises:
         ValueError: they do not fit the model's context, the cache or its pool.
     """
-    pending = np.asarray(cache.pending)
+    pending = np.asarray(cache.counters.pending)
     _check_empty(prompts, pending)
     totals = _totals(
-        np.asarray(cache.seq_len),
+        np.asarray(cache.counters.seq_len),
         prompts._replace(lengths=prompts.lengths + (pending >= 0)),
         max_new_tokens,
     )

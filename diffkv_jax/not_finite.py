@@ -15,9 +15,11 @@ def warn_of_errors(cache: KVCache, rows: Sequence[int]) -> None:
     if not len(rows):
         return
     spec = cache.spec
-    paged = _finite(cache.recent_k, cache.recent_v, cache.recent_len)
+    paged = _finite(cache.recent.k, cache.recent.v, cache.counters.recent_len)
     # zeros where nothing came yet
-    windowed = _finite(cache.ring_k, cache.ring_v, jnp.full_like(cache.recent_len, spec.ring_len))
+    windowed = _finite(
+        cache.sliding.k, cache.sliding.v, jnp.full_like(cache.counters.recent_len, spec.ring_len)
+    )
     layers = spec.paged_layers + spec.window_layers
     finite = dict(zip(layers, jax.device_get((*paged, *windowed)), strict=True))
     for row in rows:

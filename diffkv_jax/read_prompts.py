@@ -1,6 +1,5 @@
 """Prompts into the cache, chunk by chunk, and gone over again where a score has passes."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from diffkv_jax.batching import chunks
-from diffkv_jax.cache.cache import KVCache
+from diffkv_jax.cache.cache import KVCache, with_counters
 from diffkv_jax.interrupt import Held
 from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.precision import in_32_bits
@@ -51,13 +50,13 @@ def read_prompts(
             one chunk or is not the first; or going over a prompt again would outgrow the model's
             context or vocabulary.
     """
-    spec, seen = held.cache.spec, np.asarray(held.cache.seq_len)
+    spec, seen = held.cache.spec, np.asarray(held.cache.counters.seq_len)
     score = held.cache.policy.score if spec.paged_layers else None
     check_evicts_once(held.cache, seen, lengths, size)
     again = np.where(seen == 0, lengths, 0)
     if score is not None:
         score.check_prompts(spec.attention, again)
-    held.cache = dataclasses.replace(held.cache, overflow=jnp.zeros_like(held.cache.overflow))
+    held.cache = with_counters(held.cache, overflow=jnp.zeros_like(held.cache.counters.overflow))
 
     def read(
         _: Any, cache: KVCache, part: np.ndarray, real: np.ndarray, last: bool

@@ -58,8 +58,8 @@ def check_rows(batch: GenerateOutput, alone: list[GenerateOutput]) -> None:
             and batch.finish_reason[row] == single.finish_reason[0]
         )
         np.testing.assert_array_equal(
-            batch.cache.tier_len[:, row],
-            single.cache.tier_len[:, 0],
+            batch.cache.stored.tier_len[:, row],
+            single.cache.stored.tier_len[:, 0],
             err_msg=f"tokens a tier of row {row}",
         )
 
@@ -108,7 +108,8 @@ def test_thresholds_per_request(model, prompts, greedy):
     # the one row whose thresholds are those of POLICY
     np.testing.assert_array_equal(batch.tokens[1], greedy[0].tokens[1])
     assert (
-        np.asarray(batch.cache.tier_len)[:, 2:] != np.asarray(greedy[0].cache.tier_len)[:, 2:]
+        np.asarray(batch.cache.stored.tier_len)[:, 2:]
+        != np.asarray(greedy[0].cache.stored.tier_len)[:, 2:]
     ).any()
 
 

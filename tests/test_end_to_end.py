@@ -32,10 +32,10 @@ def run(implementation: str) -> dkv.GenerateOutput:
 def test_every_implementation_generates_the_same_tokens(implementation: str):
     got, wanted = run(implementation), run("xla")
     np.testing.assert_array_equal(got.tokens, wanted.tokens)
-    np.testing.assert_array_equal(got.cache.tier_len, wanted.cache.tier_len)
+    np.testing.assert_array_equal(got.cache.stored.tier_len, wanted.cache.stored.tier_len)
     assert len(np.unique(wanted.tokens)) > 3
-    stored = np.asarray(wanted.cache.tier_len)
+    stored = np.asarray(wanted.cache.stored.tier_len)
     assert stored.sum(axis=(0, 1, 2)).min() > 0, "both tiers are used"
-    assert stored.sum() < 2 * int((wanted.cache.seq_len - wanted.cache.recent_len)[0]), (
-        "and some tokens dropped"
-    )
+    assert stored.sum() < 2 * int(
+        (wanted.cache.counters.seq_len - wanted.cache.counters.recent_len)[0]
+    ), "and some tokens dropped"

@@ -87,7 +87,7 @@ def test_generate_from_a_cache(first, changes):
         "max_new_tokens": 2,
     } | changes
     taken_or_refused(lambda: dkv.generate(**call), {*changes, "prompt", "prompts"})
-    assert not first.cache.seq_len.is_deleted()
+    assert not first.cache.counters.seq_len.is_deleted()
 
 
 prompts = st.lists(

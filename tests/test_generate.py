@@ -27,6 +27,7 @@ from diffkv_jax.decode_loop import Requests, advance, begin
 from diffkv_jax.read_prompts import prefill
 from diffkv_jax.sampling import rules
 from diffkv_jax.steps.jitted import prefill_chunk
+from diffkv_jax.testing.parts import with_part
 from diffkv_jax.testing.readback import page_ids_in_use
 from diffkv_jax.testing.tiny import prompt, tiny_model
 
@@ -46,7 +47,7 @@ def empty(model) -> KVCache:
 
 def with_free_pages(cache: KVCache, count: int) -> KVCache:
     """The cache with only `count` free pages; the others are nobody's."""
-    return dataclasses.replace(cache, ring=dataclasses.replace(cache.ring, count=jnp.int32(count)))
+    return with_part(cache, "stored.ring.count", jnp.int32(count))
 
 
 def run(model, prompts=PROMPTS, **arguments) -> GenerateOutput:
@@ -71,8 +72,8 @@ def cut_at(tokens: np.ndarray, stop: int) -> np.ndarray:
 def test_length(plain):
     assert plain.finish_reason == ("length",) * 3 and plain.tokens.shape == (3, NEW)
     np.testing.assert_array_equal(plain.lengths, NEW)
-    np.testing.assert_array_equal(plain.cache.seq_len, [len(p) + NEW - 1 for p in PROMPTS])
-    np.testing.assert_array_equal(plain.cache.pending, plain.tokens[:, -1])
+    np.testing.assert_array_equal(plain.cache.counters.seq_len, [len(p) + NEW - 1 for p in PROMPTS])
+    np.testing.assert_array_equal(plain.cache.counters.pending, plain.tokens[:, -1])
 
 
 def test_eos(model, plain):
@@ -88,14 +89,18 @@ def test_eos(model, plain):
         else:
             assert reason == "length" and length == NEW
     assert out.lengths[0] <= 6 and (out.lengths > out.lengths[0]).any(), "another row must go on"
-    np.testing.assert_array_equal(out.cache.seq_len, [len(p) for p in PROMPTS] + out.lengths - 1)
-    np.testing.assert_array_equal(out.cache.pending, out.tokens[np.arange(3), out.lengths - 1])
+    np.testing.assert_array_equal(
+        out.cache.counters.seq_len, [len(p) for p in PROMPTS] + out.lengths - 1
+    )
+    np.testing.assert_array_equal(
+        out.cache.counters.pending, out.tokens[np.arange(3), out.lengths - 1]
+    )
 
 
 def test_eos_at_once_and_one_token(model, plain):
     out = run(model, stop_token_ids=(int(plain.tokens[1, 0]),))
     assert out.lengths[1] == 1 and out.finish_reason[1] == "eos"
-    np.testing.assert_array_equal(out.cache.seq_len[1], len(PROMPTS[1]))
+    np.testing.assert_array_equal(out.cache.counters.seq_len[1], len(PROMPTS[1]))
     out = run(model, max_new_tokens=9)
     np.testing.assert_array_equal(out.tokens, plain.tokens[:, :9])
     assert out.tokens.shape == (3, 9) and out.finish_reason == ("length",) * 3
@@ -117,12 +122,14 @@ def test_cache_full_in_the_prompt(model, plain):
     np.testing.assert_array_equal(out.tokens[:2], plain.tokens[:2])
     assert (
         not out.tokens[2].any()
-        and int(out.cache.pending[2]) == -1
-        and int(out.cache.seq_len[2]) == 0
+        and int(out.cache.counters.pending[2]) == -1
+        and int(out.cache.counters.seq_len[2]) == 0
     )
-    assert not out.cache.tier_len[:, 2].any()
-    used = page_ids_in_use(spec.layout, out.cache.page_table, out.cache.tier_len, spec.num_pages)
-    assert len(used) + int(out.cache.ring.count) == few
+    assert not out.cache.stored.tier_len[:, 2].any()
+    used = page_ids_in_use(
+        spec.layout, out.cache.stored.page_table, out.cache.stored.tier_len, spec.num_pages
+    )
+    assert len(used) + int(out.cache.stored.ring.count) == few
     again = run(model, [p[:33] for p in PROMPTS], cache=out.cache)
     assert again.finish_reason[2] == "length", "an emptied request starts again"
     alone = run(model, [p[:33] for p in PROMPTS])
@@ -145,7 +152,7 @@ def starved_in_decode(model) -> tuple[GenerateOutput, GenerateOutput]:
     prompts = [np.resize(p, n) for p, n in zip(PROMPTS, lengths, strict=True)]
     batch = np.stack([np.resize(p, max(lengths)) for p in prompts])
     first = prefill(*model, empty(model), batch, np.array(lengths), CHUNK)[1]
-    taken = int(first.spec.num_pages - first.ring.count)
+    taken = int(first.spec.num_pages - first.stored.ring.count)
     return run(model, prompts, cache=with_free_pages(empty(model), taken)), run(model, prompts)
 
 
@@ -170,7 +177,7 @@ def test_going_on_after_cache_full_in_decode(starved_in_decode):
     """
     out, _ = starved_in_decode
     lengths = starving_lengths(out.cache.spec.layout.tokens_per_page(0))
-    seen = int(out.cache.seq_len[1]) + (int(out.cache.pending[1]) >= 0)
+    seen = int(out.cache.counters.seq_len[1]) + (int(out.cache.counters.pending[1]) >= 0)
     assert seen == lengths[1] + out.lengths[1], "tokens seen and pending = prompt and generated"
 
 
@@ -188,7 +195,7 @@ def test_second_turn_equals_one_run(model, plain):
     second = run(model, more, cache=first.cache)
     whole = run(model, texts)
     np.testing.assert_array_equal(second.tokens, whole.tokens)
-    np.testing.assert_array_equal(second.cache.seq_len, whole.cache.seq_len)
+    np.testing.assert_array_equal(second.cache.counters.seq_len, whole.cache.counters.seq_len)
 
 
 def test_cache_is_taken(model):
@@ -253,7 +260,7 @@ def test_long_prompts_share_one_prefill_program(model):
     for length in (1000, 3000):
         cache = make_cache(model[0], POLICY, [4096])
         out = generate(*model, [prompt(length)], cache=cache, max_new_tokens=1, prefill_chunk=256)
-        assert out.finish_reason == ("length",) and int(out.cache.seq_len[0]) == length
+        assert out.finish_reason == ("length",) and int(out.cache.counters.seq_len[0]) == length
     assert prefill_chunk._cache_size() == before + 1
 
 

@@ -47,20 +47,22 @@ def test_the_same_tokens(kernels: Kernels, policy: str):
     np.testing.assert_array_equal(got.tokens, wanted.tokens)
     cache, plain = got.cache, wanted.cache
     assert cache.spec.kernels == kernels and plain.spec.kernels == Kernels("xla")
-    np.testing.assert_array_equal(cache.tier_len, plain.tier_len)
-    np.testing.assert_array_equal(cache.seq_len, plain.seq_len)
-    np.testing.assert_array_equal(cache.recent_len, plain.recent_len)
-    np.testing.assert_allclose(cache.recent_k, plain.recent_k, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(cache.stored.tier_len, plain.tier_len)
+    np.testing.assert_array_equal(cache.counters.seq_len, plain.seq_len)
+    np.testing.assert_array_equal(cache.counters.recent_len, plain.recent_len)
+    np.testing.assert_allclose(cache.recent.k, plain.recent.k, rtol=1e-4, atol=1e-4)
     if cache.spec.layout.scored:
         assert (
-            np.asarray(cache.tier_len).sum()
-            < np.asarray(cache.seq_len - cache.recent_len).sum() * 2
+            np.asarray(cache.stored.tier_len).sum()
+            < np.asarray(cache.counters.seq_len - cache.counters.recent_len).sum() * 2
         ).any(), "some must be dropped"
         np.testing.assert_allclose(
-            cache.recent_significance, plain.recent_significance, rtol=1e-3, atol=1e-5
+            cache.recent.significance, plain.recent.significance, rtol=1e-3, atol=1e-5
         )
-    page_ids_in_use(cache.spec.layout, cache.page_table, cache.tier_len, cache.spec.num_pages)
-    check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
+    page_ids_in_use(
+        cache.spec.layout, cache.stored.page_table, cache.stored.tier_len, cache.spec.num_pages
+    )
+    check_pool(cache.spec.layout, cache.stored.page_table, cache.stored.tier_len, cache.stored.ring)
 
 
 def test_default_is_that_of_the_platform():

@@ -51,8 +51,8 @@ def test_the_loop_stops_and_the_cache_goes_on():
         and 0 < count < 100_000
         and isinstance(error.value, KeyboardInterrupt)
     )
-    np.testing.assert_array_equal(out.cache.pending, out.tokens[:, count - 1])
-    np.testing.assert_array_equal(out.cache.seq_len, [40 + count - 1])
+    np.testing.assert_array_equal(out.cache.counters.pending, out.tokens[:, count - 1])
+    np.testing.assert_array_equal(out.cache.counters.seq_len, [40 + count - 1])
     on = generate([[]], max_new_tokens=30, cache=out.cache)
     whole = generate(TEXT, max_new_tokens=min(count, 400) + 30, **sizes)
     if count <= 400:
@@ -91,7 +91,7 @@ def test_between_chunks_of_a_prompt(monkeypatch):
     with pytest.raises(dkv.GenerationInterrupted) as error:
         dkv.generate(model, params, [text], **sizes)
     out = error.value.output
-    read = int(out.cache.seq_len[0])
+    read = int(out.cache.counters.seq_len[0])
     assert (
         read == 128
         and out.finish_reason == ("interrupted",)
@@ -186,7 +186,7 @@ def test_held_gives_back_what_was_taken():
     with Held(0, cache) as held:
         with pytest.raises(KeyboardInterrupt):
             held.update(call)
-        assert held.value == 1 and not held.cache.seq_len.is_deleted()
+        assert held.value == 1 and not held.cache.counters.seq_len.is_deleted()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)

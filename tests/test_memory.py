@@ -149,7 +149,7 @@ def test_pool_is_updated_in_place(name, step, kernels):
         pool=256 * MIB,
         kernels=kernels,
     )
-    pool = tree_bytes(cache.pages)
+    pool = tree_bytes(cache.stored.pages)
     assert 250 * MIB < pool <= 256 * MIB
     lowered = (
         lower_decode(model, params, cache)
@@ -163,8 +163,10 @@ def test_pool_is_updated_in_place(name, step, kernels):
         f"{memory.temp_size_in_bytes / MIB:.1f} MiB"
     )
     text = compiled.as_text() or ""
-    assert f"u8[{cache.pages.num_pages}," in text, "the search must be able to find the payload"
-    assert not copies_of_pool(text, cache.pages.num_pages)
+    assert f"u8[{cache.stored.pages.num_pages}," in text, (
+        "the search must be able to find the payload"
+    )
+    assert not copies_of_pool(text, cache.stored.pages.num_pages)
 
 
 @pytest.mark.slow
@@ -181,7 +183,7 @@ def test_replay_updates_the_pool_in_place(name, kernels):
         pool=256 * MIB,
         kernels=kernels,
     )
-    pool = tree_bytes(cache.pages)
+    pool = tree_bytes(cache.stored.pages)
     if name == "event":
         lowered = end_passes.lower(cache, array((2,), bool))
     else:
@@ -196,8 +198,8 @@ def test_replay_updates_the_pool_in_place(name, kernels):
     compiled = lowered.compile()
     memory, text = compiled.memory_analysis(), compiled.as_text() or ""
     assert memory.alias_size_in_bytes >= pool and memory.temp_size_in_bytes < 0.1 * pool
-    assert f"u8[{cache.pages.num_pages}," in text and not copies_of_pool(
-        text, cache.pages.num_pages
+    assert f"u8[{cache.stored.pages.num_pages}," in text and not copies_of_pool(
+        text, cache.stored.pages.num_pages
     )
 
 

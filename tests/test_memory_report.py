@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from diffkv_jax import CompressionPolicy, diffkv, make_cache, memory_report
-from diffkv_jax.cache.cache import KVCache
+from diffkv_jax.cache.cache import KVCache, with_counters
+from diffkv_jax.testing.parts import with_part
 from diffkv_jax.testing.tiny import tiny_model
 
 pytestmark = pytest.mark.optimized
@@ -46,7 +47,7 @@ def test_report_equals_hand_count(counted):
     assert report.bf16 == (500 + 60) * 2 * 2 * 2 * 64 * 2
     arrays = jax.tree.leaves(counted)
     assert report.pool == sum(x.nbytes for x in arrays)
-    pages = counted.pages
+    pages = counted.stored.pages
     page = (
         pages.payload.nbytes + pages.meta.nbytes + pages.significance.nbytes + pages.position.nbytes
     ) // pages.num_pages
@@ -62,21 +63,15 @@ def test_report_equals_hand_count(counted):
 def test_report_counts_tokens(counted):
     report = memory_report(counted)
     np.testing.assert_array_equal(report.tokens[0, 0, 0], [200, 100, 64])
-    np.testing.assert_array_equal(report.tokens[..., :2], counted.tier_len)
+    np.testing.assert_array_equal(report.tokens[..., :2], counted.stored.tier_len)
     np.testing.assert_array_equal(report.tokens[:, 1, :, 2], 60)
     # impossible lengths, but counted
     assert report.dropped[0, 0, 0] == 500 - 364 and report.dropped[1, 1, 0] == 60 - 93
     np.testing.assert_allclose(report.kept_fraction, np.array([201, 133, 496]) / (4 * 560))
     assert [name.split()[-1] for name in report.tier_names] == ["K8V4", "K4V2"]
     shared = report.allocated - report.allocated_bytes.sum()
-    counters = (
-        counted.ring.start,
-        counted.ring.count,
-        counted.seq_len,
-        counted.recent_len,
-        counted.query_spans,
-    )
-    counters += (counted.overflow, counted.steps, counted.pending, counted.fingerprint)
+    ring = counted.stored.ring
+    counters = (ring.start, ring.count, *counted.counters, counted.fingerprint)
     assert shared == sum(x.nbytes for x in counters)
     layout = counted.spec.layout
     page = layout.page_bytes + 4  # 4: the page's place in the free ring
@@ -92,15 +87,11 @@ def test_report_counts_tokens(counted):
 def test_report_of_a_model_with_windows():
     model, _ = tiny_model(q_heads=4, kv_heads=2, layers=3, windows=(32, None, 32))
     cache = make_cache(model, CompressionPolicy.none(), [300])
-    cache = dataclasses.replace(
-        cache,
-        seq_len=jnp.array([100]),
-        recent_len=jnp.array([64]),
-        tier_len=jnp.full_like(cache.tier_len, 36),
-    )
+    cache = with_counters(cache, seq_len=jnp.array([100]), recent_len=jnp.array([64]))
+    cache = with_part(cache, "stored.tier_len", jnp.full_like(cache.stored.tier_len, 36))
     report = memory_report(cache)
     token = 2 * 64 * 4
-    side = cache.pages.position.dtype.itemsize
+    side = cache.stored.pages.position.dtype.itemsize
     assert report.logical == 2 * 36 * (token + side) + 2 * 64 * token + 2 * 2 * 32 * token
     assert report.bf16 == (2 * 100 + 2 * 2 * 32) * token // 2
     assert report.pool == sum(x.nbytes for x in jax.tree.leaves(cache))

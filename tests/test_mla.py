@@ -81,7 +81,7 @@ def test_the_absorbed_full_cache_equals_plain_attention():
     log_probs, cache = teacher_forced(model, params, TOKENS, CONTEXT, EXACT, prefill_chunk=64)
     wanted = uncached()[:, CONTEXT:]
     np.testing.assert_allclose(log_probs, wanted, atol=1e-4)
-    assert cache.recent_v is None and cache.recent_k.shape[-1] == RANK + ROPE
+    assert cache.recent.v is None and cache.recent.k.shape[-1] == RANK + ROPE
     wrong = uncached(query_pre_attn_scalar=20.0)  # the scale without the rotary channels
     assert np.abs(log_probs - wrong[:, CONTEXT:]).max() > 1e-2
 
@@ -165,7 +165,7 @@ def test_eviction_and_four_bits_are_one_policy():
         model, params, [TOKENS[1, :70]], policy=policy, max_new_tokens=12, max_len=128
     )
     np.testing.assert_array_equal(both.tokens[1], alone.tokens[0])
-    report, seen = dkv.memory_report(both.cache), np.asarray(both.cache.seq_len)
+    report, seen = dkv.memory_report(both.cache), np.asarray(both.cache.counters.seq_len)
     stored, recent = report.tokens[:, 0, 0, 0], report.tokens[:, 0, 0, 1]
     came_since = seen[0] - TOKENS.shape[1] - (recent - 16)
     # half of the prompt, less its window

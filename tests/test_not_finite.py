@@ -1,7 +1,5 @@
 """Numbers that are not finite end their request, and say where that began."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax.evaluate import teacher_forced
+from diffkv_jax.testing.parts import with_part
 from diffkv_jax.testing.tiny import prompt, tiny_model
 
 POISON = 5  # a token that no text has
@@ -37,7 +36,7 @@ def test_one_row_ends_and_the_other_goes_on():
         out = dkv.generate(model, params, POISONED, max_new_tokens=6, max_len=128)
     assert out.finish_reason == ("length", "error") and out.lengths.tolist() == [6, 0]
     np.testing.assert_array_equal(out.tokens[0], plain.tokens[0])
-    assert not out.tokens[1].any() and int(out.cache.pending[1]) == -1
+    assert not out.tokens[1].any() and int(out.cache.counters.pending[1]) == -1
 
 
 def test_the_warning_is_the_callers():
@@ -58,7 +57,7 @@ def test_where_warnings_are_errors_nothing_is_lost():
     with pytest.raises(RuntimeWarning, match="request 1") as error:
         dkv.generate(*with_embedding(np.nan), POISONED, max_new_tokens=6, max_len=128)
     out = error.value.output
-    assert out.finish_reason == ("length", "error") and not out.cache.seq_len.is_deleted()
+    assert out.finish_reason == ("length", "error") and not out.cache.counters.seq_len.is_deleted()
 
 
 def test_in_decode():
@@ -66,7 +65,7 @@ def test_in_decode():
     model, params = with_embedding(np.inf)
     first = dkv.generate(model, params, TEXTS, max_new_tokens=3, max_len=128)
     cache = first.cache
-    poisoned = dataclasses.replace(cache, pending=cache.pending.at[0].set(POISON))
+    poisoned = with_part(cache, "counters.pending", cache.counters.pending.at[0].set(POISON))
     with pytest.warns(RuntimeWarning, match="request 0"):
         out = dkv.generate(model, params, [[], []], max_new_tokens=4, cache=poisoned)
     assert out.finish_reason == ("error", "length") and out.lengths.tolist() == [0, 4]

@@ -60,14 +60,14 @@ def test_all_bits_give_the_tokens_of_bfloat16(letter: str):
         for tier in (f"K16{letter}V16{letter}", "full")
     )
     np.testing.assert_array_equal(got.tokens, wanted.tokens)
-    np.testing.assert_allclose(got.cache.recent_k, wanted.cache.recent_k, rtol=1e-2, atol=1e-2)
-    assert int(np.asarray(got.cache.tier_len).sum()) > 0
+    np.testing.assert_allclose(got.cache.recent.k, wanted.cache.recent.k, rtol=1e-2, atol=1e-2)
+    assert int(np.asarray(got.cache.stored.tier_len).sum()) > 0
 
 
 def test_fewer_bits_give_other_keys(letter: str):
     """What a codec that is never called would not do."""
     few, many = (generate(f"K{n}{letter}V8", implementation="xla") for n in (8, 16))
-    difference = np.asarray(few.cache.recent_k, np.float32) - np.asarray(many.cache.recent_k)
+    difference = np.asarray(few.cache.recent.k, np.float32) - np.asarray(many.cache.recent.k)
     assert np.abs(difference).max() > 1e-3
 
 

@@ -14,6 +14,7 @@ from diffkv_jax import CompressionPolicy, KVCache, generate, make_cache
 from diffkv_jax.evaluate import quality, teacher_forced
 from diffkv_jax.read_prompts import prefill
 from diffkv_jax.steps.jitted import decode_step
+from diffkv_jax.testing.parts import with_part
 from diffkv_jax.testing.tiny import prompt, tiny_model
 
 TOLERANCE = 1e-4
@@ -149,24 +150,21 @@ def after_prompt():
 
 def swap_pages(cache: KVCache) -> KVCache:
     """The first page of requests 1 and 3, layer 0, exchanged."""
-    table = cache.page_table
+    table = cache.stored.page_table
     one, other = table[0, 1, 0, 0], table[0, 3, 0, 0]
-    return dataclasses.replace(
-        cache, page_table=table.at[0, 1, 0, 0].set(other).at[0, 3, 0, 0].set(one)
+    return with_part(
+        cache, "stored.page_table", table.at[0, 1, 0, 0].set(other).at[0, 3, 0, 0].set(one)
     )
 
 
 def shift_recent(cache: KVCache) -> KVCache:
     """The recent window one slot too far left: the oldest token is lost, an empty slot counts."""
-    return dataclasses.replace(
-        cache,
-        recent_k=jnp.roll(cache.recent_k, -1, axis=3),
-        recent_v=jnp.roll(cache.recent_v, -1, axis=3),
-    )
+    k, v = (jnp.roll(x, -1, axis=3) for x in cache.recent[:2])
+    return with_part(cache, "recent", cache.recent._replace(k=k, v=v))
 
 
 def swap_k_and_v(cache: KVCache) -> KVCache:
-    return dataclasses.replace(cache, recent_k=cache.recent_v, recent_v=cache.recent_k)
+    return with_part(cache, "recent", cache.recent._replace(k=cache.recent.v, v=cache.recent.k))
 
 
 @pytest.mark.parametrize("damage", [swap_pages, shift_recent, swap_k_and_v])
@@ -210,7 +208,7 @@ def test_teacher_forced_equals_plain_attention():
     )
     wanted = np.asarray(jax.nn.log_softmax(plain(model, params, jnp.asarray(rows))))[:, context:]
     assert got.shape == wanted.shape and error(got, wanted) <= TOLERANCE
-    np.testing.assert_array_equal(cache.seq_len, context + steps)
+    np.testing.assert_array_equal(cache.counters.seq_len, context + steps)
     following = np.roll(rows, -1, axis=1)[:, context:]
     result = quality(wanted, got, following)
     assert np.abs(result.kl).max() < 1e-6 and result.top1.min() == 1

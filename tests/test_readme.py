@@ -26,4 +26,7 @@ def test_the_python_examples_run_and_compress(capsys):
     assert len(names["prompt"]) >= 1000
     assert report.allocated < 0.5 * report.bf16
     assert names["out"].lengths.min() >= 1 and names["two"].lengths.min() >= 1
-    assert names["more"].cache.seq_len.min() > len(names["prompt"]) + names["out"].lengths.min()
+    assert (
+        names["more"].cache.counters.seq_len.min()
+        > len(names["prompt"]) + names["out"].lengths.min()
+    )

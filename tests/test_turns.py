@@ -2,7 +2,6 @@
 threads.
 """
 
-import dataclasses
 import threading
 from functools import partial
 
@@ -13,6 +12,7 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax import decode_loop
+from diffkv_jax.testing.parts import with_part
 from diffkv_jax.testing.tiny import prompt, tiny_model
 
 TEXTS = [prompt(90, 1), prompt(40, 2)]
@@ -72,8 +72,8 @@ def test_zero_new_tokens_only_read(generate, monkeypatch):
         and read.finish_reason == ("length",) * 2
         and not read.lengths.any()
     )
-    np.testing.assert_array_equal(read.cache.seq_len, [90, 40])
-    np.testing.assert_array_equal(read.cache.pending, [-1, -1])
+    np.testing.assert_array_equal(read.cache.counters.seq_len, [90, 40])
+    np.testing.assert_array_equal(read.cache.counters.pending, [-1, -1])
     questions = [[5, 6], [7]]
     answer = generate(questions, max_new_tokens=6, cache=read.cache)
     whole = generate(
@@ -91,10 +91,13 @@ def test_turns_of_any_length_share_a_program(generate):
 
 def test_zero_new_tokens_of_a_pending_one_change_nothing(generate):
     first = generate(TEXTS, max_new_tokens=3, **SIZES)
-    seen, pending = np.asarray(first.cache.seq_len), np.asarray(first.cache.pending)
+    seen, pending = (
+        np.asarray(first.cache.counters.seq_len),
+        np.asarray(first.cache.counters.pending),
+    )
     again = generate([[], []], max_new_tokens=0, cache=first.cache)
-    np.testing.assert_array_equal(again.cache.seq_len, seen)
-    np.testing.assert_array_equal(again.cache.pending, pending)
+    np.testing.assert_array_equal(again.cache.counters.seq_len, seen)
+    np.testing.assert_array_equal(again.cache.counters.pending, pending)
 
 
 @pytest.mark.slow
@@ -200,7 +203,7 @@ def test_pages_of_nobody_may_hold_anything(generate):
                 jnp.full(x.shape, jnp.iinfo(bits).max, bits), x.dtype
             )
 
-        return dataclasses.replace(cache, pages=jax.tree.map(ones, cache.pages))
+        return with_part(cache, "stored.pages", jax.tree.map(ones, cache.stored.pages))
 
     for policy in POLICIES.values():
         caches = [

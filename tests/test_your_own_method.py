@@ -177,9 +177,12 @@ def own_keys(page) -> dict[int, np.ndarray]:
     layout, rows = cache.spec.layout, codec.rows(64)
     assert layout.formats[0].key == codec
     at = slot_addresses(
-        layout, np.asarray(cache.page_table)[0, 0, 0], 0, cache.tier_len[0, 0, 0, 0]
+        layout, np.asarray(cache.stored.page_table)[0, 0, 0], 0, cache.stored.tier_len[0, 0, 0, 0]
     )
-    payload, position = np.asarray(cache.pages.payload), np.asarray(cache.pages.position)
+    payload, position = (
+        np.asarray(cache.stored.pages.payload),
+        np.asarray(cache.stored.pages.position),
+    )
     found = {}
     for page_id, block, lane in zip(*at, strict=True):
         part = payload[page_id, block * rows : (block + 1) * rows, lane, None]
@@ -213,4 +216,6 @@ def test_json_names_the_module(page):
 def test_a_score_by_attention_is_that_of_h2o(page):
     """`Score(queries=64)` is said to need no class of its own."""
     ours, theirs = (whole(page, kind(queries=64)) for kind in (dkv.Score, AttentionSum))
-    np.testing.assert_array_equal(ours.cache.pages.significance, theirs.cache.pages.significance)
+    np.testing.assert_array_equal(
+        ours.cache.stored.pages.significance, theirs.cache.stored.pages.significance
+    )

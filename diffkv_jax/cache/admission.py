@@ -7,8 +7,8 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array, lax
 
-from diffkv_jax.cache.cache import KVCache
-from diffkv_jax.cache.layer import per_head, stored_layer, with_stored
+from diffkv_jax.cache.cache import KVCache, with_counters
+from diffkv_jax.cache.layer import LayerView
 from diffkv_jax.pallas_kernels.apply_event import release_all
 
 
@@ -33,23 +33,28 @@ def make_room(cache: KVCache, needed: Array) -> KVCache:
     """
 
     def starving(cache: KVCache) -> Array:
-        return ~admit(jnp.where(cache.overflow, 0, needed), cache.ring.count) & ~cache.overflow
+        return (
+            ~admit(jnp.where(cache.counters.overflow, 0, needed), cache.stored.ring.count)
+            & ~cache.counters.overflow
+        )
 
     def give_up(small: KVCache) -> KVCache:
         size = jnp.where(starving(small), _held_pages(small) + needed, -1)
         largest = jnp.arange(needed.shape[0]) == jnp.argmax(size)
-        return _without(dataclasses.replace(small, overflow=small.overflow | largest), largest)
+        small = with_counters(small, overflow=small.counters.overflow | largest)
+        return _without(small, largest)
 
-    small = dataclasses.replace(cache, pages=None)  # the loop changes ring and tables only
+    tables_only = cache.stored._replace(pages=None)  # the loop changes ring and tables only
+    small = dataclasses.replace(cache, stored=tables_only)
     small = lax.while_loop(lambda small: starving(small).any(), give_up, small)
-    return dataclasses.replace(small, pages=cache.pages)
+    return dataclasses.replace(small, stored=small.stored._replace(pages=cache.stored.pages))
 
 
 def _held_pages(cache: KVCache) -> Array:
     """Pages of each request over all layers and heads, int32 [R]."""
     layout = cache.spec.layout
     held = jnp.stack(
-        [layout.pages_for(tier, cache.tier_len[..., tier]) for tier in range(layout.tiers)]
+        [layout.pages_for(tier, cache.stored.tier_len[..., tier]) for tier in range(layout.tiers)]
     )
     return held.sum(axis=(0, 1, 3))
 
@@ -58,10 +63,8 @@ def _without(cache: KVCache, gone: Array) -> KVCache:
     """The cache with all pages of the requests `gone` bool [R] free."""
 
     def release_layer(layer, cache):
-        return with_stored(
-            cache,
-            layer,
-            release_all(stored_layer(cache, layer), cache.spec.layout, per_head(cache, gone)),
-        )
+        view = LayerView(cache.spec, layer)
+        stored = release_all(view.stored(cache), cache.spec.layout, view.per_head(gone))
+        return view.with_stored(cache, stored)
 
     return lax.fori_loop(0, len(cache.spec.paged_layers), release_layer, cache)

@@ -1,6 +1,6 @@
 """`KVCache`: the whole compressed cache as one immutable pytree."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from jax import Array
 
 from diffkv_jax.cache.query_counts import no_query_spans
 from diffkv_jax.cache.spec import CacheSpec
-from diffkv_jax.pallas_kernels.apply_event import FreeRing
+from diffkv_jax.pallas_kernels.apply_event import FreeRing, Stored
 from diffkv_jax.pallas_kernels.codecs import Codec
 from diffkv_jax.pallas_kernels.pages import Pages
 from diffkv_jax.policy.policy import CompressionPolicy
@@ -22,11 +22,39 @@ Table = Array | np.ndarray | None
 Tables = tuple[tuple[Table, Table], ...]
 
 
-class MethodState(NamedTuple):
-    """What the stages of a policy carry from event to event; axes [L, R, K, ...]."""
+class Recent(NamedTuple):
+    """The recent window of every head, oldest token first; N = window + flush slots."""
 
-    score: Any = None  # `Score.init`
+    k: Array  # [L, R, K, N, head_dim] cache dtype
+    v: Array  # [L, R, K, N, head_dim]; absent with `AttentionSpec.latent`, as is `Sliding.v`
+    significance: Array  # float32 [L, R, K, N]; absent when the policy does not score
+
+
+class Sliding(NamedTuple):
+    """The last tokens of the sliding-window layers; position p lies in slot p % ring_len."""
+
+    k: Array  # [S, R, K, ring_len, head_dim]
+    v: Array  # [S, R, K, ring_len, head_dim]
+
+
+class Counters(NamedTuple):
+    """Where each request stands."""
+
+    seq_len: Array  # int32 [R] tokens seen
+    recent_len: Array  # int32 [R] tokens in the recent window
+    query_spans: Array  # int32 [R, spans, 2] (end, length) of the positions whose queries scored
+    steps: Array  # int32 [R] decode steps since the last prompt
+    overflow: Array  # bool [R] the pool could not give this request a page
+    pending: Array  # int32 [R] token sampled last and not yet seen by the model, -1 = none
+
+
+class MethodState(NamedTuple):
+    """What the stages of a policy carry from event to event."""
+
+    score: Any = None  # `Score.init`; axes [L, R, K, ...], as those of `keep`
     keep: Any = None  # `Keep.init`
+    # uint8 [R, max_len] class of the token at each position; absent unless the policy names tokens
+    classes: Any = None
 
 
 class InChunk(NamedTuple):
@@ -50,40 +78,25 @@ class KVCache:
     """The compressed cache of a batch. Changed only by pure functions under `jax.jit`; donate it to
     have it updated in place.
 
-    Axes: L paged layers, S sliding-window layers, R requests, K KV heads, N = window + flush recent
-    slots. An array that would have no element, such as the rings of a model without sliding
-    windows, is None: checkpoints cannot hold empty arrays. Within a step all arrays are there
-    (`complete`).
+    Axes: L paged layers, S sliding-window layers, R requests, K KV heads. An array that would have
+    no element, such as the rings of a model without sliding windows, is None: checkpoints cannot
+    hold empty arrays. Within a step all arrays are there (`complete`).
     """
 
     spec: CacheSpec = field(metadata={"static": True})
-    pages: Pages  # the pool, shared by all layers, heads and requests
-    ring: FreeRing  # ids of the pages that nobody owns
-    # int32 [L, R, K, max_pages]; tier 0 grows from the left, the other one of a layer from the
-    # right; num_pages = none
-    page_table: Array
-    tier_len: Array  # int32 [L, R, K, tiers] tokens
     policy: CompressionPolicy  # its thresholds or budgets are arrays [L, R, K]
+    # pool and free pages, shared by all layers, heads and requests; page_table int32 [L, R, K,
+    # max_pages], tier_len int32 [L, R, K, tiers]. Tier 0 grows from the left of a table, the other
+    # one of a layer from the right; num_pages = none
+    stored: Stored
+    recent: Recent
+    sliding: Sliding
+    counters: Counters
     state: MethodState
-    recent_k: Array  # [L, R, K, N, head_dim] cache dtype, oldest first
-    recent_v: Array  # [L, R, K, N, head_dim]; absent with `AttentionSpec.latent`, as is ring_v
-    recent_significance: Array  # float32 [L, R, K, N]; absent when the policy does not score
-    ring_k: Array  # [S, R, K, ring_len, head_dim]; position p lies in slot p % ring_len
-    ring_v: Array  # [S, R, K, ring_len, head_dim]
-    # uint8 [R, max_len] class of the token at each position; absent unless the policy names token
-    # ids
-    classes: Array
-    seq_len: Array  # int32 [R] tokens seen
-    recent_len: Array  # int32 [R] tokens in the recent slots
-    # int32 [R, spans, 2] (end, length) of the spans of positions whose queries have scored
-    query_spans: Array
-    overflow: Array  # bool [R] the pool could not give this request a page
-    steps: Array  # int32 [R] decode steps since the last prompt
-    pending: Array  # int32 [R] token sampled last and not yet seen by the model, -1 = none
+    tables: Tables  # float16 or bfloat16 [L, K, ...] what learned codecs have learned
     # uint8 [32] of the parameters that made it (`diffkv_jax.calibration.calibration`), zeros = not
     # told
     fingerprint: Array
-    tables: Tables  # float16 or bfloat16 [L, K, ...] what learned codecs have learned
     in_chunk: InChunk = InChunk()
 
     def __repr__(self) -> str:
@@ -97,6 +110,20 @@ class KVCache:
 jax.tree_util.register_dataclass(
     KVCache, data_fields=[f.name for f in fields(KVCache) if f.name != "spec"], meta_fields=["spec"]
 )
+
+
+def with_significance(cache: KVCache, stored: Array, recent: Array | None = None) -> KVCache:
+    """The cache with other scores of all stored tokens, as in `Pages`, and of the recent ones."""
+    pages = replace(cache.stored.pages, significance=stored)
+    cache = replace(cache, stored=cache.stored._replace(pages=pages))
+    if recent is None:
+        return cache
+    return replace(cache, recent=cache.recent._replace(significance=recent))
+
+
+def with_counters(cache: KVCache, **counters: Array) -> KVCache:
+    """The cache with other `Counters`."""
+    return replace(cache, counters=cache.counters._replace(**counters))
 
 
 def table_shapes(spec: CacheSpec) -> tuple[tuple[tuple[int, ...] | None, ...], ...]:
@@ -162,31 +189,39 @@ def _all_arrays(spec: CacheSpec, policy: CompressionPolicy, tables: Tables | Non
     value_dim = head_dim if spec.attention.latent is None else 0
     zeros = partial(jnp.zeros, dtype=spec.dtype)
     counter = jnp.zeros(spec.num_requests, jnp.int32)
-    score = policy.score and policy.score.init(spec.attention, paged, spec.num_requests)
     return KVCache(
         spec=spec,
-        pages=Pages.zeros(spec.layout, spec.num_pages),
-        ring=FreeRing.full(spec.num_pages),
-        page_table=jnp.full((paged, *heads, spec.max_pages), spec.num_pages, jnp.int32),
-        tier_len=jnp.zeros((paged, *heads, spec.layout.tiers), jnp.int32),
         policy=jax.tree.map(jnp.asarray, policy),
-        state=MethodState(score, policy.keep.init((paged, *heads))),
-        recent_k=zeros((paged, *heads, slots, head_dim)),
-        recent_v=zeros((paged, *heads, slots, value_dim)),
-        recent_significance=jnp.zeros(
-            (paged, *heads, slots if spec.layout.scored else 0), jnp.float32
+        stored=Stored(
+            Pages.zeros(spec.layout, spec.num_pages),
+            FreeRing.full(spec.num_pages),
+            jnp.full((paged, *heads, spec.max_pages), spec.num_pages, jnp.int32),
+            jnp.zeros((paged, *heads, spec.layout.tiers), jnp.int32),
         ),
-        ring_k=zeros((windowed, *heads, spec.ring_len, head_dim)),
-        ring_v=zeros((windowed, *heads, spec.ring_len, value_dim)),
-        classes=jnp.zeros((heads[0], spec.max_len if policy.classifies else 0), jnp.uint8),
-        seq_len=counter,
-        recent_len=counter,
-        query_spans=no_query_spans(spec.num_requests),
-        overflow=jnp.zeros(spec.num_requests, bool),
-        steps=counter,
-        pending=counter - 1,
-        fingerprint=jnp.zeros(32, jnp.uint8),
+        recent=Recent(
+            zeros((paged, *heads, slots, head_dim)),
+            zeros((paged, *heads, slots, value_dim)),
+            jnp.zeros((paged, *heads, slots if spec.layout.scored else 0), jnp.float32),
+        ),
+        sliding=Sliding(
+            zeros((windowed, *heads, spec.ring_len, head_dim)),
+            zeros((windowed, *heads, spec.ring_len, value_dim)),
+        ),
+        counters=Counters(
+            seq_len=counter,
+            recent_len=counter,
+            query_spans=no_query_spans(spec.num_requests),
+            steps=counter,
+            overflow=jnp.zeros(spec.num_requests, bool),
+            pending=counter - 1,
+        ),
+        state=MethodState(
+            policy.score and policy.score.init(spec.attention, paged, spec.num_requests),
+            policy.keep.init((paged, *heads)),
+            jnp.zeros((heads[0], spec.max_len if policy.classifies else 0), jnp.uint8),
+        ),
         tables=tables,
+        fingerprint=jnp.zeros(32, jnp.uint8),
     )
 
 

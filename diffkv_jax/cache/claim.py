@@ -19,7 +19,7 @@ def claimed(cache: KVCache) -> Iterator[None]:
     Raises:
         ValueError: another call has it now, or has had it before.
     """
-    mark = cache.seq_len  # held here, so that its id is nobody else's
+    mark = cache.counters.seq_len  # held here, so that its id is nobody else's
     with _lock:
         if id(mark) in _claimed:
             raise ValueError(

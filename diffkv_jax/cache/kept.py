@@ -22,7 +22,13 @@ def kept_positions(cache: KVCache) -> Positions:
     """
     instance("cache", cache, KVCache, "generate returns one as .cache, make_cache an empty one")
     cache, spec = complete(cache), cache.spec
-    arrays = cache.page_table, cache.tier_len, cache.pages.position, cache.seq_len, cache.recent_len
+    arrays = (
+        cache.stored.page_table,
+        cache.stored.tier_len,
+        cache.stored.pages.position,
+        cache.counters.seq_len,
+        cache.counters.recent_len,
+    )
     table, tier_len, position, seq_len, recent_len = jax.device_get(arrays)
 
     def stored(layer: int, request: int, head: int, tier: int) -> np.ndarray:

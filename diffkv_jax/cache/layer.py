@@ -1,10 +1,10 @@
-"""One layer of a `KVCache` with requests and heads flattened to B = R x K, or all layers to B = L x
-R x K, and back.
+"""A paged layer of a `KVCache` as operations see it: requests and heads flattened to B = R x K, or
+all layers at once, B = L x R x K.
 """
 
 import dataclasses
 import math
-from functools import partial
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -20,56 +20,72 @@ from diffkv_jax.pallas_kernels.pages import PageLayout
 from diffkv_jax.policy.keep import Keep
 
 
-class Clock(NamedTuple):
-    """Where each head stands. `B` = requests x KV heads."""
-
-    seq_len: Array  # int32 [B] tokens seen
-    query_spans: Array  # int32 [B, spans, 2] queries that a score is divided by, as in `KVCache`
-    keep: Keep  # which tokens stay, its leaves [B]
-    exact: Array  # int32 [B] tokens that stay in the recent window
-    # bool []; without, every token enters the high tier and none leaves it
-    decides: Array
-
-
-_LAYERED = ("page_table", "tier_len")
-
-
-def take_layer(array: Array, layer: Array | None) -> Array:
-    """`array[layer]` of `[L, R, K, ...]`, flattened to `[B, ...]`; all layers when None."""
-    if layer is None:
-        return array.reshape(math.prod(array.shape[:3]), *array.shape[3:])
-    one = lax.dynamic_index_in_dim(array, layer, keepdims=False)
-    return one.reshape(math.prod(one.shape[:2]), *one.shape[2:])
-
-
-def put_layer(array: Array, layer: Array | None, value: Array) -> Array:
-    """`array` with `array[layer]` replaced by `value [B, ...]`; all layers when None."""
-    if layer is None:
-        return value.reshape(array.shape).astype(array.dtype)
-    return lax.dynamic_update_index_in_dim(
-        array, value.reshape(array.shape[1:]).astype(array.dtype), layer, 0
-    )
-
-
-def per_head(cache: KVCache, per_request: Array, layers: int = 1) -> Array:
-    """`[R, ...]` repeated over the KV heads, `[B, ...]`, and over `layers`, `[layers x B, ...]`."""
-    heads = jnp.repeat(
-        per_request,
-        cache.spec.attention.num_kv_heads,
-        axis=0,
-        total_repeat_length=cache.spec.num_heads,
-    )
-    return heads if layers == 1 else jnp.tile(heads, (layers, *(1,) * (heads.ndim - 1)))
-
-
-def head_numbers(cache: KVCache, layer: Array | None) -> Array:
-    """int32 [B] of a layer ([layers x B] when None): a number for each layer and KV head, the same
-    for all requests.
+@dataclass(frozen=True)
+class LayerView:
+    """Where a layer lies in the arrays of a cache. It is made where a step or an event comes to the
+    layer, and handed down; it holds no array of the cache, so that it stays true when that changes.
     """
-    spec = cache.spec
-    row = jnp.arange(spec.num_heads * (len(spec.paged_layers) if layer is None else 1))
-    at = row // spec.num_heads if layer is None else layer
-    return at * spec.attention.num_kv_heads + row % spec.attention.num_kv_heads
+
+    spec: CacheSpec
+    layer: Array | None  # int32 [] among the paged layers; None: all of them
+
+    @property
+    def index(self) -> Array:
+        """int32 [] of the one layer."""
+        assert self.layer is not None
+        return self.layer
+
+    def before(self) -> "LayerView":
+        """The view of the layer before."""
+        return LayerView(self.spec, self.index - 1)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.spec.paged_layers) if self.layer is None else 1
+
+    def take(self, array: Array) -> Array:
+        """`[L, R, K, ...]` to this layer's `[B, ...]`."""
+        if self.layer is None:
+            return array.reshape(math.prod(array.shape[:3]), *array.shape[3:])
+        one = lax.dynamic_index_in_dim(array, self.index, keepdims=False)
+        return one.reshape(math.prod(one.shape[:2]), *one.shape[2:])
+
+    def put(self, array: Array, value: Array) -> Array:
+        """`array [L, R, K, ...]` with this layer's part replaced by `value [B, ...]`."""
+        if self.layer is None:
+            return value.reshape(array.shape).astype(array.dtype)
+        value = value.reshape(array.shape[1:]).astype(array.dtype)
+        return lax.dynamic_update_index_in_dim(array, value, self.index, 0)
+
+    def per_head(self, per_request: Array) -> Array:
+        """`[R, ...]` repeated over the KV heads, and over the layers: `[B, ...]`."""
+        kv_heads, total = self.spec.attention.num_kv_heads, self.spec.num_heads
+        heads = jnp.repeat(per_request, kv_heads, axis=0, total_repeat_length=total)
+        layers = self.num_layers
+        return heads if layers == 1 else jnp.tile(heads, (layers, *(1,) * (heads.ndim - 1)))
+
+    def by_request(self, pages: Array) -> Array:
+        """`[B]` added up over heads and layers: `[R]`."""
+        return pages.reshape(self.num_layers, self.spec.num_requests, -1).sum(axis=(0, 2))
+
+    def head_numbers(self) -> Array:
+        """int32 [B]: a number for each layer and KV head, the same for all requests."""
+        kv_heads, num_heads = self.spec.attention.num_kv_heads, self.spec.num_heads
+        row = jnp.arange(num_heads * self.num_layers)
+        layer = row // num_heads if self.layer is None else self.layer
+        return layer * kv_heads + row % kv_heads
+
+    def stored(self, cache: KVCache) -> Stored:
+        """The stored tokens, page_table `[B, max_pages]` and tier_len `[B, tiers]`."""
+        pages, ring, page_table, tier_len = cache.stored
+        return Stored(pages, ring, self.take(page_table), self.take(tier_len))
+
+    def with_stored(self, cache: KVCache, stored: Stored) -> KVCache:
+        """The cache with the stored tokens replaced."""
+        page_table = self.put(cache.stored.page_table, stored.page_table)
+        tier_len = self.put(cache.stored.tier_len, stored.tier_len)
+        stored = Stored(stored.pages, stored.ring, page_table, tier_len)
+        return dataclasses.replace(cache, stored=stored)
 
 
 def all_heads(array: Array) -> Array:
@@ -78,47 +94,59 @@ def all_heads(array: Array) -> Array:
     return array.reshape(layers, requests * heads, *array.shape[3:])
 
 
-def stored_layer(cache: KVCache, layer: Array | None) -> Stored:
-    """The stored tokens of a paged layer; of all when None."""
-    return Stored(
-        cache.pages, cache.ring, *(take_layer(getattr(cache, name), layer) for name in _LAYERED)
-    )
+class Clock(NamedTuple):
+    """Where each head of a layer stands when an event comes. `B` = requests x KV heads."""
+
+    seq_len: Array  # int32 [B] tokens seen
+    query_spans: Array  # int32 [B, spans, 2] queries that a score is divided by, as in `Counters`
+    keep: Keep  # which tokens stay, its leaves [B]
+    exact: Array  # int32 [B] tokens that stay in the recent window
+    # bool []; without, every token enters the high tier and none leaves it
+    decides: Array
 
 
-def with_stored(cache: KVCache, layer: Array | None, stored: Stored) -> KVCache:
-    """The cache with a layer's stored tokens replaced; with those of all layers when None."""
-    put = partial(put_layer, layer=layer)
-    return dataclasses.replace(
-        cache,
-        pages=stored.pages,
-        ring=stored.ring,
-        page_table=put(cache.page_table, value=stored.page_table),
-        tier_len=put(cache.tier_len, value=stored.tier_len),
-    )
+def layer_clock(
+    cache: KVCache,
+    view: LayerView,
+    seq_len: Array,
+    query_spans: Array,
+    exact: Array,
+    decides: Array,
+) -> Clock:
+    """The arguments are those of `Clock`, by request: int32 [R], `query_spans` int32 [R, spans, 2],
+    `decides` bool [].
+    """
+    keep = jax.tree.map(view.take, cache.policy.keep)
+    divides = cache.policy.score is not None and cache.policy.score.per_query
+    divided_by = query_spans if divides else jnp.zeros_like(query_spans)
+    seq_len, divided_by, exact = map(view.per_head, (seq_len, divided_by, exact))
+    return Clock(seq_len, divided_by, keep, exact, decides)
 
 
-def layer_heads(cache: KVCache, layer: Array, recent_len: Array) -> Heads:
+def layer_heads(cache: KVCache, view: LayerView, recent_len: Array) -> Heads:
     """What attention reads of a paged layer; `recent_len` int32 [R]."""
     return Heads(
-        *_tables(cache, layer),
-        all_heads(cache.recent_k),
-        all_heads(cache.recent_v),
-        per_head(cache, recent_len),
-        layer,
+        *_tables(cache, view),
+        all_heads(cache.recent.k),
+        all_heads(cache.recent.v),
+        view.per_head(recent_len),
+        view.index,
         jax.tree.map(jnp.asarray, cache.tables),
     )
 
 
-def _tables(cache: KVCache, layer: Array) -> tuple[Array, Array]:
+def _tables(cache: KVCache, view: LayerView) -> tuple[Array, Array]:
     """Page table and lengths that a paged layer reads by: the first of a pair finds the shared tier
     where the second keeps it.
     """
     spec = cache.spec
-    page_table, tier_len = take_layer(cache.page_table, layer), take_layer(cache.tier_len, layer)
+    _, _, page_table, tier_len = view.stored(cache)
     if spec.pairs is None:
         return page_table, tier_len
+    layer = view.index
     owner = jnp.where(layer < spec.unmerged_layers, layer, layer + 1 - place_in_pair(spec, layer))
-    theirs, shared = take_layer(cache.page_table, owner), take_layer(cache.tier_len, owner)[:, -1]
+    _, _, theirs, their_len = LayerView(spec, owner).stored(cache)
+    shared = their_len[:, -1]
     on_the_right = (
         jnp.arange(spec.max_pages)
         >= spec.max_pages - spec.layout.pages_for(spec.layout.tiers - 1, shared)[:, None]
@@ -131,15 +159,14 @@ def place_in_pair(spec: CacheSpec, layer: Array) -> Array:
     return (layer - spec.unmerged_layers) % 2
 
 
-def layer_layout(cache: KVCache, layer: Array | None, *, learned: bool = True) -> PageLayout:
+def layer_layout(cache: KVCache, view: LayerView, *, learned: bool = True) -> PageLayout:
     """The layout of the pages, its learned codecs holding the arrays of a paged layer's heads `[B,
     ...]`; what two layers share is read as this one's.
 
     Without `learned` the codecs hold nothing: decode attention on kernels reads what all layers
-    have learned from `Heads.tables`. Events on kernels, which know no such codecs, have `layer`
-    None.
+    have learned from `Heads.tables`. Events on kernels, which know no such codecs, view all layers.
     """
-    layout = cache.spec.layout
+    layout, layer = cache.spec.layout, view.layer
     if layer is not None and cache.spec.pairs is not None:  # with nothing learned
         place = place_in_pair(cache.spec, layer)
         return dataclasses.replace(
@@ -165,31 +192,9 @@ def layer_layout(cache: KVCache, layer: Array | None, *, learned: bool = True) -
     return dataclasses.replace(layout, formats=tuple(formats))
 
 
-def unmerged_layout(cache: KVCache, layer: Array | None) -> PageLayout:
+def unmerged_layout(cache: KVCache, view: LayerView) -> PageLayout:
     """The layout by which a paged layer that is not merged stores its tokens
     (`CacheSpec.unmerged`).
     """
     # with nothing learned
-    return layer_layout(cache, layer) if cache.spec.pairs is None else cache.spec.unmerged.layout
-
-
-def layer_clock(
-    cache: KVCache,
-    layer: Array | None,
-    seq_len: Array,
-    query_spans: Array,
-    exact: Array,
-    decides: Array,
-) -> Clock:
-    """Where the heads of a paged layer (all when None) stand.
-
-    The arguments are those of `Clock`, by request: int32 [R], `query_spans` int32 [R, spans, 2],
-    `decides` bool [].
-    """
-    keep = jax.tree.map(lambda leaf: take_layer(leaf, layer), cache.policy.keep)
-    layers = 1 if layer is not None else len(cache.spec.paged_layers)
-    divides = cache.policy.score is not None and cache.policy.score.per_query
-    divided_by = query_spans if divides else jnp.zeros_like(query_spans)
-    counters = (seq_len, divided_by, exact)
-    seq_len, divided_by, exact = (per_head(cache, x, layers) for x in counters)
-    return Clock(seq_len, divided_by, keep, exact, decides)
+    return layer_layout(cache, view) if cache.spec.pairs is None else cache.spec.unmerged.layout

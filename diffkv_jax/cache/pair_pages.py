@@ -29,5 +29,5 @@ def pages_of_pairs(cache: KVCache, entering: Array) -> Array:
     present ones.
     """
     spec = cache.spec
-    second = cache.tier_len[spec.unmerged_layers + 1 :: 2]
+    second = cache.stored.tier_len[spec.unmerged_layers + 1 :: 2]
     return pages_needed(spec, second, entering[:, None]).sum(axis=(0, 2))

@@ -86,7 +86,9 @@ def memory_report(cache: KVCache) -> MemoryReport:
     instance("cache", cache, KVCache, remedy)
     cache, spec = complete(cache), cache.spec
     layout, attention = spec.layout, spec.attention
-    counters = jax.device_get((cache.tier_len, cache.seq_len, cache.recent_len))
+    counters = jax.device_get(
+        (cache.stored.tier_len, cache.counters.seq_len, cache.counters.recent_len)
+    )
     tier_len, seq_len, recent_len = (np.asarray(x, np.int64) for x in counters)
     by_head = (*tier_len.shape[:3], 1)
     recent = np.broadcast_to(recent_len[:, None, None], by_head)
@@ -95,13 +97,12 @@ def memory_report(cache: KVCache) -> MemoryReport:
     if spec.pairs is not None:
         tokens[spec.unmerged_layers :: 2, ..., -2] = owned[spec.unmerged_layers + 1 :: 2, ..., -2]
     pages = np.stack([layout.pages_for(t, tier_len[..., t]) for t in range(layout.tiers)], axis=-1)
-    channels = cache.recent_k.shape[-1] + cache.recent_v.shape[-1]  # of K and V of one token
-    exact = channels * cache.recent_k.dtype.itemsize  # in the cache dtype
+    channels = cache.recent.k.shape[-1] + cache.recent.v.shape[-1]  # of K and V of one token
+    exact = channels * cache.recent.k.dtype.itemsize  # in the cache dtype
     token_bytes = [layout.token_bytes(t) for t in range(layout.tiers)]
     token_bytes.append(exact + (4 if layout.scored else 0))
-    page_bytes = layout.page_bytes + cache.ring.ids.dtype.itemsize
-    recent = (cache.recent_k, cache.recent_v, cache.recent_significance)
-    fixed = tree_bytes((cache.page_table, cache.tier_len, cache.policy, recent))
+    page_bytes = layout.page_bytes + cache.stored.ring.ids.dtype.itemsize
+    fixed = tree_bytes((*cache.stored[2:], cache.policy, cache.recent))
     head_bytes = np.broadcast_to(fixed // max(pages[..., :1].size, 1), by_head)
     kv_heads, in_rings = attention.num_kv_heads, np.minimum(seq_len, spec.ring_len)
     ring_tokens = in_rings * len(spec.window_layers) * kv_heads

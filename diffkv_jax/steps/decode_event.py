@@ -8,14 +8,21 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from diffkv_jax.cache.admission import admit
-from diffkv_jax.cache.cache import KVCache
-from diffkv_jax.cache.layer import all_heads, layer_clock, per_head, take_layer
+from diffkv_jax.cache.cache import KVCache, Recent, with_counters
+from diffkv_jax.cache.layer import LayerView, all_heads, layer_clock
 from diffkv_jax.cache.pair_pages import pages_of_pairs
 from diffkv_jax.cache.query_counts import extend_query_spans
 from diffkv_jax.pallas_kernels.apply_event import Tokens
 from diffkv_jax.pallas_kernels.branch import when
 from diffkv_jax.pallas_kernels.recent_window import shift_recent
-from diffkv_jax.steps.event import Plan, apply_plan, entered, one_victim, plan_event
+from diffkv_jax.steps.event import (
+    Plan,
+    apply_plan,
+    entered,
+    one_victim,
+    plan_event,
+    recent_tokens,
+)
 from diffkv_jax.steps.pairs import merge_pair
 from diffkv_jax.steps.rescore import rescore_oldest, unmark
 from diffkv_jax.steps.step import DecodeStep
@@ -26,19 +33,18 @@ def after_decode(cache: KVCache, step: DecodeStep) -> KVCache:
     active = step.active.astype(jnp.int32)
     score = cache.policy.score
     scored = active if score is not None and score.accumulates else jnp.zeros_like(active)
-    cache = dataclasses.replace(
-        cache,
-        seq_len=cache.seq_len + active,
-        recent_len=cache.recent_len + active,
-        query_spans=extend_query_spans(cache.query_spans, scored, cache.seq_len + active),
-        steps=cache.steps + active,
-    )
-    spec = cache.spec
+    spec, now = cache.spec, cache.counters
+    seq_len, recent_len, steps = (x + active for x in (now.seq_len, now.recent_len, now.steps))
+    query_spans = extend_query_spans(now.query_spans, scored, seq_len)
     if not spec.paged_layers:
-        return dataclasses.replace(cache, recent_len=jnp.minimum(cache.recent_len, spec.window))
+        recent_len = jnp.minimum(recent_len, spec.window)
+    after = {"seq_len": seq_len, "recent_len": recent_len, "steps": steps}
+    cache = with_counters(cache, **after, query_spans=query_spans)
+    if not spec.paged_layers:
+        return cache
     # between events only after a pause
-    full = (cache.recent_len >= spec.window + spec.flush) & ~cache.overflow
-    due = step.active & ((cache.steps % spec.flush == 0) | full)
+    full = (recent_len >= spec.window + spec.flush) & ~now.overflow
+    due = step.active & ((steps % spec.flush == 0) | full)
     return when(due.any(), lambda cache: compress(cache, due), cache)
 
 
@@ -51,8 +57,8 @@ def compress(cache: KVCache, due: Array) -> KVCache:
     number of launches; plain XLA goes layer by layer, so that its intermediate arrays are those of
     one layer.
     """
-    # always the oldest
-    leaving = jnp.where(due, cache.recent_len - cache.spec.num_unquantized(cache.recent_len), 0)
+    recent_len = cache.counters.recent_len
+    leaving = jnp.where(due, recent_len - cache.spec.num_unquantized(recent_len), 0)  # the oldest
     if cache.policy.in_decode:
         cache = rescore_oldest(cache, leaving)
     if cache.spec.event_kernels.implementation == "xla":
@@ -63,30 +69,31 @@ def compress(cache: KVCache, due: Array) -> KVCache:
 
 
 def _compress_at_once(cache: KVCache, leaving: Array) -> KVCache:
-    spec, plan = cache.spec, _plan(cache, None, leaving)
-    needed = plan.pages.reshape(len(spec.paged_layers), spec.num_requests, -1).sum(axis=(0, 2))
-    admitted = admit(needed, cache.ring.count)
+    view = LayerView(cache.spec, None)
+    plan = _plan(cache, view, leaving)
+    admitted = admit(view.by_request(plan.pages), cache.stored.ring.count)
     going = jnp.where(admitted, leaving, 0)
-    return _ended(_carry_out(cache, None, plan, going), going, admitted, leaving)
+    return _ended(_carry_out(cache, view, plan, going), going, admitted, leaving)
 
 
 def _compress_by_layer(cache: KVCache, leaving: Array) -> KVCache:
     spec, layers = cache.spec, cache.spec.unmerged_layers
 
     def count_pages(layer: Array, needed: Array) -> Array:
-        pages = _plan(cache, layer, leaving).pages
-        return needed + pages.reshape(spec.num_requests, -1).sum(axis=1)
+        view = LayerView(spec, layer)
+        return needed + view.by_request(_plan(cache, view, leaving).pages)
 
     def change(layer: Array, cache: KVCache) -> KVCache:
-        return _carry_out(cache, layer, _plan(cache, layer, going), going)
+        view = LayerView(spec, layer)
+        return _carry_out(cache, view, _plan(cache, view, going), going)
 
     def merge(pair: Array, cache: KVCache) -> KVCache:
-        return _merge(cache, layers + 2 * pair + 1, going)
+        return _merge(cache, LayerView(spec, layers + 2 * pair + 1), going)
 
     needed = lax.fori_loop(0, layers, count_pages, jnp.zeros(spec.num_requests, jnp.int32))
     if spec.pairs is not None:
         needed = needed + pages_of_pairs(cache, leaving)
-    admitted = admit(needed, cache.ring.count)
+    admitted = admit(needed, cache.stored.ring.count)
     going = jnp.where(admitted, leaving, 0)
     cache = lax.fori_loop(0, layers, change, cache)
     if spec.pairs is not None:
@@ -98,96 +105,73 @@ def _ended(cache: KVCache, going: Array, admitted: Array, leaving: Array) -> KVC
     """The clocks after `going [R]` tokens have left each window; requests that were not `admitted`
     have overflowed.
     """
-    overflow = cache.overflow | (~admitted & (leaving > 0))
-    return dataclasses.replace(cache, recent_len=cache.recent_len - going, overflow=overflow)
+    overflow = cache.counters.overflow | (~admitted & (leaving > 0))
+    recent_len = cache.counters.recent_len - going
+    return with_counters(cache, recent_len=recent_len, overflow=overflow)
 
 
-def _plan(cache: KVCache, layer: Array | None, count: Array) -> Plan:
-    """The plan of a layer (all when None) when the oldest `count [R]` recent tokens of each request
-    leave.
-    """
-    tokens, decides = _oldest(cache, layer), jnp.asarray(cache.policy.in_decode)
-    exact = cache.recent_len - count
-    clock = layer_clock(cache, layer, cache.seq_len, cache.query_spans, exact, decides)
-    layers = clock.seq_len.shape[0] // cache.spec.num_heads
-    leaving = jnp.arange(cache.spec.flush) < per_head(cache, count, layers)[:, None]
-    return plan_event(cache, layer, clock, tokens, leaving, one_victim=one_victim(cache))
+def _plan(cache: KVCache, view: LayerView, count: Array) -> Plan:
+    """The plan of a layer when the oldest `count [R]` recent tokens of each request leave."""
+    tokens, now = _oldest(cache, view), cache.counters
+    exact, decides = now.recent_len - count, jnp.asarray(cache.policy.in_decode)
+    clock = layer_clock(cache, view, now.seq_len, now.query_spans, exact, decides)
+    leaving = jnp.arange(cache.spec.flush) < view.per_head(count)[:, None]
+    return plan_event(cache, view, clock, tokens, leaving, one_victim=one_victim(cache))
 
 
-def _oldest(cache: KVCache, layer: Array | None) -> Tokens:
-    """The recent tokens of each head of a layer (of all layers when None), oldest first."""
-    k, v = (take_layer(x, layer) for x in (cache.recent_k, cache.recent_v))
-    if cache.spec.layout.scored:
-        significance = take_layer(cache.recent_significance, layer)
-    else:
-        significance = jnp.zeros(k.shape[:2], jnp.float32)
-    slot, layers = jnp.arange(k.shape[1]), k.shape[0] // cache.spec.num_heads
-    counters = (cache.seq_len - cache.recent_len, cache.recent_len)
-    first, count = (per_head(cache, x, layers)[:, None] for x in counters)
-    tokens = Tokens(k, v, significance, first + slot)
+def _oldest(cache: KVCache, view: LayerView) -> Tokens:
+    """The recent tokens of each head of a layer, oldest first."""
+    tokens, live = recent_tokens(cache, view)
     if cache.policy.in_decode and cache.policy.rescores:  # `rescore_oldest` has let them enter
         return tokens
-    return entered(cache, layer, tokens, slot < count)
+    return entered(cache, view, tokens, live)
 
 
-def _carry_out(cache: KVCache, layer: Array | None, plan: Plan, going: Array) -> KVCache:
-    """Let the oldest `going [R]` recent tokens of each request into the tiers of a layer (of all
-    when None) as planned.
+def _carry_out(cache: KVCache, view: LayerView, plan: Plan, going: Array) -> KVCache:
+    """Let the oldest `going [R]` recent tokens of each request into the tiers of a layer as
+    planned.
     """
-    tokens = _oldest(cache, layer)
-    admitted = per_head(cache, going > 0, tokens.k.shape[0] // cache.spec.num_heads)
-    cache = apply_plan(cache, layer, plan, tokens, admitted, one_victim=one_victim(cache))
-    return _shifted(cache, layer, going)
+    tokens, admitted = _oldest(cache, view), view.per_head(going > 0)
+    cache = apply_plan(cache, view, plan, tokens, admitted, one_victim=one_victim(cache))
+    return _shifted(cache, view, going)
 
 
-def _merge(cache: KVCache, layer: Array, going: Array) -> KVCache:
+def _merge(cache: KVCache, view: LayerView, going: Array) -> KVCache:
     """Let the oldest `going [R]` recent tokens of each request into the tiers of the pair whose
-    second layer is `layer`.
+    second layer is viewed.
     """
-    first, second = (_oldest(cache, at) for at in (layer - 1, layer))
-    leaving = jnp.arange(second.k.shape[1]) < per_head(cache, going)[:, None]
-    cache = merge_pair(cache, layer, first, second, leaving)
-    return _shifted(_shifted(cache, layer - 1, going), layer, going)
+    before = view.before()
+    first, second = (_oldest(cache, layer) for layer in (before, view))
+    leaving = jnp.arange(second.k.shape[1]) < view.per_head(going)[:, None]
+    cache = merge_pair(cache, view, first, second, leaving)
+    return _shifted(_shifted(cache, before, going), view, going)
 
 
-def _shifted(cache: KVCache, layer: Array | None, going: Array) -> KVCache:
-    """The cache without the oldest `going [R]` recent tokens of a layer (of all when None), once
-    its tiers have them.
+def _shifted(cache: KVCache, view: LayerView, going: Array) -> KVCache:
+    """The cache without the oldest `going [R]` recent tokens of a layer, once its tiers have
+    them.
     """
     # always so, but the compiler cannot know: the windows change when the event has read them
-    entered = cache.ring.count >= 0
-    recent_k, recent_v, significance = _without_oldest(cache, layer, jnp.where(entered, going, 0))
-    return dataclasses.replace(
-        cache, recent_k=recent_k, recent_v=recent_v, recent_significance=significance
-    )
+    entered = cache.stored.ring.count >= 0
+    recent = _without_oldest(cache, view, jnp.where(entered, going, 0))
+    return dataclasses.replace(cache, recent=recent)
 
 
-def _without_oldest(
-    cache: KVCache, layer: Array | None, going: Array
-) -> tuple[Array, Array, Array]:
-    """The windows (K, V, significance) without the oldest `going [R]` tokens of each request, in a
-    layer (in all when None).
-    """
+def _without_oldest(cache: KVCache, view: LayerView, going: Array) -> Recent:
+    """The windows without the oldest `going [R]` tokens of each request, in a layer."""
     kernels = cache.spec.kernels
-    windows = cache.recent_k, cache.recent_v, cache.recent_significance
     # as they are: XLA copies what is reshaped on its way to a call that changes it
     if kernels.implementation == "cpu":
-        shift = per_head(cache, going)
 
-        def shift_layer(layer: Array, windows: tuple) -> tuple[Array, Array, Array]:
-            k, v, scores = windows
-            return shift_recent(k, v, scores, layer, shift, kernels=kernels)
+        def shift_layer(layer: Array, recent: Recent) -> Recent:
+            shift = LayerView(cache.spec, layer).per_head(going)
+            return Recent(*shift_recent(*recent, layer, shift, kernels=kernels))
 
-        if layer is not None:
-            return shift_layer(layer, windows)
-        return lax.fori_loop(0, len(cache.spec.paged_layers), shift_layer, windows)
-    k, v, scores = (
-        all_heads(x) if layer is not None else take_layer(x, None)[None] for x in windows
-    )
-    shift = per_head(cache, going, k.shape[1] // cache.spec.num_heads)
-    at = jnp.int32(0) if layer is None else layer
-    shifted = shift_recent(k, v, scores, at, shift, kernels=kernels)
-    recent_k, recent_v, significance = (
-        new.reshape(old.shape) for new, old in zip(shifted, windows, strict=True)
-    )
-    return recent_k, recent_v, significance
+        if view.layer is not None:
+            return shift_layer(view.index, cache.recent)
+        return lax.fori_loop(0, view.num_layers, shift_layer, cache.recent)
+    flat = all_heads if view.layer is not None else lambda x: view.take(x)[None]
+    at = jnp.int32(0) if view.layer is None else view.layer
+    k, v, scores = map(flat, cache.recent)
+    shifted = shift_recent(k, v, scores, at, view.per_head(going), kernels=kernels)
+    return Recent(*(new.reshape(old.shape) for new, old in zip(shifted, cache.recent, strict=True)))

@@ -9,13 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from diffkv_jax.cache.cache import KVCache
-from diffkv_jax.cache.layer import (
-    Clock,
-    head_numbers,
-    stored_layer,
-    unmerged_layout,
-    with_stored,
-)
+from diffkv_jax.cache.layer import Clock, LayerView, unmerged_layout
 from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.cache.token_class import protected_tokens
 from diffkv_jax.pallas_kernels.apply_event import Stored, Tokens, apply_event, pages_beyond
@@ -45,11 +39,28 @@ class Plan(NamedTuple):
     pages: Array  # int32 [B] pages that the head needs beyond what it has
 
 
-def entered(cache: KVCache, layer: Array | None, tokens: Tokens, valid: Array) -> Tokens:
-    """`tokens` [B, n, ...] of a layer's recent window and chunk (of all layers' when None) with the
-    scores that they enter the tiers with; `valid` bool [B, n].
+def recent_tokens(cache: KVCache, view: LayerView) -> tuple[Tokens, Array]:
+    """The tokens [B, window + flush, ...] in a layer's recent window, oldest first, and where there
+    is one.
     """
-    score, head = cache.policy.score, head_numbers(cache, layer)
+    now = cache.counters
+    k, v = view.take(cache.recent.k), view.take(cache.recent.v)
+    if cache.spec.layout.scored:
+        significance = view.take(cache.recent.significance)
+    else:
+        significance = jnp.zeros(k.shape[:2], jnp.float32)
+    first, count = (
+        view.per_head(x)[:, None] for x in (now.seq_len - now.recent_len, now.recent_len)
+    )
+    slot = jnp.arange(k.shape[1])
+    return Tokens(k, v, significance, first + slot), slot < count
+
+
+def entered(cache: KVCache, view: LayerView, tokens: Tokens, valid: Array) -> Tokens:
+    """`tokens` [B, n, ...] of a layer's recent window and chunk with the scores that they enter the
+    tiers with; `valid` bool [B, n].
+    """
+    score, head = cache.policy.score, view.head_numbers()
     scores = tokens.significance
     if score is not None and overrides(score, "enter", Score):
         k, v, scores, position = tokens
@@ -57,7 +68,7 @@ def entered(cache: KVCache, layer: Array | None, tokens: Tokens, valid: Array) -
             LeavingTokens(k, v, scores, position, valid, head, cache.spec.attention)
         )
         scores = jnp.clip(scores, ALL, PROTECTED / 4)  # one of -inf would go before it is decided
-    protected = protected_tokens(cache, tokens.position)
+    protected = protected_tokens(cache, view, tokens.position)
     if protected is not None:
         scores = jnp.where(protected, PROTECTED, scores)
     return tokens._replace(significance=scores)
@@ -72,17 +83,17 @@ def one_victim(cache: KVCache) -> bool:
 
 def plan_event(
     cache: KVCache,
-    layer: Array | None,
+    view: LayerView,
     clock: Clock,
     tokens: Tokens,
     leaving: Array,
     *,
     one_victim: bool = False,
 ) -> Plan:
-    """Classify the tokens `leaving` (bool [B, n]) the window of a layer (of all when None), the
-    first n of `tokens`, and the stored ones. Heads from which nothing leaves are left alone.
+    """Classify the tokens `leaving` (bool [B, n]) the window of a layer, the first n of `tokens`,
+    and the stored ones. Heads from which nothing leaves are left alone.
     """
-    spec, stored, n = cache.spec.unmerged, stored_layer(cache, layer), leaving.shape[1]
+    spec, stored, n = cache.spec.unmerged, view.stored(cache), leaving.shape[1]
     scores, position = tokens.significance[:, :n], tokens.position[:, :n]
     layout, mean = spec.layout, mean_significance(scores, position, clock.query_spans)
     tau = _thresholds(spec, stored, clock, mean, leaving)
@@ -160,7 +171,7 @@ def stored_scores(
 
 def apply_plan(
     cache: KVCache,
-    layer: Array | None,
+    view: LayerView,
     plan: Plan,
     tokens: Tokens,
     admitted: Array,
@@ -168,13 +179,13 @@ def apply_plan(
     one_victim: bool = False,
     pages_a_round: int = 1,
 ) -> KVCache:
-    """Carry out a plan for the heads `admitted` (bool [B]) of a layer (of all when None); `tokens`
-    begin with those that `plan.entering` classifies.
+    """Carry out a plan for the heads `admitted` (bool [B]) of a layer; `tokens` begin with those
+    that `plan.entering` classifies.
     """
     spec = cache.spec.unmerged
     stored = apply_event(
-        stored_layer(cache, layer),
-        unmerged_layout(cache, layer),
+        view.stored(cache),
+        unmerged_layout(cache, view),
         plan.rule,
         plan.moves,
         tokens,
@@ -185,4 +196,4 @@ def apply_plan(
         pages_a_round=pages_a_round,
         kernels=spec.kernels,
     )
-    return with_stored(cache, layer, stored)
+    return view.with_stored(cache, stored)

@@ -30,10 +30,10 @@ def decode_step(
     cache. Pure; call it under jit.
     """
     step = DecodeStep(active)
-    positions = jnp.where(active, cache.seq_len, -1)[:, None]
+    positions = jnp.where(active, cache.counters.seq_len, -1)[:, None]
     cache = note_classes(complete(cache), token[:, None], positions)
     if cache.policy.in_decode:
-        due = jnp.any(active & ((cache.steps + 1) % cache.spec.flush == 0))
+        due = jnp.any(active & ((cache.counters.steps + 1) % cache.spec.flush == 0))
         cache = reset_scores(cache, due)
     logits, cache = model.apply({"params": params}, token[:, None], positions, cache, step)
     return logits[:, 0], without_empty(after_decode(cache, step))
@@ -78,15 +78,15 @@ def _after_prefill(cache: KVCache, step: PrefillStep, chunk_len: int) -> KVCache
     starts from nothing.
     """
     query_spans = query_spans_after(cache, step, chunk_len)
-    return dataclasses.replace(
-        cache,
-        seq_len=jnp.where(cache.overflow, 0, cache.seq_len + step.length),
-        recent_len=jnp.where(cache.overflow, 0, recent_after(cache, step)),
-        query_spans=jnp.where(cache.overflow[:, None, None], 0, query_spans),
-        steps=jnp.where(step.length > 0, 0, cache.steps),
-        pending=jnp.where(step.length > 0, -1, cache.pending),
-        in_chunk=InChunk(),
+    now, read = cache.counters, step.length > 0
+    counters = now._replace(
+        seq_len=jnp.where(now.overflow, 0, now.seq_len + step.length),
+        recent_len=jnp.where(now.overflow, 0, recent_after(cache, step)),
+        query_spans=jnp.where(now.overflow[:, None, None], 0, query_spans),
+        steps=jnp.where(read, 0, now.steps),
+        pending=jnp.where(read, -1, now.pending),
     )
+    return dataclasses.replace(cache, counters=counters, in_chunk=InChunk())
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="cache")
@@ -101,7 +101,7 @@ def score_pass(
     have changed.
     """
     cache = complete(cache)
-    step = ScoreStep(jnp.where(cache.overflow, 0, length), first)
+    step = ScoreStep(jnp.where(cache.counters.overflow, 0, length), first)
     _, positions = _places(cache, tokens.shape[1], step.length)
     _, cache = model.apply({"params": params}, tokens, positions, cache, step, last_only=True)
     return without_empty(cache)
@@ -111,7 +111,7 @@ def score_pass(
 @in_32_bits
 def end_passes(cache: KVCache, scored: Array) -> KVCache:
     """Drop what scored too low of the requests `scored` (bool [R]). The cache is donated."""
-    return without_empty(drop_least(complete(cache), scored & ~cache.overflow))
+    return without_empty(drop_least(complete(cache), scored & ~cache.counters.overflow))
 
 
 def _places(cache: KVCache, chunk_len: int, length: Array) -> tuple[Array, Array]:
@@ -119,7 +119,7 @@ def _places(cache: KVCache, chunk_len: int, length: Array) -> tuple[Array, Array
     int32 [R, C].
     """
     index = jnp.arange(chunk_len) - (chunk_len - length[:, None])
-    return index, jnp.where(index >= 0, cache.seq_len[:, None] + index, -1)
+    return index, jnp.where(index >= 0, cache.counters.seq_len[:, None] + index, -1)
 
 
 def _runs_low(cache: KVCache, length: Array) -> Array:
@@ -133,10 +133,10 @@ def _runs_low(cache: KVCache, length: Array) -> Array:
     pages = jnp.where(length > 0, spec.layout.pages_for(0, length) + 1, 0).sum()
     pages = pages * spec.unmerged_layers * spec.attention.num_kv_heads
     if spec.pairs is not None:
-        seen = cache.recent_len + length
+        seen = cache.counters.recent_len + length
         leaving = jnp.where(length > 0, seen - spec.num_unquantized(seen), 0)
         pages = pages + pages_of_pairs(cache, leaving).sum()
-    low = cache.ring.count < pages
+    low = cache.stored.ring.count < pages
     if spec.num_pages >= most_pages(spec, [spec.max_len] * spec.num_requests):
         return low
     return low | cache.policy.keep.uneven()

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from diffkv_jax.cache.cache import KVCache
-from diffkv_jax.cache.layer import stored_layer, take_layer, with_stored
+from diffkv_jax.cache.layer import LayerView
 from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.pallas_kernels.apply_event import Tokens, append_tokens
 from diffkv_jax.pallas_kernels.codecs import angle
@@ -14,33 +14,26 @@ from diffkv_jax.policy.ranking import lowest
 
 
 def merge_pair(
-    cache: KVCache, layer: Array, first: Tokens, second: Tokens, leaving: Array
+    cache: KVCache, view: LayerView, first: Tokens, second: Tokens, leaving: Array
 ) -> KVCache:
-    """Store the tokens `leaving` (bool [B, n]) of the pair whose second layer is `layer`; the
+    """Store the tokens `leaving` (bool [B, n]) of the pair whose second layer is viewed; the
     caller has made sure of the pages.
 
     `first`, `second` are the tokens `[B, n, ...]` of the two layers. The most different ones go to
     the exact tier of each; of the others the second layer keeps in its last tier what serves both.
     """
-    layout = cache.spec.layout
-    retained = _most_different(
-        cache.spec, take_layer(cache.tier_len, layer), first, second, leaving
-    )
-    for one, tokens in ((layer - 1, first), (layer, second)):
-        cache = with_stored(
-            cache, one, append_tokens(stored_layer(cache, one), layout, 0, tokens, retained)
-        )
+    layout, spec = cache.spec.layout, cache.spec
+    retained = _most_different(spec, view.take(cache.stored.tier_len), first, second, leaving)
+    for one, tokens in ((view.before(), first), (view, second)):
+        stored = append_tokens(one.stored(cache), layout, 0, tokens, retained)
+        cache = one.with_stored(cache, stored)
     both = second._replace(
         k=jnp.concatenate([first.k, second.k], axis=-1),
         v=jnp.concatenate([first.v, second.v], axis=-1),
     )
-    return with_stored(
-        cache,
-        layer,
-        append_tokens(
-            stored_layer(cache, layer), layout, layout.tiers - 1, both, leaving & ~retained
-        ),
-    )
+    shared = layout.tiers - 1
+    stored = append_tokens(view.stored(cache), layout, shared, both, leaving & ~retained)
+    return view.with_stored(cache, stored)
 
 
 def _most_different(

@@ -6,15 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from diffkv_jax.cache.cache import KVCache, Waiting
-from diffkv_jax.cache.layer import (
-    layer_heads,
-    layer_layout,
-    per_head,
-    place_in_pair,
-    put_layer,
-    take_layer,
-)
+from diffkv_jax.cache.cache import KVCache, Waiting, with_significance
+from diffkv_jax.cache.layer import LayerView, layer_heads, layer_layout, place_in_pair
+from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.pallas_kernels.branch import when
 from diffkv_jax.pallas_kernels.decode_attention import Heads
 from diffkv_jax.pallas_kernels.pages import PageLayout
@@ -41,34 +35,35 @@ def prefill_layer(
     K and V of the chunk exist exactly for this one layer only: they are in pages and window when it
     returns, or nowhere (`ScoreStep`).
     """
-    spec = cache.spec
-    heads = layer_heads(cache, layer, cache.recent_len)
+    spec, view = cache.spec, LayerView(cache.spec, layer)
+    heads = layer_heads(cache, view, cache.counters.recent_len)
     rows, present = present_rows(cache, q.shape[1], step.length)
     q, k, v = (take_rows(cache, x, rows) for x in (q, k, v))
-    chunk = _by_head(cache, q, k, v, present)
+    chunk = _by_head(view, q, k, v, present)
     scale = Scale(spec.attention.sm_scale, spec.attention.logits_soft_cap)
-    layout = layer_layout(cache, layer)
-    out, lse = prefill_attention(chunk, cache.pages, layout, heads, scale, kernels=spec.kernels)
-    out = jnp.moveaxis(out.reshape(*_grouped(cache), *out.shape[2:]), 3, 1)
+    layout = layer_layout(cache, view)
+    out, lse = prefill_attention(
+        chunk, cache.stored.pages, layout, heads, scale, kernels=spec.kernels
+    )
+    out = jnp.moveaxis(out.reshape(*_grouped(spec), *out.shape[2:]), 3, 1)
     out = out.reshape(*q.shape[:-1], -1)  # [R, C, Hq, d]
     if isinstance(step, ScoreStep):
-        return out.astype(q.dtype), _score_pass(cache, layout, chunk, heads, scale, step)
+        return out.astype(q.dtype), _score_pass(cache, view, layout, chunk, heads, scale, step)
     sums = _scores(cache, layout, chunk, lse, heads, scale, step)
-    pages = dataclasses.replace(cache.pages, significance=sums.pages)
-    cache = _on_prompt(dataclasses.replace(cache, pages=pages), layer, chunk)
+    cache = _on_prompt(with_significance(cache, sums.pages), view, chunk)
     place = rows - (q.shape[1] - step.length[:, None])
-    gathered = gather(cache, layer, chunk, heads, sums, place)
+    gathered = gather(cache, view, chunk, heads, sums, place)
     # always so, but the compiler cannot know: the event waits for attention's reads of the pool
     attended = lse[0, 0, 0] > -jnp.inf
     alone = attended if spec.pairs is None else attended & (layer < spec.unmerged_layers)
-    cache = when(alone, lambda cache: store(cache, layer, gathered, step, rows), cache)
+    cache = when(alone, lambda cache: store(cache, view, gathered, step, rows), cache)
     if spec.pairs is not None:
         second = (layer >= spec.unmerged_layers) & (place_in_pair(spec, layer) == 1)
         enter = attended & second
-        cache = when(enter, lambda cache: store_pair(cache, layer, gathered, step), cache)
+        cache = when(enter, lambda cache: store_pair(cache, view, gathered, step), cache)
         waiting = Waiting(*(x.astype(spec.dtype) for x in gathered.tokens[:2]))
         cache = dataclasses.replace(cache, in_chunk=cache.in_chunk._replace(waiting=waiting))
-    cache = keep_window(cache, layer, gathered, step)
+    cache = keep_window(cache, view, gathered, step)
     return put_back(cache, out, rows).astype(q.dtype), cache
 
 
@@ -78,22 +73,21 @@ def scoring_rows(cache: KVCache, chunk_len: int) -> int:
     return chunk_len if queries == "all" else min(queries, chunk_len)
 
 
-def _grouped(cache: KVCache) -> tuple[int, int, int]:
-    attention = cache.spec.attention
-    kv_heads = attention.num_kv_heads
-    return cache.spec.num_requests, kv_heads, attention.num_q_heads // kv_heads
+def _grouped(spec: CacheSpec) -> tuple[int, int, int]:
+    kv_heads = spec.attention.num_kv_heads
+    return spec.num_requests, kv_heads, spec.attention.num_q_heads // kv_heads
 
 
-def _by_head(cache: KVCache, q: Array, k: Array, v: Array, length: Array) -> Chunk:
+def _by_head(view: LayerView, q: Array, k: Array, v: Array, length: Array) -> Chunk:
     """Requests and KV heads flattened, K and V rounded to the cache dtype; all in the model's
     dtype.
     """
-    spec = cache.spec
-    requests, kv_heads, group = _grouped(cache)
+    spec = view.spec
+    requests, kv_heads, group = _grouped(spec)
     chunk_len, d = q.shape[1], q.shape[3]
     q = jnp.moveaxis(q.reshape(requests, chunk_len, kv_heads, group, d), 1, 3)
     q = q.reshape(-1, group, chunk_len, d)
-    length = per_head(cache, length)
+    length = view.per_head(length)
     padding = jnp.arange(chunk_len) < chunk_len - length[:, None]
 
     def flat(x: Array) -> Array:
@@ -115,7 +109,7 @@ def _scores(
     """Column sums of the scoring rows when `step.compress`, with "all" also of every earlier chunk;
     else unchanged and zeros.
     """
-    score, significance = cache.policy.score, cache.pages.significance
+    score, significance = cache.policy.score, cache.stored.pages.significance
     recent = jnp.zeros(heads.recent_k.shape[1:3], jnp.float32)
     silent = ColumnSums(significance, recent, jnp.zeros(chunk.k.shape[:2], jnp.float32))
     if score is None or not score.queries:
@@ -126,7 +120,7 @@ def _scores(
         lse = lse - jnp.log(_weights(score, rows, chunk))[:, None]
 
     def sum_up(sums: ColumnSums) -> ColumnSums:
-        pages = dataclasses.replace(cache.pages, significance=sums.pages)
+        pages = dataclasses.replace(cache.stored.pages, significance=sums.pages)
         kernels = cache.spec.kernels
         return column_sums(chunk, lse, rows, pages, layout, heads, scale, kernels=kernels)
 
@@ -140,36 +134,40 @@ def _weights(score: Score, rows: int, chunk: Chunk) -> Array:
     return score.query_weights(jnp.maximum(index, 0), count)
 
 
-def _on_prompt(cache: KVCache, layer: Array, chunk: Chunk) -> KVCache:
+def _on_prompt(cache: KVCache, view: LayerView, chunk: Chunk) -> KVCache:
     """The cache with what the score carries after the chunk's queries (`Score.on_prompt`)."""
     policy, attention, state = cache.policy, cache.spec.attention, cache.state.score
     if policy.score is None or not overrides(policy.score, "on_prompt", Score):
         return cache
     rows = jnp.arange(chunk.q.shape[2])
-    first = per_head(cache, cache.seq_len) - len(rows) + chunk.length
+    seq_len = cache.counters.seq_len
+    first = view.per_head(seq_len) - len(rows) + chunk.length
     queries = PromptQueries(
         policy.transform.queries(chunk.q.astype(jnp.float32), attention, back=True),
         first[:, None] + rows,
         rows >= len(rows) - chunk.length[:, None],
-        per_head(cache, cache.seq_len == 0),  # also after a prompt that found no page
+        view.per_head(seq_len == 0),  # also after a prompt that found no page
         attention,
         policy.protect.sinks,
     )
-    before = jax.tree.map(lambda x: take_layer(x, layer), state)
-    after = policy.score.on_prompt(before, queries)
-    state = jax.tree.map(lambda all, new: put_layer(all, layer, new), state, after)
+    after = policy.score.on_prompt(jax.tree.map(view.take, state), queries)
+    state = jax.tree.map(view.put, state, after)
     return dataclasses.replace(cache, state=cache.state._replace(score=state))
 
 
 def _score_pass(
-    cache: KVCache, layout: PageLayout, chunk: Chunk, heads: Heads, scale: Scale, step: ScoreStep
+    cache: KVCache,
+    view: LayerView,
+    layout: PageLayout,
+    chunk: Chunk,
+    heads: Heads,
+    scale: Scale,
+    step: ScoreStep,
 ) -> KVCache:
     """The cache with the scores of the tokens that a pass goes over; nothing else changes."""
     policy = cache.policy
     assert policy.score is not None  # it alone has passes
-    seq_len, sinks = per_head(cache, cache.seq_len), policy.protect.sinks
-    of = PassLayer(
-        chunk, cache.pages, layout, heads, scale, seq_len, step.first, cache.spec.max_len, sinks
-    )
-    pages = dataclasses.replace(cache.pages, significance=policy.score.score_pass(of))
-    return dataclasses.replace(cache, pages=pages)
+    seq_len, sinks = view.per_head(cache.counters.seq_len), policy.protect.sinks
+    pages, max_len = cache.stored.pages, cache.spec.max_len
+    of = PassLayer(chunk, pages, layout, heads, scale, seq_len, step.first, max_len, sinks)
+    return with_significance(cache, policy.score.score_pass(of))

@@ -10,14 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from diffkv_jax.cache.cache import KVCache
-from diffkv_jax.cache.layer import (
-    per_head,
-    put_layer,
-    stored_layer,
-    take_layer,
-    unmerged_layout,
-)
+from diffkv_jax.cache.cache import KVCache, with_significance
+from diffkv_jax.cache.layer import LayerView, unmerged_layout
 from diffkv_jax.cache.token_class import classes_at
 from diffkv_jax.pallas_kernels.apply_event import Tokens
 from diffkv_jax.pallas_kernels.branch import when
@@ -30,7 +24,7 @@ from diffkv_jax.pallas_kernels.decode_attention.stream import (
 )
 from diffkv_jax.pallas_kernels.pages import read_token_data, write_token_array
 from diffkv_jax.policy.score import ScoreView, is_protected
-from diffkv_jax.steps.event import entered
+from diffkv_jax.steps.event import entered, recent_tokens
 
 
 class Outside(NamedTuple):
@@ -52,14 +46,15 @@ def reset_scores(cache: KVCache, decides: Array) -> KVCache:
         stored, recent = (jnp.where(is_protected(x), x, 0.0) for x in scores)
         return stored, recent
 
-    stored, recent = when(decides, reset, (cache.pages.significance, cache.recent_significance))
-    pages = dataclasses.replace(cache.pages, significance=stored)
-    return dataclasses.replace(cache, pages=pages, recent_significance=recent)
+    stored, recent = when(
+        decides, reset, (cache.stored.pages.significance, cache.recent.significance)
+    )
+    return with_significance(cache, stored, recent)
 
 
 def rescore(
     cache: KVCache,
-    layer: Array,
+    view: LayerView,
     outside: Outside,
     seq_len: Array,
     *,
@@ -75,30 +70,30 @@ def rescore(
     policy, scores = cache.policy, outside.tokens.significance
     if not policy.rescores:
         return cache, scores
-    heads = None if chooses is None else per_head(cache, chooses)
-    keep = jax.tree.map(lambda leaf: take_layer(leaf, layer), policy.keep)
-    score_state = jax.tree.map(lambda leaf: take_layer(leaf, layer), cache.state.score)
+    heads = None if chooses is None else view.per_head(chooses)
+    keep = jax.tree.map(view.take, policy.keep)
+    score_state = jax.tree.map(view.take, cache.state.score)
 
     def change(given: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
         significance, scores, state = given
-        view, write = _view(cache, layer, significance, scores, outside, seq_len)
-        new = view.scores
+        tokens, write = _score_view(cache, view, significance, scores, outside, seq_len)
+        new = tokens.scores
         if policy.score is not None and policy.score.rescores:
-            new = policy.score.rescore(score_state, view)
+            new = policy.score.rescore(score_state, tokens)
             # a request from which nothing leaves is not decided on, whatever others of the batch do
-            new = jnp.where(outside.leaving.any(axis=1)[:, None], new, view.scores)
+            new = jnp.where(outside.leaving.any(axis=1)[:, None], new, tokens.scores)
         if keep.marks:
-            state, new = keep.mark(state, dataclasses.replace(view, scores=new), heads)
+            state, new = keep.mark(state, dataclasses.replace(tokens, scores=new), heads)
         if not keep.protects:
-            new = jnp.where(is_protected(view.scores), view.scores, new)
-        return write(significance, new), new[:, view.scores.shape[1] - view.outside :], state
+            new = jnp.where(is_protected(tokens.scores), tokens.scores, new)
+        return write(significance, new), new[:, tokens.scores.shape[1] - tokens.outside :], state
 
-    state = jax.tree.map(lambda leaf: take_layer(leaf, layer), cache.state.keep)
-    given = cache.pages.significance, scores, state
+    state = jax.tree.map(view.take, cache.state.keep)
+    given = cache.stored.pages.significance, scores, state
     significance, scores, state = change(given) if decides is None else when(decides, change, given)
-    state = jax.tree.map(lambda all, one: put_layer(all, layer, one), cache.state.keep, state)
-    pages = dataclasses.replace(cache.pages, significance=significance)
-    return dataclasses.replace(cache, pages=pages, state=cache.state._replace(keep=state)), scores
+    state = jax.tree.map(view.put, cache.state.keep, state)
+    cache = dataclasses.replace(cache, state=cache.state._replace(keep=state))
+    return with_significance(cache, significance), scores
 
 
 def rescore_oldest(cache: KVCache, count: Array) -> KVCache:
@@ -107,19 +102,18 @@ def rescore_oldest(cache: KVCache, count: Array) -> KVCache:
     """
     if not cache.policy.rescores:
         return cache
-    slot = jnp.arange(cache.spec.window + cache.spec.flush)
-    counters = (cache.seq_len - cache.recent_len, cache.recent_len, count)
-    first, recent, going = (per_head(cache, x)[:, None] for x in counters)
 
     def of_layer(layer: Array, cache: KVCache) -> KVCache:
-        windows = cache.recent_k, cache.recent_v, cache.recent_significance
-        k, v, before = (take_layer(x, layer) for x in windows)
-        tokens = entered(cache, layer, Tokens(k, v, before, first + slot), slot < recent)
-        outside = Outside(tokens, slot < recent, slot < going)
-        cache, scores = rescore(cache, layer, outside, cache.seq_len)
-        scores = jnp.where(outside.leaving, scores, before)
-        window = put_layer(cache.recent_significance, layer, scores)
-        return dataclasses.replace(cache, recent_significance=window)
+        view = LayerView(cache.spec, layer)
+        before, live = recent_tokens(cache, view)
+        tokens = entered(cache, view, before, live)
+        leaving = jnp.arange(live.shape[1]) < view.per_head(count)[:, None]
+        outside = Outside(tokens, live, leaving)
+        cache, scores = rescore(cache, view, outside, cache.counters.seq_len)
+        window = view.put(
+            cache.recent.significance, jnp.where(leaving, scores, before.significance)
+        )
+        return dataclasses.replace(cache, recent=cache.recent._replace(significance=window))
 
     return lax.fori_loop(0, cache.spec.unmerged_layers, of_layer, cache)
 
@@ -129,21 +123,20 @@ def unmark(cache: KVCache) -> KVCache:
     keep = cache.policy.keep
     if not keep.marks:
         return cache
-    pages = dataclasses.replace(cache.pages, significance=keep.unmark(cache.pages.significance))
-    recent = keep.unmark(cache.recent_significance)
-    return dataclasses.replace(cache, pages=pages, recent_significance=recent)
+    stored = keep.unmark(cache.stored.pages.significance)
+    return with_significance(cache, stored, keep.unmark(cache.recent.significance))
 
 
-def _view(
+def _score_view(
     cache: KVCache,
-    layer: Array,
+    layer: LayerView,
     significance: Array,
     scores: Array,
     outside: Outside,
     seq_len: Array,
 ) -> tuple[ScoreView, Callable[[Array, Array], Array]]:
     """The view of a layer's tokens, and what puts new scores of the stored ones into the pool's."""
-    spec, stored = cache.spec.unmerged, stored_layer(cache, layer)
+    spec, stored = cache.spec.unmerged, layer.stored(cache)
     layout, table = spec.layout, (stored.page_table, stored.tier_len)
     pages = dataclasses.replace(stored.pages, significance=significance)
     sides = [
@@ -170,9 +163,9 @@ def _view(
         live=jnp.concatenate([live, outside.valid], axis=1),
         leaving=jnp.concatenate([live, outside.leaving], axis=1),
         protected=is_protected(scores),
-        token_class=lambda: classes_at(cache, at),
+        token_class=lambda: classes_at(cache, layer, at),
         outside=outside.valid.shape[1],
-        seq_len=per_head(cache, seq_len),
+        seq_len=layer.per_head(seq_len),
         max_len=spec.max_len,
         over_tokens=lambda function: _over_tokens(cache, layer, outside.tokens, function),
         attention=spec.attention,
@@ -181,12 +174,12 @@ def _view(
     return view, write
 
 
-def _over_tokens(cache: KVCache, layer: Array, tokens: Tokens, function: Callable) -> Any:
+def _over_tokens(cache: KVCache, view: LayerView, tokens: Tokens, function: Callable) -> Any:
     """`function(k, v)` of float32 [B, m, head_dim] keys and values, arrays [B, ..., m], for all
     tokens of a layer in the order of `ScoreView`: some pages at a time.
     """
-    spec, stored = cache.spec, stored_layer(cache, layer)
-    layout, table = unmerged_layout(cache, layer), (stored.page_table, stored.tier_len)
+    spec, stored = cache.spec, view.stored(cache)
+    layout, table = unmerged_layout(cache, view), (stored.page_table, stored.tier_len)
     put = lax.dynamic_update_slice_in_dim
     parts = []
     for tier in range(layout.tiers):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from diffkv_jax.cache.cache import KVCache
+from diffkv_jax.cache.cache import KVCache, Sliding
 from diffkv_jax.pallas_kernels.decode_attention.stream import soft_cap
 from diffkv_jax.steps.step import DecodeStep, PrefillStep, ScoreStep
 
@@ -31,11 +31,9 @@ def window_layer(
     spec = cache.spec
     length = step.active.astype(jnp.int32) if isinstance(step, DecodeStep) else step.length
     k, v = (jnp.moveaxis(x, 1, 2).astype(spec.dtype) for x in (k, v))  # [R, K, T, d]
-    ring_k, ring_v = (
-        lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.ring_k, cache.ring_v)
-    )
-    new_position = _new_positions(cache.seq_len, length, k.shape[2])
-    ring_position = _ring_positions(cache.seq_len, spec.ring_len)
+    ring_k, ring_v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache.sliding)
+    new_position = _new_positions(cache.counters.seq_len, length, k.shape[2])
+    ring_position = _ring_positions(cache.counters.seq_len, spec.ring_len)
     position = jnp.concatenate([ring_position, new_position], axis=1)
     windows = np.array([w for w in spec.attention.sliding_windows if w is not None], np.int32)
     keys, values = (
@@ -45,12 +43,12 @@ def window_layer(
     out = _attend(cache, q, keys, values, new_position, position, jnp.asarray(windows)[layer])
     if isinstance(step, ScoreStep):
         return out, cache
-    cache = dataclasses.replace(
-        cache,
-        ring_k=_enter(cache.ring_k, layer, k, new_position, cache.seq_len + length),
-        ring_v=_enter(cache.ring_v, layer, v, new_position, cache.seq_len + length),
+    seq_len = cache.counters.seq_len + length
+    sliding = Sliding(
+        _enter(cache.sliding.k, layer, k, new_position, seq_len),
+        _enter(cache.sliding.v, layer, v, new_position, seq_len),
     )
-    return out, cache
+    return out, dataclasses.replace(cache, sliding=sliding)
 
 
 def _new_positions(seq_len: Array, length: Array, count: int) -> Array:

@@ -198,29 +198,34 @@ def held_tokens(
         layout, owner = spec.layout, at
         # the second of a pair has it
         if spec.pairs is not None and tier == layout.tiers - 1 and layer >= spec.unmerged_layers:
-            place = (layer - len(cache.tier_len)) % 2
+            place = (layer - len(cache.stored.tier_len)) % 2
             owner = (layer + 1 - place, request, head)
             layout = dataclasses.replace(
                 layout, formats=tuple(read_by(fmt, place) for fmt in layout.formats)
             )
-        length = int(np.asarray(cache.tier_len)[owner][tier])
+        length = int(np.asarray(cache.stored.tier_len)[owner][tier])
         tables = [
             table if table is None else np.asarray(table)[layer, head]
             for table in cache.tables[tier]
         ]
         tokens = read_tier(
-            cache.pages, layout, np.asarray(cache.page_table)[owner], tier, length, tables
+            cache.stored.pages,
+            layout,
+            np.asarray(cache.stored.page_table)[owner],
+            tier,
+            length,
+            tables,
         )
         for position, score, k, v in zip(
             tokens.position, tokens.significance, tokens.k, tokens.v, strict=True
         ):
             assert int(position) not in held, f"position {position} is held twice"
             held[int(position)] = (name, k, v, float(score))
-    recent = int(np.asarray(cache.recent_len)[request])
-    first = int(np.asarray(cache.seq_len)[request]) - recent
+    recent = int(np.asarray(cache.counters.recent_len)[request])
+    first = int(np.asarray(cache.counters.seq_len)[request]) - recent
     keys, values, scores = (
         np.asarray(x)[at].astype(np.float32)
-        for x in (cache.recent_k, cache.recent_v, cache.recent_significance)
+        for x in (cache.recent.k, cache.recent.v, cache.recent.significance)
     )
     for slot in range(recent):
         assert first + slot not in held, f"position {first + slot} is held twice"

@@ -57,7 +57,7 @@ def compiled(
             flags(()),
             donate=(1,),
         )
-    return program, cache.pages
+    return program, cache.stored.pages
 
 
 def pool_copies(program: Compiled, shapes: list[tuple[int, ...]], *, plain_xla: bool) -> list[str]:

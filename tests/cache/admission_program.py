@@ -12,6 +12,7 @@ from diffkv_jax import CacheSpec, CompressionPolicy, KVCache, Thresholds, diffkv
 from diffkv_jax.cache.cache import empty_cache
 from diffkv_jax.cache.pool_size import bound
 from diffkv_jax.steps.jitted import decode_step, prefill_chunk
+from diffkv_jax.testing.parts import with_part
 from diffkv_jax.testing.readback import page_ids_in_use, slot_addresses
 from diffkv_jax.testing.tiny import prompt, tiny_model
 
@@ -60,9 +61,8 @@ class Program(NamedTuple):
         tokens = np.zeros((REQUESTS, CHUNK), np.int32)
         for i, n in enumerate(lengths):
             tokens[i, CHUNK - n :] = prompt(n, seed=seed + i)
-        cache = dataclasses.replace(
-            jax.tree.map(jnp.copy, cache), overflow=jnp.zeros(REQUESTS, bool)
-        )
+        cache = jax.tree.map(jnp.copy, cache)
+        cache = with_part(cache, "counters.overflow", jnp.zeros(REQUESTS, bool))
         length = jnp.asarray(lengths, jnp.int32)
         logits, cache = prefill_chunk(
             self.model, self.params, cache, jnp.asarray(tokens), length, jnp.asarray(last)
@@ -82,7 +82,7 @@ class Program(NamedTuple):
                 self.params,
                 caches[-1],
                 jnp.asarray(token),
-                jnp.asarray(active) & ~caches[-1].overflow,
+                jnp.asarray(active) & ~caches[-1].counters.overflow,
             )
             logits.append(np.asarray(row))
             caches.append(cache)
@@ -117,19 +117,17 @@ def program(name: str) -> Program:
 
 def with_free_pages(cache: KVCache, count: int) -> KVCache:
     """The cache with at most `count` free pages; the others are nobody's."""
-    return dataclasses.replace(
-        cache, ring=dataclasses.replace(cache.ring, count=jnp.minimum(cache.ring.count, count))
-    )
+    return with_part(cache, "stored.ring.count", jnp.minimum(cache.stored.ring.count, count))
 
 
 def positions(cache: KVCache, layer: int, request: int, head: int) -> np.ndarray:
     """Positions of the stored tokens of a head, tier by tier."""
     at, found = (layer, request, head), []
-    for tier, length in enumerate(np.asarray(cache.tier_len)[at]):
+    for tier, length in enumerate(np.asarray(cache.stored.tier_len)[at]):
         slots = slot_addresses(
-            cache.spec.layout, np.asarray(cache.page_table)[at], tier, int(length)
+            cache.spec.layout, np.asarray(cache.stored.page_table)[at], tier, int(length)
         )
-        found.append(np.asarray(cache.pages.position)[slots])
+        found.append(np.asarray(cache.stored.pages.position)[slots])
     return np.concatenate(found).astype(int)
 
 
@@ -138,15 +136,21 @@ def check_invariants(cache: KVCache, hidden: set[int], keeps_all: np.ndarray) ->
     drop nothing hold everything.
     """
     spec = cache.spec
-    used = page_ids_in_use(spec.layout, cache.page_table, cache.tier_len, spec.num_pages)
-    ids, start, count = np.asarray(cache.ring.ids), int(cache.ring.start), int(cache.ring.count)
+    used = page_ids_in_use(
+        spec.layout, cache.stored.page_table, cache.stored.tier_len, spec.num_pages
+    )
+    ids, start, count = (
+        np.asarray(cache.stored.ring.ids),
+        int(cache.stored.ring.start),
+        int(cache.stored.ring.count),
+    )
     free = [int(ids[(start + i) % spec.num_pages]) for i in range(count)]
     assert sorted([*used, *free, *hidden]) == list(range(spec.num_pages)), "each page exactly once"
-    seq_len, recent_len = np.asarray(cache.seq_len), np.asarray(cache.recent_len)
+    seq_len, recent_len = np.asarray(cache.counters.seq_len), np.asarray(cache.counters.recent_len)
     assert (recent_len <= np.minimum(seq_len, spec.window + spec.flush)).all() and (
         seq_len >= 0
     ).all()
-    for layer, request, head in np.ndindex(cache.tier_len.shape[:3]):
+    for layer, request, head in np.ndindex(cache.stored.tier_len.shape[:3]):
         stored, left = (
             positions(cache, layer, request, head),
             seq_len[request] - recent_len[request],
@@ -162,7 +166,7 @@ def check_flags(program: Program, before: KVCache, after: KVCache, tokens: np.nd
     free.
     """
     worst = np.cumsum([program.most_pages(int(n)) for n in tokens])
-    new = np.asarray(after.overflow) & ~np.asarray(before.overflow)
-    assert (~new | (worst > int(before.ring.count))).all(), (
-        f"flags {new} with {before.ring.count} pages free, at most {worst} wanted"
+    new = np.asarray(after.counters.overflow) & ~np.asarray(before.counters.overflow)
+    assert (~new | (worst > int(before.stored.ring.count))).all(), (
+        f"flags {new} with {before.stored.ring.count} pages free, at most {worst} wanted"
     )

@@ -2,8 +2,6 @@
 left.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +23,7 @@ from hypothesis import given, settings, strategies as st
 
 from diffkv_jax import KVCache
 from diffkv_jax.cache.cache import complete, without_empty
+from diffkv_jax.testing.parts import with_part
 from diffkv_jax.testing.readback import slot_addresses
 
 LONG = pytest.param("flush 1", marks=(pytest.mark.slow, pytest.mark.long))
@@ -47,28 +46,30 @@ def run_operations(program: Program, alpha, free: int, operations) -> None:
     by a prompt.
     """
     cache, live = program.empty(alpha, free), np.full(REQUESTS, True)
-    hidden = {int(i) for i in cache.ring.ids[free:]}
+    hidden = {int(i) for i in cache.stored.ring.ids[free:]}
     keeps_all = np.array([low == 0 for _, low in alpha])
     for seed, (kind, which, how) in enumerate(operations):
-        room = MAX_LEN - np.asarray(cache.seq_len)
-        waiting = np.asarray(cache.recent_len)
+        room = MAX_LEN - np.asarray(cache.counters.seq_len)
+        waiting = np.asarray(cache.counters.recent_len)
         if kind == "prompt":
             lengths = np.minimum(which, room)
             _, after = program.prompt(cache, lengths, how, seed)
-            cleared = dataclasses.replace(cache, overflow=jnp.zeros(REQUESTS, bool))
+            cleared = with_part(cache, "counters.overflow", jnp.zeros(REQUESTS, bool))
             check_flags(program, cleared, after, lengths + waiting)
-            gone = np.asarray(after.overflow)
+            gone = np.asarray(after.counters.overflow)
             assert (
-                not np.asarray(after.tier_len)[:, gone].any()
-                and not np.asarray(after.seq_len)[gone].any()
+                not np.asarray(after.stored.tier_len)[:, gone].any()
+                and not np.asarray(after.counters.seq_len)[gone].any()
             )
-            steps, live = [after], np.asarray(after.recent_len) <= WINDOW
+            steps, live = [after], np.asarray(after.counters.recent_len) <= WINDOW
         else:
             live = live & which & (room >= how)
             _, steps = program.decode(cache, how, live, seed)
             for one, other in zip([cache, *steps], steps, strict=False):
                 check_flags(program, one, other, np.full(REQUESTS, program.spec.flush))
-                assert (np.asarray(other.overflow) >= np.asarray(one.overflow)).all()
+                assert (
+                    np.asarray(other.counters.overflow) >= np.asarray(one.counters.overflow)
+                ).all()
         for cache in steps:
             check_invariants(cache, hidden, keeps_all)
 
@@ -102,17 +103,15 @@ def test_the_checks_reject_damage():
     _, cache = run.prompt(run.empty(), (32, 20, 9))
     hidden, keeps = set(), np.full(REQUESTS, True)
     check_invariants(cache, hidden, keeps)
-    lost = dataclasses.replace(
-        cache, ring=dataclasses.replace(cache.ring, count=cache.ring.count - 1)
+    lost = with_part(cache, "stored.ring.count", cache.stored.ring.count - 1)
+    dead_id = with_part(cache, "stored.page_table", cache.stored.page_table.at[0, 0, 0, 5].set(3))
+    shared = with_part(
+        cache,
+        "stored.page_table",
+        cache.stored.page_table.at[0, 0, 0, 0].set(cache.stored.page_table[0, 1, 0, 0]),
     )
-    dead_id = dataclasses.replace(cache, page_table=cache.page_table.at[0, 0, 0, 5].set(3))
-    shared = dataclasses.replace(
-        cache, page_table=cache.page_table.at[0, 0, 0, 0].set(cache.page_table[0, 1, 0, 0])
-    )
-    shorter = dataclasses.replace(cache, tier_len=cache.tier_len.at[1, 0, 0, 0].add(-1))
-    twice = dataclasses.replace(
-        cache, pages=dataclasses.replace(cache.pages, position=jnp.zeros_like(cache.pages.position))
-    )
+    shorter = with_part(cache, "stored.tier_len", cache.stored.tier_len.at[1, 0, 0, 0].add(-1))
+    twice = with_part(cache, "stored.pages.position", jnp.zeros_like(cache.stored.pages.position))
     for damaged in (lost, dead_id, shared, shorter, twice):
         with pytest.raises(AssertionError):
             check_invariants(damaged, hidden, keeps)
@@ -120,7 +119,7 @@ def test_the_checks_reject_damage():
         check_flags(
             run,
             cache,
-            dataclasses.replace(cache, overflow=jnp.array([False, True, False])),
+            with_part(cache, "counters.overflow", jnp.array([False, True, False])),
             np.full(REQUESTS, 4),
         )
 
@@ -152,25 +151,26 @@ def test_starvation_in_decode(others):
     _, start = run.prompt(run.empty((others, (0.0, 0.0), others)), lengths)
     ample, ample_caches = run.decode(start, steps)
     tiny, caches = run.decode(with_free_pages(start, run.heads - 1), steps)
-    assert not any(np.asarray(cache.overflow).any() for cache in ample_caches)
+    assert not any(np.asarray(cache.counters.overflow).any() for cache in ample_caches)
     for step, (one, other, cache) in enumerate(zip(ample, tiny, caches, strict=True)):
         np.testing.assert_array_equal(one[[0, 2]], other[[0, 2]], err_msg=f"step {step}")
-        assert np.asarray(cache.overflow).tolist() == [False, step >= FLUSH - 1, False]
+        assert np.asarray(cache.counters.overflow).tolist() == [False, step >= FLUSH - 1, False]
     before, after = caches[FLUSH - 2], caches[-1]
     assert (
-        int(after.seq_len[1]) == lengths[1] + FLUSH and int(after.recent_len[1]) == WINDOW + FLUSH
+        int(after.counters.seq_len[1]) == lengths[1] + FLUSH
+        and int(after.counters.recent_len[1]) == WINDOW + FLUSH
     )
-    for name in ("page_table", "tier_len"):
-        np.testing.assert_array_equal(getattr(before, name)[:, 1], getattr(after, name)[:, 1])
-    pages = np.asarray(before.page_table[:, 1])
+    for old, new in zip(before.stored[2:], after.stored[2:], strict=True):  # table and lengths
+        np.testing.assert_array_equal(old[:, 1], new[:, 1])
+    pages = np.asarray(before.stored.page_table[:, 1])
     pages = pages[pages < PAGES]
     for name in ("payload", "meta", "position"):
         np.testing.assert_array_equal(
-            getattr(before.pages, name)[pages], getattr(after.pages, name)[pages]
+            getattr(before.stored.pages, name)[pages], getattr(after.stored.pages, name)[pages]
         )
     np.testing.assert_array_equal(
-        before.recent_k[:, 1, :, : WINDOW + FLUSH - 1],
-        after.recent_k[:, 1, :, : WINDOW + FLUSH - 1],
+        before.recent.k[:, 1, :, : WINDOW + FLUSH - 1],
+        after.recent.k[:, 1, :, : WINDOW + FLUSH - 1],
     )
 
 
@@ -188,14 +188,16 @@ def test_starvation_in_a_prompt():
     wanted, _ = run.prompt(run.empty(), lengths)
     got, cache = run.prompt(run.empty(free=free), lengths)
     np.testing.assert_array_equal(got[[0, 2]], wanted[[0, 2]])
-    assert np.asarray(cache.overflow).tolist() == [False, True, False]
-    assert np.asarray(cache.seq_len).tolist() == [lengths[0], 0, lengths[2]]
+    assert np.asarray(cache.counters.overflow).tolist() == [False, True, False]
+    assert np.asarray(cache.counters.seq_len).tolist() == [lengths[0], 0, lengths[2]]
     assert (
-        not np.asarray(cache.tier_len)[:, 1].any()
-        and (np.asarray(cache.page_table)[:, 1] == PAGES).all()
+        not np.asarray(cache.stored.tier_len)[:, 1].any()
+        and (np.asarray(cache.stored.page_table)[:, 1] == PAGES).all()
     )
-    assert int(cache.ring.count) == free - 2 * (need[0] + need[2])
-    check_invariants(cache, {int(i) for i in run.empty().ring.ids[free:]}, np.full(REQUESTS, True))
+    assert int(cache.stored.ring.count) == free - 2 * (need[0] + need[2])
+    check_invariants(
+        cache, {int(i) for i in run.empty().stored.ring.ids[free:]}, np.full(REQUESTS, True)
+    )
 
 
 def test_starvation_in_a_prompt_does_not_spread():
@@ -206,7 +208,7 @@ def test_starvation_in_a_prompt_does_not_spread():
     need = [kv_heads * pages_for(0, n - WINDOW) for n in lengths]
     _, cache = run.prompt(run.empty(free=sum(need) + 1), lengths)
     assert 2 * (need[0] + need[2]) <= sum(need) + 1
-    assert np.asarray(cache.overflow).tolist() == [False, True, False]
+    assert np.asarray(cache.counters.overflow).tolist() == [False, True, False]
 
 
 def poisoned(cache: KVCache) -> KVCache:
@@ -214,12 +216,14 @@ def poisoned(cache: KVCache) -> KVCache:
     (their significance must stay 0).
     """
     cache, spec = complete(cache), cache.spec
-    pages = jax.tree.map(np.array, cache.pages)
+    pages = jax.tree.map(np.array, cache.stored.pages)
     live = np.zeros(pages.position.shape, bool)
-    for at in np.ndindex(cache.tier_len.shape[:3]):
-        for tier, length in enumerate(np.asarray(cache.tier_len)[at]):
+    for at in np.ndindex(cache.stored.tier_len.shape[:3]):
+        for tier, length in enumerate(np.asarray(cache.stored.tier_len)[at]):
             live[
-                slot_addresses(spec.layout, np.asarray(cache.page_table)[at], tier, int(length))
+                slot_addresses(
+                    spec.layout, np.asarray(cache.stored.page_table)[at], tier, int(length)
+                )
             ] = True
     lanes = live.any(axis=1, keepdims=True)
     pages.payload[np.broadcast_to(~lanes, pages.payload.shape)] = 255
@@ -227,15 +231,13 @@ def poisoned(cache: KVCache) -> KVCache:
     pages.position[~live] = np.iinfo(pages.position.dtype).max
     if spec.layout.scored:
         pages.significance[~live] = np.nan
-    dead = (np.arange(spec.window + spec.flush) >= np.asarray(cache.recent_len)[:, None])[
+    dead = (np.arange(spec.window + spec.flush) >= np.asarray(cache.counters.recent_len)[:, None])[
         None, :, None, :, None
     ]
-    recent_k, recent_v = (jnp.where(dead, jnp.nan, x) for x in (cache.recent_k, cache.recent_v))
-    return without_empty(
-        dataclasses.replace(
-            cache, pages=jax.tree.map(jnp.asarray, pages), recent_k=recent_k, recent_v=recent_v
-        )
-    )
+    recent_k, recent_v = (jnp.where(dead, jnp.nan, x) for x in (cache.recent.k, cache.recent.v))
+    cache = with_part(cache, "stored.pages", jax.tree.map(jnp.asarray, pages))
+    recent = cache.recent._replace(k=recent_k, v=recent_v)
+    return without_empty(with_part(cache, "recent", recent))
 
 
 @pytest.mark.parametrize("name", ["diffkv", *OTHERS])
@@ -251,7 +253,14 @@ def test_nothing_dead_is_read(name):
         )
         more, three = run.decode(two, 6, seed=2)
         results.append(
-            (first, last, more, two.page_table, three[-1].tier_len, three[-1].recent_significance)
+            (
+                first,
+                last,
+                more,
+                two.stored.page_table,
+                three[-1].stored.tier_len,
+                three[-1].recent.significance,
+            )
         )
     # None where nothing is scored
     for clean, dirty in zip(*map(jax.tree.leaves, results), strict=True):

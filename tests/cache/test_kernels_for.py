@@ -97,22 +97,22 @@ def test_the_same_tokens(name: str, implementation: str):
         Kernels(implementation, implementation in PALLAS),
         XLA,
     ) and plain.spec.kernels == XLA
-    for part in ("tier_len", "seq_len", "recent_len"):
-        np.testing.assert_array_equal(getattr(cache, part), getattr(plain, part))
-    np.testing.assert_allclose(cache.recent_k, plain.recent_k, rtol=1e-4, atol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, cache.counters, plain.counters)
+    np.testing.assert_array_equal(cache.stored.tier_len, plain.stored.tier_len)
+    np.testing.assert_allclose(cache.recent.k, plain.recent.k, rtol=1e-4, atol=1e-4)
     if cache.spec.layout.scored:
         np.testing.assert_allclose(
-            cache.recent_significance, plain.recent_significance, rtol=1e-3, atol=1e-5
+            cache.recent.significance, plain.recent.significance, rtol=1e-3, atol=1e-5
         )
-    assert int(np.asarray(cache.tier_len).min()) > 0
-    check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
+    assert int(np.asarray(cache.stored.tier_len).min()) > 0
+    check_pool(cache.spec.layout, cache.stored.page_table, cache.stored.tier_len, cache.stored.ring)
 
 
 def test_other_codebooks_give_other_keys():
     """What the comparison of windows would see if a kernel read tables that are not the layer's and
     head's.
     """
-    got, other = (run("CQ", "cpu", seed).cache.recent_k for seed in (1, 2))
+    got, other = (run("CQ", "cpu", seed).cache.recent.k for seed in (1, 2))
     assert np.abs(np.asarray(got) - np.asarray(other)).max() > 0.01
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax.cache.cache import complete
-from diffkv_jax.cache.layer import layer_heads, layer_layout
+from diffkv_jax.cache.layer import LayerView, layer_heads, layer_layout
 from diffkv_jax.cache.pool_size import cache_bytes
 from diffkv_jax.calibration.kmeans import weighted_kmeans
 from diffkv_jax.pallas_kernels.codecs import Coupled, KVFormat
@@ -154,9 +154,9 @@ def test_kept_tokens_are_the_nearest_rows():
                     np.abs(found - exactly).mean(), np.abs(expected - exactly).mean(), rtol=0.02
                 )
                 assert (found == nearest_rows(exactly, books[0, 1 - head])).all(axis=1).mean() < 0.1
-    check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
+    check_pool(cache.spec.layout, cache.stored.page_table, cache.stored.tier_len, cache.stored.ring)
     # decode has sent tokens into the pages too
-    assert int(cache.recent_len[0]) < 16 + 8 and int(cache.tier_len.min()) > 90
+    assert int(cache.counters.recent_len[0]) < 16 + 8 and int(cache.stored.tier_len.min()) > 90
 
 
 @pytest.mark.slow
@@ -165,9 +165,10 @@ def test_attention_is_that_over_the_decoded_tokens(layer):
     cache = complete(generated().cache)
     spec = cache.spec
     q = np.random.default_rng(5).normal(size=(4, 2, 32)).astype(np.float32)
+    view = LayerView(spec, jnp.int32(layer))
     out, _, _ = decode_attention(
-        jnp.asarray(q), cache.pages, layer_layout(cache, jnp.int32(layer)),
-        layer_heads(cache, jnp.int32(layer), cache.recent_len),
+        jnp.asarray(q), cache.stored.pages, layer_layout(cache, view),
+        layer_heads(cache, view, cache.counters.recent_len),
         max_len=spec.max_len, sm_scale=spec.attention.sm_scale,
     )  # fmt: skip
     for row in range(4):

@@ -193,8 +193,8 @@ class Run:
         """
         self.read()
         host = self.host
-        assert not host.overflow.any()
-        check_pool(host.spec.layout, host.page_table, host.tier_len, host.ring)
+        assert not host.counters.overflow.any()
+        check_pool(host.spec.layout, host.stored.page_table, host.stored.tier_len, host.stored.ring)
         for at, head in self.heads.items():
             held = self.held[at]
             wanted = {position: tier for position, tier in head.tiers.items() if tier != "dropped"}

@@ -22,6 +22,7 @@ from tiers_and_pairs import (
 )
 
 import diffkv_jax as dkv
+from diffkv_jax.testing.parts import with_part
 from diffkv_jax.testing.readback import check_pool, held_tokens, page_ids_in_use
 from oracles import minicache
 
@@ -31,7 +32,7 @@ def test_shallow_layers_are_those_of_diffkv():
     """Tokens, tiers, codes and scores in pages and windows, and what attention gives, after every
     prompt chunk and event.
     """
-    lengths = whole_run("both")[-1].cache.tier_len
+    lengths = whole_run("both")[-1].cache.stored.tier_len
     assert not lengths[:FIRST, ..., 2].any() and not lengths[FIRST:, ..., 1].any()
     assert (lengths[:FIRST, ..., :2] > 2).all() and (
         lengths[:FIRST].sum(-1) < np.array(TOTALS)[:, None] - WINDOW - FLUSH
@@ -108,7 +109,7 @@ def test_without_thresholds_it_is_minicache():
 
 def owners(cache: dkv.KVCache) -> list[set[int]]:
     """Pages of the shallow and of the deep layers."""
-    parts = ((x[:FIRST], x[FIRST:]) for x in (cache.page_table, cache.tier_len))
+    parts = ((x[:FIRST], x[FIRST:]) for x in (cache.stored.page_table, cache.stored.tier_len))
     return [
         set(page_ids_in_use(cache.spec.layout, *part, cache.spec.num_pages))
         for part in zip(*parts, strict=True)
@@ -122,26 +123,27 @@ def test_pages_are_owned_once_and_change_hands():
     """
     for moment in whole_run("both"):
         cache = moment.cache
-        check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
-        assert not cache.overflow.any()
+        check_pool(
+            cache.spec.layout, cache.stored.page_table, cache.stored.tier_len, cache.stored.ring
+        )
+        assert not cache.counters.overflow.any()
     least = max(
-        moment.cache.spec.num_pages - int(moment.cache.ring.count) for moment in whole_run("both")
+        moment.cache.spec.num_pages - int(moment.cache.stored.ring.count)
+        for moment in whole_run("both")
     )
     tight = [moment.cache for moment in follow(empty("both", free=least))]
     for small in tight:
         shallow, deep = owners(small)
         assert (
-            not small.overflow.any()
+            not small.counters.overflow.any()
             and not shallow & deep
-            and len(shallow | deep) + int(small.ring.count) == least
+            and len(shallow | deep) + int(small.stored.ring.count) == least
         )
     assert not differing(small, whole_run("pairs")[-1].cache, DEEP)
     assert any(len(owners(earlier)[0] & deep) > 3 for earlier in tight)
-    leak = dataclasses.replace(
-        cache, ring=dataclasses.replace(cache.ring, count=cache.ring.count - 1)
-    )
+    leak = with_part(cache, "stored.ring.count", cache.stored.ring.count - 1)
     with pytest.raises(AssertionError):
-        check_pool(leak.spec.layout, leak.page_table, leak.tier_len, leak.ring)
+        check_pool(leak.spec.layout, leak.stored.page_table, leak.stored.tier_len, leak.stored.ring)
 
 
 @pytest.mark.slow
@@ -153,7 +155,7 @@ def test_a_pool_that_suffices_is_not_taken_for_a_small_one():
     pair = 2 * layout.pages_for(0, 2) + layout.pages_for(2, 22)  # 24 tokens leave the window
     most = heads * (FIRST * (layout.pages_for(0, CHUNK) + 1) + pair)
     enough, too_few = (
-        follow(empty("both", free=free), [((CHUNK, CHUNK), False)])[0].cache.tier_len[:FIRST]
+        follow(empty("both", free=free), [((CHUNK, CHUNK), False)])[0].cache.stored.tier_len[:FIRST]
         for free in (most, most - 1)
     )
     assert (enough == [CHUNK - WINDOW, 0, 0]).all() and (too_few[..., 0] < CHUNK - WINDOW).sum() > 6
@@ -164,13 +166,15 @@ def test_the_report_counts_both_kinds():
     cache = whole_run("both")[-1].cache
     report, layout = dkv.memory_report(cache), cache.spec.layout
     assert report.tier_names == ("K8V4", "K4V2", "shared K8V4")
-    used = page_ids_in_use(layout, cache.page_table, cache.tier_len, cache.spec.num_pages)
+    used = page_ids_in_use(
+        layout, cache.stored.page_table, cache.stored.tier_len, cache.spec.num_pages
+    )
     assert (
         report.pages.sum()
         == len(used)
         == report.pages[:FIRST, ..., :2].sum() + report.pages[FIRST:, ..., ::2].sum()
     )
-    assert report.allocated == report.pool - int(cache.ring.count) * (layout.page_bytes + 4)
+    assert report.allocated == report.pool - int(cache.stored.ring.count) * (layout.page_bytes + 4)
     for layer, row, head in np.ndindex(LAYERS, REQUESTS, KV_HEADS):
         held = held_tokens(cache, layer, row, head)
         assert (
@@ -189,7 +193,7 @@ def test_the_report_counts_both_kinds():
 
 def with_rubbish(cache: dkv.KVCache) -> dkv.KVCache:
     """The cache with rubbish in every page that nobody owns."""
-    ring, pages = cache.ring, cache.pages
+    ring, pages = cache.stored.ring, cache.stored.pages
     free = jnp.asarray(
         [int(ring.ids[(ring.start + i) % len(ring.ids)]) for i in range(int(ring.count))], jnp.int32
     )
@@ -199,7 +203,7 @@ def with_rubbish(cache: dkv.KVCache) -> dkv.KVCache:
         meta=pages.meta.at[free].set(jnp.nan),
         significance=pages.significance.at[free].set(jnp.nan),
     )
-    return dataclasses.replace(cache, pages=rubbish)
+    return with_part(cache, "stored.pages", rubbish)
 
 
 @pytest.mark.slow
@@ -211,10 +215,9 @@ def test_dead_pages_are_never_read():
         np.testing.assert_array_equal(clean.out, rubbish.out)
 
     def everywhere(cache: dkv.KVCache) -> dkv.KVCache:
-        free = dataclasses.replace(cache.ring, count=jnp.int32(cache.spec.num_pages))
-        return dataclasses.replace(
-            with_rubbish(dataclasses.replace(cache, ring=free)), ring=cache.ring
-        )
+        free = dataclasses.replace(cache.stored.ring, count=jnp.int32(cache.spec.num_pages))
+        changed = with_rubbish(with_part(cache, "stored.ring", free))
+        return with_part(changed, "stored.ring", cache.stored.ring)
 
     assert np.isnan(follow(empty("both"), OPERATIONS[:3], change=everywhere)[-1].out).any()
 
@@ -228,20 +231,20 @@ def test_a_prompt_without_pages_leaves_no_trace():
     shallow layers have.
     """
     everything = follow(empty("both", (0.0, 0.0)), [FULL])[0].cache
-    needed = everything.spec.num_pages - int(everything.ring.count)
+    needed = everything.spec.num_pages - int(everything.stored.ring.count)
     cache = follow(empty("both", (0.0, 0.0), needed - 1), [FULL])[0].cache
     assert (
-        cache.overflow.tolist() == [False, True]
-        and cache.seq_len.tolist() == [32, 0]
-        and not cache.tier_len[:, 1].any()
+        cache.counters.overflow.tolist() == [False, True]
+        and cache.counters.seq_len.tolist() == [32, 0]
+        and not cache.stored.tier_len[:, 1].any()
     )
-    assert int(cache.ring.count) == needed - 1 - needed // 2
+    assert int(cache.stored.ring.count) == needed - 1 - needed // 2
     used = page_ids_in_use(
-        cache.spec.layout, cache.page_table, cache.tier_len, cache.spec.num_pages
+        cache.spec.layout, cache.stored.page_table, cache.stored.tier_len, cache.spec.num_pages
     )
     free = [
-        int(cache.ring.ids[(cache.ring.start + i) % cache.spec.num_pages])
-        for i in range(int(cache.ring.count))
+        int(cache.stored.ring.ids[(cache.stored.ring.start + i) % cache.spec.num_pages])
+        for i in range(int(cache.stored.ring.count))
     ]
     assert len({*used, *free}) == len(used) + len(free) == needed - 1
     for layer, head in np.ndindex(LAYERS, KV_HEADS):
@@ -254,12 +257,10 @@ def test_decode_without_pages_leaves_a_request_as_it_was():
     _, cache = operate(empty("both", (0.0, 0.0)), rng, FULL)
     before, cache = operate(cache, rng, 3 * FLUSH - 1)
     # an event
-    after, _ = operate(
-        dataclasses.replace(cache, ring=dataclasses.replace(cache.ring, count=jnp.int32(0))), rng, 1
-    )
+    after, _ = operate(with_part(cache, "stored.ring.count", jnp.int32(0)), rng, 1)
     assert (
-        after.cache.overflow.all()
-        and after.cache.recent_len.tolist() == [WINDOW + FLUSH] * REQUESTS
+        after.cache.counters.overflow.all()
+        and after.cache.counters.recent_len.tolist() == [WINDOW + FLUSH] * REQUESTS
     )
     for name in ("page_table", "tier_len"):
         np.testing.assert_array_equal(getattr(before.cache, name), getattr(after.cache, name))

@@ -82,8 +82,10 @@ def test_budgets_are_for_shallow_layers(policy):
             policy = dataclasses.replace(policy, keep=keep)
         cache = make_cache(model, dataclasses.replace(policy, pairs=pairs), [210], kernels=XLA)
         _, cache = prefill(model, params, cache, prompts, np.array([200]), 256)
-        check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
-        assert not np.asarray(cache.overflow).any()
+        check_pool(
+            cache.spec.layout, cache.stored.page_table, cache.stored.tier_len, cache.stored.ring
+        )
+        assert not np.asarray(cache.counters.overflow).any()
         caches.append(cache)
     merged, alone = caches
     for layer, head in np.ndindex(4, 2):

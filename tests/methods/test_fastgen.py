@@ -110,7 +110,7 @@ def test_heads_hold_what_their_policies_say(implementation):
     cache = out.cache
     picked = np.asarray(cache.state.keep)[0]
     np.testing.assert_array_equal(picked, [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]])
-    check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
+    check_pool(cache.spec.layout, cache.stored.page_table, cache.stored.tier_len, cache.stored.ring)
     for row in range(2):
         found = [set(held_tokens(cache, 0, row, head)) for head in range(KV_HEADS)]
         assert found == expected(row, out)
@@ -128,13 +128,15 @@ def test_heads_hold_what_their_policies_say(implementation):
 def test_events_leave_alone_what_finds_no_page():
     """The marks of a request that is not admitted are taken back."""
     cache = run("xla").cache
-    before = [np.asarray(x) for x in (cache.pages.significance, cache.recent_significance)]
+    before = [np.asarray(x) for x in (cache.stored.pages.significance, cache.recent.significance)]
     marked = rescore_oldest(cache, jnp.array([4, 0]))
-    assert (np.asarray(marked.recent_significance)[0, 0] < 0).any() and not (
-        np.asarray(marked.recent_significance)[0, 1] < 0
+    assert (np.asarray(marked.recent.significance)[0, 0] < 0).any() and not (
+        np.asarray(marked.recent.significance)[0, 1] < 0
     ).any()
     after = unmark(marked)
-    for old, new in zip(before, (after.pages.significance, after.recent_significance), strict=True):
+    for old, new in zip(
+        before, (after.stored.pages.significance, after.recent.significance), strict=True
+    ):
         np.testing.assert_allclose(np.asarray(new), np.abs(old), atol=1e-30)
 
 
@@ -260,4 +262,4 @@ def test_the_policy_is_data():
     assert dkv.CompressionPolicy.from_json(chosen.to_json()) == chosen
     assert chosen.bind(1, 2, KV_HEADS).keep.recover.shape == (1, 2, KV_HEADS)
     plain = dkv.generate(*model_of(), PROMPTS[1][None, :40], max_new_tokens=1).cache
-    assert plain.classes is None and plain.state.keep is None
+    assert plain.state.classes is None and plain.state.keep is None

@@ -116,7 +116,7 @@ def test_pages_hold_gear(backbone, groups):
         cache = make_cache(model, one, [LENGTH + 1], kernels=Kernels("xla"))
         caches.append(prefill(model, params, cache, TOKENS, np.array([LENGTH]), 256)[1])
     found, plain = caches
-    check_pool(found.spec.layout, found.page_table, found.tier_len, found.ring)
+    check_pool(found.spec.layout, found.stored.page_table, found.stored.tier_len, found.stored.ring)
     for layer in range(2):
         held, exact = held_tokens(found, layer, 0, 1), held_tokens(plain, layer, 0, 1)
         assert (
@@ -167,10 +167,15 @@ def test_gear_goes_on_in_decode():
     out = dkv.generate(model, params, TOKENS[:, :100], policy=policy, max_new_tokens=71)
     assert (
         out.finish_reason == ("length",)
-        and out.cache.tier_len.ravel().tolist() == [160] * 4
-        and int(out.cache.recent_len[0]) == 10
+        and out.cache.stored.tier_len.ravel().tolist() == [160] * 4
+        and int(out.cache.counters.recent_len[0]) == 10
     )
-    check_pool(out.cache.spec.layout, out.cache.page_table, out.cache.tier_len, out.cache.ring)
+    check_pool(
+        out.cache.spec.layout,
+        out.cache.stored.page_table,
+        out.cache.stored.tier_len,
+        out.cache.stored.ring,
+    )
 
 
 @pytest.mark.daily(3)

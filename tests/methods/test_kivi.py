@@ -72,10 +72,10 @@ def test_pages_hold_kivi():
     plain cache in every layer.
     """
     found, plain = after_prompt(KIVI), after_prompt(EXACT)
-    check_pool(found.spec.layout, found.page_table, found.tier_len, found.ring)
-    assert found.tier_len[..., 0].tolist() == [[[128, 128]]] * 2 and found.recent_len.tolist() == [
-        22
-    ]
+    check_pool(found.spec.layout, found.stored.page_table, found.stored.tier_len, found.stored.ring)
+    assert found.stored.tier_len[..., 0].tolist() == [
+        [[128, 128]]
+    ] * 2 and found.counters.recent_len.tolist() == [22]
     for layer in range(2):
         for head in range(2):
             k, v = exact(plain, layer, head)
@@ -95,12 +95,14 @@ def test_groups_stay_the_same_in_chunks_and_in_decode():
     model, params = model_of()
     _, cache = teacher_forced(model, params, TOKENS, LENGTH, KIVI, prefill_chunk=64)
     k, v = exact(after_prompt(EXACT, 260, chunk=512), 0, 1)
-    assert cache.seq_len.tolist() == [260] and cache.recent_len.tolist() == [260 - 224]
+    assert cache.counters.seq_len.tolist() == [260] and cache.counters.recent_len.tolist() == [
+        260 - 224
+    ]
     held = held_tokens(cache, 0, 0, 1)
     assert sorted(held) == list(range(260))
     same_tokens(held, range(224), *kivi(k[:224], v[:224]))
     same_tokens(held, range(224, 260), k[224:], v[224:])
-    check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
+    check_pool(cache.spec.layout, cache.stored.page_table, cache.stored.tier_len, cache.stored.ring)
 
 
 def test_attention_reads_what_is_stored():
@@ -109,18 +111,23 @@ def test_attention_reads_what_is_stored():
     """
     cache = after_prompt(KIVI)
     layout, rng = cache.spec.layout, np.random.default_rng(0)
-    table, lengths = np.asarray(cache.page_table)[1, 0], np.asarray(cache.tier_len)[1, 0]
+    table, lengths = (
+        np.asarray(cache.stored.page_table)[1, 0],
+        np.asarray(cache.stored.tier_len)[1, 0],
+    )
     lengths = lengths - [[32], [0]]  # the first head holds a block fewer: its lanes are dead
-    used = page_ids_in_use(layout, cache.page_table, cache.tier_len, cache.spec.num_pages)
+    used = page_ids_in_use(
+        layout, cache.stored.page_table, cache.stored.tier_len, cache.spec.num_pages
+    )
     dead = np.setdiff1d(np.arange(cache.spec.num_pages), used)
     pages = dataclasses.replace(
-        cache.pages,
-        payload=cache.pages.payload.at[dead].set(255),
-        meta=cache.pages.meta.at[dead].set(jnp.nan),
+        cache.stored.pages,
+        payload=cache.stored.pages.payload.at[dead].set(255),
+        meta=cache.stored.pages.meta.at[dead].set(jnp.nan),
     )
     q = rng.normal(size=(2, 2, HEAD_DIM)).astype(np.float32)
     heads = Heads(
-        table, lengths, cache.recent_k[:, 0], cache.recent_v[:, 0], np.array([22, 22]), jnp.int32(1)
+        table, lengths, cache.recent.k[:, 0], cache.recent.v[:, 0], np.array([22, 22]), jnp.int32(1)
     )
     out = jax.jit(
         lambda pages, q, heads: decode_attention(
@@ -171,9 +178,9 @@ def test_a_row_is_the_request_alone():
     )
     check_pool(
         second_turn.cache.spec.layout,
-        second_turn.cache.page_table,
-        second_turn.cache.tier_len,
-        second_turn.cache.ring,
+        second_turn.cache.stored.page_table,
+        second_turn.cache.stored.tier_len,
+        second_turn.cache.stored.ring,
     )
     # prompt, answer, prompt
     assert sorted(held_tokens(second_turn.cache, 1, 1, 0)) == list(range(40 + 40 + 40))
@@ -219,7 +226,7 @@ def test_evicted_before_encoded():
 def test_other_scores_that_decide_once_a_prompt(method):
     """Whole blocks of exact tokens in every layer, also where deeper ones see fewer tokens."""
     found = after_prompt(method(0.5, tiers=("K4cV4",), window=16, flush=32))
-    lengths = np.asarray(found.tier_len)
+    lengths = np.asarray(found.stored.tier_len)
     assert (lengths % 32 == 0).all() and (lengths > 0).all() and lengths.min() < 128
     k, _ = exact(after_prompt(EXACT), 0, 0)
     held = held_tokens(found, 0, 0, 0)
@@ -236,9 +243,14 @@ def test_snapkv_goes_on_in_decode():
     model, params = model_of()
     policy = dkv.snapkv(0.5, tiers=("K4cV4",), window=16, flush=32)
     out = dkv.generate(model, params, TOKENS[:, :LENGTH], policy=policy, max_new_tokens=61)
-    check_pool(out.cache.spec.layout, out.cache.page_table, out.cache.tier_len, out.cache.ring)
+    check_pool(
+        out.cache.spec.layout,
+        out.cache.stored.page_table,
+        out.cache.stored.tier_len,
+        out.cache.stored.ring,
+    )
     # 64 of the prompt, and 128 to 191
-    assert out.cache.tier_len[..., 0].tolist() == [[[128, 128]]] * 2
+    assert out.cache.stored.tier_len[..., 0].tolist() == [[[128, 128]]] * 2
     assert set(range(128, 210)) <= set(held_tokens(out.cache, 1, 0, 1))
     with pytest.raises(ValueError, match="holds a prompt already"):
         dkv.generate(model, params, TOKENS[:, :20], cache=out.cache, max_new_tokens=1)

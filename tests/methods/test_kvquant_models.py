@@ -9,7 +9,7 @@ import pytest
 from kvquant_equations import apart, coded_keys, coded_values, coupled, dense, token_levels
 
 import diffkv_jax as dkv
-from diffkv_jax.cache.layer import layer_heads, layer_layout
+from diffkv_jax.cache.layer import LayerView, layer_heads, layer_layout
 from diffkv_jax.pallas_kernels.codecs import KVFormat
 from diffkv_jax.pallas_kernels.decode_attention import decode_attention
 from diffkv_jax.testing.readback import held_tokens
@@ -65,19 +65,25 @@ def test_attention_is_that_over_coded_tokens(name):
     seen = np.concatenate([TOKENS, out.tokens[:, :-1]], axis=1)
     plain = dkv.generate(model, params, seen, policy=exact, max_new_tokens=1).cache
     q = np.random.default_rng(5).normal(size=(4, 2, 32)).astype(np.float32)
-    heads = layer_heads(cache, jnp.int32(0), cache.recent_len)
-    layout = layer_layout(cache, jnp.int32(0))
+    view = LayerView(cache.spec, jnp.int32(0))
+    heads = layer_heads(cache, view, cache.counters.recent_len)
+    layout = layer_layout(cache, view)
     found, _, _ = decode_attention(
-        jnp.asarray(q), cache.pages, layout, heads, max_len=cache.spec.max_len, sm_scale=scale
+        jnp.asarray(q),
+        cache.stored.pages,
+        layout,
+        heads,
+        max_len=cache.spec.max_len,
+        sm_scale=scale,
     )
     for row in range(4):
         request, head = divmod(row, 2)
         held = held_tokens(plain, 0, request, head)
-        recent = int(cache.recent_len[request])
+        recent = int(cache.counters.recent_len[request])
         stored = seen.shape[1] - recent
         k, v = (np.stack([held[t][part] for t in range(stored)]) for part in (1, 2))
         window = [
-            np.asarray(x)[0, request, head, :recent] for x in (cache.recent_k, cache.recent_v)
+            np.asarray(x)[0, request, head, :recent] for x in (cache.recent.k, cache.recent.v)
         ]
         key_table, levels = (np.asarray(x[0, head], np.float32) for x in calibration.tables[0])
 
@@ -118,14 +124,14 @@ def test_sinks_stay_exact():
         prefill_chunk=32,
         calibration=calibration,
     )
-    cache, stored = out.cache, 90 + 29 - np.asarray(out.cache.recent_len)
-    np.testing.assert_array_equal(cache.tier_len[..., 0], np.full((2, 2, 2), 2))
+    cache, stored = out.cache, 90 + 29 - np.asarray(out.cache.counters.recent_len)
+    np.testing.assert_array_equal(cache.stored.tier_len[..., 0], np.full((2, 2, 2), 2))
     np.testing.assert_array_equal(
-        cache.tier_len[..., 1], np.broadcast_to(stored[None, :, None] - 2, (2, 2, 2))
+        cache.stored.tier_len[..., 1], np.broadcast_to(stored[None, :, None] - 2, (2, 2, 2))
     )
-    ids = np.asarray(cache.page_table)[..., 0]  # the first page of each head's high tier
+    ids = np.asarray(cache.stored.page_table)[..., 0]  # the first page of each head's high tier
     np.testing.assert_array_equal(
-        np.sort(np.asarray(cache.pages.position)[ids][..., 0, :2]),
+        np.sort(np.asarray(cache.stored.pages.position)[ids][..., 0, :2]),
         np.broadcast_to([0, 1], (2, 2, 2, 2)),
     )
     exact = dkv.CompressionPolicy(

@@ -1,6 +1,5 @@
 """KVzip's pages: what is freed and what stays, tiers, the smallest budget, and too few pages."""
 
-import dataclasses
 import re
 from functools import partial
 from importlib import import_module
@@ -18,6 +17,7 @@ from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.native import build
 from diffkv_jax.read_prompts import prefill
 from diffkv_jax.steps.jitted import end_passes
+from diffkv_jax.testing.parts import with_part
 from diffkv_jax.testing.readback import check_pool, held_tokens
 from diffkv_jax.testing.tiny import tiny_model
 
@@ -39,7 +39,7 @@ def test_keeping_everything_changes_nothing():
         for out in outs
     )
     assert plain == method
-    assert outs[0].cache.pages.significance is None
+    assert outs[0].cache.stored.pages.significance is None
 
 
 @pytest.mark.slow
@@ -59,9 +59,9 @@ def test_pages_are_freed_and_later_tokens_stay():
         )
         check_pool(
             second.cache.spec.layout,
-            second.cache.page_table,
-            second.cache.tier_len,
-            second.cache.ring,
+            second.cache.stored.page_table,
+            second.cache.stored.tier_len,
+            second.cache.stored.ring,
         )
         return np.concatenate([first.tokens, second.tokens], axis=1), second.cache, report
 
@@ -101,7 +101,7 @@ def test_two_tiers(implementation):
     _, model, params = models(2)
     cache = make_cache(model, policy, [LENGTH], kernels=Kernels(implementation))
     _, cache = prefill(model, params, cache, PROMPT[None], np.array([LENGTH]), 128)
-    check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
+    check_pool(cache.spec.layout, cache.stored.page_table, cache.stored.tier_len, cache.stored.ring)
     tiers = {"high": [], "low": [], "recent": []}
     for layer, head in HEADS:
         for tier, _, _, score in held_tokens(cache, layer, 0, head).values():
@@ -146,7 +146,12 @@ def test_the_smallest_budget_is_enough(tiers):
         prefill_chunk=64,
     )
     assert more.finish_reason == ("length",) * 2
-    check_pool(more.cache.spec.layout, more.cache.page_table, more.cache.tier_len, more.cache.ring)
+    check_pool(
+        more.cache.spec.layout,
+        more.cache.stored.page_table,
+        more.cache.stored.tier_len,
+        more.cache.stored.ring,
+    )
 
 
 @pytest.mark.slow
@@ -161,10 +166,8 @@ def test_a_request_for_which_there_is_no_page_is_emptied(monkeypatch):
     assert cache.spec.layout.pages_for(0, 64) * cache.spec.layout.tokens_per_page(0) == 64
     _, cache = prefill(model, params, cache, PROMPT[None, :80], np.array([80]), 128)
     due, starved = np.array([True]), jax.tree.map(jnp.copy, cache)
-    starved = dataclasses.replace(
-        starved, ring=dataclasses.replace(starved.ring, count=jnp.int32(0))
-    )
+    starved = with_part(starved, "stored.ring.count", jnp.int32(0))
     starved, cache = end_passes(starved, due), end_passes(cache, due)
-    assert not cache.overflow.any() and np.asarray(cache.tier_len[..., 1]).max() > 0
-    check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
-    assert starved.overflow.all() and not np.asarray(starved.tier_len).any()
+    assert not cache.counters.overflow.any() and np.asarray(cache.stored.tier_len[..., 1]).max() > 0
+    check_pool(cache.spec.layout, cache.stored.page_table, cache.stored.tier_len, cache.stored.ring)
+    assert starved.counters.overflow.all() and not np.asarray(starved.stored.tier_len).any()

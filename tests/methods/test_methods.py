@@ -160,7 +160,7 @@ def test_a_row_chooses_as_the_request_alone(name):
         return np.concatenate([tokens, second.tokens], axis=1), second.cache
 
     tokens, cache = turns(BATCH)
-    check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
+    check_pool(cache.spec.layout, cache.stored.page_table, cache.stored.tier_len, cache.stored.ring)
     for row, prompt in enumerate(BATCH):
         alone, its_cache = turns([prompt])
         np.testing.assert_array_equal(tokens[row], alone[0])

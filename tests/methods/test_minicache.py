@@ -28,6 +28,7 @@ from diffkv_jax.cache.cache import empty_cache
 from diffkv_jax.cache.pool_size import bound, with_pool
 from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.steps.jitted import prefill_chunk
+from diffkv_jax.testing.parts import with_part
 from diffkv_jax.testing.readback import check_pool, held_tokens, page_ids_in_use
 from oracles import minicache
 
@@ -47,7 +48,7 @@ def empty(free: int | None = None) -> dkv.KVCache:
     spec = with_pool(build(MODEL.attention, POLICY), POLICY, TOTALS, TOTALS, None)
     cache = jax.jit(empty_cache, static_argnums=0)(spec, bound(spec, POLICY))
     count = jnp.int32(spec.num_pages if free is None else free)
-    return dataclasses.replace(cache, ring=dataclasses.replace(cache.ring, count=count))
+    return with_part(cache, "stored.ring.count", count)
 
 
 def follow(
@@ -177,8 +178,8 @@ def test_the_most_different_tokens_stay_unmerged_in_both_layers():
 def test_a_shared_page_is_owned_once():
     cache, requests, _ = whole_run()
     layout = cache.spec.layout
-    check_pool(layout, cache.page_table, cache.tier_len, cache.ring)
-    tier_len = np.asarray(cache.tier_len)
+    check_pool(layout, cache.stored.page_table, cache.stored.tier_len, cache.stored.ring)
+    tier_len = np.asarray(cache.stored.tier_len)
     assert (
         not tier_len[:FIRST, ..., 1].any()
         and not tier_len[FIRST, ..., 1].any()
@@ -186,7 +187,9 @@ def test_a_shared_page_is_owned_once():
     )
     report = dkv.memory_report(cache)
     assert report.pages.sum() == len(
-        page_ids_in_use(layout, cache.page_table, cache.tier_len, cache.spec.num_pages)
+        page_ids_in_use(
+            layout, cache.stored.page_table, cache.stored.tier_len, cache.spec.num_pages
+        )
     )
     assert not report.dropped.any()
     np.testing.assert_array_equal(report.tokens[FIRST], report.tokens[FIRST + 1])
@@ -195,10 +198,10 @@ def test_a_shared_page_is_owned_once():
 def test_the_pool_is_just_large_enough():
     cache, requests, _ = whole_run()
     assert [request.seen for request in requests[""]] == TOTALS and not np.asarray(
-        cache.overflow
+        cache.counters.overflow
     ).any()
     # what the tokens in the windows may still take
-    assert int(cache.ring.count) < LAYERS * REQUESTS * KV_HEADS
+    assert int(cache.stored.ring.count) < LAYERS * REQUESTS * KV_HEADS
     plain = dkv.CompressionPolicy.none(window=WINDOW, flush=FLUSH)
     build = partial(
         CacheSpec.build,
@@ -216,9 +219,13 @@ def test_the_pool_is_just_large_enough():
 
 def check_free(cache: dkv.KVCache) -> None:
     """No page is owned twice or owned and free."""
-    ids, start, count = np.asarray(cache.ring.ids), int(cache.ring.start), int(cache.ring.count)
+    ids, start, count = (
+        np.asarray(cache.stored.ring.ids),
+        int(cache.stored.ring.start),
+        int(cache.stored.ring.count),
+    )
     used = page_ids_in_use(
-        cache.spec.layout, cache.page_table, cache.tier_len, cache.spec.num_pages
+        cache.spec.layout, cache.stored.page_table, cache.stored.tier_len, cache.spec.num_pages
     )
     free = [int(ids[(start + i) % len(ids)]) for i in range(count)]
     assert len(set(used + free)) == len(used) + len(free)
@@ -229,11 +236,14 @@ def test_a_prompt_without_pages_leaves_no_trace():
     layers: without it one gives up.
     """
     _, cache = follow(references(), empty(), np.random.default_rng(3), (32, 32))
-    needed = cache.spec.num_pages - int(cache.ring.count)
+    needed = cache.spec.num_pages - int(cache.stored.ring.count)
     requests = references()
     _, cache = follow(requests, empty(needed - 1), np.random.default_rng(3), (32, 32))
-    assert np.asarray(cache.overflow).tolist() == [False, True]
-    assert int(cache.seq_len[1]) == 0 and int(cache.ring.count) == needed - 1 - needed // 2
+    assert np.asarray(cache.counters.overflow).tolist() == [False, True]
+    assert (
+        int(cache.counters.seq_len[1]) == 0
+        and int(cache.stored.ring.count) == needed - 1 - needed // 2
+    )
     check_free(cache)
     assert distance(cache, [requests[0], *references()[1:]]) < NEAR
 
@@ -242,18 +252,20 @@ def test_decode_without_pages_leaves_a_request_as_it_was():
     rng, requests = np.random.default_rng(4), references()
     _, cache = follow(requests, empty(), rng, (32, 32))
     _, cache = follow_decode(requests, cache, rng, 3 * FLUSH - 1)
-    before = jax.tree.map(np.asarray, (cache.page_table, cache.tier_len))
-    pages, none = cache.ring, dataclasses.replace(cache.ring, count=jnp.int32(0))
+    before = jax.tree.map(np.asarray, (cache.stored.page_table, cache.stored.tier_len))
+    pages, none = cache.stored.ring, dataclasses.replace(cache.stored.ring, count=jnp.int32(0))
     # an event, and a third page for every head
-    _, cache = follow_decode(requests, dataclasses.replace(cache, ring=none), rng, 1)
+    _, cache = follow_decode(requests, with_part(cache, "stored.ring", none), rng, 1)
     assert (
-        np.asarray(cache.overflow).all()
-        and np.asarray(cache.recent_len).tolist() == [WINDOW + FLUSH] * REQUESTS
+        np.asarray(cache.counters.overflow).all()
+        and np.asarray(cache.counters.recent_len).tolist() == [WINDOW + FLUSH] * REQUESTS
     )
-    for old, new in zip(before, (cache.page_table, cache.tier_len), strict=True):
+    for old, new in zip(before, (cache.stored.page_table, cache.stored.tier_len), strict=True):
         np.testing.assert_array_equal(old, np.asarray(new))
     assert distance(cache, requests) < NEAR
-    cache = dataclasses.replace(cache, ring=pages, overflow=jnp.zeros(REQUESTS, bool))
+    cache = with_part(
+        with_part(cache, "stored.ring", pages), "counters.overflow", jnp.zeros(REQUESTS, bool)
+    )
     worst, cache = follow(requests, cache, rng, (32, 16))  # it goes on once there are pages
     assert worst < 2e-3 and distance(cache, requests) < NEAR
     check_free(cache)

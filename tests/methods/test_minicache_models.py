@@ -28,7 +28,7 @@ def shared_layers(
         model, policy, [policy.schedule.window], cache_dtype="bfloat16", max_len=2 * tokens
     )
     spec = cache.spec
-    length = np.zeros(cache.tier_len.shape, np.int32)
+    length = np.zeros(cache.stored.tier_len.shape, np.int32)
     length[..., 0] = tokens
     if spec.pairs is not None:
         retained = int(spec.pairs.retained(np.asarray(tokens)))
@@ -88,7 +88,7 @@ def test_everything_retained_gives_the_same_text():
         )
     )
     np.testing.assert_array_equal(plain.tokens, retained.tokens)
-    assert (np.asarray(retained.cache.tier_len) == [56, 0]).all()
+    assert (np.asarray(retained.cache.stored.tier_len) == [56, 0]).all()
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_a_row_is_as_the_request_alone():
         return np.concatenate([first.tokens, second.tokens], axis=1), second.cache
 
     tokens, cache = turns(batch)
-    check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
+    check_pool(cache.spec.layout, cache.stored.page_table, cache.stored.tier_len, cache.stored.ring)
     for row, prompt in enumerate(batch):
         alone, its_cache = turns([prompt])
         np.testing.assert_array_equal(tokens[row], alone[0])

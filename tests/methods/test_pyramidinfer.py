@@ -69,7 +69,7 @@ def expected(row: int, **changes) -> tuple[list[set[int]], np.ndarray]:
 @pytest.mark.parametrize("implementation", ["xla", native])
 def test_layers_keep_what_the_paper_says(implementation):
     logits, cache = prefilled(POLICY, 128, implementation)
-    check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
+    check_pool(cache.spec.layout, cache.stored.page_table, cache.stored.tier_len, cache.stored.ring)
     for row in range(2):
         sets, last = expected(row)
         assert kept(cache, row) == sets

@@ -27,6 +27,7 @@ from diffkv_jax.cache.cache import empty_cache
 from diffkv_jax.cache.pool_size import bound, with_pool
 from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.steps.jitted import prefill_chunk
+from diffkv_jax.testing.parts import with_part
 from diffkv_jax.testing.readback import held_tokens
 
 ALPHA, OPTIONS = (1.0, 0.7), {"queries": 16, "window": WINDOW, "flush": FLUSH}
@@ -65,7 +66,7 @@ def empty(
     spec = with_pool(build(MODEL.attention, policy), policy, TOTALS, TOTALS, None)
     cache = jax.jit(empty_cache, static_argnums=0)(spec, bound(spec, policy))
     count = jnp.int32(spec.num_pages if free is None else free)
-    return dataclasses.replace(cache, ring=dataclasses.replace(cache.ring, count=count))
+    return with_part(cache, "stored.ring.count", count)
 
 
 class Moment(NamedTuple):

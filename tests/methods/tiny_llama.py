@@ -54,7 +54,7 @@ def kept(
     _, model, params = models(kv_heads)
     cache = make_cache(model, policy, [LENGTH], kernels=kernels or Kernels("xla"))
     _, cache = prefill(model, params, cache, PROMPT[None], np.array([LENGTH]), chunk)
-    check_pool(cache.spec.layout, cache.page_table, cache.tier_len, cache.ring)
+    check_pool(cache.spec.layout, cache.stored.page_table, cache.stored.tier_len, cache.stored.ring)
     return [
         [set(held_tokens(cache, layer, 0, head)) for head in range(kv_heads)]
         for layer in range(LAYERS)

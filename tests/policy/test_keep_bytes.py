@@ -20,7 +20,12 @@ def cache_of(policy: dkv.CompressionPolicy) -> dkv.KVCache:
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     out = dkv.generate(model, params, PROMPTS, policy=policy, max_new_tokens=20, prefill_chunk=256)
     assert out.finish_reason == ("length", "length")
-    check_pool(out.cache.spec.layout, out.cache.page_table, out.cache.tier_len, out.cache.ring)
+    check_pool(
+        out.cache.spec.layout,
+        out.cache.stored.page_table,
+        out.cache.stored.tier_len,
+        out.cache.stored.ring,
+    )
     return out.cache
 
 

@@ -2,7 +2,6 @@
 our adapter on a tiny model.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from benchmarks.peers.ours import Ours, _decode, replicate, spare_pages, used_pa
 from benchmarks.peers.results import OK, Entry, Results, ratio, table
 from benchmarks.peers.systems import SYSTEMS, Decoded, Place, chosen, log_softmax
 from benchmarks.peers.worker import Reply, Worker, WorkerError, answered
+from diffkv_jax.testing.parts import with_part
 from diffkv_jax.testing.tiny import prompt, tiny_model
 
 CELL = {"context": 512, "batch": 1}
@@ -222,15 +222,14 @@ def test_copies_of_a_request_write_what_it_writes_alone(systems):
     ).tokens[0, 1:]
     first = jnp.full(2, ours.first, jnp.int32)
     cache = replicate(ours.kept, 2, spare_pages(ours.kept, 40))
-    table = np.asarray(cache.page_table)
+    table = np.asarray(cache.stored.page_table)
     assert len(np.unique(table[table < cache.spec.num_pages])) == 2 * len(used_pages(ours.kept))
     out, cache = _decode(ours.model, ours.params, cache, first, 40)
     np.testing.assert_array_equal(np.asarray(out).T, [alone, alone])
-    assert not np.asarray(cache.overflow).any()
+    assert not np.asarray(cache.counters.overflow).any()
     broken = replicate(ours.kept, 2, spare_pages(ours.kept, 40))
-    broken = dataclasses.replace(
-        broken, pages=jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), broken.pages)
-    )
+    rolled = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), broken.stored.pages)
+    broken = with_part(broken, "stored.pages", rolled)
     assert (np.asarray(_decode(ours.model, ours.params, broken, first, 40)[0]).T != alone).any()
 
 

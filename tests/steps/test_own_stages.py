@@ -113,20 +113,20 @@ def test_a_request_is_rescored_as_alone():
         again = [[prompt(9, 5), None][row] for row in rows]  # the second one rests
         if any(tokens is not None for tokens in again):
             cache = dkv.generate(model, params, again, cache=cache, max_new_tokens=6).cache
-        return np.asarray(cache.pages.significance), dkv.kept_positions(cache), cache
+        return np.asarray(cache.stored.pages.significance), dkv.kept_positions(cache), cache
 
     _, both, cache = turns([0, 1])
     _, alone, _ = turns([1])
     assert both[0][1][0].tolist() == alone[0][0][0].tolist()
-    scores = [np.sort(np.asarray(c.pages.significance)[used(c, row)].ravel())[-12:] for c, row in
+    scores = [np.sort(np.asarray(c.stored.pages.significance)[used(c, row)].ravel())[-12:] for c, row in
               ((cache, 1), (turns([1])[2], 0))]  # fmt: skip
     np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5)
 
 
 def used(cache: dkv.KVCache, row: int) -> np.ndarray:
     """Pages of a request in the first layer."""
-    pages = -(-int(cache.tier_len[0, row, 0, 0]) // cache.spec.layout.tokens_per_page(0))
-    return np.asarray(cache.page_table)[0, row, 0, :pages]
+    pages = -(-int(cache.stored.tier_len[0, row, 0, 0]) // cache.spec.layout.tokens_per_page(0))
+    return np.asarray(cache.stored.page_table)[0, row, 0, :pages]
 
 
 def test_budgets_in_bytes_that_shrink_with_depth():

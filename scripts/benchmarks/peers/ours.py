@@ -20,7 +20,7 @@ from diffkv_jax.cache.cache import complete, empty_cache, without_empty
 from diffkv_jax.cache.pool_size import cache_bytes, tree_bytes
 from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.models import load_pretrained
-from diffkv_jax.pallas_kernels.apply_event import FreeRing
+from diffkv_jax.pallas_kernels.apply_event import FreeRing, Stored
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.read_prompts import prefill
 from diffkv_jax.steps.jitted import decode_step
@@ -95,7 +95,7 @@ class Ours:
         out, cache = _decode(self.model, self.params, cache, token, steps)
         jax.block_until_ready((out, cache))
         seconds = time.perf_counter() - began
-        if np.asarray(cache.overflow).any():
+        if np.asarray(cache.counters.overflow).any():
             raise RuntimeError("the pool ran out of pages")
         return Decoded(seconds, nbytes)
 
@@ -168,7 +168,7 @@ def _decode(
 
     def step(state, _):
         cache, token = state
-        logits, cache = decode_step(model, params, cache, token, ~cache.overflow)
+        logits, cache = decode_step(model, params, cache, token, ~cache.counters.overflow)
         token = logits.argmax(axis=-1).astype(jnp.int32)
         return (cache, token), token
 
@@ -178,7 +178,7 @@ def _decode(
 
 def used_pages(cache: dkv.KVCache) -> np.ndarray:
     """Ids of the pages that requests own, ascending."""
-    table = np.asarray(cache.page_table)
+    table = np.asarray(cache.stored.page_table)
     return np.unique(table[table < cache.spec.num_pages])
 
 
@@ -211,37 +211,25 @@ def replicate(source: dkv.KVCache, requests: int, spare: int) -> dkv.KVCache:
     new = complete(
         jax.jit(empty_cache, static_argnames="spec")(spec, _repeated(source.policy, requests))
     )
-    pages, table = new.pages, np.full(new.page_table.shape, spec.num_pages, np.int32)
+    pages, table = new.stored.pages, np.full(new.stored.page_table.shape, spec.num_pages, np.int32)
     renamed = np.full(source.spec.num_pages + 1, spec.num_pages, np.int32)
     for row in range(requests):
         renamed[used] = np.arange(row * len(used), (row + 1) * len(used))
-        table[:, row] = renamed[np.asarray(source.page_table)[:, 0]]
-        pages = _copy_pages(pages, source.pages, jnp.asarray(used), row * len(used))
+        table[:, row] = renamed[np.asarray(source.stored.page_table)[:, 0]]
+        pages = _copy_pages(pages, source.stored.pages, jnp.asarray(used), row * len(used))
     taken = requests * len(used)
-    by_row = {
-        "tier_len": 1,
-        "recent_k": 1,
-        "recent_v": 1,
-        "recent_significance": 1,
-        "ring_k": 1,
-        "ring_v": 1,
-    }
-    by_row |= {
-        "seq_len": 0,
-        "recent_len": 0,
-        "query_spans": 0,
-        "overflow": 0,
-        "pending": 0,
-        "steps": 0,
-    }
-    rows: Any = {
-        name: jnp.repeat(getattr(source, name), requests, axis=axis)
-        for name, axis in by_row.items()
-    }
-    ring = FreeRing(
-        new.ring.ids, jnp.int32(taken % spec.num_pages), jnp.int32(spec.num_pages - taken)
+    tier_len, recent, sliding = jax.tree.map(
+        partial(jnp.repeat, repeats=requests, axis=1),
+        (source.stored.tier_len, source.recent, source.sliding),
     )
-    cache = dataclasses.replace(new, pages=pages, page_table=jnp.asarray(table), ring=ring, **rows)
+    counters = jax.tree.map(partial(jnp.repeat, repeats=requests, axis=0), source.counters)
+    ring = FreeRing(
+        new.stored.ring.ids, jnp.int32(taken % spec.num_pages), jnp.int32(spec.num_pages - taken)
+    )
+    stored = Stored(pages, ring, jnp.asarray(table), tier_len)
+    cache = dataclasses.replace(
+        new, stored=stored, recent=recent, sliding=sliding, counters=counters
+    )
     return without_empty(jax.block_until_ready(cache))
 
 
