@@ -12,8 +12,7 @@ def test_h2o_keeps_the_largest_sums():
     it is the sum.
     """
     choice = pytest.importorskip("oracles.kvpress_choice")
-    theirs, _, _ = models(2)
-    theirs.set_attn_implementation("eager")
+    theirs, _, _ = models(2, "eager")
     means = choice.scores(
         choice.presses().ObservedAttentionPress(compression_ratio=0.5), theirs, PROMPT
     )

@@ -45,8 +45,7 @@ SCORED = {
 def test_the_tokens_that_kvpress_keeps(name):
     choice = pytest.importorskip("oracles.kvpress_choice")
     press, options, policy, kv_heads = SCORED[name]
-    theirs, _, _ = models(kv_heads)
-    theirs.set_attn_implementation("eager" if name == "observed attention" else "sdpa")
+    theirs, _, _ = models(kv_heads, "eager" if name == "observed attention" else "sdpa")
     scores = choice.scores(
         getattr(choice.presses(), press)(compression_ratio=0.5, **options), theirs, PROMPT
     )

@@ -22,8 +22,10 @@ PROMPT = np.random.default_rng(5).integers(0, 97, LENGTH)
 
 
 @lru_cache
-def models(kv_heads: int):
-    """The same tiny Llama in torch and here, its attention peaked."""
+def models(kv_heads: int, attention: str = "sdpa"):
+    """The same tiny Llama in torch (which presses may want with "eager" attention, one that is for
+    them alone) and here, its attention peaked.
+    """
     config = transformers.LlamaConfig(
         vocab_size=97,
         hidden_size=64,
@@ -35,6 +37,7 @@ def models(kv_heads: int):
         max_position_embeddings=1024,
         tie_word_embeddings=False,
         initializer_range=0.1,
+        attn_implementation=attention,
     )
     torch.manual_seed(3)
     theirs = transformers.LlamaForCausalLM(config).eval()

@@ -118,8 +118,11 @@ def test_a_request_is_rescored_as_alone():
     _, both, cache = turns([0, 1])
     _, alone, _ = turns([1])
     assert both[0][1][0].tolist() == alone[0][0][0].tolist()
-    scores = [np.sort(np.asarray(c.stored.pages.significance)[used(c, row)].ravel())[-12:] for c, row in
-              ((cache, 1), (turns([1])[2], 0))]  # fmt: skip
+    cases = (cache, 1), (turns([1])[2], 0)
+    scores = [
+        np.sort(np.asarray(c.stored.pages.significance)[used(c, row)].ravel())[-12:]
+        for c, row in cases
+    ]
     np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5)
 
 
