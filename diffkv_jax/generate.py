@@ -1,4 +1,11 @@
-"""`generate`: prompts in, tokens and the compressed cache out."""
+"""`generate`: prompts in, tokens and the compressed cache out.
+
+With native kernels a batch row has, bit for bit, the numbers of the same request alone (with
+`Sample`, when it has the same key: a draw depends on the key and on the token's position; under a
+budget, unless the pool runs low: then the batch's prompts are compressed earlier). With plain XLA
+and Pallas kernels, where the model's products are XLA's, and in layers with a sliding window, they
+are the same within rounding, so that a token may differ.
+"""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -96,39 +103,26 @@ def generate(
     cache: KVCache | None = None,
     **options: Unpack[CacheOptions],
 ) -> GenerateOutput:
-    """Continue prompts with a compressed KV cache.
-
-    With native kernels a batch row has, bit for bit, the numbers of the same request alone (with
-    `Sample`, when it has the same key; under a budget, unless the pool runs low: then the batch's
-    prompts are compressed earlier). With plain XLA and Pallas kernels, where the model's products
-    are XLA's, and in layers with a sliding window, they are the same within rounding, so that a
-    token may differ. Several calls with a cache give the tokens of one call.
+    """Continue prompts with a compressed KV cache. Several calls with a cache give the tokens of
+    one call.
 
     Args:
-        model: satisfies `CausalLM`; static, so reuse the object.
-        params: its parameters.
+        model: satisfies `CausalLM`; static, so reuse the object. `params` are its parameters.
         tokens: int [R, N] right-padded with `lengths` int [R]; a list of prompts (lists of token
             ids, or a tokenizer's encodings); or a tokenizer's encoding of one or more texts. With
-            `cache`, an empty prompt goes on from the token that was generated last, and None lets a
-            request rest: it stays as it is.
-        attention_mask: 0 or 1 for each of `tokens`, in place of `lengths`; prompts may be padded
-            left or right.
+            `cache`, an empty prompt goes on from the token generated last, None lets a request
+            rest.
+        attention_mask: 0 or 1 for each of `tokens`, padded left or right, in place of `lengths`.
         max_new_tokens: most tokens to generate; 0 only reads the prompts.
-        sampling: `Greedy()` (default) or `Sample(...)`, or a list with one for each request. Other
-            values compile nothing.
+        sampling: `Greedy()` (default) or `Sample(...)`, or one a request. It compiles nothing.
         key: a seed or a random key (request i draws with `fold_in(key, i)`), or one key a request
-            `[R]`; needed by `Sample`. A draw depends on the key and on the token's position in its
-            sequence.
-        stop_token_ids: a request ends with "eos" when it generates one of them; those of the model
-            when None, `()` for none.
-        prefill_chunk: prompts go in chunks of this many tokens, a power of two; a prompt that fits
-            one is attended exactly.
-        progress: show what is being read and generated; None: where standard error is a terminal.
-            Of a shape's first call most of the time is compilation.
-        cache: from an earlier call: the prompts go on where it ended. Donated.
-        options: what a new cache is made with, without `cache` only: `policy`, `memory_budget`,
-            `max_len`, `cache_dtype`, `calibration`, `implementation` and `interpret`
-            (`diffkv_jax.make_cache.CacheOptions`).
+            `[R]`; needed by `Sample`.
+        stop_token_ids: tokens that end a request with "eos"; the model's when None, `()` for none.
+        prefill_chunk: tokens of a prompt's chunk, a power of two; a prompt of one is attended
+            exactly.
+        progress: show what is read and generated; None: where standard error is a terminal.
+        cache: from an earlier call, to go on from. Donated.
+        options: what a new cache is made with (`CacheOptions`): `policy`, `memory_budget`, ...
 
     Raises:
         TypeError, ValueError: bad input, named, before anything is computed; a given cache is as it
@@ -138,33 +132,46 @@ def generate(
     check_model("generate", model)
     params = as_params("generate", params)
     check_outside_jit("generate", tokens, lengths, attention_mask, key, cache, stop_token_ids)
-    max_new_tokens = integer("max_new_tokens", max_new_tokens, least=0)
-    prefill_chunk = integer("prefill_chunk", prefill_chunk)
+    most = integer("max_new_tokens", max_new_tokens, least=0)
+    chunk = integer("prefill_chunk", prefill_chunk)
     progress = None if progress is None else flag("progress", progress)
     prompts = as_prompts(tokens, lengths, attention_mask, model.attention.vocab_size)
     samplings = as_samplings(sampling, len(prompts.lengths))
-    keys = request_keys(samplings, key, len(samplings))
-    asked = Requests(
-        rules(samplings), keys, jnp.int32(max_new_tokens), stop_ids(stop_token_ids, model)
-    )
-    if cache is None:
-        _check_empty(prompts, np.full(len(prompts.lengths), -1))
-        totals = _totals(np.zeros(len(prompts.lengths), np.int64), prompts, max_new_tokens)
-        longest = int(prompts.lengths.max())
-        cache = cache_for(model, params, totals, longest, prefill_chunk, options)
-    else:
-        instance("cache", cache, KVCache, "an earlier call returned one as its .cache")
-        _check_owner(cache, model.attention, prompts)
-        check_options(options, "a cache keeps what the call that made it said")
+    keys, stop = request_keys(samplings, key, len(samplings)), stop_ids(stop_token_ids, model)
+    asked = Requests(rules(samplings), keys, jnp.int32(most), stop)
+    cache = _new_or_given(model, params, prompts, most, chunk, cache, options)
     with claimed(cache):
         cache = _fingerprinted(cache, model, params)
-        joined, size = _joined(cache, prompts, max_new_tokens, prefill_chunk)
-        held = Held(None, cache, progress)
-        out = _run(model, params, held, joined, size, asked, max_new_tokens)
+        joined, size = _joined(cache, prompts, most, chunk)
+        return _warned(_run(model, params, Held(None, cache, progress), joined, size, asked, most))
+
+
+def _new_or_given(
+    model: CausalLM,
+    params,
+    prompts: Prompts,
+    most: int,
+    chunk: int,
+    cache: KVCache | None,
+    options: CacheOptions,
+) -> KVCache:
+    """The cache that was given, or a new one with room for the prompts and `most` more tokens."""
+    if cache is None:
+        requests = len(prompts.lengths)
+        _check_empty(prompts, np.full(requests, -1))
+        totals = _totals(np.zeros(requests, np.int64), prompts, most)
+        return cache_for(model, params, totals, int(prompts.lengths.max()), chunk, options)
+    instance("cache", cache, KVCache, "an earlier call returned one as its .cache")
+    _check_owner(cache, model.attention, prompts)
+    check_options(options, "a cache keeps what the call that made it said")
+    return cache
+
+
+def _warned(out: GenerateOutput) -> GenerateOutput:
+    """`out`, with a warning of its requests that ended with "error"."""
+    failed = [i for i, reason in enumerate(out.finish_reason) if reason == "error"]
     try:
-        warn_of_errors(
-            out.cache, [i for i, reason in enumerate(out.finish_reason) if reason == "error"]
-        )
+        warn_of_errors(out.cache, failed)
     except RuntimeWarning as warning:
         # where warnings are errors: the other requests and the cache are not lost
         warning.output = out  # pyright: ignore[reportAttributeAccessIssue]

@@ -33,6 +33,8 @@ from diffkv_jax.policy.keep import Budget, KeepAll
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.stage import with_leaves
 
+CALIBRATE = "calibrate(model, params, tokens, policy) makes it"
+
 
 class CacheOptions(TypedDict, total=False):
     """What `generate` makes a new cache with.
@@ -96,8 +98,7 @@ def cache_for(
     chunk_size(longest, prefill_chunk, policy.queries)
     kernels = kernels_for(policy, model.attention, implementation, interpret=interpret)
     if calibration is not None:
-        remedy = "calibrate(model, params, tokens, policy) makes it"
-        instance("calibration", calibration, Calibration, remedy).check(model, params)
+        instance("calibration", calibration, Calibration, CALIBRATE).check(model, params)
     return make_cache(model, policy, totals, kernels=kernels, **given)
 
 
@@ -127,24 +128,12 @@ def make_cache(
     check_model("make_cache", model)
     check_outside_jit("make_cache", totals)
     attention, policy = model.attention, as_policy(policy)
-    totals = tuple_of(
-        "totals",
-        totals,
-        lambda name, n: integer(name, n, least=0, most=None),
-        "a list with the tokens of each request",
-    )
-    if not totals:
-        refuse("totals", totals, "a list with the tokens of at least one request")
+    totals = _as_totals(totals)
     max_len = integer("max_len", max_len, least=1, most=None, optional=True)
     room = [-(-max(n, 1) // 128) * 128 if max_len is None else max_len for n in totals]
     check_context(attention, np.asarray(totals), max(room))
     if calibration is not None:
-        instance(
-            "calibration",
-            calibration,
-            Calibration,
-            "calibrate(model, params, tokens, policy) makes it",
-        )
+        instance("calibration", calibration, Calibration, CALIBRATE)
     spec = CacheSpec.build(
         attention,
         policy,
@@ -163,6 +152,14 @@ def make_cache(
         policy, memory_budget = kept_within(spec, policy, room), str(policy.keep.keep)
     spec = with_pool(spec, policy, list(totals), room, memory_budget)
     return _allocated(spec, bound(spec, policy), tables)
+
+
+def _as_totals(given: Any) -> tuple[int, ...]:
+    remedy = "a list with the tokens of each request"
+    totals = tuple_of("totals", given, lambda name, n: integer(name, n, least=0, most=None), remedy)
+    if not totals:
+        refuse("totals", given, "a list with the tokens of at least one request")
+    return totals
 
 
 def dtype_name(name: str, dtype: Any) -> str | None:

@@ -47,10 +47,8 @@ class CacheSpec:
         tokens: int | None = None,
         kernels: Kernels = XLA,
     ) -> "CacheSpec":
-        """The spec of a cache for `num_requests` sequences of up to `max_len` tokens.
-
-        `kernels` run its operations; `tokens` are the lanes of a page, what the kernels want when
-        None.
+        """The spec of a cache for `num_requests` sequences of up to `max_len` tokens; `tokens` are
+        the lanes of a page, what the `kernels` want when None.
 
         Raises:
             TypeError: an argument is of another type.
@@ -62,12 +60,7 @@ class CacheSpec:
         """
         instance("attention", attention, AttentionSpec, "a model has one as .attention")
         instance("policy", policy, CompressionPolicy, "diffkv_jax.load_policy makes one of a name")
-        instance(
-            "kernels",
-            kernels,
-            Kernels,
-            "diffkv_jax.pallas_kernels.dispatch.Kernels.resolve(...) makes one",
-        )
+        instance("kernels", kernels, Kernels, "pallas_kernels.dispatch.Kernels.resolve makes one")
         num_requests = integer("num_requests", num_requests, least=1)
         max_len = integer("max_len", max_len, least=1)
         num_pages = integer("num_pages", num_pages, least=0)
