@@ -1,7 +1,7 @@
 """`Family`: what a family's file has to say, namely its config.json habits and its switches."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .config import ModelConfig
@@ -44,6 +44,11 @@ class InGGUF:
         reads: keys behind the architecture's name that `config` reads.
         of: whether a file is of this family, where its architecture is also another one's, which
             takes the others.
+        names: modules of a layer by their GGUF names, where they differ from the usual ones
+            (gguf_source.py).
+        rotated_side_by_side: whether the two components of each rotated pair are neighbours in the
+            rows of Q and K.
+        norms_plus_one: whether norm weights are stored with 1 added.
     """
 
     arch: str
@@ -51,6 +56,9 @@ class InGGUF:
     config: Callable[["GGUFFile", Mapping[str, Any]], Mapping[str, Any]]
     reads: tuple[str, ...] = ()
     of: Callable[["GGUFFile"], bool] | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    rotated_side_by_side: bool = False
+    norms_plus_one: bool = False
 
 
 FAMILIES: dict[str, "Family"] = {}

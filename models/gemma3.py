@@ -44,6 +44,11 @@ _GGUF_KEYS = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
 )
+_GGUF_NAMES = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 
 
 def _gguf(file: "GGUFFile", config: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,6 +102,13 @@ GEMMA3 = Family(
     rope_local_base_freq=10000.0,
     reads=("sliding_window", "sliding_window_pattern"),
     must_be_off=("use_bidirectional_attention",),
-    in_gguf=InGGUF("gemma3", "Gemma3ForCausalLM", _gguf, reads=_GGUF_KEYS),
+    in_gguf=InGGUF(
+        "gemma3",
+        "Gemma3ForCausalLM",
+        _gguf,
+        reads=_GGUF_KEYS,
+        names=_GGUF_NAMES,
+        norms_plus_one=True,
+    ),
     text_of="gemma3",
 )

@@ -19,7 +19,8 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     model_type, kept, reads = _stored(file)
     check_keys(file, kept.arch, reads)
     config = {"model_type": model_type, "architectures": [kept.hf_class]}
-    config |= _common(file, kept.arch)
+    two_bases = FAMILIES[model_type].rope_local_base_freq is not None
+    config |= _common(file, kept.arch, two_bases)
     config |= kept.config(file, config)
     check_agreement(file, kept.arch, config)
     return config
@@ -61,7 +62,7 @@ def _stored(file: GGUFFile) -> tuple[str, InGGUF, set[str]]:
     return *(own or others)[0], reads
 
 
-def _common(file: GGUFFile, arch: str) -> dict[str, Any]:
+def _common(file: GGUFFile, arch: str, two_bases: bool) -> dict[str, Any]:
     """What every architecture has."""
     hidden = size(file, f"{arch}.embedding_length")
     heads = size(file, f"{arch}.attention.head_count")
@@ -81,7 +82,7 @@ def _common(file: GGUFFile, arch: str) -> dict[str, Any]:
         "max_position_embeddings": size(file, f"{arch}.context_length"),
         "rms_norm_eps": shortest(needed(file, f"{arch}.attention.layer_norm_rms_epsilon")),
         "rope_theta": number(file, f"{arch}.rope.freq_base", 10000.0),
-        "rope_scaling": rope_scaling(file, arch, head_dim),
+        "rope_scaling": rope_scaling(file, arch, head_dim, two_bases),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in file.shapes,
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),

@@ -25,8 +25,11 @@ _YARN_DEFAULTS = {
 }
 
 
-def rope_scaling(file: GGUFFile, arch: str, head_dim: int) -> dict[str, Any] | None:
-    """config.json's rope_scaling, or None for a plain rotary embedding.
+def rope_scaling(
+    file: GGUFFile, arch: str, head_dim: int, two_bases: bool
+) -> dict[str, Any] | None:
+    """config.json's rope_scaling, or None for a plain rotary embedding; `two_bases`: layers with a
+    window have another one, which is not scaled.
 
     Raises:
         ValueError: another type, keys that contradict each other, or a value that config.json
@@ -42,7 +45,7 @@ def rope_scaling(file: GGUFFile, arch: str, head_dim: int) -> dict[str, Any] | N
     factor = 1.0 if kind == "none" else factor  # llama.cpp never scales then
     if kind != "yarn":
         _check_no_yarn(file, arch, kind)
-    if attention != 1.0 and (kind != "yarn" or arch == "gemma3"):
+    if attention != 1.0 and (kind != "yarn" or two_bases):
         why = "layers with a window would need it too"
         if kind != "yarn":
             why = "config.json has such a factor for YaRN only"

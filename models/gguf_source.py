@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .family import FAMILIES
 from .gguf_config import config_from_gguf, generation_config_from_gguf
 from .gguf_file import GGUFFile
 from .source import TensorInfo, check_unique
@@ -25,11 +26,7 @@ _IN_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_IN_GEMMA3_LAYER = _IN_LAYER | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
+_HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 _NAME = re.compile(r"^(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<leaf>weight|bias)$")
 _IGNORED = {"rope_freqs.weight": "rotary divisors, held in the config as rope_scaling"}
 _IGNORED_IN_LAYER = re.compile(r"^blk\.\d+\.attn_rot_embd\.weight$")
@@ -38,17 +35,17 @@ _IGNORED_IN_LAYER = re.compile(r"^blk\.\d+\.attn_rot_embd\.weight$")
 class GGUFSource:
     """One GGUF file. Matrices are dequantized to float32 one at a time.
 
-    Values that GGUF stores differently are put back: Llama's rotary row order, and Gemma's norm
-    weights (Hugging Face has them less one). Raises ValueError for what `GGUFFile` and
-    `config_from_gguf` refuse.
+    Values that GGUF stores differently, as the family's `InGGUF` says, are put back. Raises
+    ValueError for what `GGUFFile` and `config_from_gguf` refuse.
     """
 
     def __init__(self, path: Path):
         self._file = GGUFFile(path)
         self.config = config_from_gguf(self._file)
         self.generation_config = generation_config_from_gguf(self._file)
-        self._gemma = self._file.metadata["general.architecture"] == "gemma3"
-        self._llama = self._file.metadata["general.architecture"] == "llama"
+        kept_as = FAMILIES[self.config["model_type"]].in_gguf
+        assert kept_as is not None  # `config_from_gguf` found it there
+        self._kept_as, self._in_layer = kept_as, {**_IN_LAYER, **kept_as.names}
         self.ignored = {
             name: reason
             for name in self._file.shapes
@@ -78,7 +75,7 @@ class GGUFSource:
         if match is None:
             return name
         layer, part, leaf = match["layer"], match["part"], match["leaf"]
-        table = _TOP if layer is None else _IN_GEMMA3_LAYER if self._gemma else _IN_LAYER
+        table = _TOP if layer is None else self._in_layer
         if part not in table:
             return name
         return (
@@ -88,12 +85,12 @@ class GGUFSource:
         )
 
     def _as_hugging_face(self, name: str, value: np.ndarray) -> np.ndarray:
-        if self._gemma and name.endswith("norm.weight"):
+        if self._kept_as.norms_plus_one and name.endswith("norm.weight"):
             return value - 1.0
-        if self._llama and ".self_attn.q_proj." in name:
-            return split_rotary_halves(value, self.config["num_attention_heads"])
-        if self._llama and ".self_attn.k_proj." in name:
-            return split_rotary_halves(value, self.config["num_key_value_heads"])
+        if self._kept_as.rotated_side_by_side:
+            for tensor, heads in _HEADS.items():
+                if f".self_attn.{tensor}." in name:
+                    return split_rotary_halves(value, self.config[heads])
         return value
 
 

@@ -30,5 +30,5 @@ LLAMA = Family(
     rope_theta=10000.0,
     layers=all_full,
     switches=_switches,
-    in_gguf=InGGUF("llama", "LlamaForCausalLM", _gguf),
+    in_gguf=InGGUF("llama", "LlamaForCausalLM", _gguf, rotated_side_by_side=True),
 )

@@ -41,6 +41,11 @@ MISTRAL = Family(
     switches=_switches,
     reads=("sliding_window",),
     in_gguf=InGGUF(
-        "llama", "MistralForCausalLM", _gguf, ("attention.sliding_window",), _of_mistral
+        "llama",
+        "MistralForCausalLM",
+        _gguf,
+        reads=("attention.sliding_window",),
+        of=_of_mistral,
+        rotated_side_by_side=True,
     ),
 )

@@ -74,66 +74,62 @@ def _draw_tokens(
 
     The numbers beside the codes of every second token are bfloat16.
     """
-    length = len(positions)
     wide = (positions % 2 == 1)[:, None]
-    page, block, lane = slot_addresses(layout, table_row, tier, length)
-    fmt = layout.formats[tier]
-    for codec, payload, meta in zip(
-        (fmt.key, fmt.value),
-        tensor_rows(layout, tier)[:2],
-        tensor_rows(layout, tier)[2:],
-        strict=True,
-    ):
-        count = codec.count if outliers_of_tokens(codec) else 0
-        codec = codec.codec if count else codec
-        if hasattr(codec, "bits"):
-            codes = rng.integers(0, 256, (length, payload[2] - count))
-            scale = rng.uniform(0.5, 1.0, (length, getattr(codec, "groups", 1)))
-            if isinstance(codec, Levels):
-                scale = np.concatenate([scale, rng.normal(size=scale.shape)], axis=1)
-            if hasattr(codec, "groups"):
-                scale *= 4 / (2**codec.bits - 1)
-                scale = np.concatenate([scale, rng.normal(size=scale.shape) - 2], axis=1)
-            numbers = scale[:, : meta[2] - count]
-            own = (
-                numbers.shape[1] // 2
-                if hasattr(codec, "groups") or isinstance(codec, Levels)
-                else numbers.shape[1]
-            )
-            kept = np.hstack(
-                [stored.marked(numbers[:, :own], wide), stored.beside(numbers[:, own:], wide)]
-            )
-        else:
-            exact = rng.normal(size=(length, layout.head_dim)).astype(jnp.dtype(codec.dtype))
-            codes = (
-                exact.view(np.uint8)
-                .reshape(length, layout.head_dim, exact.dtype.itemsize)
-                .swapaxes(1, 2)
-                .reshape(length, payload[2])
-            )
-            kept = np.zeros((length, 0), np.float16)
-        if count:  # in different channels, and larger than the others
-            channels = rng.permuted(np.tile(np.arange(layout.head_dim), (length, 1)), axis=1)[
-                :, :count
-            ]
-            largest_first = -np.sort(-rng.normal(size=(length, count)) * 3, axis=1)
-            turned = np.where(
-                wide,
-                np.hstack([largest_first[:, count // 2 :], largest_first[:, : count // 2]]),
-                largest_first,
-            )
-            codes, kept = (
-                np.hstack([codes, channels]),
-                np.hstack([kept, stored.beside(turned, wide)]),
-            )
-        for (name, first, rows), values in ((payload, codes), (meta, kept)):
+    page, block, lane = slot_addresses(layout, table_row, tier, len(positions))
+    fmt, places = layout.formats[tier], tensor_rows(layout, tier)
+    for codec, payload, meta in zip((fmt.key, fmt.value), places[:2], places[2:], strict=True):
+        drawn = _draw_tensor(rng, codec, layout.head_dim, payload[2], meta[2], wide)
+        for (name, first, rows), values in zip((payload, meta), drawn, strict=True):
             row = first + block[:, None] * rows + np.arange(rows)
             pages[name][page[:, None], row, lane[:, None]] = (
                 values.view(pages[name].dtype) if name == "meta" else values
             )
     if layout.scored:
-        pages["significance"][page, block, lane] = rng.uniform(0, 2, length)
+        pages["significance"][page, block, lane] = rng.uniform(0, 2, len(positions))
     pages["position"][page, block, lane] = positions
+
+
+def _draw_tensor(
+    rng, codec, head_dim: int, rows: int, meta_rows: int, wide: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Payload `[n, rows]` and metadata float16 `[n, meta_rows]` of K or V of n tokens; `wide` bool
+    `[n, 1]` are those whose numbers are bfloat16.
+    """
+    if outliers_of_tokens(codec):
+        inner = rows - codec.count, meta_rows - codec.count
+        codes, numbers = _draw_tensor(rng, codec.codec, head_dim, *inner, wide)
+        channels, values = _draw_outliers(rng, codec.count, head_dim, wide)
+        return np.hstack([codes, channels]), np.hstack([numbers, values])
+    if hasattr(codec, "bits"):
+        codes = rng.integers(0, 256, (len(wide), rows))
+        return codes, _draw_numbers(rng, codec, meta_rows, wide)
+    exact = rng.normal(size=(len(wide), head_dim)).astype(jnp.dtype(codec.dtype))
+    planes = exact.view(np.uint8).reshape(len(wide), head_dim, exact.dtype.itemsize).swapaxes(1, 2)
+    return planes.reshape(len(wide), rows), np.zeros((len(wide), 0), np.float16)
+
+
+def _draw_numbers(rng, codec, meta_rows: int, wide: np.ndarray) -> np.ndarray:
+    """Scales, and where the codec has them zero points or middles of the range behind them."""
+    numbers = rng.uniform(0.5, 1.0, (len(wide), getattr(codec, "groups", 1)))
+    own = meta_rows
+    if isinstance(codec, Levels):
+        numbers, own = np.hstack([numbers, rng.normal(size=numbers.shape)]), 1
+    if hasattr(codec, "groups"):
+        numbers *= 4 / (2**codec.bits - 1)
+        numbers, own = np.hstack([numbers, rng.normal(size=numbers.shape) - 2]), codec.groups
+    scales, beside = numbers[:, :own], numbers[:, own:meta_rows]
+    return np.hstack([stored.marked(scales, wide), stored.beside(beside, wide)])
+
+
+def _draw_outliers(
+    rng, count: int, head_dim: int, wide: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`count` different channels of each token, and values larger than the others, as stored."""
+    every = np.tile(np.arange(head_dim), (len(wide), 1))
+    channels = rng.permuted(every, axis=1)[:, :count]
+    falling = -np.sort(-rng.normal(size=(len(wide), count)) * 3, axis=1)
+    turned = np.hstack([falling[:, count // 2 :], falling[:, : count // 2]])
+    return channels, stored.beside(np.where(wide, turned, falling), wide)
 
 
 def on_device(pool: Pool, pages_type, heads_type):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,14 @@ BASELINES = ("dense float32", "dense bfloat16")
 EFFORT = Effort(sample_seconds=0.2, repeats=1)
 
 
+class Candidate(NamedTuple):
+    """One way to attend to a context."""
+
+    runner: Runner
+    moved: int  # bytes that it reads of a layer
+    facts: dict[str, Any]
+
+
 def measure(
     results: Results, run: str, batch: int, context: int, rounds: int, threads: int
 ) -> None:
@@ -36,66 +44,65 @@ def measure(
     over one again and again, which may stay in a cache: what arithmetic alone takes.
     """
     setting = Setting(Kernels.resolve(), kv_heads=3, group=3, head_dim=64, recent=80)
-    heads, max_len = batch * setting.kv_heads, -(-context // 128) * 128 + 2 * setting.slots
-    layers = max(1, min(8, (160 << 20) // (heads * context * 90)))
+    layers = max(1, min(8, (160 << 20) // (batch * setting.kv_heads * context * 90)))
     bandwidth, way = read_bandwidth(threads)
     print(
         f"read bandwidth: {bandwidth / 1e9:.1f} GB/s, {threads} threads, {way} over 1 GiB",
         flush=True,
     )
-    runners: dict[str, Runner] = {}
-    moved: dict[str, int] = {}
-    facts: dict[str, dict[str, Any]] = {}
+    candidates = dense_candidates(setting, batch, context, max(1, layers // 2))
+    candidates |= tier_candidates(setting, batch, context, layers)
+    runners = {name: candidate.runner for name, candidate in candidates.items()}
+    for name, samples in in_turns(runners, rounds).items():
+        _, moved, facts = candidates[name]
+        median = float(np.median(samples))
+        rate = moved / median
+        facts |= {
+            "ms": 1e3 * median,
+            "MB read": moved / 1e6,
+            "GB/s": rate / 1e9,
+            "of bandwidth": rate / bandwidth,
+            "read bandwidth": bandwidth,
+            "bandwidth by": way,
+        }
+        labels = {"batch": batch, "context": context}
+        results.add(Entry("attention", labels, name, run, [1 / s for s in samples], facts))
+
+
+def dense_candidates(
+    setting: Setting, batch: int, context: int, layers: int
+) -> dict[str, Candidate]:
+    """The best formulation of each dtype."""
+    found, numbers = {}, 2 * batch * setting.kv_heads * context * setting.head_dim
     for dtype in ("float32", "bfloat16"):
-        name = f"dense {dtype}"
-        runners[name], formulation = best_dense(dtype, batch, context, setting, max(1, layers // 2))
-        moved[name] = 2 * heads * context * setting.head_dim * jnp.dtype(dtype).itemsize
-        facts[name] = {"formulation": formulation}
+        runner, formulation = best_dense(dtype, batch, context, setting, layers)
+        moved = numbers * jnp.dtype(dtype).itemsize
+        found[f"dense {dtype}"] = Candidate(runner, moved, {"formulation": formulation})
+    return found
+
+
+def tier_candidates(
+    setting: Setting, batch: int, context: int, layers: int
+) -> dict[str, Candidate]:
+    """Tiers of each of `SHARES`, with the kernels of the setting over several layers and over one,
+    and with XLA's.
+    """
+    heads, max_len = batch * setting.kv_heads, -(-context // 128) * 128 + 2 * setting.slots
     layout = setting.layout(COMPRESSED, max_len)
     mixes = {
         name: tuple(int(context * share) for share in shares) for name, shares in SHARES.items()
     }
+    found = {}
     variants = dict.fromkeys(((setting.kernels, layers), (XLA, layers), (setting.kernels, 1)))
     for kernels, count in variants:
-        made = attention_runner(
-            replace(setting, kernels=kernels),
-            kernels,
-            layout,
-            list(mixes.values()),
-            heads,
-            count,
-            max_len,
-            EFFORT,
-        )
-        for (mix, lengths), runner in zip(mixes.items(), made, strict=True):
-            name = (
-                f"K8V4/K4V2 {mix} "
-                f"{kernels.implementation}{', one layer' if count != layers else ''}"
-            )
-            runners[name], moved[name] = runner, attended_bytes(setting, layout, lengths, heads)
-            facts[name] = {"high": lengths[0], "low": lengths[1]}
-    for name, samples in in_turns(runners, rounds).items():
-        median = float(np.median(samples))
-        facts[name] |= {
-            "ms": 1e3 * median,
-            "MB read": moved[name] / 1e6,
-            "GB/s": moved[name] / median / 1e9,
-        }
-        facts[name] |= {
-            "of bandwidth": moved[name] / median / bandwidth,
-            "read bandwidth": bandwidth,
-            "bandwidth by": way,
-        }
-        results.add(
-            Entry(
-                "attention",
-                {"batch": batch, "context": context},
-                name,
-                run,
-                [1 / s for s in samples],
-                facts[name],
-            )
-        )
+        shapes = (layout, list(mixes.values()), heads, count, max_len)
+        runners = attention_runner(replace(setting, kernels=kernels), kernels, *shapes, EFFORT)
+        one = ", one layer" if count != layers else ""
+        for (mix, lengths), runner in zip(mixes.items(), runners, strict=True):
+            name = f"K8V4/K4V2 {mix} {kernels.implementation}{one}"
+            moved = attended_bytes(setting, layout, lengths, heads)
+            found[name] = Candidate(runner, moved, {"high": lengths[0], "low": lengths[1]})
+    return found
 
 
 def in_turns(runners: Mapping[str, Runner], rounds: int) -> dict[str, list[float]]:

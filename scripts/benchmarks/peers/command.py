@@ -72,12 +72,7 @@ def main(
     """
     sections, names = check_sections(only), check_systems(systems)
     results, name = Results(out), datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    processors = (
-        sorted(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else list(range(os.cpu_count() or 1))
-    )
-    threads = threads or len(processors)
+    threads = threads or len(processors())
     grid = (
         QUICK
         if quick
@@ -96,18 +91,17 @@ def main(
             run = make_run(name, results, names, texts.split(","), grid, work, threads, deadline)
             measure(run, grid_sections, numbers(budgets))
         if "attention" in sections:
-            if hasattr(os, "sched_setaffinity"):
-                os.sched_setaffinity(0, processors[:threads])
-            batch, context = (1, 256) if quick else (8, 8192)
-            attention.measure(results, name, batch, context, grid["rounds"], threads)
+            measure_attention(results, name, quick, grid["rounds"], threads)
         results.runs[name]["load at the end"] = load()
         results.save()
-    titles = {key: one.title for key, one in SYSTEMS.items()}
-    for section in SECTIONS:
-        if text := table(results, section, titles, baselines.split(",")):
-            print(f"\n{text}")
-    if plots is not None:
-        print(*write_plots(results, titles, plots))
+    show(results, baselines.split(","), plots)
+
+
+def processors() -> list[int]:
+    """The numbers of those that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def check_sections(only: str) -> list[str]:
@@ -201,6 +195,24 @@ def measure(run: Run, sections: list[str], budgets: list[int]) -> None:
             budget(run, budgets)
     finally:
         run.close()
+
+
+def measure_attention(results: Results, name: str, quick: bool, rounds: int, threads: int) -> None:
+    """The section attention, in this process and from here on on its first processors."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, processors()[:threads])
+    batch, context = (1, 256) if quick else (8, 8192)
+    attention.measure(results, name, batch, context, rounds, threads)
+
+
+def show(results: Results, baselines: list[str], plots: Path | None) -> None:
+    """Print every table of the file, and write plots where a folder is given."""
+    titles = {key: one.title for key, one in SYSTEMS.items()}
+    for section in SECTIONS:
+        if text := table(results, section, titles, baselines):
+            print(f"\n{text}")
+    if plots is not None:
+        print(*write_plots(results, titles, plots))
 
 
 def facts(threads: int) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """The compression event whose traffic `benchmarks roofline` counts."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -70,91 +69,97 @@ def _judged_pool(s: Setting, event: Event) -> tuple[Pages, Rule, int]:
 
 
 def event_cases(s: Setting) -> list[Case]:
-    """The parts of a compression event: who leaves, the event itself, the window."""
-    event, layout, d = Event.of(s.mix), s.layout, s.model.head_dim
+    """The parts of a compression event: who leaves (where the policy scores), the event itself, the
+    window.
+    """
+    event = Event.of(s.mix)
     pages, rule, fills = _judged_pool(s, event)
-    (table, lengths), n, max_len = s.tables(), s.heads, s.context + CHUNK
+    counts = [_count_case(s, pages, rule)] if s.layout.scored else []
+    return [*counts, _apply_case(s, event, pages, rule, fills), _shift_case(s)]
+
+
+def _options(s: Setting) -> dict[str, Any]:
+    return {"one_victim": False, "max_len": s.context + CHUNK, "kernels": s.kernels}
+
+
+def _count_case(s: Setting, pages: Pages, rule: Rule) -> Case:
+    """How many leave each tier."""
+    layout, options = s.layout, _options(s)
+
+    def count(pages, page_table, tier_len, rule):
+        return count_moves(pages, layout, page_table, tier_len, rule, **options)
+
+    sides = float(layout.token_data_bytes * s.heads * sum(s.lengths))
+    must = {"sides": sides, "tables": _page_id_bytes(s) + 40.0 * s.heads}
+    return Case("event: count", count, (pages, *s.tables(), rule), (), must, 1 / FLUSH)
+
+
+def _apply_case(s: Setting, event: Event, pages: Pages, rule: Rule, fills: int) -> Case:
+    """The event itself, on a pool where `fills` stored tokens move into holes."""
+    layout, n = s.layout, s.heads
+    options: dict[str, Any] = _options(s) | {"pages_a_round": 1}
+
+    def apply(stored, rule, moves, tokens, entering, admitted):
+        return apply_event(stored, layout, rule, moves, tokens, entering, admitted, **options)
+
+    stored = Stored(pages, _free_ring(s, len(pages.payload)), *s.tables())
     moves = Moves(
         _of_heads(n, event.dropped), _of_heads(n, event.demoted), _of_heads(n, [-1] * layout.tiers)
     )
-    sides = layout.token_data_bytes * n * sum(s.lengths)
-    ids = 4.0 * n * sum(s.pages_of_head())
-    judge, carry_out = (
-        partial(f, one_victim=False, max_len=max_len, kernels=s.kernels)
-        for f in (count_moves, apply_event)
-    )
-
-    def count(pages, page_table, tier_len, rule):
-        return judge(pages, layout, page_table, tier_len, rule)
-
-    free = pages.payload.shape[0] - n * sum(s.pages_of_head())
-    ids_of_ring: Any = np.roll(np.arange(len(pages.payload), dtype=np.int32), free)
-    start: Any = np.array(0, np.int32)
-    count_free: Any = np.array(free, np.int32)
-    ring = FreeRing(ids_of_ring, start, count_free)
-    k = unknown(n, FLUSH, d)
+    k = unknown(n, FLUSH, s.model.head_dim)
     side = _of_heads(n, [128.0] * FLUSH, np.float32), _of_heads(n, [0] * FLUSH)
-    codes = np.tile(
-        np.repeat(np.arange(1, layout.tiers + 1, dtype=np.int32), event.entering), (n, 1)
-    )
+    entering = _of_heads(n, np.repeat(np.arange(1, layout.tiers + 1), event.entering))
+    arguments = (stored, rule, moves, Tokens(k, k, *side), entering, np.ones(n, bool))
+    must = _apply_bytes(s, event, fills)
+    return Case("event: apply", apply, arguments, (0,), must, 1 / FLUSH)
 
-    def apply(stored, rule, moves, tokens, entering, admitted):
-        return carry_out(stored, layout, rule, moves, tokens, entering, admitted, pages_a_round=1)
 
-    column = [s.bytes_of(tier) + layout.token_data_bytes for tier in range(layout.tiers)]
-    leaving_tier = [
-        event.dropped[tier] + (event.demoted if tier == 0 else 0) for tier in range(layout.tiers)
-    ]
-    # to the last hole
+def _free_ring(s: Setting, num_pages: int) -> FreeRing:
+    """The pages of the pool that no head holds, which are its last."""
+    free = num_pages - s.heads * sum(s.pages_of_head())
+    ids: Any = np.roll(np.arange(num_pages, dtype=np.int32), free)
+    start: Any = np.array(0, np.int32)
+    count: Any = np.array(free, np.int32)
+    return FreeRing(ids, start, count)
+
+
+def _apply_bytes(s: Setting, event: Event, fills: int) -> dict[str, float]:
+    """What an event must move: significance and positions of stored tokens up to the last hole, the
+    columns of those that enter, are demoted or fill holes, and its arguments.
+    """
+    layout, n = s.layout, s.heads
+    leaving = (event.dropped[0] + event.demoted, *event.dropped[1:])
     scanned = sum(
         length * (1 - 1 / (gone - 1))
-        for length, gone in zip(s.lengths, leaving_tier, strict=True)
+        for length, gone in zip(s.lengths, leaving, strict=True)
         if gone
     )
-    moved = sum(e * c for e, c in zip(event.entering, column, strict=True)) + event.demoted * sum(
-        column
-    )
-    moved += 2 * fills * max(column) if fills else 0
-    must = {
+    column = [s.bytes_of(tier) + layout.token_data_bytes for tier in range(layout.tiers)]
+    moved = sum(e * c for e, c in zip(event.entering, column, strict=True))
+    moved += event.demoted * sum(column) + 2 * fills * max(column)
+    return {
         "sides": float(layout.token_data_bytes * n * scanned),
         "columns": float(n * moved),
-        "tables": ids + 100.0 * n,
+        "tables": _page_id_bytes(s) + 100.0 * n,
+        "tokens": n * FLUSH * (4.0 * s.model.head_dim + 8),
+        "entering": 4.0 * n * FLUSH,
     }
-    must |= {"tokens": n * FLUSH * (4.0 * d + 8), "entering": 4.0 * n * FLUSH}
-    once = 1 / FLUSH
-    cases = [
-        Case(
-            "event: count",
-            count,
-            (pages, table, lengths, rule),
-            (),
-            {"sides": float(sides), "tables": ids + 40.0 * n},
-            once,
-        ),
-        Case(
-            "event: apply",
-            apply,
-            (
-                Stored(pages, ring, table, lengths),
-                rule,
-                moves,
-                Tokens(k, k, *side),
-                codes,
-                np.ones(n, bool),
-            ),
-            (0,),
-            must,
-            once,
-        ),
-    ]
-    window = s.held()
-    scores = unknown(s.model.layers, n, SLOTS if layout.scored else 0, dtype=jnp.float32)
+
+
+def _page_id_bytes(s: Setting) -> float:
+    """Of the live columns of the page tables."""
+    return 4.0 * s.heads * sum(s.pages_of_head())
+
+
+def _shift_case(s: Setting) -> Case:
+    """The rest of the window to its beginning."""
+    n, window, scored = s.heads, s.held(), s.layout.scored
+    scores = unknown(s.model.layers, n, SLOTS if scored else 0, dtype=jnp.float32)
 
     def shift(recent_k, recent_v, significance, layer, shift):
         return shift_recent(recent_k, recent_v, significance, layer, shift, kernels=s.kernels)
 
-    slot_bytes = n * (4.0 * d + (4 if layout.scored else 0))
+    slot_bytes = n * (4.0 * s.model.head_dim + (4 if scored else 0))
     must = {"windows": slot_bytes * (SLOTS - FLUSH + SLOTS), "shift": 4.0 * n}
     operands = (window.recent_k, window.recent_v, scores, window.layer, np.full(n, FLUSH, np.int32))
-    cases.append(Case("event: shift", shift, operands, (0, 1, 2), must, once))
-    return cases if layout.scored else cases[1:]
+    return Case("event: shift", shift, operands, (0, 1, 2), must, 1 / FLUSH)
