@@ -110,13 +110,13 @@ def _draw_tensor(
 
 def _draw_numbers(rng, codec, meta_rows: int, wide: np.ndarray) -> np.ndarray:
     """Scales, and where the codec has them zero points or middles of the range behind them."""
-    numbers = rng.uniform(0.5, 1.0, (len(wide), getattr(codec, "groups", 1)))
-    own = meta_rows
+    groups = getattr(codec, "groups", 0)
+    numbers, own = rng.uniform(0.5, 1.0, (len(wide), groups or 1)), meta_rows
     if isinstance(codec, Levels):
         numbers, own = np.hstack([numbers, rng.normal(size=numbers.shape)]), 1
-    if hasattr(codec, "groups"):
+    if groups:
         numbers *= 4 / (2**codec.bits - 1)
-        numbers, own = np.hstack([numbers, rng.normal(size=numbers.shape) - 2]), codec.groups
+        numbers, own = np.hstack([numbers, rng.normal(size=numbers.shape) - 2]), groups
     scales, beside = numbers[:, :own], numbers[:, own:meta_rows]
     return np.hstack([stored.marked(scales, wide), stored.beside(beside, wide)])
 
