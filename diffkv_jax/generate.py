@@ -1,11 +1,4 @@
-"""`generate`: prompts in, tokens and the compressed cache out.
-
-With native kernels a batch row has, bit for bit, the numbers of the same request alone (with
-`Sample`, when it has the same key: a draw depends on the key and on the token's position; under a
-budget, unless the pool runs low: then the batch's prompts are compressed earlier). With plain XLA
-and Pallas kernels, where the model's products are XLA's, and in layers with a sliding window, they
-are the same within rounding, so that a token may differ.
-"""
+"""`generate`: prompts in, tokens and the compressed cache out."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -104,25 +97,27 @@ def generate(
     **options: Unpack[CacheOptions],
 ) -> GenerateOutput:
     """Continue prompts with a compressed KV cache. Several calls with a cache give the tokens of
-    one call.
+    one call, a batch row those of the request alone (docs/scale_and_limits.md: how exactly).
 
     Args:
-        model: satisfies `CausalLM`; static, so reuse the object. `params` are its parameters.
+        model: satisfies `CausalLM`; static, so reuse the object.
+        params: its parameters.
         tokens: int [R, N] right-padded with `lengths` int [R]; a list of prompts (lists of token
             ids, or a tokenizer's encodings); or a tokenizer's encoding of one or more texts. With
             `cache`, an empty prompt goes on from the token generated last, None lets a request
-            rest.
+            rest: it stays as it is.
         attention_mask: 0 or 1 for each of `tokens`, padded left or right, in place of `lengths`.
         max_new_tokens: most tokens to generate; 0 only reads the prompts.
-        sampling: `Greedy()` (default) or `Sample(...)`, or one a request. It compiles nothing.
+        sampling: `Greedy()` (default), `Sample(...)`, or a list with one for each request; other
+            values compile nothing.
         key: a seed or a random key (request i draws with `fold_in(key, i)`), or one key a request
-            `[R]`; needed by `Sample`.
+            `[R]`; needed by `Sample`. A draw depends on the key and the token's position.
         stop_token_ids: tokens that end a request with "eos"; the model's when None, `()` for none.
-        prefill_chunk: tokens of a prompt's chunk, a power of two; a prompt of one is attended
-            exactly.
+        prefill_chunk: tokens of a prompt's chunk, a power of two; a prompt that fits one is
+            attended exactly.
         progress: show what is read and generated; None: where standard error is a terminal.
         cache: from an earlier call, to go on from. Donated.
-        options: what a new cache is made with (`CacheOptions`): `policy`, `memory_budget`, ...
+        options: what a new cache is made with, without `cache` only: `CacheOptions`.
 
     Raises:
         TypeError, ValueError: bad input, named, before anything is computed; a given cache is as it
@@ -143,7 +138,8 @@ def generate(
     with claimed(cache):
         cache = _fingerprinted(cache, model, params)
         joined, size = _joined(cache, prompts, most, chunk)
-        return _warned(_run(model, params, Held(None, cache, progress), joined, size, asked, most))
+        out = _run(model, params, Held(None, cache, progress), joined, size, asked, most)
+    return _warned(out)
 
 
 def _new_or_given(
@@ -171,7 +167,7 @@ def _warned(out: GenerateOutput) -> GenerateOutput:
     """`out`, with a warning of its requests that ended with "error"."""
     failed = [i for i, reason in enumerate(out.finish_reason) if reason == "error"]
     try:
-        warn_of_errors(out.cache, failed)
+        warn_of_errors(out.cache, failed, stacklevel=5)  # the line that calls `generate`
     except RuntimeWarning as warning:
         # where warnings are errors: the other requests and the cache are not lost
         warning.output = out  # pyright: ignore[reportAttributeAccessIssue]

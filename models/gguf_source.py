@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .family import FAMILIES
 from .gguf_config import config_from_gguf, generation_config_from_gguf
 from .gguf_file import GGUFFile
+from .registry import FAMILIES
 from .source import TensorInfo, check_unique
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

@@ -47,9 +47,9 @@ def test_the_same_tokens(kernels: Kernels, policy: str):
     np.testing.assert_array_equal(got.tokens, wanted.tokens)
     cache, plain = got.cache, wanted.cache
     assert cache.spec.kernels == kernels and plain.spec.kernels == Kernels("xla")
-    np.testing.assert_array_equal(cache.stored.tier_len, plain.tier_len)
-    np.testing.assert_array_equal(cache.counters.seq_len, plain.seq_len)
-    np.testing.assert_array_equal(cache.counters.recent_len, plain.recent_len)
+    np.testing.assert_array_equal(cache.stored.tier_len, plain.stored.tier_len)
+    np.testing.assert_array_equal(cache.counters.seq_len, plain.counters.seq_len)
+    np.testing.assert_array_equal(cache.counters.recent_len, plain.counters.recent_len)
     np.testing.assert_allclose(cache.recent.k, plain.recent.k, rtol=1e-4, atol=1e-4)
     if cache.spec.layout.scored:
         assert (

@@ -1,7 +1,5 @@
 """`memory_report` against bytes and tokens counted by hand."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,12 +24,8 @@ def counted() -> KVCache:
     tier_len[0, 0, 0] = 200, 100
     tier_len[1, 0, 1] = 1, 0
     tier_len[1, 1, 0] = 0, 33
-    return dataclasses.replace(
-        cache,
-        tier_len=jnp.asarray(tier_len),
-        seq_len=jnp.array([500, 60]),
-        recent_len=jnp.array([64, 60]),
-    )
+    cache = with_counters(cache, seq_len=jnp.array([500, 60]), recent_len=jnp.array([64, 60]))
+    return with_part(cache, "stored.tier_len", jnp.asarray(tier_len))
 
 
 def test_report_equals_hand_count(counted):

@@ -44,8 +44,8 @@ def make_room(cache: KVCache, needed: Array) -> KVCache:
         small = with_counters(small, overflow=small.counters.overflow | largest)
         return _without(small, largest)
 
-    tables_only = cache.stored._replace(pages=None)  # the loop changes ring and tables only
-    small = dataclasses.replace(cache, stored=tables_only)
+    without_pages = cache.stored._replace(pages=None)  # the loop changes ring and tables only
+    small = dataclasses.replace(cache, stored=without_pages)
     small = lax.while_loop(lambda small: starving(small).any(), give_up, small)
     return dataclasses.replace(small, stored=small.stored._replace(pages=cache.stored.pages))
 

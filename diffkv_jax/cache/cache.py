@@ -38,7 +38,7 @@ class Sliding(NamedTuple):
 
 
 class Counters(NamedTuple):
-    """Where each request stands."""
+    """Where each request stands, as `cache.counters`."""
 
     seq_len: Array  # int32 [R] tokens seen
     recent_len: Array  # int32 [R] tokens in the recent window
@@ -49,11 +49,12 @@ class Counters(NamedTuple):
 
 
 class MethodState(NamedTuple):
-    """What the stages of a policy carry from event to event."""
+    """What the stages of a policy carry from event to event, and the classes of tokens."""
 
     score: Any = None  # `Score.init`; axes [L, R, K, ...], as those of `keep`
     keep: Any = None  # `Keep.init`
-    # uint8 [R, max_len] class of the token at each position; absent unless the policy names tokens
+    # uint8 [R, max_len], no axis of layers: class of the token at each position; absent unless the
+    # policy names tokens
     classes: Any = None
 
 
@@ -112,9 +113,9 @@ jax.tree_util.register_dataclass(
 )
 
 
-def with_significance(cache: KVCache, stored: Array, recent: Array | None = None) -> KVCache:
+def with_significance(cache: KVCache, paged: Array, recent: Array | None = None) -> KVCache:
     """The cache with other scores of all stored tokens, as in `Pages`, and of the recent ones."""
-    pages = replace(cache.stored.pages, significance=stored)
+    pages = replace(cache.stored.pages, significance=paged)
     cache = replace(cache, stored=cache.stored._replace(pages=pages))
     if recent is None:
         return cache

@@ -20,10 +20,11 @@ from diffkv_jax.pallas_kernels.pages import PageLayout
 from diffkv_jax.policy.keep import Keep
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerView:
-    """Where a layer lies in the arrays of a cache. It is made where a step or an event comes to the
-    layer, and handed down; it holds no array of the cache, so that it stays true when that changes.
+    """Where a layer, or all of them at once, lies in the arrays of a cache. It is made where a step
+    or an event comes to the layer, and handed down; it holds no array of the cache, so that it
+    stays true when that changes. No pytree: close over it.
     """
 
     spec: CacheSpec

@@ -102,7 +102,8 @@ def memory_report(cache: KVCache) -> MemoryReport:
     token_bytes = [layout.token_bytes(t) for t in range(layout.tiers)]
     token_bytes.append(exact + (4 if layout.scored else 0))
     page_bytes = layout.page_bytes + cache.stored.ring.ids.dtype.itemsize
-    fixed = tree_bytes((*cache.stored[2:], cache.policy, cache.recent))
+    tables = cache.stored.page_table, cache.stored.tier_len
+    fixed = tree_bytes((*tables, cache.policy, cache.recent))
     head_bytes = np.broadcast_to(fixed // max(pages[..., :1].size, 1), by_head)
     kv_heads, in_rings = attention.num_kv_heads, np.minimum(seq_len, spec.ring_len)
     ring_tokens = in_rings * len(spec.window_layers) * kv_heads

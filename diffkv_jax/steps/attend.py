@@ -38,8 +38,8 @@ def attend(
             its tokens are not taken in).
 
     Returns:
-        The output [R, T, num_q_heads, head_dim (or latent)] in q's dtype, and the cache. `seq_len`
-        and its like change after the last layer only (`steps.jitted`).
+        The output [R, T, num_q_heads, head_dim (or latent)] in q's dtype, and the cache. Its
+        `counters` change after the last layer only (`steps.jitted`).
     """
     if not isinstance(cache, KVCache):
         return cache.attend(layer, q, k, v)

@@ -36,12 +36,10 @@ def after_decode(cache: KVCache, step: DecodeStep) -> KVCache:
     spec, now = cache.spec, cache.counters
     seq_len, recent_len, steps = (x + active for x in (now.seq_len, now.recent_len, now.steps))
     query_spans = extend_query_spans(now.query_spans, scored, seq_len)
+    cache = with_counters(cache, seq_len=seq_len, query_spans=query_spans, steps=steps)
     if not spec.paged_layers:
-        recent_len = jnp.minimum(recent_len, spec.window)
-    after = {"seq_len": seq_len, "recent_len": recent_len, "steps": steps}
-    cache = with_counters(cache, **after, query_spans=query_spans)
-    if not spec.paged_layers:
-        return cache
+        return with_counters(cache, recent_len=jnp.minimum(recent_len, spec.window))
+    cache = with_counters(cache, recent_len=recent_len)
     # between events only after a pause
     full = (recent_len >= spec.window + spec.flush) & ~now.overflow
     due = step.active & ((steps % spec.flush == 0) | full)

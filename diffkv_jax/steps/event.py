@@ -40,8 +40,8 @@ class Plan(NamedTuple):
 
 
 def recent_tokens(cache: KVCache, view: LayerView) -> tuple[Tokens, Array]:
-    """The tokens [B, window + flush, ...] in a layer's recent window, oldest first, and where there
-    is one.
+    """The tokens [B, window + flush, ...] in a layer's recent window, oldest first, and which
+    slots hold one, bool [B, window + flush].
     """
     now = cache.counters
     k, v = view.take(cache.recent.k), view.take(cache.recent.v)
@@ -131,8 +131,8 @@ def _thresholds(
     keep, tiers, kv_heads = clock.keep, spec.layout.tiers, spec.attention.num_kv_heads
     if not keep.ranks:
         none = jnp.zeros((len(mean), 0))
-        view = KeepView(none, none.astype(bool), clock.seq_len, clock.exact, tiers, kv_heads)
-        return jnp.where(clock.decides, keep.thresholds(view), ALL)
+        keep_view = KeepView(none, none.astype(bool), clock.seq_len, clock.exact, tiers, kv_heads)
+        return jnp.where(clock.decides, keep.thresholds(keep_view), ALL)
 
     def layer_thresholds(heads: tuple) -> Array:
         keep, page_table, tier_len, query_spans, seq_len, exact, entering, enters = heads

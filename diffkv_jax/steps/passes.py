@@ -49,9 +49,9 @@ def _thresholds(cache: KVCache) -> Array:
     seq_len, exact = map(view.per_head, (now.seq_len, now.recent_len))
     sharing = kv_heads * (layers if keep.share_layers else 1)
     scores, live, seq_len, exact = map(by_request, (scores, live, seq_len, exact))
-    of = KeepView(scores, live, seq_len, exact, spec.layout.tiers, sharing)
+    keep_view = KeepView(scores, live, seq_len, exact, spec.layout.tiers, sharing)
     keep = jax.tree.map(lambda leaf: by_request(view.take(leaf)), keep)
-    tau = keep.thresholds(of)
+    tau = keep.thresholds(keep_view)
     return tau.reshape(requests, layers, kv_heads, 2).swapaxes(0, 1).reshape(layers, -1, 2)
 
 

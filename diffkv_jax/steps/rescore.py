@@ -76,17 +76,18 @@ def rescore(
 
     def change(given: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
         significance, scores, state = given
-        tokens, write = _score_view(cache, view, significance, scores, outside, seq_len)
-        new = tokens.scores
+        score_view, write = _score_view(cache, view, significance, scores, outside, seq_len)
+        new = score_view.scores
         if policy.score is not None and policy.score.rescores:
-            new = policy.score.rescore(score_state, tokens)
+            new = policy.score.rescore(score_state, score_view)
             # a request from which nothing leaves is not decided on, whatever others of the batch do
-            new = jnp.where(outside.leaving.any(axis=1)[:, None], new, tokens.scores)
+            new = jnp.where(outside.leaving.any(axis=1)[:, None], new, score_view.scores)
         if keep.marks:
-            state, new = keep.mark(state, dataclasses.replace(tokens, scores=new), heads)
+            state, new = keep.mark(state, dataclasses.replace(score_view, scores=new), heads)
         if not keep.protects:
-            new = jnp.where(is_protected(tokens.scores), tokens.scores, new)
-        return write(significance, new), new[:, tokens.scores.shape[1] - tokens.outside :], state
+            new = jnp.where(is_protected(score_view.scores), score_view.scores, new)
+        inside = new.shape[1] - score_view.outside
+        return write(significance, new), new[:, inside:], state
 
     state = jax.tree.map(view.take, cache.state.keep)
     given = cache.stored.pages.significance, scores, state
@@ -129,14 +130,14 @@ def unmark(cache: KVCache) -> KVCache:
 
 def _score_view(
     cache: KVCache,
-    layer: LayerView,
+    view: LayerView,
     significance: Array,
     scores: Array,
     outside: Outside,
     seq_len: Array,
 ) -> tuple[ScoreView, Callable[[Array, Array], Array]]:
     """The view of a layer's tokens, and what puts new scores of the stored ones into the pool's."""
-    spec, stored = cache.spec.unmerged, layer.stored(cache)
+    spec, stored = cache.spec.unmerged, view.stored(cache)
     layout, table = spec.layout, (stored.page_table, stored.tier_len)
     pages = dataclasses.replace(stored.pages, significance=significance)
     sides = [
@@ -157,21 +158,21 @@ def _score_view(
         return significance
 
     scores = jnp.concatenate([stored_score, scores], axis=1)
-    view = ScoreView(
+    score_view = ScoreView(
         scores=scores,
         position=at,
         live=jnp.concatenate([live, outside.valid], axis=1),
         leaving=jnp.concatenate([live, outside.leaving], axis=1),
         protected=is_protected(scores),
-        token_class=lambda: classes_at(cache, layer, at),
+        token_class=lambda: classes_at(cache, view, at),
         outside=outside.valid.shape[1],
-        seq_len=layer.per_head(seq_len),
+        seq_len=view.per_head(seq_len),
         max_len=spec.max_len,
-        over_tokens=lambda function: _over_tokens(cache, layer, outside.tokens, function),
+        over_tokens=lambda function: _over_tokens(cache, view, outside.tokens, function),
         attention=spec.attention,
         policy=cache.policy,
     )
-    return view, write
+    return score_view, write
 
 
 def _over_tokens(cache: KVCache, view: LayerView, tokens: Tokens, function: Callable) -> Any:

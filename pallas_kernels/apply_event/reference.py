@@ -16,7 +16,8 @@ from .ring import FreeRing, grow, shrink
 
 class Stored(NamedTuple):
     """The stored tokens of one layer: the shared pool and ring, and the table and lengths of its
-    `B` heads (requests x KV heads).
+    `B` heads (requests x KV heads). `KVCache.stored` is of all layers, with axes `[L, R, K]` in
+    place of `[B]`.
     """
 
     pages: Pages

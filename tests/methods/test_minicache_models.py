@@ -9,8 +9,10 @@ import pytest
 from layers_without_weights import MODEL, WINDOW, Layers, spec_of
 
 import diffkv_jax as dkv
+from diffkv_jax.cache.cache import with_counters
 from diffkv_jax.make_cache import make_cache
 from diffkv_jax.pallas_kernels.dispatch import XLA
+from diffkv_jax.testing.parts import with_part
 from diffkv_jax.testing.readback import check_pool, held_tokens
 from diffkv_jax.testing.tiny import tiny_model
 
@@ -35,11 +37,8 @@ def shared_layers(
         length[spec.unmerged_layers :, ..., 0] = retained
         length[spec.unmerged_layers + 1 :: 2, ..., 1] = tokens - retained
     seen = jnp.asarray([tokens + policy.schedule.window])
-    return dkv.memory_report(
-        dataclasses.replace(
-            cache, tier_len=jnp.asarray(length), seq_len=seen, recent_len=seen - tokens
-        )
-    )
+    cache = with_counters(cache, seq_len=seen, recent_len=seen - tokens)
+    return dkv.memory_report(with_part(cache, "stored.tier_len", jnp.asarray(length)))
 
 
 def test_memory_is_that_of_the_formula():
