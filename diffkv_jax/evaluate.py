@@ -111,7 +111,8 @@ def teacher_forced(
             f"the pool had no page left for requests {full.tolist()}: raise "
             f"memory_budget={memory_budget!r} or drop more"
         )
-    warn_of_errors(cache, [i for i, row in enumerate(log_probs) if np.isnan(row).any()])
+    failed = [i for i, row in enumerate(log_probs) if np.isnan(row).any()]
+    warn_of_errors(cache, failed, stacklevel=4)  # in_32_bits, teacher_forced
     return log_probs, cache
 
 

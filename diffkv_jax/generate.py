@@ -171,7 +171,7 @@ def _warned(out: GenerateOutput) -> GenerateOutput:
     """`out`, with a warning of its requests that ended with "error"."""
     failed = [i for i, reason in enumerate(out.finish_reason) if reason == "error"]
     try:
-        warn_of_errors(out.cache, failed)
+        warn_of_errors(out.cache, failed, stacklevel=5)  # in_32_bits, generate, _warned
     except RuntimeWarning as warning:
         # where warnings are errors: the other requests and the cache are not lost
         warning.output = out  # pyright: ignore[reportAttributeAccessIssue]

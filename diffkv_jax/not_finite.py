@@ -10,8 +10,11 @@ from jax import Array
 from diffkv_jax.cache.cache import KVCache
 
 
-def warn_of_errors(cache: KVCache, rows: Sequence[int]) -> None:
-    """Warn of the requests `rows`, whose logits are not finite: layer and kind, as far as known."""
+def warn_of_errors(cache: KVCache, rows: Sequence[int], *, stacklevel: int) -> None:
+    """Warn of the requests `rows`, whose logits are not finite: layer and kind, as far as known.
+
+    `stacklevel`, as that of `warnings.warn`, counts up to the user's line.
+    """
     if not len(rows):
         return
     spec = cache.spec
@@ -31,7 +34,7 @@ def warn_of_errors(cache: KVCache, rows: Sequence[int]) -> None:
             f"{spec.dtype}: load it with dtype='bfloat16' or 'float32', whose range is wider than "
             "float16's, or look for NaN in the parameters",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 
