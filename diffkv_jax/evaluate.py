@@ -87,17 +87,7 @@ def teacher_forced(
     check_model("teacher_forced", model)
     params, policy = as_params("teacher_forced", params), as_policy(policy)
     check_outside_jit("teacher_forced", tokens)
-    batch, sizes = as_batch(tokens, model.attention.vocab_size)
-    if (sizes != batch.shape[1]).any():
-        raise ValueError(
-            f"tokens must be texts of one length, given lengths {sizes.tolist()}: cut them to the "
-            "shortest"
-        )
-    context = integer("context", context, least=1)
-    if context >= batch.shape[1]:
-        raise ValueError(
-            f"context={context} must leave something of the {batch.shape[1]} tokens to feed"
-        )
+    batch, sizes, context = _checked(model, tokens, context)
     if progress is not None:
         progress = text("progress", progress, "the name of a progress bar, or None")
     size = chunk_size(context, integer("prefill_chunk", prefill_chunk), policy.queries)
@@ -114,7 +104,39 @@ def teacher_forced(
         calibration=calibration,
     )
     _, cache = prefill(model, params, cache, batch, np.full_like(sizes, context), size)
-    held = batch[:, context:].T  # [steps, R]
+    log_probs, cache = _feed_segments(model, params, cache, batch[:, context:], progress)
+    full = np.flatnonzero(np.asarray(cache.counters.overflow))
+    if full.size:
+        raise ValueError(
+            f"the pool had no page left for requests {full.tolist()}: raise "
+            f"memory_budget={memory_budget!r} or drop more"
+        )
+    failed = [i for i, row in enumerate(log_probs) if np.isnan(row).any()]
+    warn_of_errors(cache, failed, stacklevel=4)  # in_32_bits, teacher_forced
+    return log_probs, cache
+
+
+def _checked(model: CausalLM, tokens: Any, context: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Texts int32 [R, N] of one length, that length for each, and the context."""
+    batch, sizes = as_batch(tokens, model.attention.vocab_size)
+    if (sizes != batch.shape[1]).any():
+        raise ValueError(
+            f"tokens must be texts of one length, given lengths {sizes.tolist()}: cut them to the "
+            "shortest"
+        )
+    context = integer("context", context, least=1)
+    if context >= batch.shape[1]:
+        raise ValueError(
+            f"context={context} must leave something of the {batch.shape[1]} tokens to feed"
+        )
+    return batch, sizes, context
+
+
+def _feed_segments(
+    model: CausalLM, params: Any, cache: KVCache, tokens: np.ndarray, progress: str | None
+) -> tuple[np.ndarray, KVCache]:
+    """Feed `tokens` int32 [R, S]; log-probabilities float32 [R, S, vocab]."""
+    held = tokens.T
     rows = []
     starts, hidden = range(0, len(held), SEGMENT), progress is None
     for first in tqdm(starts, desc=progress, disable=hidden, unit_scale=SEGMENT, unit=" tokens"):
@@ -124,15 +146,7 @@ def teacher_forced(
         fed = jnp.arange(SEGMENT) < len(real)
         log_probs, cache = _feed(model, params, cache, jnp.asarray(part), fed)
         rows.append(np.asarray(log_probs[: len(real)]))
-    full = np.flatnonzero(np.asarray(cache.counters.overflow))
-    if full.size:
-        raise ValueError(
-            f"the pool had no page left for requests {full.tolist()}: raise "
-            f"memory_budget={memory_budget!r} or drop more"
-        )
-    log_probs = np.concatenate(rows).swapaxes(0, 1)
-    warn_of_errors(cache, [i for i, row in enumerate(log_probs) if np.isnan(row).any()])
-    return log_probs, cache
+    return np.concatenate(rows).swapaxes(0, 1), cache
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="cache")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from diffkv_jax.arguments import flag, integer
 from diffkv_jax.batching import as_batch, check_context
-from diffkv_jax.cache.cache import table_shapes
+from diffkv_jax.cache.cache import Tables, table_shapes
 from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.calibration.kmeans import weighted_kmeans
@@ -87,6 +87,18 @@ def calibrate(
         num_pages=0,
         dtype=model.attention.dtype,
     )
+    total = _tables_to_learn(spec, policy)
+    # exact sinks never meet a learned codec
+    at = _spread(batch, samples, policy.protect.sinks if policy.tiers[0] == "full" else 0)
+    both = _collect(model, params, batch, spec, policy.transform, at, fisher, progress)
+    how = Fitting(partial(weighted_kmeans, iterations=iterations), q_norm)
+    with tqdm(total=total, desc="learning tables", unit=" layers", disable=not progress) as bar:
+        tables = _learn(spec, both, key, how, bar)
+    return Calibration(tables, policy.tiers, policy.transform, fingerprint(model, params))
+
+
+def _tables_to_learn(spec: CacheSpec, policy: CompressionPolicy) -> int:
+    """Tables to learn, one a layer and learned codec; a policy without any is refused."""
     shapes = table_shapes(spec)
     total = len(spec.paged_layers) * sum(shape is not None for pair in shapes for shape in pair)
     if not total:
@@ -94,28 +106,30 @@ def calibrate(
             f"policy {policy.name!r} has no learned codec in tiers={policy.tiers}: there is "
             "nothing to calibrate"
         )
-    # exact sinks never meet a learned codec
-    at = _spread(batch, samples, policy.protect.sinks if policy.tiers[0] == "full" else 0)
-    both = _collect(model, params, batch, spec, policy.transform, at, fisher, progress)
-    how = Fitting(partial(weighted_kmeans, iterations=iterations), q_norm)
-    with tqdm(total=total, desc="learning tables", unit=" layers", disable=not progress) as bar:
+    return total
 
-        def learned(codec: Codec, given: Samples) -> np.ndarray | None:
-            if not codec.learned:
-                return None
-            layers = []
-            for layer, (x, weight) in enumerate(zip(given.x, given.fisher, strict=True)):
-                # [K, d, n]
-                block, cost = (jnp.moveaxis(jnp.asarray(part), 0, 2) for part in (x, weight))
-                fitted = codec.fit(block, cost, jax.random.fold_in(key, layer), how)
-                layers.append(np.asarray(fitted))
-                bar.update()
-            return _as_stored(np.stack(layers))
 
-        tables = tuple(
-            (learned(fmt.key, both[0]), learned(fmt.value, both[1])) for fmt in spec.layout.formats
-        )
-    return Calibration(tables, policy.tiers, policy.transform, fingerprint(model, params))
+def _learn(
+    spec: CacheSpec, both: tuple[Samples, Samples], key: Array, how: Fitting, bar: tqdm
+) -> Tables:
+    """The tables of all tiers from keys and values."""
+
+    def learned(codec: Codec, given: Samples) -> np.ndarray | None:
+        if not codec.learned:
+            return None
+        layers = []
+        for layer, (x, weight) in enumerate(zip(given.x, given.fisher, strict=True)):
+            # [K, d, n]
+            block, cost = (jnp.moveaxis(jnp.asarray(part), 0, 2) for part in (x, weight))
+            fitted = codec.fit(block, cost, jax.random.fold_in(key, layer), how)
+            layers.append(np.asarray(fitted))
+            bar.update()
+        return _as_stored(np.stack(layers))
+
+    keys, values = both
+    return tuple(
+        (learned(fmt.key, keys), learned(fmt.value, values)) for fmt in spec.layout.formats
+    )
 
 
 def _as_stored(tables: np.ndarray) -> np.ndarray:

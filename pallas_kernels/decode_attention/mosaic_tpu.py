@@ -172,6 +172,13 @@ def _tables(layout: PageLayout, heads: Heads) -> dict[tuple[int, int], Array]:
     return found
 
 
+def _of_head(plan: Plan, *shape: int) -> pl.BlockSpec:
+    """All `shape` of the program's head of an array `[B, *shape]`."""
+    return pl.BlockSpec(
+        (None, *shape), lambda core, step, *_: (core * plan.heads + step, *(0 for _ in shape))
+    )
+
+
 def _of_table(plan: Plan, table: Array) -> pl.BlockSpec:
     """The table of a head's layer and KV head."""
     kv_heads, block = table.shape[1], (None, None, *table.shape[2:])
@@ -198,43 +205,19 @@ def _build(
     """The names of the kernel's array operands and the call `(*scalars, *operands) -> (output,
     recent scores[, significance])`.
     """
-    layout, (batch, group, head_dim), slots = plan.layout, q.shape, heads.recent_k.shape[2]
-    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-
-    def of_head(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            (None, *shape), lambda core, step, *_: (core * plan.heads + step, *(0 for _ in shape))
-        )
-
-    recent = pl.BlockSpec(
-        (None, None, slots, head_dim),
-        lambda core, step, *s: (s[3][0], core * plan.heads + step, 0, 0),
-    )
-    inputs: dict = dict(q=of_head(group, head_dim), recent_k=recent, recent_v=recent, payload=hbm)
-    inputs |= dict(meta=hbm) if layout.meta_rows else {}
-    inputs |= dict(position=hbm) if plan.positions else {}
-    scratch = _stream_scratch(plan, pages.position.dtype)
-    outputs = dict(output=of_head(group, head_dim), recent_scores=of_head(1, slots))
+    (batch, group, head_dim), slots = q.shape, heads.recent_k.shape[2]
+    inputs = _inputs(plan, q, slots, tables)
+    scratch = _scratch(plan, group, max_len, pages.position.dtype, tables)
+    outputs = dict(output=_of_head(plan, group, head_dim), recent_scores=_of_head(plan, 1, slots))
     shapes: list = [
         jax.ShapeDtypeStruct((batch, group, head_dim), jnp.float32),
         jax.ShapeDtypeStruct((batch, 1, slots), jnp.float32),
     ]
     aliases = {}
-    if layout.scored:
-        aliases = {num_scalars + len(inputs): len(shapes)}
-        inputs["old_significance"], outputs["significance"] = hbm, hbm
+    if plan.layout.scored:
+        aliases = {num_scalars + list(inputs).index("old_significance"): len(shapes)}
+        outputs["significance"] = inputs["old_significance"]
         shapes.append(pltpu.HBM(pages.significance.shape, jnp.float32))
-        scratch |= _score_scratch(plan, group, max_len) | dict(
-            scores_read=pltpu.SemaphoreType.DMA, scores_written=pltpu.SemaphoreType.DMA
-        )
-    if layout.rope is not None:
-        inputs["frequencies"] = pl.BlockSpec((head_dim // 2, 1), lambda *_: (0, 0))
-    if tables:
-        inputs["tables"] = {which: _of_table(plan, table) for which, table in tables.items()}
-        scratch["levels"] = {
-            which: pltpu.VMEM(_whole_registers(*table.shape[2:]), jnp.float32)
-            for which, table in tables.items()
-        }
     scalar_names = ("page_table", "tier_len", "recent_len", "layer", "query_position")[:num_scalars]
     call = pl.pallas_call(
         partial(attend_head, names=(*scalar_names, *inputs, *outputs, *scratch), plan=plan),
@@ -255,6 +238,44 @@ def _build(
         name="decode_attention",
     )
     return tuple(inputs), call
+
+
+def _inputs(plan: Plan, q: Array, slots: int, tables: dict) -> dict:
+    """What a program is given of each array operand, in their order; tables last."""
+    layout, (_, group, head_dim) = plan.layout, q.shape
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    recent = pl.BlockSpec(
+        (None, None, slots, head_dim),
+        lambda core, step, *s: (s[3][0], core * plan.heads + step, 0, 0),
+    )
+    inputs: dict = dict(q=_of_head(plan, group, head_dim), recent_k=recent, recent_v=recent)
+    inputs["payload"] = hbm
+    if layout.meta_rows:
+        inputs["meta"] = hbm
+    if plan.positions:
+        inputs["position"] = hbm
+    if layout.scored:
+        inputs["old_significance"] = hbm
+    if layout.rope is not None:
+        inputs["frequencies"] = pl.BlockSpec((head_dim // 2, 1), lambda *_: (0, 0))
+    if tables:
+        inputs["tables"] = {which: _of_table(plan, table) for which, table in tables.items()}
+    return inputs
+
+
+def _scratch(plan: Plan, group: int, max_len: int, position_dtype, tables: dict) -> dict:
+    """Memory of a program beside its operands."""
+    scratch = _stream_scratch(plan, position_dtype)
+    if plan.layout.scored:
+        scratch |= _score_scratch(plan, group, max_len) | dict(
+            scores_read=pltpu.SemaphoreType.DMA, scores_written=pltpu.SemaphoreType.DMA
+        )
+    if tables:
+        scratch["levels"] = {
+            which: pltpu.VMEM(_whole_registers(*table.shape[2:]), jnp.float32)
+            for which, table in tables.items()
+        }
+    return scratch
 
 
 def _stream_scratch(plan: Plan, position_dtype) -> dict:

@@ -24,9 +24,11 @@ from .mosaic_tpu_pages import (
     groups_of,
     largest_divisor,
     matmul,
+    of_head,
     over_steps,
     pool_inputs,
     row_of,
+    window_of_head,
 )
 from .reference import Chunk, Scale
 
@@ -85,14 +87,7 @@ def prefill_attention(
     b, g, c, d = chunk.q.shape
     blocks = blocks or Blocks.choose(layout, g, c)
     check_table(heads.page_table)
-    slots, pairs = heads.recent_k.shape[2], g * blocks.rows
-
-    def of_head(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *shape), lambda head, block, *_: (head, *(0 for _ in shape)))
-
-    recent = pl.BlockSpec(
-        (None, None, slots, d), lambda head, block, *scalars: (scalars[3][0], head, 0, 0)
-    )
+    pairs, recent = g * blocks.rows, window_of_head(heads.recent_k.shape[2], d)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     rows = pl.BlockSpec((None, g, blocks.rows, d), lambda head, block, *_: (head, 0, block, 0))
     totals = pl.BlockSpec((None, g, blocks.rows), lambda head, block, *_: (head, 0, block))

@@ -1,4 +1,6 @@
-"""What this operation's TPU kernels share: stored tokens from HBM page by page, K and V of them."""
+"""What this operation's TPU kernels share: a head's blocks of the operands, and its stored tokens
+from HBM page by page, K and V of them.
+"""
 
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -27,6 +29,18 @@ def check_table(page_table: Array) -> None:
             f"at most {TABLE_BYTES} are given; use fewer requests, a smaller max_len or "
             "implementation='xla'"
         )
+
+
+def of_head(*shape: int) -> pl.BlockSpec:
+    """All `shape` of the program's head of an array `[B, *shape]`."""
+    return pl.BlockSpec((None, *shape), lambda head, *_: (head, *(0 for _ in shape)))
+
+
+def window_of_head(slots: int, head_dim: int) -> pl.BlockSpec:
+    """The head's recent window in the layer of the call, the last scalar but one."""
+    return pl.BlockSpec(
+        (None, None, slots, head_dim), lambda head, *rest: (rest[-2][0], head, 0, 0)
+    )
 
 
 def pool_inputs(pages: Pages, interpret) -> tuple[Array, Array]:

@@ -26,8 +26,10 @@ from .mosaic_tpu_pages import (
     dots_of,
     largest_divisor,
     matmul,
+    of_head,
     over_steps,
     pool_inputs,
+    window_of_head,
 )
 from .reference import Chunk, Scale
 from .sums_reference import ColumnSums
@@ -80,6 +82,16 @@ class Scratch(NamedTuple):
     read: Any  # DMA semaphores [BUFFERS]
     written: Any  # DMA semaphores [BUFFERS]
 
+    @staticmethod
+    def of(significance: Array, group: int, observed: int, pages: int) -> "Scratch":
+        """Scratch for `observed` rows and at most `pages` pages a step."""
+        return Scratch(
+            pltpu.VMEM((group, observed, 1), jnp.float32),
+            pltpu.VMEM((BUFFERS, pages, *significance.shape[1:]), jnp.float32),
+            pltpu.SemaphoreType.DMA((BUFFERS,)),
+            pltpu.SemaphoreType.DMA((BUFFERS,)),
+        )
+
 
 def column_sums(
     chunk: Chunk,
@@ -104,29 +116,16 @@ def column_sums(
     check_table(heads.page_table)
     _check_queries(g * blocks.observed * max(d, 128) * chunk.q.dtype.itemsize, g, observe)
     slots, step_pages = heads.recent_k.shape[2], max(pages_of_step(layout, blocks.keys))
-
-    def of_head(*shape: int, last: int = 0) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            (None, *shape),
-            lambda head, *_: (head, *(last if axis == 1 else 0 for axis in range(len(shape)))),
-        )
-
-    recent = pl.BlockSpec(
-        (None, None, slots, d), lambda head, *scalars: (scalars[3][0], head, 0, 0)
-    )
-    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    rows = of_head(g, blocks.observed, d, last=c // blocks.observed - 1)
+    last, hbm = c // blocks.observed - 1, pl.BlockSpec(memory_space=pltpu.HBM)
+    rows = pl.BlockSpec((None, g, blocks.observed, d), lambda head, *_: (head, 0, last, 0))
+    recent = window_of_head(slots, d)
     inputs = Inputs(
         *(heads.page_table, heads.tier_len, heads.recent_len, heads.layer.reshape(1), chunk.length),
         *(chunk.q, lse, chunk.k, heads.recent_k),
         *pool_inputs(pages, interpret),
         pages.significance,
     )
-    scratch = Scratch(
-        pltpu.VMEM((g, blocks.observed, 1), jnp.float32),
-        pltpu.VMEM((BUFFERS, step_pages, *pages.significance.shape[1:]), jnp.float32),
-        *(pltpu.SemaphoreType.DMA((BUFFERS,)), pltpu.SemaphoreType.DMA((BUFFERS,))),
-    )
+    scratch = Scratch.of(pages.significance, g, blocks.observed, step_pages)
     # else XLA carries a small pool to VMEM and back
     in_place = jax.ShapeDtypeStruct if interpret else pltpu.HBM
     significance, of_recent, of_chunk = pl.pallas_call(

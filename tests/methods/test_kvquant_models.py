@@ -25,6 +25,13 @@ POLICIES = {
         transform=dkv.WithoutRope(),
     ),
 }
+EXACT = dkv.CompressionPolicy(
+    "exact",
+    tiers=("full",),
+    transform=dkv.WithoutRope(),
+    schedule=dkv.Schedule(window=16, flush=8),
+)
+HELD = 90 + 29  # tokens in the cache: the last one generated is not
 
 
 @lru_cache
@@ -47,23 +54,22 @@ def generated(name: str):
     return calibration, out
 
 
+def exact_cache(out: dkv.GenerateOutput) -> dkv.KVCache:
+    """The same tokens' keys without their rotary embedding and values, neither coded."""
+    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
+    seen = np.concatenate([TOKENS, out.tokens[:, :-1]], axis=1)
+    return dkv.generate(model, params, seen, policy=EXACT, max_new_tokens=1).cache
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_attention_is_that_over_coded_tokens(name):
     """In layer 0 keys and values depend on the tokens alone: those of an exact cache, coded by the
     equations, are what attention reads.
     """
-    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     calibration, out = generated(name)
     cache, scale = out.cache, out.cache.spec.attention.sm_scale
-    exact = dkv.CompressionPolicy(
-        "exact",
-        tiers=("full",),
-        transform=dkv.WithoutRope(),
-        schedule=dkv.Schedule(window=16, flush=8),
-    )
-    seen = np.concatenate([TOKENS, out.tokens[:, :-1]], axis=1)
-    plain = dkv.generate(model, params, seen, policy=exact, max_new_tokens=1).cache
+    plain = exact_cache(out)
     q = np.random.default_rng(5).normal(size=(4, 2, 32)).astype(np.float32)
     view = LayerView(cache.spec, jnp.int32(0))
     heads = layer_heads(cache, view, cache.counters.recent_len)
@@ -80,7 +86,7 @@ def test_attention_is_that_over_coded_tokens(name):
         request, head = divmod(row, 2)
         held = held_tokens(plain, 0, request, head)
         recent = int(cache.counters.recent_len[request])
-        stored = seen.shape[1] - recent
+        stored = HELD - recent
         k, v = (np.stack([held[t][part] for t in range(stored)]) for part in (1, 2))
         window = [
             np.asarray(x)[0, request, head, :recent] for x in (cache.recent.k, cache.recent.v)
@@ -124,7 +130,7 @@ def test_sinks_stay_exact():
         prefill_chunk=32,
         calibration=calibration,
     )
-    cache, stored = out.cache, 90 + 29 - np.asarray(out.cache.counters.recent_len)
+    cache, stored = out.cache, HELD - np.asarray(out.cache.counters.recent_len)
     np.testing.assert_array_equal(cache.stored.tier_len[..., 0], np.full((2, 2, 2), 2))
     np.testing.assert_array_equal(
         cache.stored.tier_len[..., 1], np.broadcast_to(stored[None, :, None] - 2, (2, 2, 2))
@@ -134,14 +140,7 @@ def test_sinks_stay_exact():
         np.sort(np.asarray(cache.stored.pages.position)[ids][..., 0, :2]),
         np.broadcast_to([0, 1], (2, 2, 2, 2)),
     )
-    exact = dkv.CompressionPolicy(
-        "exact",
-        tiers=("full",),
-        transform=dkv.WithoutRope(),
-        schedule=dkv.Schedule(window=16, flush=8),
-    )
-    seen = np.concatenate([TOKENS, out.tokens[:, :-1]], axis=1)
-    plain = dkv.generate(model, params, seen, policy=exact, max_new_tokens=1).cache
+    plain = exact_cache(out)
     for request, head in np.ndindex(2, 2):
         held, alike = held_tokens(cache, 0, request, head), held_tokens(plain, 0, request, head)
         key_table, levels = (np.asarray(x[0, head], np.float32) for x in calibration.tables[1])
