@@ -75,6 +75,7 @@ def test_encodings_that_are_refused(generate):
             generate([Encoding(input_ids=ids)])
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(
     "mask",
     [

@@ -193,6 +193,7 @@ def test_held_gives_back_what_was_taken():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.slow
 def test_in_another_thread_nothing_is_installed():
     found = []
     thread = threading.Thread(

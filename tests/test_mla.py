@@ -125,6 +125,7 @@ def test_values_are_the_first_channels(monkeypatch, right):
     assert error < 1e-4 if right else error > 1e-2
 
 
+@pytest.mark.slow
 def test_greedy_text_is_that_of_plain_attention():
     model, params = tiny_latent_model()
     out = dkv.generate(model, params, TOKENS[:, :CONTEXT], policy=EXACT, max_new_tokens=12)

@@ -92,7 +92,7 @@ QUICK = ["K8V4", "turboquant", "kivi", "gear"]
 PLATFORMS = ["xla"] if why_unavailable() else ["xla", "cpu"]
 
 
-@pytest.mark.daily(3)
+@pytest.mark.daily(9)
 @pytest.mark.parametrize("size", [1e6, 1e-8])
 @pytest.mark.parametrize("name", QUICK)
 def test_large_and_small_keys_and_values(name: str, size: float):
@@ -146,7 +146,7 @@ def encode_and_decode(fmt: KVFormat, x: np.ndarray, size: float) -> list[np.ndar
     return found
 
 
-@pytest.mark.daily(4)
+@pytest.mark.daily(8)
 @pytest.mark.parametrize("size", [2.0**40, 2.0**99, 2.0**-30])
 @pytest.mark.parametrize("name", CODECS)
 def test_codecs_of_blocks_scale(name: str, size: float):
@@ -171,6 +171,7 @@ def test_layers_that_share_directions(size: float):
     assert np.abs(other).max() > 3
 
 
+@pytest.mark.slow
 def test_keys_with_one_huge_channel():
     """Per token they take the range from the others; per channel (KIVI) they do not, and nothing is
     lost.

@@ -64,6 +64,7 @@ def test_all_bits_give_the_tokens_of_bfloat16(letter: str):
     assert int(np.asarray(got.cache.stored.tier_len).sum()) > 0
 
 
+@pytest.mark.slow
 def test_fewer_bits_give_other_keys(letter: str):
     """What a codec that is never called would not do."""
     few, many = (generate(f"K{n}{letter}V8", implementation="xla") for n in (8, 16))

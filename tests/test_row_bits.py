@@ -185,7 +185,11 @@ def test_top_p(key, vocab: int):
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     "policy",
-    [CompressionPolicy.none(), quantized("K8V4"), diffkv(1.0, 0.0)],
+    [
+        CompressionPolicy.none(),
+        pytest.param(quantized("K8V4"), marks=pytest.mark.long),
+        diffkv(1.0, 0.0),
+    ],
     ids=["none", "K8V4", "DiffKV"],
 )
 def test_smollm2(policy: CompressionPolicy):

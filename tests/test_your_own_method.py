@@ -17,6 +17,7 @@ from diffkv_jax.pallas_kernels.native.build import why_unavailable
 from diffkv_jax.steps.jitted import prefill_chunk
 from diffkv_jax.testing.readback import held_tokens, slot_addresses
 
+pytestmark = pytest.mark.slow  # quick: tests/steps/test_own_stages.py, tests/test_own_codec.py
 PAGE = Path(__file__).parent.parent / "docs" / "your_own_method.md"
 RUNS = ("near", "short", "like", "mass", "turned", "truncated")
 SEEN = 300 + 19  # the last token generated is not fed
@@ -65,7 +66,6 @@ def whole(page, score: dkv.Score | None) -> dkv.GenerateOutput:
 
 @pytest.mark.skipif(target_platform() != "cpu", reason="native kernels")
 @pytest.mark.skipif(why_unavailable() is not None, reason="no C++ compiler")
-@pytest.mark.daily(4)
 @pytest.mark.parametrize("name", RUNS)
 def test_native_kernels_and_plain_xla_agree(page, name: str):
     """The page ran on native kernels, but for its codec."""
@@ -78,7 +78,6 @@ def test_native_kernels_and_plain_xla_agree(page, name: str):
         assert stored(out.cache, layer).keys() == stored(plain.cache, layer).keys()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["triton", "mosaic_tpu"])
 def test_a_score_runs_on_every_implementation(page, implementation: str):
     """A prompt and an event in decode in Pallas' interpreters."""

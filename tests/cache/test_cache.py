@@ -108,7 +108,7 @@ def test_every_call_returns_the_cache_it_was_given(kind: str, name: str):
 
 
 @pytest.mark.daily(2)
-@pytest.mark.parametrize(("kind", "name"), [("latent", "streaming_llm"), ("plain", "snapkv")])
+@pytest.mark.parametrize(("kind", "name"), [("plain", "snapkv"), ("latent", "streaming_llm")])
 def test_a_cache_is_saved_and_goes_on(kind: str, name: str, tmp_path: Path):
     (model, params), policy = MODELS[kind](), policy_of(name)
     prompts, more = [prompt(40, 1), prompt(23, 2)], [prompt(7, 3), prompt(9, 4)]

@@ -99,7 +99,7 @@ EVENTS = crossed(
 )
 
 
-@pytest.mark.daily(5)
+@pytest.mark.daily(8)
 @pytest.mark.parametrize(("kernels", "case"), EVENTS)
 def test_an_event(case: Case, kernels: Kernels):
     world, moves, reference = world_and_reference(case)

@@ -21,7 +21,7 @@ PAIRS = crossed(
 )
 
 
-@pytest.mark.daily(5)
+@pytest.mark.daily(8)
 @pytest.mark.parametrize(("name", "kernels"), PAIRS)
 def test_equals_a_dense_softmax(name: str, kernels: Kernels):
     if kernels.interpret == "checked" and name not in CHECKED:

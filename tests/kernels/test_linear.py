@@ -33,6 +33,7 @@ def exact(x: jax.Array, w: jax.Array, layer: int, transposed: bool) -> np.ndarra
     )
 
 
+@pytest.mark.daily(4)
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.implementation)
 @pytest.mark.parametrize("types", TYPES, ids="-".join)
 @pytest.mark.parametrize("rows", [1, 3, 8, 15, 33, 600])
@@ -55,6 +56,7 @@ def test_equals_float64(rows: int, types: tuple[str, str], kernels: Kernels):
             np.testing.assert_allclose(got[0], exact(x, w, 2, transposed), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.daily(4)
 @pytest.mark.skipif(why_unavailable() is not None, reason="no C++ compiler")
 @pytest.mark.parametrize("width", [WIDTH, 69, 640])
 @pytest.mark.parametrize("transposed", [False, True])

@@ -43,7 +43,7 @@ def kernels(request) -> Kernels:
     return request.param
 
 
-@pytest.mark.daily(5)
+@pytest.mark.daily(8)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_dense_attention(name: str, kernels: Kernels):
     this = case(name, kernels)
@@ -92,6 +92,7 @@ def test_the_length_of_the_chunk_does_not_matter(name: str):
         assert (out[0, :, -1] != alone[0][1, :, -1]).any(), "the comparison sees another head"
 
 
+@pytest.mark.daily(2)
 def test_padding_and_later_rows_do_not_matter(kernels: Kernels):
     """Padded rows may hold anything finite; a row does not see those after it."""
     this = case("chunk of 32, all observe", kernels)

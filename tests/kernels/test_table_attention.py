@@ -212,7 +212,7 @@ PAIRS = crossed(
 SOME = marked([*IMPLEMENTATIONS[:3], *NATIVE], mosaic_tpu=LONG)
 
 
-@pytest.mark.daily(5)
+@pytest.mark.daily(9)
 @pytest.mark.parametrize(("name", "kernels"), PAIRS)
 def test_equals_a_dense_softmax(name: str, kernels: Kernels):
     this = case(name, kernels)
@@ -262,6 +262,7 @@ def test_the_comparison_sees_wrong_tables(mistake: str, kernels: Kernels):
             )
 
 
+@pytest.mark.daily(4)
 @pytest.mark.parametrize("kernels", SOME)
 @pytest.mark.parametrize(
     "mistake",
@@ -285,6 +286,7 @@ def test_the_comparison_sees_mistakes(mistake: str, kernels: Kernels):
         same(this.run(bad), this.dense(turned=mistake != "no rope"), pool.pages["significance"])
 
 
+@pytest.mark.daily(5)
 @pytest.mark.parametrize("kernels", SOME)
 @pytest.mark.parametrize("part", ["payload", "meta"])  # channels, values
 @pytest.mark.parametrize("tensor", [0, 1])  # K, V

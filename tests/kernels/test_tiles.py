@@ -77,6 +77,7 @@ def same_reading(tiles: tuple[Tile, ...], codec, payload: np.ndarray, meta: np.n
     )
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_tiles_read_and_write_what_the_codec_does(codec, head_dim: int):

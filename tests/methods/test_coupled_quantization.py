@@ -239,6 +239,7 @@ def test_a_latent_is_coded_and_its_rotary_part_is_not():
     )
 
 
+@pytest.mark.slow
 def test_the_cache_counts_its_tables_and_leaves_the_calibration_alone():
     cache = generated().cache
     # K and V, layers, heads, groups, rows, channels, float16

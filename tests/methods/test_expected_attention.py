@@ -31,6 +31,7 @@ def of_kvpress(**options):
     return choice.presses().ExpectedAttentionPress(compression_ratio=0.5, n_sink=SINKS, **options)
 
 
+@pytest.mark.slow
 def test_the_tokens_that_kvpress_keeps():
     theirs, _, _ = models(2)
     found = kept_once(PLAIN)

@@ -125,6 +125,7 @@ def test_heads_hold_what_their_policies_say(implementation):
         ) == 2
 
 
+@pytest.mark.slow
 def test_events_leave_alone_what_finds_no_page():
     """The marks of a request that is not admitted are taken back."""
     cache = run("xla").cache
@@ -193,6 +194,7 @@ def test_protected_ids_stay_with_any_method():
     assert max(stay) >= 140 and 2 < len(stay) < 80
 
 
+@pytest.mark.slow
 def test_snapkv_averages_over_the_others():
     """Protected tokens are kept, and count as 0 for their neighbours, as sinks do."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)

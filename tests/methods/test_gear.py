@@ -104,6 +104,7 @@ def test_what_learned_codecs_get_wrong():
     assert np.abs(found - without).max() > 0.05
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(("backbone", "groups"), [("kivi", HEAD_DIM // GROUP), ("kcvt", 1)])
 def test_pages_hold_gear(backbone, groups):
     """A prompt of one chunk is attended exactly, so the exact keys and values are those of the

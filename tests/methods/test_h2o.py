@@ -7,6 +7,7 @@ from tiny_llama import LENGTH, PROMPT, half, kept, models
 import diffkv_jax as dkv
 
 
+@pytest.mark.slow
 def test_h2o_keeps_the_largest_sums():
     """kvpress' observed attention is the mean over the queries that see a token: times their number
     it is the sum.

@@ -1,6 +1,7 @@
 """Key norm: budgets are kept whatever the keys are, and memory is freed."""
 
 import numpy as np
+import pytest
 from tiny_llama import PROMPT
 
 import diffkv_jax as dkv
@@ -8,6 +9,7 @@ from diffkv_jax.testing.readback import held_tokens
 from diffkv_jax.testing.tiny import tiny_model
 
 
+@pytest.mark.slow
 def test_equal_tokens_do_not_burst_a_budget():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     policy = dkv.key_norm(0.25, whole_layers=(), sinks=2, window=16)

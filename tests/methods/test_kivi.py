@@ -186,6 +186,7 @@ def test_a_row_is_the_request_alone():
     assert sorted(held_tokens(second_turn.cache, 1, 1, 0)) == list(range(40 + 40 + 40))
 
 
+@pytest.mark.slow
 def test_evicted_before_encoded():
     """SnapKV, then KIVI: the chosen tokens of each head and the next best fill blocks, whose groups
     are of those tokens alone.
@@ -281,7 +282,7 @@ def test_what_cannot_work(changes, message):
         dkv.CompressionPolicy(**{"name": "x", "tiers": ("K4cV4",)} | changes)
 
 
-@pytest.mark.daily(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head_dim", "value_group", "channels"), [(80, None, 20), (100, None, 25), (80, 40, 40)]
 )

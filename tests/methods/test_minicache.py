@@ -155,6 +155,7 @@ def test_attention_reads_what_was_restored():
         assert worst[wrong] > 0.05, wrong
 
 
+@pytest.mark.slow
 def test_the_most_different_tokens_stay_unmerged_in_both_layers():
     cache, requests, _ = whole_run()
     for row, request in enumerate(requests[""]):

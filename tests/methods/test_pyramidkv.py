@@ -6,6 +6,7 @@ from tiny_llama import LENGTH, PROMPT, kept, models
 import diffkv_jax as dkv
 
 
+@pytest.mark.slow
 def test_pyramidkv_keeps_what_kvpress_keeps():
     choice = pytest.importorskip("oracles.kvpress_choice")
     theirs, _, _ = models(2)

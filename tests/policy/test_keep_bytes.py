@@ -41,7 +41,7 @@ POLICIES = {
 }
 
 
-@pytest.mark.daily(3)
+@pytest.mark.daily(5)
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_cache_is_as_large_as_said(name):
     policy = POLICIES[name]

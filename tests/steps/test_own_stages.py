@@ -98,6 +98,7 @@ class Fading(dkv.Score):
         return view.scores / 2
 
 
+@pytest.mark.slow
 def test_a_request_is_rescored_as_alone():
     """Events of one request leave the scores of the others alone: they come at other steps."""
     score = Fading(queries=16, reduce="mean")
