@@ -16,8 +16,8 @@ enum class Exact { no, bfloat16, float16, float32 };
 //   read(row, plane, next)  codes (or values) of 16 tokens, codes that bfloat16 holds; `next` bytes lie between the rows of an exact type's bytes;
 //   quantise(...)           codes `[width, 16]` of a group of channels `x [width, 16]`, its scale, its zero point if any, and whether those are
 //                           wide, of kCompared lanes;
-//   pairs, bias, in_pairs   whether products in bfloat16 may take it, what they have to add to its codes, and half words with codes less that:
-//                           of the four bits (or fewer) from `Shift` on, of which those of eight bits have two, the upper one sixteenfold.
+//   pairs, in_pairs, bias   whether products in bfloat16 take it; then half words with the four bits (or fewer) from `Shift` on as numbers, and
+//                           how far those are above the code. Eight bits are two of four, the upper one sixteenfold.
 template <int Code>
 struct ReaderOf {
   static constexpr int bits = 0;  // there is none
