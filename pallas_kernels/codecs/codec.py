@@ -126,8 +126,8 @@ class Codec(ABC):
 
     @property
     def native(self) -> tuple[int, int] | None:
-        """Code and number (groups, or channels that share a code) by which native/pages.h reads a
-        block; None: native kernels do not read it.
+        """Code and number (groups, or channels that share a code) by which native/codecs.h reads a
+        block, a header's `ReaderOf<code>`; None: native kernels do not read it.
         """
         return None
 

@@ -112,7 +112,7 @@ inline void stored_keys(const Problem& p, const Queries& q, int head, const Stri
   const Codec& codec = p.layout().tier[strip.tier].key;
   const int stride = p.layout().tokens;
   if (codec.decoded_first() || p.frequencies.size()) return decoded_keys(p, q, head, strip, logits, pitch);
-  with_reader(codec, [&](auto reader) {
+  with_reader(codec.code, [&](auto reader) {
     using Reader = decltype(reader);
     over_heads(p.group, [&](int first, auto count) {
       float* to = logits + first * pitch;
@@ -171,7 +171,7 @@ inline PanelWeights weigh(const Problem& p, const Codec& codec, bool pairs, cons
     for (int s = 0; s < count; ++s) {
       for (int half = 0; half < 2; ++half) {
         auto [scale, zero] = Grid::read(strips[s].value, codec, group, stride, half);
-        if (codec.scaled()) {
+        if (codec.scaled) {
           const Ints live = lanes() + half * kLanes < strips[s].live;
           scale = select(live, scale, Floats{}), zero = select(live, zero, Floats{});
         }
@@ -192,7 +192,7 @@ inline PanelWeights weigh(const Problem& p, const Codec& codec, bool pairs, cons
       }
     }
     for (int h = 0; h < p.group; ++h) {
-      const float part = sum(sums[2 * h]) - (pairs ? bias(codec.bits, codec.normal) * sum(sums[2 * h + 1]) : 0.0f);
+      const float part = sum(sums[2 * h]) - (pairs ? codec.bias * sum(sums[2 * h + 1]) : 0.0f);
       for (int c = 0; c < width; ++c) constant[h * d + group * width + c] += part;
     }
   }
@@ -224,7 +224,7 @@ inline void value_panel(const Problem& p, int head, const Strip* strips, int cou
   const bool pairs = p.pairs && pairs_fit(codec, p.d());
   const PanelWeights panel = weigh(p, codec, pairs, strips, count, weights, pitch, constant);
   const int stride = p.layout().tokens;
-  with_reader(codec, [&](auto reader) {
+  with_reader(codec.code, [&](auto reader) {
     using Reader = decltype(reader);
     over_heads(p.group, [&](int first, auto heads) {
       const auto multiply = [&](auto in_pairs, auto one_group) {

@@ -6,12 +6,6 @@
 
 #include "pages.h"
 
-#if DIFFKV_BF16 && defined(__AVX512VBMI__)
-#define DIFFKV_PAIRS 1  // and spreads bytes over a register
-#else
-#define DIFFKV_PAIRS 0
-#endif
-
 namespace diffkv {
 
 constexpr int kPanel = 8;  // strips whose values are multiplied together, so that sums stay in registers
@@ -32,13 +26,10 @@ struct Queries {
 
 // Whether the bfloat16 products can take a codec: they read channels two by two.
 template <typename Reader>
-constexpr bool pairs_possible = DIFFKV_PAIRS && (Reader::type == Exact::no || Reader::type == Exact::bfloat16);
+constexpr bool pairs_possible = DIFFKV_PAIRS && Reader::pairs;
 inline bool pairs_fit(const Codec& codec, int head_dim) {
-  return DIFFKV_PAIRS && !codec.decoded_first() && codec.exact != Exact::float16 && codec.exact != Exact::float32 && codec.rows % 2 == 0 && head_dim / codec.groups % 2 == 0;
+  return DIFFKV_PAIRS && codec.pairs && !codec.decoded_first() && codec.rows % 2 == 0 && head_dim / codec.groups % 2 == 0;
 }
-
-// Biased codes of bfloat16 products: what the bias adds to a sum of codes, times the sum of the factors: eight bits are two codes of four, the upper one sixteenfold.
-constexpr float bias(int bits, bool normal) { return bits == 16 || normal ? 0.0f : bits == 8 ? 17 * 128.0f : 128.0f; }
 
 #if DIFFKV_PAIRS
 
@@ -75,28 +66,6 @@ inline __m512i joined(__m512i rows) {
   return _mm512_shuffle_epi8(by_eights, interleave);
 }
 
-// Level `i % 2^Bits` in bfloat16, 32 of them.
-template <int Bits>
-struct LevelTable {
-  alignas(64) uint16_t level[32];
-
-  LevelTable() {
-    for (int i = 0; i < 32; ++i) level[i] = to_bfloat16(normal_level<Bits>(i));
-  }
-};
-template <int Bits>
-inline const LevelTable<Bits> kLevelTable;
-
-// Four bits (or fewer) of every half word from `Shift` on as the bfloat16 number 128 + code, which is exact; or as a level.
-template <typename Reader, int Shift>
-inline __m512i biased_codes(__m512i bytes) {
-  if constexpr (Reader::scaled && !Reader::zeroed) {
-    return _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, Shift), _mm512_load_si512(kLevelTable<Reader::bits>.level));
-  }
-  constexpr int mask = Reader::bits >= 4 ? 15 : (1 << Reader::bits) - 1;
-  return _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, Shift), _mm512_set1_epi16(mask), _mm512_set1_epi16(0x4300), 0xEA);  // (a & b) | c
-}
-
 #endif
 
 // total += q . codes over rows [begin, end) of planes [First, First + Planes); of biased codes when `Pairs`.
@@ -116,8 +85,7 @@ inline void accumulate(const Queries& q, int head, const Stored& at, int stride,
       }
     }
     return;
-  }
-  if constexpr (Pairs) {
+  } else if constexpr (Pairs) {
     const __m512i low = spread(0, false), high = spread(1, false);
     for (int row = begin; row < end; row += 2) {
       const uint8_t* from = at.payload + row * stride;
@@ -126,7 +94,7 @@ inline void accumulate(const Queries& q, int head, const Stored& at, int stride,
       unrolled<Reader::bits == 8 ? 2 : Planes>([&](auto i) {  // of eight bits, the lower and the upper half
         constexpr int shift = Reader::bits == 8 ? 4 * i : (First + i) * Reader::bits;
         const int channel = Reader::bits == 8 ? row : (First + i) * rows + row;
-        const __m512i codes[2] = {biased_codes<Reader, shift>(bytes[0]), biased_codes<Reader, shift>(bytes[1])};
+        const __m512i codes[2] = {Reader::template in_pairs<shift>(bytes[0]), Reader::template in_pairs<shift>(bytes[1])};
         const uint16_t* factors = Reader::bits == 8 && i == 1 ? q.sixteenfold : q.rounded;
         for (int h = 0; h < Heads; ++h) {
           const __m512i factor = pair(factors + (head + h) * q.head_dim + channel);
@@ -172,7 +140,7 @@ void key_products(const Queries& q, int head, const Codec& codec, const Stored& 
       const Grid grid = Grid::read(at, codec, group, stride, half);
       for (int h = 0; h < Heads; ++h) {
         const float channels = q.channel_sum(head + h, group * width, (group + 1) * width);
-        if (Pairs) part[h][half] -= bias(Reader::bits, !Reader::zeroed) * channels;
+        if (Pairs) part[h][half] -= Reader::bias * channels;
         total[h][half] += part[h][half] * grid.scale;
         if (Reader::zeroed) total[h][half] += channels * grid.zero;
       }
@@ -215,13 +183,13 @@ void value_products(const Codec& codec, int head_dim, int heads, int head, const
       } else if constexpr (Pairs) {
         const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
         unrolled<planes>([&](auto i) {
-          const __m512i codes = biased_codes<Reader, Reader::bits == 8 ? 0 : i * Reader::bits>(bytes);
+          const __m512i codes = Reader::template in_pairs<Reader::bits == 8 ? 0 : i * Reader::bits>(bytes);
           for (int h = 0; h < Heads; ++h) {
             total[i][h] = dot_pairs(total[i][h], codes, _mm512_loadu_si512(weights.rounded + place(i * rows + row, h, s)));
           }
         });
         if constexpr (Reader::bits == 8) {
-          const __m512i upper = biased_codes<Reader, 4>(bytes);
+          const __m512i upper = Reader::template in_pairs<4>(bytes);
           for (int h = 0; h < Heads; ++h) {
             total[0][h] = dot_pairs(total[0][h], upper, _mm512_loadu_si512(weights.sixteenfold + place(row, h, s)));
           }

@@ -86,7 +86,7 @@ inline void look_up_rows(const Codec& codec, const Stored& at, int stride, int h
   uint16_t* rows = scratch<struct Rows, uint16_t>(head_dim * kStrip);
   uint16_t* to = rows;
   for (int group = 0; group < groups; ++group) {
-    const uint16_t* book = table.data + (codec.ranged ? 0 : int64_t{group} * (channels << Bits));
+    const uint16_t* book = table.data + (codec.ranged() ? 0 : int64_t{group} * (channels << Bits));
     const uint8_t* code = codes + group * kStrip;
     for (int c = 0; c < channels; c += Part) {
       for (int lane = 0; lane < kStrip; ++lane, to += Part) std::memcpy(to, book + code[lane] * channels + c, 2 * Part);
@@ -100,7 +100,7 @@ template <int Bits>
 inline void look_up_levels(const Codec& codec, const Stored& at, int stride, int head_dim, const Learned& table, Floats* x) {
   over_codes<Bits>(at.payload, stride, head_dim, [&](int channel, const Ints (&code)[2]) {
     uint16_t few[kLanes] = {};
-    std::memcpy(few, table.data + (codec.ranged ? 0 : channel << Bits), 2 << Bits);
+    std::memcpy(few, table.data + (codec.ranged() ? 0 : channel << Bits), 2 << Bits);
     const Floats levels = table.numbers(load<Shorts>(few));
     for (int half = 0; half < 2; ++half) x[2 * channel + half] = pick(levels, code[half]);
   });
@@ -149,7 +149,7 @@ inline Floats* decoded(const Codec& codec, const Stored& at, int stride, int hea
   if (codec.channels) {
     look_up(codec, at, stride, head_dim, table, x);
   } else {
-    with_reader(codec, [&](auto reader) {
+    with_reader(codec.code, [&](auto reader) {
       using Reader = decltype(reader);
       over_channels<Reader>(head_dim, 0, head_dim, [&](int channel, int row, int plane) {
         const uint8_t* from = at.payload + int64_t{row} * stride;
@@ -162,7 +162,7 @@ inline Floats* decoded(const Codec& codec, const Stored& at, int stride, int hea
     for (int half = 0; half < 2; ++half) {
       const Ints real = lanes() + half * kLanes < live;
       const auto [scale, zero] = Grid::read(at, codec, group, stride, half);
-      if (!codec.scaled() && live == kStrip) continue;
+      if (!codec.scaled && live == kStrip) continue;
       for (int c = group * width; c < (group + 1) * width; ++c) x[2 * c + half] = select(real, x[2 * c + half] * scale + zero, Floats{});
     }
   }

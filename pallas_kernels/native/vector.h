@@ -13,6 +13,11 @@
 #else
 #define DIFFKV_BF16 0
 #endif
+#if DIFFKV_BF16 && defined(__AVX512VBMI__)
+#define DIFFKV_PAIRS 1  // and spreads bytes over a register
+#else
+#define DIFFKV_PAIRS 0
+#endif
 
 namespace diffkv {
 

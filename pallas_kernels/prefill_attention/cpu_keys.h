@@ -36,7 +36,7 @@ struct Problem {
     bool fit = DIFFKV_BF16 && chunk.q.type == Exact::bfloat16 && d() % 2 == 0;
     for (int t = 0; t < heads.pool.layout.tiers; ++t) {
       const Codec& key = heads.pool.layout.tier[t].key;
-      fit = fit && (key.exact != Exact::no || (key.rows % 2 == 0 && d() / key.groups % 2 == 0));
+      fit = fit && (!key.scaled || (key.rows % 2 == 0 && d() / key.groups % 2 == 0));
     }
     return fit;
   }
@@ -98,7 +98,7 @@ void pack_stored_keys(const Problem& p, int64_t head, const Span& span, int word
     const Strip strip = p.heads.strip(head, span.tier(), (span.first + at) / kStrip);
     const uint8_t* payload = strip.key.payload + half * kLanes;
     int32_t* to = column_of(keys, words, at);
-    with_reader(codec, [&](auto reader) {
+    with_reader(codec.code, [&](auto reader) {
       using Reader = decltype(reader);
       for (int group = 0; group < codec.groups; ++group) {
         const auto [s, z] = Grid::read(strip.key, codec, group, stride, half);
@@ -149,7 +149,7 @@ template <typename Word>
 KeyBlock pack_keys(const Problem& p, int64_t head, const Span& span) {
   const int words = (p.d() + Word::size - 1) / Word::size;
   const Codec* codec = span.stored() ? &p.heads.pool.layout.tier[span.tier()].key : nullptr;
-  const bool scaled = codec && codec->exact == Exact::no && Word::size > 1;
+  const bool scaled = codec && codec->scaled && Word::size > 1;
   const int groups = scaled ? codec->groups : 1;
   int32_t* keys = scratch<struct Keys, int32_t>(int64_t(words) * kKeys);
   float* scale = scratch<struct Scales, float>(2 * groups * kKeys);
@@ -196,7 +196,7 @@ void pack_stored_values(const Problem& p, int64_t head, const Span& span, int32_
   std::fill(by_channel + d * strip_words, by_channel + wide * strip_words, 0);
   for (int at = 0; at < span.count; at += kStrip) {
     const Strip strip = p.heads.strip(head, span.tier(), (span.first + at) / kStrip);
-    with_reader(codec, [&](auto reader) { unpack_values<Word, decltype(reader)>(strip, codec, layout.tokens, d, by_channel); });
+    with_reader(codec.code, [&](auto reader) { unpack_values<Word, decltype(reader)>(strip, codec, layout.tokens, d, by_channel); });
     for (int c = 0; c < wide; c += kLanes) {
       for (int word = 0; word < strip_words; word += kLanes) {
         Ints block[kLanes];
