@@ -15,7 +15,8 @@ def kept_positions(cache: KVCache) -> Positions:
     """Positions of the tokens that each head holds, those in the recent window included: ascending
     int64 arrays `[layer][request][kv_head]`.
 
-    Layers are those without a sliding window, in order. Reads the page tables to the host.
+    Layers are those without a sliding window, in order. The token that was generated last is in
+    none: the model has not seen it (`cache.counters.pending`). Reads the page tables to the host.
 
     Raises:
         TypeError: it is no cache.

@@ -142,7 +142,8 @@ def _check_score(policy: "CompressionPolicy", score: Score) -> None:
     verbs, name = ("enter", "rescore", "passes"), type(score).__name__
     if not score.queries and not any(overrides(score, verb, Score) for verb in verbs):
         raise ValueError(
-            f"score={score} ranks by attention: give queries=64, another number, 'all'"
+            f"score={score} ranks by attention: give queries=64, another number, 'all', or a class "
+            "that has its own enter, rescore or passes"
         )
     if score.hides_dropped and not score.shares_tokens:
         raise ValueError(

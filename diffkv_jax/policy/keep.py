@@ -12,7 +12,15 @@ from diffkv_jax.policy.fields import alpha, budget, from_zero
 from diffkv_jax.policy.ranking import ALL, reached_by
 from diffkv_jax.policy.score import PROTECTED, ScoreView
 from diffkv_jax.policy.spread import SPREADS
-from diffkv_jax.policy.stage import Stage, data, leaf_names, overrides, static, with_leaves
+from diffkv_jax.policy.stage import (
+    Stage,
+    data,
+    leaf_names,
+    numbers_of,
+    overrides,
+    static,
+    with_leaves,
+)
 
 if TYPE_CHECKING:
     from diffkv_jax.policy.policy import CompressionPolicy
@@ -110,6 +118,11 @@ class Keep(Stage):
         return overrides(self, "mark", Keep)
 
 
+def lines_of(keep: Keep, view: KeepView) -> Array:
+    """`Keep.thresholds`, float32 [B, 2] whatever numbers the rule gives."""
+    return numbers_of(keep, "thresholds", keep.thresholds(view), (len(view.seq_len), 2), "[B, 2]")
+
+
 def broadcast(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     """float32 `shape`.
 
@@ -180,7 +193,9 @@ class Thresholds(Keep):
 
 
 class Budget(Keep):
-    """So many tokens of each head stay, those in the recent window and the sinks included.
+    """So many tokens of each head stay, those in the recent window and the sinks included. Those
+    with one score, where the line falls among them, go together, so that a head may hold fewer; in
+    decode up to `flush - 1` tokens more wait for the next event.
 
     Attributes:
         keep: a share of the tokens seen (float up to 1), a number (int), memory for the whole cache

@@ -15,7 +15,7 @@ from diffkv_jax.pallas_kernels.decode_attention.stream import Scale
 from diffkv_jax.pallas_kernels.pages import PageLayout, Pages
 from diffkv_jax.pallas_kernels.prefill_attention import Chunk
 from diffkv_jax.policy.fields import MOST_TOKENS
-from diffkv_jax.policy.stage import Stage, overrides, static
+from diffkv_jax.policy.stage import Stage, numbers_of, overrides, static
 
 if TYPE_CHECKING:
     from diffkv_jax.policy.policy import CompressionPolicy
@@ -26,6 +26,12 @@ PROTECTED = 1e30  # the score of tokens that always stay: finite, so that kernel
 def is_protected(scores: Array) -> Array:
     """Which scores are those of tokens that always stay."""
     return scores >= PROTECTED / 2
+
+
+def scores_of(stage: Stage, verb: str, value: Any, shape: tuple[int, ...]) -> Array:
+    """Scores float32 [B, n] that a `verb` gave. NaN, which compares with nothing, is the lowest."""
+    scores = numbers_of(stage, verb, value, shape, "[B, n]")
+    return jnp.where(jnp.isnan(scores), -PROTECTED, scores)
 
 
 class LeavingTokens(NamedTuple):

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 
 from diffkv_jax.arguments import nearest, refuse, shown
 
@@ -119,6 +121,20 @@ def leaf_names(stage: Stage | type[Stage]) -> tuple[str, ...]:
 def overrides(stage: Any, verb: str, base: type) -> bool:
     """Whether the class of `stage` has a `verb` of its own, so that a default costs nothing."""
     return getattr(type(stage), verb) is not getattr(base, verb)
+
+
+def numbers_of(stage: Any, verb: str, value: Any, shape: tuple[int, ...], axes: str) -> Array:
+    """What a `verb` gave, as float32 `shape`.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    if jnp.shape(value) != shape:
+        raise ValueError(
+            f"{type(stage).__name__}.{verb} must give float32 {axes} = {list(shape)}, gave "
+            f"{list(jnp.shape(value))}"
+        )
+    return jnp.asarray(value, jnp.float32)
 
 
 def lengths(stage: Any) -> Iterator[tuple[str, int]]:

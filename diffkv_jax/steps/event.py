@@ -22,9 +22,9 @@ from diffkv_jax.pallas_kernels.plan_event import (
     count_moves,
     mean_significance,
 )
-from diffkv_jax.policy.keep import KeepView
+from diffkv_jax.policy.keep import KeepView, lines_of
 from diffkv_jax.policy.ranking import ALL, in_whole_blocks
-from diffkv_jax.policy.score import PROTECTED, LeavingTokens, Score
+from diffkv_jax.policy.score import PROTECTED, LeavingTokens, Score, scores_of
 from diffkv_jax.policy.stage import overrides
 
 
@@ -64,9 +64,8 @@ def entered(cache: KVCache, view: LayerView, tokens: Tokens, valid: Array) -> To
     scores = tokens.significance
     if score is not None and overrides(score, "enter", Score):
         k, v, scores, position = tokens
-        scores = score.enter(
-            LeavingTokens(k, v, scores, position, valid, head, cache.spec.attention)
-        )
+        leaving = LeavingTokens(k, v, scores, position, valid, head, cache.spec.attention)
+        scores = scores_of(score, "enter", score.enter(leaving), valid.shape)
         scores = jnp.clip(scores, ALL, PROTECTED / 4)  # one of -inf would go before it is decided
     protected = protected_tokens(cache, view, tokens.position)
     if protected is not None:
@@ -132,7 +131,7 @@ def _thresholds(
     if not keep.ranks:
         none = jnp.zeros((len(mean), 0))
         keep_view = KeepView(none, none.astype(bool), clock.seq_len, clock.exact, tiers, kv_heads)
-        return jnp.where(clock.decides, keep.thresholds(keep_view), ALL)
+        return jnp.where(clock.decides, lines_of(keep, keep_view), ALL)
 
     def layer_thresholds(heads: tuple) -> Array:
         keep, page_table, tier_len, query_spans, seq_len, exact, entering, enters = heads
@@ -140,7 +139,7 @@ def _thresholds(
         scores, live = stored_scores(spec.layout, held, query_spans, spec.max_len)
         scores = jnp.concatenate([scores, entering], axis=1)
         live = jnp.concatenate([live, enters], axis=1)
-        return keep.thresholds(KeepView(scores, live, seq_len, exact, tiers, kv_heads))
+        return lines_of(keep, KeepView(scores, live, seq_len, exact, tiers, kv_heads))
 
     def decide(_: int, tau: Array) -> Array:
         table = stored.page_table, stored.tier_len

@@ -10,7 +10,7 @@ from diffkv_jax.cache.admission import make_room
 from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.cache.layer import LayerView
 from diffkv_jax.pallas_kernels.plan_event import DROPPED
-from diffkv_jax.policy.keep import KeepView
+from diffkv_jax.policy.keep import KeepView, lines_of
 from diffkv_jax.steps.event import apply_plan, planned, recent_tokens, stored_scores
 from diffkv_jax.steps.store_chunk import PAGES_A_ROUND
 
@@ -51,7 +51,7 @@ def _thresholds(cache: KVCache) -> Array:
     scores, live, seq_len, exact = map(by_request, (scores, live, seq_len, exact))
     keep_view = KeepView(scores, live, seq_len, exact, spec.layout.tiers, sharing)
     keep = jax.tree.map(lambda leaf: by_request(view.take(leaf)), keep)
-    tau = keep.thresholds(keep_view)
+    tau = lines_of(keep, keep_view)
     return tau.reshape(requests, layers, kv_heads, 2).swapaxes(0, 1).reshape(layers, -1, 2)
 
 

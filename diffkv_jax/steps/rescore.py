@@ -23,7 +23,7 @@ from diffkv_jax.pallas_kernels.decode_attention.stream import (
     read_chunk,
 )
 from diffkv_jax.pallas_kernels.pages import read_token_data, write_token_array
-from diffkv_jax.policy.score import ScoreView, is_protected
+from diffkv_jax.policy.score import ScoreView, is_protected, scores_of
 from diffkv_jax.steps.event import entered, recent_tokens
 
 
@@ -80,10 +80,12 @@ def rescore(
         new = score_view.scores
         if policy.score is not None and policy.score.rescores:
             new = policy.score.rescore(score_state, score_view)
+            new = scores_of(policy.score, "rescore", new, score_view.scores.shape)
             # a request from which nothing leaves is not decided on, whatever others of the batch do
             new = jnp.where(outside.leaving.any(axis=1)[:, None], new, score_view.scores)
         if keep.marks:
             state, new = keep.mark(state, dataclasses.replace(score_view, scores=new), heads)
+            new = scores_of(keep, "mark", new, score_view.scores.shape)
         if not keep.protects:
             new = jnp.where(is_protected(score_view.scores), score_view.scores, new)
         inside = new.shape[1] - score_view.outside

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
+from diffkv_jax.pallas_kernels.native.build import why_unavailable
 from diffkv_jax.policy.ranking import ALL
 from diffkv_jax.testing.tiny import prompt, tiny_model
 
+NATIVE = pytest.mark.skipif(why_unavailable() is not None, reason="no C++ compiler")
 SHORT = dkv.Schedule(window=8, flush=4)
 PROMPTS = [prompt(60, 1), prompt(41, 2)]
 
@@ -144,3 +146,61 @@ def test_budgets_in_bytes_that_shrink_with_depth():
     cache = dkv.make_cache(tiny_model(layers=4)[0], policy, [300])
     amounts = np.asarray(cache.policy.keep.keep)[:, 0, 0]
     assert amounts[0] > amounts[-1] > 0
+
+
+def with_verb(base: type, verb: str, function):
+    return type("Own", (base,), {verb: function, "in_decode": True, "__module__": __name__})()
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (
+            {
+                "score": with_verb(
+                    dkv.KeyScore, "enter", lambda self, t: jnp.zeros(t.valid.shape[1])
+                )
+            },
+            r"Own.enter must give float32 \[B, n\] = \[2, \d+\], gave \[\d+\]",
+        ),
+        (
+            {"score": with_verb(Late, "rescore", lambda self, state, view: view.scores[:, :3])},
+            r"Own.rescore must give float32 \[B, n\] = \[2, \d+\], gave \[2, 3\]",
+        ),
+        (
+            {"keep": with_verb(Line, "thresholds", lambda self, view: self.line)},
+            r"Own.thresholds must give float32 \[B, 2\] = \[2, 2\], gave \[2\]",
+        ),
+        (
+            {"keep": with_verb(Even, "mark", lambda self, state, view, chooses: (state, 1.0))},
+            r"Own.mark must give float32 \[B, n\] = \[2, \d+\], gave \[\]",
+        ),
+    ],
+    ids=["enter", "rescore", "thresholds", "mark"],
+)
+def test_a_verb_that_gives_another_shape_is_named(stage, message: str):
+    policy = {"score": Late(), "keep": dkv.Budget(keep=20), "schedule": SHORT} | stage
+    with pytest.raises(ValueError, match=message):
+        kept(dkv.CompressionPolicy("x", **policy))
+
+
+@pytest.mark.daily(3)
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("cpu", marks=NATIVE)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int32"])
+def test_numbers_of_another_type_are_scores(dtype: str, implementation: str):
+    """Tokens 0 to 11, whose scores any of the types can hold, and the window."""
+    score = with_verb(dkv.KeyScore, "enter", lambda self, t: (-t.position).astype(dtype))
+    policy = dkv.CompressionPolicy("x", score=score, keep=dkv.Budget(keep=20), schedule=SHORT)
+    held = kept(policy, PROMPTS[:1], implementation=implementation)
+    assert held == [{*range(12), *range(52, 60)}]
+
+
+@pytest.mark.parametrize("verb", ["enter", "rescore"])
+def test_nan_is_the_lowest_score(verb: str):
+    def scores(self, *given):
+        position = given[-1].position
+        return jnp.where(position < 30, jnp.nan, -position.astype(jnp.float32))
+
+    score = with_verb(dkv.KeyScore, verb, scores)
+    policy = dkv.CompressionPolicy("x", score=score, keep=dkv.Budget(keep=20), schedule=SHORT)
+    assert kept(policy, PROMPTS[:1], prefill_chunk=64) == [{*range(30, 42), *range(52, 60)}]
