@@ -44,10 +44,13 @@ KINDS = {
     "t": Kind(Levels, fill="median"),
     "s": Kind(StaticLevels, fill="median"),
 }
-_BUILT_IN = frozenset(KINDS)
 _LONGEST = 100  # characters of a name
 _TENSOR = r"(\d+)([a-z]?)(\d*)"
 _NAME = re.compile(rf"K{_TENSOR}V{_TENSOR}(?::(\d+),(\d+))?(?:\+o(\d+\.?\d*))?(?:\+r(\d+))?")
+
+
+def _built_in(make: Callable[..., Codec]) -> bool:
+    return getattr(make, "__module__", "").startswith(f"{__package__}.")
 
 
 def register_codec(
@@ -67,8 +70,8 @@ def register_codec(
     Raises:
         ValueError: the letter is not one, or taken.
     """
-    if not re.fullmatch("[a-z]", str(letter)) or letter in _BUILT_IN:
-        taken = sorted(_BUILT_IN - {""})
+    taken = sorted(letter for letter, kind in KINDS.items() if letter and _built_in(kind.make))
+    if not re.fullmatch("[a-z]", str(letter)) or letter in taken:
         raise ValueError(f"letter={letter!r} must be one of a to z, and none of {taken}")
     if takes not in (None, "groups", "number"):
         raise ValueError(f"takes={takes!r} must be 'groups', 'number' or None")
