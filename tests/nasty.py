@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis.database import DirectoryBasedExampleDatabase
 
 import diffkv_jax as dkv
 
@@ -27,7 +28,8 @@ fuzz = settings(
     max_examples=PROFILES[PROFILE],
     derandomize=PROFILE == "quick",
     deadline=None,
-    database=None,
+    # an hour that ends early leaves what it found in .hypothesis/
+    database=DirectoryBasedExampleDatabase(".hypothesis") if PROFILE == "hour" else None,
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )
