@@ -207,6 +207,32 @@ def test_json(name, changes, cut):
         assert attempt(lambda: CompressionPolicy.from_json(text[:cut]), {"text"}) is None
 
 
+OF_STAGES = {
+    "keep": "alpha_high|alpha_low|keep_high|share_layers|share_heads|whole_layers|layers|recover",
+    "schedule": "window|flush|group",
+    "protect": "sinks",
+    "transform": "rotary",
+}
+
+
+@fuzz
+@given(
+    st.sampled_from(sorted(NAMED)),
+    st.sampled_from(sorted(NAMED)),
+    st.sets(st.sampled_from(FIELDS[:-1]), min_size=1, max_size=2),
+)
+def test_stages_of_other_policies(name, other, fields):
+    """Any stage beside any other: a policy, or an error that names one of those exchanged."""
+    given = json.loads(NAMED[other]().to_json())
+    text = json.dumps(
+        json.loads(NAMED[name]().to_json()) | {field: given[field] for field in fields}
+    )
+    said = {part for field in fields for part in OF_STAGES.get(field, field).split("|")}
+    policy = attempt(lambda: CompressionPolicy.from_json(text), said | fields)
+    if policy is not None:
+        check(policy, said | fields)
+
+
 @fuzz
 @given(st.binary(max_size=40))
 def test_files(tmp_path_factory, content):

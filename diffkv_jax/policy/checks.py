@@ -107,8 +107,8 @@ def _check_groups(policy: "CompressionPolicy") -> None:
         )
     if policy.schedule.flush < (policy.group or 0):
         raise ValueError(
-            f"flush={policy.schedule.flush} must be at least group={policy.group}: {shared[0]} is "
-            "encoded in whole groups"
+            f"flush={policy.schedule.flush} must be at least group={policy.group}: with "
+            f"tiers={policy.tiers} tokens are encoded in whole groups"
         )
 
 
@@ -139,7 +139,7 @@ def _check_ranking(policy: "CompressionPolicy") -> None:
 
 def _check_score(policy: "CompressionPolicy", score: Score) -> None:
     """A score has something to rank by, and its facts go together."""
-    verbs, name = ("enter", "rescore", "passes"), type(score).__name__
+    verbs, name = ("enter", "rescore", "passes"), f"score={score}"
     if not score.queries and not any(overrides(score, verb, Score) for verb in verbs):
         raise ValueError(
             f"score={score} ranks by attention: give queries=64, another number, 'all', or a class "
@@ -156,7 +156,9 @@ def _check_score(policy: "CompressionPolicy", score: Score) -> None:
     if score.resets and score.per_query:
         raise ValueError(f"{name} forgets queries that per_query=True divides by: take one of both")
     if score.has_passes and (score.rescores or policy.keep.marks):
-        raise ValueError(f"{name} decides after its passes: rescore and Keep.mark never run then")
+        raise ValueError(
+            f"{name} decides after its passes: rescore and marks (keep={policy.keep}) never run then"
+        )
 
 
 def _check_thresholds(policy: "CompressionPolicy", keep: Thresholds) -> None:
@@ -170,7 +172,7 @@ def _check_thresholds(policy: "CompressionPolicy", keep: Thresholds) -> None:
     if len(policy.tiers) == 1 and policy.score is not None and np.any(low != high):
         raise ValueError(
             f"alpha_high={keep.alpha_high} must equal alpha_low={keep.alpha_low} with the single "
-            f"tier {policy.tiers}: there is no low tier between them"
+            f"tier of tiers={policy.tiers}: there is no low tier between them"
         )
 
 
@@ -194,7 +196,7 @@ def _check_budget(policy: "CompressionPolicy", keep: Budget) -> None:
     by_head = keep.share_heads is not None or (amounts.ndim and amounts.shape[-1] > 1)
     if policy.score.shares_tokens and by_head:
         raise ValueError(
-            f"{type(policy.score).__name__} keeps as much in every head: leave "
+            f"score={policy.score} keeps as much in every head: leave "
             f"share_heads={keep.share_heads} and budgets by head, keep={keep.keep}, out"
         )
     if amounts.dtype.kind == "i" and np.any(amounts < least):
@@ -252,9 +254,9 @@ def _check_pairs(policy: "CompressionPolicy") -> None:
         fmt = KVFormat.parse(tier)
         if not fmt.separable or fmt.learned:
             raise ValueError(
-                f"pairs={policy.pairs} stores a direction for each token, and {tier} shares "
-                "numbers over tokens or learns them of keys and values as they are: take 'full' "
-                "or a codec such as 'K4V4'"
+                f"pairs={policy.pairs} stores a direction for each token, and "
+                f"tiers={policy.tiers} share numbers over tokens or learn them of keys and values "
+                "as they are: take 'full' or a codec such as 'K4V4'"
             )
     if policy.transform.position_free:
         raise ValueError(
