@@ -157,7 +157,8 @@ def _check_score(policy: "CompressionPolicy", score: Score) -> None:
         raise ValueError(f"{name} forgets queries that per_query=True divides by: take one of both")
     if score.has_passes and (score.rescores or policy.keep.marks):
         raise ValueError(
-            f"{name} decides after its passes: rescore and marks (keep={policy.keep}) never run then"
+            f"{name} decides after its passes: rescore and the marks of keep={policy.keep} "
+            "never run then"
         )
 
 
