@@ -42,9 +42,11 @@ define install
 	touch $@
 endef
 
-.PHONY: test test-slow test-compile test-version test-x64 demo benchmark benchmark-llama docs lint clean
+.PHONY: test test-slow test-compile test-version test-x64 demo benchmark benchmark-llama docs lint native clean
 
-test: lint
+# Pyright has one core, the compiler of the native kernels the other.
+test: $(VENV)/.installed
+	$(MAKE) -j2 lint native
 	$(VENV)/bin/python -m pytest -m "not slow and not compile" $(XDIST) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed
@@ -61,6 +63,9 @@ test-version:
 
 test-x64: $(VENV)/.installed
 	JAX_ENABLE_X64=1 $(VENV)/bin/python -m pytest $(X64_TESTS) -m "not slow and not compile" $(XDIST) $(PYTEST_ARGS)
+
+native: $(VENV)/.installed
+	$(VENV)/bin/python -c 'from diffkv_jax.pallas_kernels.native.build import build_all; build_all()'
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

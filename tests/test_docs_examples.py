@@ -22,6 +22,7 @@ def run(page: str, names: dict, given: str = "", shorter: str = "") -> None:
     exec(compile(code.replace(given, shorter) if given else code, page, "exec"), names)
 
 
+@pytest.mark.slow
 def test_quality_of_a_text(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_text.txt").write_text("to be or not to be, that is the question " * 8)
     monkeypatch.chdir(tmp_path)

@@ -81,6 +81,7 @@ def press_at_chunk(monkeypatch, number: int) -> None:
     monkeypatch.setattr(read_prompts, "prefill_chunk", pressed)
 
 
+@pytest.mark.slow
 def test_between_chunks_of_a_prompt(monkeypatch):
     """Pressed while the second of four chunks is read: what was read stays, and the rest can
     follow.

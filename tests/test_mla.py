@@ -113,6 +113,7 @@ def test_experts_over_a_cache():
     np.testing.assert_array_equal(both.tokens[1], alone.tokens[0])
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("right", [True, False])
 def test_values_are_the_first_channels(monkeypatch, right):
     """A cache that mixes the last ones instead, rotary channels among them, is told from plain

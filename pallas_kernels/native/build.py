@@ -45,12 +45,18 @@ def why_unavailable() -> str | None:
     """None where native kernels are built or can be, else the reason."""
     try:
         _toolchain()
-        operations = (source.parent.name for source in HEADERS.parent.glob("*/cpu.cc"))
-        if not all(_place(operation).exists() for operation in operations):
+        if not all(_place(operation).exists() for operation in _operations()):
             _check_writable(cache_directory())
     except Unavailable as error:
         return str(error)
     return None
+
+
+def build_all() -> None:
+    """Build every library that is missing, before its first use; nothing where it cannot be."""
+    if why_unavailable() is None:
+        for operation in _operations():
+            library(operation)
 
 
 def call(operation: str, target: str, *outputs, aliases: dict[int, int] | None = None):
@@ -81,6 +87,10 @@ def library(operation: str) -> ctypes.CDLL:
     if not built.exists():
         _build(_source(operation), built)
     return ctypes.CDLL(str(built))
+
+
+def _operations() -> list[str]:
+    return sorted(source.parent.name for source in HEADERS.parent.glob("*/cpu.cc"))
 
 
 def _source(operation: str) -> Path:

@@ -180,3 +180,15 @@ def test_built_libraries_are_used_where_nothing_can_be_written(fresh, tmp_path: 
         place.touch()
     fresh.setattr(build, "_check_writable", lambda directory: pytest.fail(f"asks for {directory}"))
     assert build.why_unavailable() is None and len(operations) >= 6
+
+
+@needs_compiler
+def test_all_libraries_are_built_ahead(fresh):
+    built = []
+    fresh.setattr(build, "library", built.append)
+    build.build_all()
+    assert {"decode_attention", "prefill_attention", "linear"} < set(built)
+    fresh.setattr(build, "why_unavailable", lambda: "no compiler")
+    built.clear()
+    build.build_all()
+    assert not built

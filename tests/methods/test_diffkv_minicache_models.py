@@ -127,7 +127,7 @@ def test_it_is_data():
                 "score": MeanAttention(queries=64),
                 "keep": dkv.Thresholds(),
             },
-            "learns them",
+            "or learn them",
         ),
     ],
 )

@@ -179,6 +179,7 @@ def test_what_a_head_looks_at_decides(token, policy_of_head):
     )
 
 
+@pytest.mark.slow
 def test_protected_ids_stay_with_any_method():
     """In decode too: sampled tokens of the ids stay as those of the prompt do."""
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
