@@ -22,6 +22,12 @@ from diffkv_jax.methods.registry import load_policy as load_policy
 from diffkv_jax.methods.replay import Replay as Replay, replay_words as replay_words
 from diffkv_jax.model import AttentionSpec as AttentionSpec, CausalLM as CausalLM
 from diffkv_jax.pallas_kernels.codecs import Codec as Codec, register_codec as register_codec
+from diffkv_jax.policy.affine import (
+    Balanced as Balanced,
+    Centered as Centered,
+    Chain as Chain,
+    even_channels as even_channels,
+)
 from diffkv_jax.policy.keep import (
     Budget as Budget,
     Keep as Keep,

@@ -23,7 +23,7 @@ from diffkv_jax.cache.cache import KVCache, empty_cache
 from diffkv_jax.cache.kernels import kernels_for
 from diffkv_jax.cache.pool_size import bound, cache_bytes, kept_within, with_pool
 from diffkv_jax.cache.spec import CacheSpec
-from diffkv_jax.calibration.calibration import Calibration, tables_for
+from diffkv_jax.calibration.calibration import Calibration, learned_for
 from diffkv_jax.inputs import as_policy, check_model, check_outside_jit
 from diffkv_jax.model import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.codecs.full import DTYPES
@@ -146,7 +146,8 @@ def make_cache(
         else instance("kernels", kernels, Kernels, "Kernels.resolve(name)"),
     )
     check_room(attention, max_len, spec, policy)
-    tables = tables_for(spec, policy, calibration)
+    tables, transform = learned_for(spec, policy, calibration)
+    policy = with_leaves(policy, transform=transform)
     if isinstance(policy.keep, Budget) and policy.keep.in_bytes:
         _check_one_budget(policy.keep, memory_budget)
         policy, memory_budget = kept_within(spec, policy, room), str(policy.keep.keep)

@@ -18,6 +18,7 @@ from diffkv_jax.pallas_kernels.codecs import read_by
 from diffkv_jax.pallas_kernels.decode_attention import Heads
 from diffkv_jax.pallas_kernels.pages import PageLayout
 from diffkv_jax.policy.keep import Keep
+from diffkv_jax.policy.transform import Transform
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,22 @@ class LayerView:
         row = jnp.arange(num_heads * self.num_layers)
         layer = row // num_heads if self.layer is None else self.layer
         return layer * kv_heads + row % kv_heads
+
+    def transform(self, cache: KVCache, axes: int) -> Transform:
+        """The policy's transform for arrays `[B, ..., head_dim]` with so many axes."""
+        rows = self.head_numbers() if jax.tree.leaves(cache.policy.transform) else None
+
+        def of_heads(x: Array) -> Array:
+            by_head = x.reshape(-1, x.shape[-1])[rows]
+            return by_head.reshape(len(by_head), *(1,) * (axes - 2), x.shape[-1])
+
+        return jax.tree.map(of_heads, cache.policy.transform)
+
+    def untransformed(self, cache: KVCache, k: Array, v: Array) -> tuple[Array, Array]:
+        """Keys and values `[B, n, head_dim]` as the model made them, of stored ones."""
+        transform = self.transform(cache, k.ndim)
+        k = transform.keys(k, self.spec.attention, back=True)
+        return k, transform.output(v) if v.shape[-1] else v
 
     def stored(self, cache: KVCache) -> Stored:
         """The stored tokens, page_table `[B, max_pages]` and tier_len `[B, tiers]`."""

@@ -24,6 +24,7 @@ def layout_of(
         ValueError: the tiers do not fit the model or one page shape, or the model lacks what the
             policy asks for.
     """
+    policy.transform.check_model(attention)
     pairs, formats = policy.pairs, _formats_of(attention, policy, dtype)
     if pairs is not None and pairs.count(attention) == 0:
         pairs = None

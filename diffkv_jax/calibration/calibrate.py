@@ -23,8 +23,11 @@ from diffkv_jax.pallas_kernels.codecs import Codec, Fitting
 from diffkv_jax.pallas_kernels.codecs.scales import needs_wide
 from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.pallas_kernels.rope import at_positions
+from diffkv_jax.policy.affine import fitted, maps_of
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.transform import Transform
+
+FIRST_TOKENS = 16
 
 
 class Samples(NamedTuple):
@@ -50,7 +53,7 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
 ) -> Calibration:
-    """Learn the tables of a policy's codecs.
+    """Learn the tables of a policy's codecs, and the arrays of its transform.
 
     Args:
         model: as for `generate`; used in full precision, without a cache.
@@ -69,7 +72,7 @@ def calibrate(
         progress: show a progress bar.
 
     Raises:
-        ValueError: bad tokens, or a policy whose codecs learn nothing.
+        ValueError: bad tokens, or a policy of which nothing learns.
     """
     check_model("calibrate", model)
     params, policy = as_params("calibrate", params), as_policy(policy)
@@ -90,21 +93,24 @@ def calibrate(
     total = _tables_to_learn(spec, policy)
     # exact sinks never meet a learned codec
     at = _spread(batch, samples, policy.protect.sinks if policy.tiers[0] == "full" else 0)
-    both = _collect(model, params, batch, spec, policy.transform, at, fisher, progress)
+    both = _collect(model, params, batch, spec, at, fisher and total > 0, progress)
+    positions = np.tile(at, len(batch))
+    transform, both = _transformed(spec, policy.transform, both, positions, fisher)
     how = Fitting(partial(weighted_kmeans, iterations=iterations), q_norm)
     with tqdm(total=total, desc="learning tables", unit=" layers", disable=not progress) as bar:
         tables = _learn(spec, both, key, how, bar)
-    return Calibration(tables, policy.tiers, policy.transform, fingerprint(model, params))
+    maps = tuple(None if x is None else np.asarray(x) for x in maps_of(transform))
+    return Calibration(tables, policy.tiers, policy.transform, fingerprint(model, params), maps)
 
 
 def _tables_to_learn(spec: CacheSpec, policy: CompressionPolicy) -> int:
     """Tables to learn, one a layer and learned codec; a policy without any is refused."""
     shapes = table_shapes(spec)
     total = len(spec.paged_layers) * sum(shape is not None for pair in shapes for shape in pair)
-    if not total:
+    if not total and not policy.transform.learned:
         raise ValueError(
-            f"policy {policy.name!r} has no learned codec in tiers={policy.tiers}: there is "
-            "nothing to calibrate"
+            f"policy {policy.name!r} has no learned codec in tiers={policy.tiers} and no "
+            "transform that learns: there is nothing to calibrate"
         )
     return total
 
@@ -169,7 +175,6 @@ def _collect(
     params: Mapping[str, Any],
     batch: np.ndarray,
     spec: CacheSpec,
-    transform: Transform,
     at: np.ndarray,
     fisher: bool,
     progress: bool,
@@ -178,7 +183,7 @@ def _collect(
     seen = []
     for row in tqdm(batch, desc="reading text", unit=" sequences", disable=not progress):
         found = activations(model, params, jnp.asarray(row), gradients=fisher)
-        seen.append(jax.device_get(_stored(spec, transform, found, at, fisher)))
+        seen.append(jax.device_get(_paged(spec, found, at, fisher)))
     keys, values = (
         Samples(*(np.concatenate(part, axis=1) for part in zip(*side, strict=True)))
         for side in zip(*seen, strict=True)
@@ -194,11 +199,11 @@ def _collect(
     return keys, values
 
 
-def _stored(
-    spec: CacheSpec, transform: Transform, seen: Activations, at: np.ndarray, fisher: bool
+def _paged(
+    spec: CacheSpec, seen: Activations, at: np.ndarray, fisher: bool
 ) -> tuple[Samples, Samples]:
-    """The tokens `at` int [n] of one sequence, in the form that they are stored: transforms are
-    orthogonal, gradients turn alike.
+    """The tokens `at` int [n] of one sequence in the paged layers, before the transform; `fisher`
+    has the gradients as they are.
     """
     k, v, k_gradient, v_gradient = (x[np.asarray(spec.paged_layers)[:, None], at] for x in seen)
     if spec.attention.latent is not None:  # the rest of the key stays exact
@@ -208,9 +213,35 @@ def _stored(
         pair = (jnp.swapaxes(x, 1, 2) for x in (k, k_gradient))
         pair = (at_positions(x, position, rope, back=True) for x in pair)
         k, k_gradient = (jnp.swapaxes(x, 1, 2) for x in pair)
-    k, k_gradient = (transform.keys(x, spec.attention) for x in (k, k_gradient))
-    v, v_gradient = (transform.values(x) for x in (v, v_gradient))
     return tuple(
-        Samples(x, jnp.square(g) if fisher else jnp.ones_like(x))
-        for x, g in ((k, k_gradient), (v, v_gradient))
+        Samples(x, g if fisher else jnp.ones_like(x)) for x, g in ((k, k_gradient), (v, v_gradient))
     )  # pyright: ignore
+
+
+def _transformed(
+    spec: CacheSpec,
+    transform: Transform,
+    both: tuple[Samples, Samples],
+    position: np.ndarray,
+    fisher: bool,
+) -> tuple[Transform, tuple[Samples, Samples]]:
+    """The transform with what it learns of the tokens at `position` int [n], and the samples as
+    they are stored, with squared gradients (ones without `fisher`). The first tokens of a text,
+    whose keys are like no others, are not learned from.
+    """
+    (k, k_gradient), (v, v_gradient) = both
+    usual = position >= FIRST_TOKENS if (position >= FIRST_TOKENS).any() else position >= 0
+    if transform.learned:
+        seen = jnp.asarray(k[:, usual]), jnp.asarray(v[:, usual])
+        transform = fitted(transform, *seen, spec.attention)
+
+    def stored(heads: Transform, k, v, k_gradient, v_gradient) -> tuple[Array, ...]:
+        # gradients go through the inverse transposed: of keys that is what queries go through
+        zero = jnp.zeros_like(v_gradient)
+        k_gradient = heads.queries(k_gradient, spec.attention)
+        v_gradient = heads.values(v_gradient) - heads.values(zero)
+        return heads.keys(k, spec.attention), heads.values(v), k_gradient, v_gradient
+
+    k, v, *gradients = jax.vmap(stored)(transform, k, v, k_gradient, v_gradient)
+    k_fisher, v_fisher = map(jnp.square if fisher else jnp.ones_like, gradients)
+    return transform, (Samples(k, k_fisher), Samples(v, v_fisher))

@@ -15,6 +15,7 @@ from diffkv_jax.arguments import WrongType, file_path, flag, instance, refuse, s
 from diffkv_jax.cache.cache import Tables, table_shapes
 from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.model import CausalLM
+from diffkv_jax.policy.affine import maps_of, with_maps
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.stage import from_mapping, to_mapping
 from diffkv_jax.policy.transform import Transform
@@ -31,12 +32,15 @@ class Calibration:
             codec learns nothing; L paged layers, K KV heads.
         tiers, transform: those of the policy.
         fingerprint: of the model, see `fingerprint`.
+        maps: what the transform has learned, float32 `[L, K, head_dim]`, in the order of its fields
+            (None for those of transforms that learn nothing).
     """
 
     tables: Tables
     tiers: tuple[str, ...]
     transform: Transform
     fingerprint: str
+    maps: tuple[np.ndarray | None, ...] = ()
 
     def __post_init__(self):
         rule = "a pair of arrays or None, of K and V, for each tier"
@@ -48,7 +52,8 @@ class Calibration:
                 "for each"
             )
         transform = from_mapping("transform", self.transform, Transform)
-        found = (tables, tiers, transform, text("fingerprint", self.fingerprint))
+        maps = tuple_of("maps", self.maps, _map, "a list of arrays")
+        found = (tables, tiers, transform, text("fingerprint", self.fingerprint), maps)
         for field, value in zip(fields(self), found, strict=True):
             object.__setattr__(self, field.name, value)
 
@@ -93,8 +98,9 @@ class Calibration:
             "tiers": list(self.tiers),
             "transform": to_mapping(self.transform),
             "fingerprint": self.fingerprint,
+            "maps": len(self.maps),
         }
-        target, arrays = str(folder.absolute()), _named(self.tables)
+        target, arrays = str(folder.absolute()), _named(self.tables) | _numbered(self.maps)
         ocp.save(target, arrays, overwrite=overwrite, custom_metadata=names)
 
     @staticmethod
@@ -112,7 +118,8 @@ class Calibration:
             names: Any = found.custom_metadata
             tiers = tuple(names["tiers"])
             tables = [(arrays.get(f"{i}.key"), arrays.get(f"{i}.value")) for i in range(len(tiers))]
-            return Calibration(tuple(tables), tiers, names["transform"], names["fingerprint"])
+            maps = tuple(arrays.get(f"map.{i}") for i in range(names.get("maps", 0)))
+            return Calibration(tuple(tables), tiers, names["transform"], names["fingerprint"], maps)
         except Exception as error:  # Orbax meets a damaged folder as many exception types
             raise ValueError(
                 f"path={str(path)!r} must be a folder that Calibration.save wrote "
@@ -130,6 +137,16 @@ def _pair(name: str, value: Any) -> tuple:
     return first, second
 
 
+def _map(name: str, value: Any) -> Any:
+    if value is not None and not isinstance(value, np.ndarray | jax.Array):
+        refuse(name, value, "an array or None", True)
+    return value
+
+
+def _numbered(maps: tuple) -> dict[str, Any]:
+    return {f"map.{i}": np.asarray(x) for i, x in enumerate(maps) if x is not None}
+
+
 def _named(tables: Tables) -> dict[str, Any]:
     parts = {
         f"{i}.{part}": array
@@ -139,27 +156,30 @@ def _named(tables: Tables) -> dict[str, Any]:
     return {name: np.asarray(array) for name, array in parts.items() if array is not None}
 
 
-def tables_for(
+def learned_for(
     spec: CacheSpec, policy: CompressionPolicy, calibration: Calibration | None
-) -> Tables | None:
-    """The arrays that a new cache gets; None where nothing is learned.
+) -> tuple[Tables | None, Transform]:
+    """The arrays that a new cache gets (None where no codec learns), and the policy's transform
+    with what it has learned.
 
     Raises:
         ValueError: something is learned and there is no calibration, or that of other tiers,
             transforms or geometry; or one for nothing.
     """
     shapes = table_shapes(spec)
-    learns = any(shape is not None for pair in shapes for shape in pair)
-    if learns and calibration is None:
-        raise ValueError(
-            f"policy {policy.name!r} has learned codecs {policy.tiers}: make their tables with "
-            "calibration = diffkv_jax.calibrate(model, params, tokens, policy) and give "
-            "calibration="
-        )
+    codecs = any(shape is not None for pair in shapes for shape in pair)
+    learns = f"learned codecs {policy.tiers}" if codecs else f"transform={policy.transform}"
     if calibration is None:
-        return None
-    if not learns:
-        raise ValueError(f"policy {policy.name!r} has no learned codec: leave calibration= out")
+        if codecs or policy.transform.learned:
+            raise ValueError(
+                f"policy {policy.name!r} has {learns}: make what is learned with calibration = "
+                "diffkv_jax.calibrate(model, params, tokens, policy) and give calibration="
+            )
+        return None, policy.transform
+    if not codecs and not policy.transform.learned:
+        raise ValueError(
+            f"policy {policy.name!r} has no learned codec or transform: leave calibration= out"
+        )
     for field in ("tiers", "transform"):
         learned, given = getattr(calibration, field), getattr(policy, field)
         if learned != given:
@@ -174,7 +194,18 @@ def tables_for(
             f"the calibration's arrays have shapes {found}, the cache needs {shapes}: calibrate "
             "with this model and policy"
         )
-    return tables
+    return tables if codecs else None, _with_maps(spec, policy.transform, calibration.maps)
+
+
+def _with_maps(spec: CacheSpec, transform: Transform, maps: tuple) -> Transform:
+    shape = (len(spec.paged_layers), spec.attention.num_kv_heads, spec.attention.head_dim)
+    found, wanted = [np.shape(x) for x in maps if x is not None], len(maps_of(transform))
+    if transform.learned and (len(maps) != wanted or any(x != shape for x in found)):
+        raise ValueError(
+            f"the calibration's maps have shapes {found}, transform={transform} needs {wanted} of "
+            f"{shape}: calibrate with this model and policy"
+        )
+    return with_maps(transform, list(maps)) if transform.learned else transform
 
 
 def fingerprint(model: CausalLM, params: Mapping[str, Any]) -> str:

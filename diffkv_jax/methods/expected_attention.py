@@ -78,22 +78,18 @@ class ExpectedAttention(KeyScore):
     def queries_to_come(self, state: QueryStatistics, view: ScoreView) -> tuple[Array, Array]:
         """Mean [B, G, d] and covariance [B, G, d, d] of queries, times the factor on logits.
 
-        Turned by the rotary embedding averaged over the next `future` positions, and by the
-        policy's transform.
+        Turned by the rotary embedding averaged over the next `future` positions.
         """
-        attention, transform = view.attention, view.policy.transform
+        attention = view.attention
         position = (view.seq_len[:, None] + jnp.arange(self.future)).astype(jnp.float32)
         angle = position[..., None] * jnp.asarray(attention.rope, jnp.float32)
         cos, sin = (x(angle).mean(axis=1)[:, None] for x in (jnp.cos, jnp.sin))  # [B, 1, d / 2]
 
-        def turn(x: Array, cos: Array, sin: Array) -> Array:
-            return transform.queries(turn_pairs(x, cos, sin), attention)
-
         # symmetric: the other side likewise
-        half = turn(state.covariance, cos[:, None], sin[:, None])
-        covariance = turn(jnp.swapaxes(half, -1, -2), cos[:, None], sin[:, None])
+        half = turn_pairs(state.covariance, cos[:, None], sin[:, None])
+        covariance = turn_pairs(jnp.swapaxes(half, -1, -2), cos[:, None], sin[:, None])
         scale = attention.sm_scale
-        return scale * turn(state.mean, cos, sin), scale**2 * covariance
+        return scale * turn_pairs(state.mean, cos, sin), scale**2 * covariance
 
 
 def with_queries(before: QueryStatistics, q: Array, counted: Array) -> QueryStatistics:

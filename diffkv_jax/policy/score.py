@@ -39,8 +39,8 @@ class LeavingTokens(NamedTuple):
     too.
     """
 
-    k: Array  # [B, n, head_dim] as attention reads them
-    v: Array  # [B, n, head_dim]
+    k: Array  # [B, n, head_dim] as the model made them, without the transform
+    v: Array  # [B, n, head_dim] likewise
     scores: Array  # float32 [B, n] attention of scoring queries; zeros without any
     position: Array  # int32 [B, n]
     valid: Array  # bool [B, n] where there is a token

@@ -1,8 +1,11 @@
-"""`Transform`: keys and values are kept turned, or without their rotary embedding.
+"""`Transform`: keys and values are kept shifted, scaled or turned, or without their rotary
+embedding.
 
-A dot product does not change when both vectors are turned by one orthogonal matrix, and the output
-turns back. Codecs that share a scale over a token's channels lose less when a few large channels
-are spread over all (QuaRot, arXiv:2404.00456; TurboQuant, arXiv:2504.19874).
+A softmax does not change when one vector is taken from all keys of a head, a dot product when the
+key goes through an invertible matrix and the query through its inverse transposed; the output comes
+back because weights add up to one. Codecs that share a scale over a token's channels lose less when
+no channel stands out (QuaRot, arXiv:2404.00456; TurboQuant, arXiv:2504.19874; SmoothQuant,
+arXiv:2211.10438).
 """
 
 from functools import lru_cache
@@ -14,24 +17,41 @@ import scipy.linalg
 from jax import Array, lax
 
 from diffkv_jax.model import AttentionSpec
-from diffkv_jax.policy.stage import Stage
+from diffkv_jax.policy.stage import Stage, overrides
 
 
 class Transform(Stage):
     """What keys, values, queries and outputs [..., head_dim] go through on their way to and from
-    the cache. Queries and keys by maps that leave their dot products as they are.
+    the cache. Queries and keys by maps that leave a query's softmax as it is.
+
+    What differs by head is a `data` field with the default None: an array that `fit` learns, which
+    a cache has for each layer and KV head, and which broadcasts with what a verb is given.
 
     `position_free` says that keys are stored without their rotary embedding.
     """
 
     position_free: ClassVar[bool] = False
 
+    @property
+    def learned(self) -> bool:
+        """Whether `fit` learns something, so that a cache needs a calibration."""
+        return overrides(self, "fit", Transform)
+
+    def fit(self, k: Array, v: Array, attention: AttentionSpec) -> "Transform":
+        """With what it learns of float32 keys and values [n, kv_heads, head_dim] of a layer: arrays
+        [kv_heads, head_dim].
+        """
+        return self
+
+    def check_model(self, attention: AttentionSpec) -> None:
+        """Raise ValueError where the model's attention would change."""
+
     def queries(self, x: Array, attention: AttentionSpec, *, back: bool = False) -> Array:
         """Queries as stored keys want them; `back`: the inverse."""
         return x
 
-    def keys(self, x: Array, attention: AttentionSpec) -> Array:
-        """Keys as they are stored. Where they change by position, see `rope`."""
+    def keys(self, x: Array, attention: AttentionSpec, *, back: bool = False) -> Array:
+        """Keys as they are stored; `back`: the inverse. `rope`: where they change by position."""
         return x
 
     def values(self, x: Array) -> Array:
@@ -69,8 +89,8 @@ class Hadamard(Transform):
         # the rotary part stays as it is
         return jnp.concatenate([rotated(x[..., :latent], back=back), x[..., latent:]], axis=-1)
 
-    def keys(self, x: Array, attention: AttentionSpec) -> Array:
-        return self.queries(x, attention)
+    def keys(self, x: Array, attention: AttentionSpec, *, back: bool = False) -> Array:
+        return self.queries(x, attention, back=back)
 
     def values(self, x: Array) -> Array:
         return rotated(x) if x.shape[-1] else x

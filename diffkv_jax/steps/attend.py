@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -78,13 +79,16 @@ def _paged(
 ) -> tuple[Array, KVCache]:
     """One step of a layer with global attention."""
     transform, attention = cache.policy.transform, cache.spec.attention
-    q, k = transform.queries(q, attention), transform.keys(k, attention)
-    v = transform.values(v)
+    heads = jax.tree.map(lambda x: x[layer], transform)  # [K, head_dim]
+    group = q.shape[2] // k.shape[2]
+    of_queries = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), heads)
+    q, k = of_queries.queries(q, attention), heads.keys(k, attention)
+    v = heads.values(v)
     if isinstance(step, DecodeStep):
         out, cache = decode_layer(cache, layer, q, k, v, step)
     else:
         out, cache = prefill_layer(cache, layer, q, k, v, step)
-    return transform.output(out), cache
+    return of_queries.output(out), cache
 
 
 def _slots(spec: CacheSpec) -> np.ndarray:

@@ -63,8 +63,8 @@ def entered(cache: KVCache, view: LayerView, tokens: Tokens, valid: Array) -> To
     score, head = cache.policy.score, view.head_numbers()
     scores = tokens.significance
     if score is not None and overrides(score, "enter", Score):
-        k, v, scores, position = tokens
-        leaving = LeavingTokens(k, v, scores, position, valid, head, cache.spec.attention)
+        k, v = view.untransformed(cache, tokens.k, tokens.v)
+        leaving = LeavingTokens(k, v, *tokens[2:], valid, head, cache.spec.attention)
         scores = scores_of(score, "enter", score.enter(leaving), valid.shape)
         scores = jnp.clip(scores, ALL, PROTECTED / 4)  # one of -inf would go before it is decided
     protected = protected_tokens(cache, view, tokens.position)

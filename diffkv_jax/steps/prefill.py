@@ -142,8 +142,9 @@ def _on_prompt(cache: KVCache, view: LayerView, chunk: Chunk) -> KVCache:
     rows = jnp.arange(chunk.q.shape[2])
     seq_len = cache.counters.seq_len
     first = view.per_head(seq_len) - len(rows) + chunk.length
+    transform = view.transform(cache, chunk.q.ndim)
     queries = PromptQueries(
-        policy.transform.queries(chunk.q.astype(jnp.float32), attention, back=True),
+        transform.queries(chunk.q.astype(jnp.float32), attention, back=True),
         first[:, None] + rows,
         rows >= len(rows) - chunk.length[:, None],
         view.per_head(seq_len == 0),  # also after a prompt that found no page

@@ -178,13 +178,16 @@ def _score_view(
 
 
 def _over_tokens(cache: KVCache, view: LayerView, tokens: Tokens, function: Callable) -> Any:
-    """`function(k, v)` of float32 [B, m, head_dim] keys and values, arrays [B, ..., m], for all
-    tokens of a layer in the order of `ScoreView`: some pages at a time.
+    """`function(k, v)` of float32 [B, m, head_dim] keys and values as the model made them, arrays
+    [B, ..., m], for all tokens of a layer in the order of `ScoreView`: some pages at a time.
     """
     spec, stored = cache.spec, view.stored(cache)
     layout, table = unmerged_layout(cache, view), (stored.page_table, stored.tier_len)
-    put = lax.dynamic_update_slice_in_dim
-    parts = []
+    put, parts = lax.dynamic_update_slice_in_dim, []
+
+    def of_tokens(k: Array, v: Array) -> Any:
+        return function(*view.untransformed(cache, k, v))
+
     for tier in range(layout.tiers):
         lanes = chunk_pages(layout, tier) * layout.tokens_per_page(tier)
         width = num_chunks(layout, tier, spec.max_len) * lanes
@@ -192,7 +195,7 @@ def _over_tokens(cache: KVCache, view: LayerView, tokens: Tokens, function: Call
 
         def of_chunk(i: Array, tier: int = tier):
             chunk = read_chunk(stored.pages, layout, tier, *table, i)
-            return function(*chunk_tokens(chunk, layout, tier))
+            return of_tokens(*chunk_tokens(chunk, layout, tier))
 
         def body(i: Array, found: Any, of_chunk=of_chunk, lanes: int = lanes) -> Any:
             new = of_chunk(i)
@@ -202,5 +205,5 @@ def _over_tokens(cache: KVCache, view: LayerView, tokens: Tokens, function: Call
         empty = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], width), x.dtype), shapes)  # noqa: B023
         found = over_chunks(layout, tier, stored.tier_len, body, empty)
         parts.append(jax.tree.map(lambda x, capacity=capacity: x[..., :capacity], found))
-    parts.append(function(tokens.k.astype(jnp.float32), tokens.v.astype(jnp.float32)))
+    parts.append(of_tokens(tokens.k.astype(jnp.float32), tokens.v.astype(jnp.float32)))
     return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=-1), *parts)

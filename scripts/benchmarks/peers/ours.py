@@ -22,6 +22,7 @@ from diffkv_jax.evaluate import teacher_forced
 from diffkv_jax.models import load_pretrained
 from diffkv_jax.pallas_kernels.apply_event import FreeRing, Stored
 from diffkv_jax.pallas_kernels.dispatch import Kernels
+from diffkv_jax.policy.stage import with_leaves
 from diffkv_jax.read_prompts import prefill
 from diffkv_jax.steps.jitted import decode_step
 from diffkv_jax.units import parse_bytes
@@ -193,7 +194,8 @@ def spare_pages(cache: dkv.KVCache, steps: int) -> int:
 
 def _repeated(policy: dkv.CompressionPolicy, requests: int) -> dkv.CompressionPolicy:
     """A bound policy of one request for several."""
-    return jax.tree.map(lambda x: np.repeat(np.asarray(x), requests, axis=1), policy)
+    keep = jax.tree.map(lambda x: np.repeat(np.asarray(x), requests, axis=1), policy.keep)
+    return with_leaves(policy, keep=keep)
 
 
 def _sized(source: dkv.KVCache, requests: int, num_pages: int) -> dkv.CacheSpec:
