@@ -1,4 +1,4 @@
-"""The Python of docs/quality.md and docs/scale_and_limits.md, on a tiny model."""
+"""The Python of docs/quality.md, scale_and_limits.md and choosing_a_policy.md, on a tiny model."""
 
 import re
 from pathlib import Path
@@ -50,3 +50,12 @@ def test_a_copy_of_a_cache_outlives_the_call():
     np.testing.assert_array_equal(names["first"].tokens, names["second"].tokens)
     with pytest.raises(ValueError, match="was given to an earlier call"):
         dkv.generate(model, params, [prompt(9, 1)], cache=names["document"].cache)
+
+
+@pytest.mark.slow
+def test_a_calibrated_transform():
+    model, params = tiny_model()
+    names = {"dkv": dkv, "model": model, "params": params}
+    names |= {"tokens": prompt(200, 1).tolist(), "prompt": prompt(200)}
+    run("choosing_a_policy.md", names, "prompt], ", "prompt], max_new_tokens=3, ")
+    assert names["out"].cache.policy.transform.parts[0].key_mean.shape == (2, 1, 64)
