@@ -1,11 +1,14 @@
 """A GGUF file opened with `gguf`: metadata as Python values, tensors as numpy views. No PyTorch."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
+
+from .gguf_reader import WholeArrays
 
 
 def can_decode(kind: GGMLQuantizationType) -> bool:
@@ -28,13 +31,18 @@ class GGUFFile:
     types: {tensor name: quantization type name}.
     shapes: {tensor name: shape, [out, in] for a matrix (the file's own order is reversed)}.
 
-    Raises ValueError for a damaged file, a file that is one part of several, and an unsupported
-    quantization type.
+    Raises ValueError for a damaged file, a file of the other byte order (gguf decodes its tensors
+    wrongly), a file that is one part of several, and an unsupported quantization type.
     """
 
     def __init__(self, path: Path):
         self.path = path
         reader, self.metadata = _open(path)
+        if reader.byte_order != "I":
+            raise ValueError(
+                f"{path} must have this machine's byte order, {sys.byteorder}-endian, but has the "
+                "other: convert it with `gguf-convert-endian`"
+            )
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.types = {
             name: GGMLQuantizationType(tensor.tensor_type).name
@@ -83,10 +91,10 @@ class GGUFFile:
             )
 
 
-def _open(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
+def _open(path: Path) -> tuple[WholeArrays, dict[str, Any]]:
     """The reader and the metadata."""
     try:
-        reader = GGUFReader(str(path))
+        reader = WholeArrays(str(path))
         metadata = {key: field.contents() for key, field in reader.fields.items()}
     except Exception as error:
         # the reader meets a damaged file as IndexError, ValueError, KeyError, UnicodeDecodeError,
