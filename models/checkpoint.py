@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from .fill import complain
+from .fill import all_finite, complain
 from .folder import read_config, read_generation_config, read_tokenizer
 from .names import flatten
 
@@ -157,7 +157,7 @@ def _check_complete(stored: Any, wanted: Mapping[str, Any], origin: str) -> None
 def _check_finite(params: Mapping[str, Any], origin: str) -> None:
     """Only float16 can overflow on the way."""
     for path, leaf in flatten(params).items():
-        if leaf.dtype == jnp.float16 and not np.isfinite(np.asarray(leaf)).all():
+        if leaf.dtype == jnp.float16 and not all_finite(np.asarray(leaf)):
             raise ValueError(
                 f"{origin}: {'/'.join(path)} must be finite in float16: load with dtype='bfloat16' "
                 "or 'float32'"

@@ -1,14 +1,17 @@
 """A GGUF file opened with `gguf`: metadata as Python values, tensors as numpy views. No PyTorch."""
 
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from .gguf_reader import WholeArrays
+from .source import pieces
 
 
 def can_decode(kind: GGMLQuantizationType) -> bool:
@@ -22,6 +25,13 @@ def can_decode(kind: GGMLQuantizationType) -> bool:
 
 SUPPORTED_TYPES = tuple(kind.name for kind in GGMLQuantizationType if can_decode(kind))
 """Every type that the installed `gguf` package decodes."""
+
+
+class _Place(NamedTuple):
+    """Where a tensor's bytes begin in its file, and how they are to be read."""
+
+    kind: GGMLQuantizationType
+    offset: int
 
 
 class GGUFFile:
@@ -43,24 +53,41 @@ class GGUFFile:
                 f"{path} must have this machine's byte order, {sys.byteorder}-endian, but has the "
                 "other: convert it with `gguf-convert-endian`"
             )
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.types = {
-            name: GGMLQuantizationType(tensor.tensor_type).name
-            for name, tensor in self._tensors.items()
+        self._places = {
+            tensor.name: _Place(GGMLQuantizationType(tensor.tensor_type), int(tensor.data_offset))
+            for tensor in reader.tensors
         }
+        self.types = {name: place.kind.name for name, place in self._places.items()}
         self.shapes = {
-            name: tuple(int(n) for n in reversed(tensor.shape))
-            for name, tensor in self._tensors.items()
+            tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors
         }
         self._check_complete(len(reader.tensors))
         self._check_types()
 
     def read(self, name: str) -> np.ndarray:
         """The tensor `name`, float32, [out, in] for a matrix."""
-        tensor = self._tensors[name]
-        return np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32).reshape(
-            self.shapes[name]
-        )
+        values = np.empty(self.shapes[name], np.float32)
+        for start, rows in self.pieces(name):
+            values[start : start + len(rows)] = rows
+        return values
+
+    def pieces(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, float32 rows [n, ...]) of the tensor `name`, in order; the rows of a vector
+        are its numbers.
+
+        Raises ValueError where the file has become shorter since it was opened.
+        """
+        kind, offset = self._places[name]
+        shape = self.shapes[name]
+        per_block, block_bytes = GGML_QUANT_SIZES[kind]
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            for start, stop in pieces(shape):
+                size = (stop - start) * math.prod(shape[1:]) // per_block * block_bytes
+                stored = np.fromfile(file, np.uint8, size)
+                if stored.size != size:
+                    raise ValueError(f"{self.path} ends within {name!r}: copy or download it again")
+                yield start, dequantize(stored[None], kind).reshape(stop - start, *shape[1:])
 
     def _check_complete(self, num_tensors: int) -> None:
         if self.metadata.get("split.count", 0) > 1:

@@ -58,7 +58,7 @@ class WholeArrays(GGUFReader):
         parts, at = [], start
         for _ in range(count):
             self._check_end(at + 8)
-            end = at + 8 + length.unpack_from(self.data, at)[0]
+            end = at + 8 + length.unpack_from(self.data.data, at)[0]
             self._check_end(end)
             parts.append(self.data[at + 8 : end])
             at = end

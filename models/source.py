@@ -1,5 +1,6 @@
 """What every weight file offers the loader: a config, a list of tensors, and them one by one."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +14,19 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: str
+
+
+_PIECE = 2**17  # numbers: few calls, and what is done to them finds them in a processor's cache
+_ROWS = 64  # at least: transposing writes that many numbers next to each other
+
+
+def pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(first row, row after the last) of the pieces in which a tensor is read; a vector's rows are
+    its numbers, 2**17 at a time, a multiple of any quantization block.
+    """
+    step = max(_PIECE // max(math.prod(shape[1:]), 1), _ROWS)
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
 
 
 def check_unique(origin: object, meaning: Mapping[str, str]) -> None:
@@ -57,8 +71,10 @@ class WeightSource(Protocol):
         """{tensor name in the file: why it is left out}, of those that `tensors` does not list."""
         ...
 
-    def stream(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Every tensor of `tensors` once, in the file's order, float32, float16 or bfloat16."""
+    def stream(self) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Every tensor of `tensors` once, in the file's order, whole or some rows at a time: (name,
+        first row, rows in float32, float16 or bfloat16).
+        """
         ...
 
     def tokenizer(self) -> Any | None:
