@@ -10,7 +10,7 @@ import numpy as np
 from .gguf_config import config_from_gguf, generation_config_from_gguf
 from .gguf_file import GGUFFile
 from .registry import FAMILIES
-from .source import TensorInfo, check_unique
+from .source import TensorInfo, check_unique, float_type
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_LAYER = {
@@ -58,6 +58,7 @@ class GGUFSource:
             self._names[name]: TensorInfo(self._file.shapes[name], self._file.types[name])
             for name in kept
         }
+        self.dtype = float_type(self.tensors)
 
     def stream(self) -> Iterator[tuple[str, int, np.ndarray]]:
         """(name, first row, float32 rows), a piece of a tensor at a time."""

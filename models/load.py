@@ -13,9 +13,8 @@ from .fill import fill_params
 from .folder import hugging_face_packages, read_tokenizer
 from .hf_config import config_from_hf
 from .registry import build_model
-from .source import WeightSource
+from .source import DTYPES, WeightSource
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _logger = logging.getLogger("diffkv_jax")
 
 
@@ -29,7 +28,7 @@ class Pretrained(NamedTuple):
 
 def load_pretrained(
     path: str | Path,
-    dtype: str = "float32",
+    dtype: str = "auto",
     *,
     tokenizer: str | Path | None = None,
     progress: bool = False,
@@ -39,7 +38,9 @@ def load_pretrained(
     Args:
         path: a folder written by `save_checkpoint`, a Hugging Face folder with safetensors weights,
             or a .gguf file.
-        dtype: dtype of parameters and activations: "float32", "bfloat16" or "float16".
+        dtype: dtype of parameters and activations: "float32", "bfloat16" or "float16"; "auto" is
+            the file's own, as config.json states it or else most of its numbers have it, and
+            bfloat16 where the file is quantized.
         tokenizer: a folder with tokenizer files to use instead of those at `path`.
         progress: show a progress bar.
     Returns:
@@ -60,7 +61,7 @@ def load_pretrained(
 def convert_pretrained(
     source: str | Path,
     destination: str | Path,
-    dtype: str = "float32",
+    dtype: str = "auto",
     *,
     overwrite: bool = False,
     progress: bool = False,
@@ -96,7 +97,7 @@ def _load(
 ) -> Pretrained:
     """The tokenizer before the weights: it fails sooner."""
     config = config_from_hf(with_generation_config(opened.config, opened.generation_config))
-    model = build_model(config, dtype)
+    model = build_model(config, opened.dtype if dtype == "auto" else dtype)
     text = _tokenizer(path, opened, tokenizer)
     shapes = param_shapes(model)
     if isinstance(opened, Checkpoint):
@@ -118,9 +119,9 @@ def _existing(path: str | Path) -> Path:
 
 
 def _check_dtype(dtype: str) -> None:
-    if dtype not in _DTYPES:
+    if dtype not in ("auto", *DTYPES):
         raise ValueError(
-            f"dtype must be one of {_DTYPES}, given {dtype!r}: pass one of these strings"
+            f"dtype must be one of {('auto', *DTYPES)}, given {dtype!r}: pass one of these strings"
         )
 
 

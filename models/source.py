@@ -1,6 +1,7 @@
 """What every weight file offers the loader: a config, a list of tensors, and them one by one."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,6 +28,32 @@ def pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     step = max(_PIECE // max(math.prod(shape[1:]), 1), _ROWS)
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def float_type(tensors: Mapping[str, TensorInfo]) -> str:
+    """The dtype that most numbers of `tensors` have; "bfloat16" where a tensor is quantized."""
+    sizes: Counter[str] = Counter()
+    for info in tensors.values():
+        if info.dtype not in _FLOATS:
+            return "bfloat16"
+        sizes[_FLOATS[info.dtype]] += math.prod(info.shape)
+    return max(sizes, key=sizes.__getitem__, default="float32")
+
+
+def stated_type(config: Mapping[str, Any]) -> str | None:
+    """The dtype of a parsed config.json, called torch_dtype before transformers 5, or that of its
+    text model; None where it states none of `DTYPES`.
+    """
+    for part in (config, config.get("text_config")):
+        for key in ("dtype", "torch_dtype"):
+            name = part.get(key) if isinstance(part, Mapping) else None
+            if isinstance(name, str) and (name := name.removeprefix("torch.")) in DTYPES:
+                return name
+    return None
 
 
 def check_unique(origin: object, meaning: Mapping[str, str]) -> None:
@@ -59,6 +86,11 @@ class WeightSource(Protocol):
     @property
     def generation_config(self) -> dict[str, Any] | None:
         """The contents of generation_config.json, or its equivalent."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """The weights' own dtype, one of `DTYPES`; "bfloat16" where they are quantized."""
         ...
 
     @property

@@ -18,7 +18,9 @@ def main(
         Path, typer.Argument(help="A folder with safetensors weights, or a .gguf file.")
     ],
     dest: Annotated[Path, typer.Argument(help="The folder to write.")],
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto: the file's own.")
+    ] = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a checkpoint that is already at DEST.")
     ] = False,

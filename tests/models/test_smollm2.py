@@ -36,7 +36,7 @@ TEXTS = [
 
 @cache
 def loaded() -> Any:
-    return load_pretrained(smollm2_gguf_path())
+    return load_pretrained(smollm2_gguf_path(), "float32")
 
 
 @cache
@@ -134,7 +134,7 @@ def test_digits_split_before_spaces() -> None:
 
 
 def test_converted_checkpoint_is_the_same_model(tmp_path: Path) -> None:
-    convert_pretrained(smollm2_gguf_path(), tmp_path / "out")
+    convert_pretrained(smollm2_gguf_path(), tmp_path / "out", "float32")
     again: Any = load_pretrained(tmp_path / "out")
     assert same_trees(loaded().params, again.params)
     assert loaded().model == again.model
