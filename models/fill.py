@@ -20,7 +20,11 @@ _logger = logging.getLogger("diffkv_jax")
 
 
 def fill_params(
-    source: WeightSource, param_shapes: Mapping[str, Any], *, origin: str, progress: bool = False
+    source: WeightSource,
+    param_shapes: Mapping[str, Any],
+    *,
+    origin: str,
+    progress: bool | None = False,
 ) -> dict[str, Any]:
     """The parameters of a model, filled from `source`.
 
@@ -32,7 +36,7 @@ def fill_params(
         source: the opened weights.
         param_shapes: nested dict of `jax.ShapeDtypeStruct`; its dtypes are those of the result.
         origin: how errors name the weights, normally their path.
-        progress: show a progress bar.
+        progress: show a progress bar; None: where standard error is a terminal.
     Raises:
         ValueError: a tensor that is unused, a parameter that stays unfilled, a wrong shape (all
             listed), or values that are not finite.
@@ -51,7 +55,11 @@ def fill_params(
             np.empty(shape, stacks[_EMBEDDING].dtype),
         )
     with tqdm(
-        total=len(source.tensors), desc="weights", unit="tensor", disable=not progress
+        total=len(source.tensors),
+        desc="weights",
+        unit="tensor",
+        disable=None if progress is None else not progress,
+        leave=False,
     ) as bar:
         for name, start, rows in source.stream():
             _store(stacks, wanted[name], start, rows, f"{origin}: {name}")

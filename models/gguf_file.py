@@ -83,8 +83,8 @@ class GGUFFile:
             )
         if (stated := self.metadata.get("split.tensors.count", len(found))) != len(found):
             raise ValueError(
-                f"{self.path} holds {len(found)} tensors, but split.tensors.count={stated} with all "
-                "parts together: copy or download them again"
+                f"{self.path} holds {len(found)} tensors, but split.tensors.count={stated} with "
+                "all parts together: copy or download them again"
             )
 
     def _check_types(self) -> None:

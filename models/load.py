@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffkv_jax.arguments import flag
+
 from .checkpoint import Checkpoint, check_destination, is_checkpoint, save_checkpoint
 from .decoder import Decoder, param_shapes
 from .end_tokens import with_generation_config
@@ -31,7 +33,7 @@ def load_pretrained(
     dtype: str = "auto",
     *,
     tokenizer: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Pretrained:
     """Load a model from files on disk.
 
@@ -42,7 +44,8 @@ def load_pretrained(
             the file's own, as config.json states it or else most of its numbers have it, and
             bfloat16 where the file is quantized.
         tokenizer: a folder with tokenizer files to use instead of those at `path`.
-        progress: show a progress bar.
+        progress: show a progress bar; None: where standard error is a terminal. A converted
+            checkpoint has none.
     Returns:
         (model, params, tokenizer). tokenizer is a Hugging Face tokenizer, or None (with a warning)
         where `path` holds none. model.stop_token_ids are the end tokens: those of
@@ -55,6 +58,7 @@ def load_pretrained(
     """
     path = _existing(path)
     _check_dtype(dtype)
+    progress = None if progress is None else flag("progress", progress)
     return _load(path, _open(path), dtype, tokenizer, progress)
 
 
@@ -64,7 +68,7 @@ def convert_pretrained(
     dtype: str = "auto",
     *,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> None:
     """Read what `load_pretrained` reads and write it as a checkpoint folder, with config,
     generation config, tokenizer and chat template.
@@ -75,6 +79,7 @@ def convert_pretrained(
     """
     source, destination = _existing(source), Path(destination).expanduser().absolute()
     _check_dtype(dtype)
+    progress = None if progress is None else flag("progress", progress)
     check_destination(destination, overwrite)
     opened = _open(source)
     loaded = _load(source, opened, dtype, None, progress)
@@ -93,7 +98,7 @@ def _load(
     opened: Checkpoint | WeightSource,
     dtype: str,
     tokenizer: str | Path | None,
-    progress: bool,
+    progress: bool | None,
 ) -> Pretrained:
     """The tokenizer before the weights: it fails sooner."""
     config = config_from_hf(with_generation_config(opened.config, opened.generation_config))

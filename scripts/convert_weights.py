@@ -27,7 +27,7 @@ def main(
 ) -> None:
     """Convert weights to a checkpoint folder that load_pretrained reads."""
     try:
-        convert_pretrained(source, dest, dtype, overwrite=overwrite, progress=True)
+        convert_pretrained(source, dest, dtype, overwrite=overwrite)
     except (ValueError, ModuleNotFoundError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

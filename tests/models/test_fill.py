@@ -1,5 +1,7 @@
 """How parameters are filled: in pieces, within the memory that they take themselves."""
 
+import io
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from diffkv_jax.models import fill, load_pretrained, source
+from diffkv_jax.models.load import convert_pretrained
 from diffkv_jax.models.names import flatten
 from helpers_model import tiny_config, tiny_tensors, write_folder, write_model_gguf
 
@@ -96,3 +99,29 @@ def test_a_file_cut_after_it_was_opened(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a.gguf ends within .*: copy or download it again"):
         for name in file.shapes:
             file.read(name)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shown when asked for and where standard error is a terminal."""
+    config = tiny_config("llama")
+    path = write_model_gguf(tmp_path / "a.gguf", config, tiny_tensors(config))
+    load_pretrained(path, progress=True)
+    said = capsys.readouterr().err
+    assert "weights: " in said and f"/{len(tiny_tensors(config))} " in said
+    load_pretrained(path)
+    convert_pretrained(path, tmp_path / "out")
+    load_pretrained(path, progress=False)
+    assert capsys.readouterr().err == ""
+    for progress, shown in ((None, True), (False, False)):
+        monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+        load_pretrained(path, progress=progress)
+        assert ("weights" in terminal.getvalue()) == shown
+    with pytest.raises(TypeError, match="progress='yes' must be True or False"):
+        load_pretrained(path, progress="yes")
