@@ -58,8 +58,7 @@ def load_pretrained(
         eom) and those that llama.cpp knows by their text, such as <end_of_turn>.
     Raises:
         ValueError: nothing loadable at `path`, a name that is neither on the Hub nor in its cache,
-            damaged files, an unsupported model, or weights that
-            do not fit the model exactly.
+            damaged files, an unsupported model, or weights that do not fit the model exactly.
         ModuleNotFoundError: a package of the "hf" extra is needed and absent.
     """
     _check_dtype(dtype)
