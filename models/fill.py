@@ -16,6 +16,7 @@ _EMBEDDING = ("embed_tokens", "embedding")
 _HEAD = "lm_head.weight"
 _SPARE = ("output matrix of a tied model",)
 _ROWS = 64  # of a matrix, cast and checked at once
+_CHECKED = 2**17  # numbers looked at at once
 _logger = logging.getLogger("diffkv_jax")
 
 
@@ -132,11 +133,12 @@ def _store(
 
 def all_finite(values: np.ndarray) -> bool:
     """Whether no value is infinite or NaN, of any float dtype of 16 or 32 bits: by the exponent's
-    bits, ten times as fast as `np.isfinite` of bfloat16.
+    bits, six times as fast as `np.isfinite` of bfloat16, and a piece at a time.
     """
-    bits = values.view(f"u{values.itemsize}")
+    bits = values.reshape(-1).view(f"u{values.itemsize}")
     exponent = np.array(np.inf, values.dtype).view(bits.dtype)
-    return not ((bits & exponent) == exponent).any()
+    pieces = (bits[start : start + _CHECKED] for start in range(0, bits.size, _CHECKED))
+    return not any(((piece & exponent) == exponent).any() for piece in pieces)
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -89,6 +89,10 @@ def test_all_finite(dtype: Any) -> None:
     for bad in (np.inf, -np.inf, np.nan, -np.nan):
         assert not fill.all_finite(np.array([*fine, bad], dtype))
         assert not fill.all_finite(np.array([[bad], [1.0]], dtype))
+        many = np.ones((3, fill._CHECKED // 2), dtype)
+        assert fill.all_finite(many)
+        many[-1, -1] = bad
+        assert not fill.all_finite(many) and not fill.all_finite(many.T)
 
 
 def test_a_file_cut_after_it_was_opened(tmp_path: Path) -> None:
