@@ -5,9 +5,12 @@ where the model has them generation_config.json, the tokenizer's files and chat_
 """
 
 import json
+import math
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from .fill import complain
+from .fill import all_finite, complain
 from .folder import read_config, read_generation_config, read_tokenizer
 from .names import flatten
+from .source import DTYPES
 
 _PARAMS = "params"
 
@@ -40,6 +44,26 @@ class Checkpoint:
         """The Hugging Face tokenizer, or None if none was saved."""
         return read_tokenizer(self.folder)
 
+    @property
+    def dtype(self) -> str:
+        """The dtype that most parameters were saved in."""
+        sizes: Counter[str] = Counter()
+        for leaf in flatten(self._stored).values():
+            sizes[np.dtype(leaf.dtype).name] += math.prod(leaf.shape)
+        return max(DTYPES, key=sizes.__getitem__)
+
+    @property
+    def _path(self) -> str:
+        return str((self.folder / _PARAMS).resolve())
+
+    @cached_property
+    def _stored(self) -> Any:
+        """Shapes and dtypes of the saved tree."""
+        try:
+            return ocp.metadata(self._path).metadata
+        except Exception as error:  # Orbax meets a damaged folder as many exception types
+            raise _damaged(self._path, error) from error
+
     def read_params(self, param_shapes: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters, cast to the dtypes of `param_shapes` (nested dict of
         `jax.ShapeDtypeStruct`), on the default device.
@@ -47,21 +71,16 @@ class Checkpoint:
         Raises ValueError for a damaged checkpoint, and for leaves that are unused, unfilled or of
         another shape (all listed).
         """
-        path = str((self.folder / _PARAMS).resolve())
         sharding = jnp.zeros(()).sharding
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             dict(param_shapes),
         )
+        _check_complete(self._stored, abstract, str(self.folder))
         try:
-            stored = ocp.metadata(path).metadata
-        except Exception as error:  # Orbax meets a damaged folder as many exception types
-            raise _damaged(path, error) from error
-        _check_complete(stored, abstract, str(self.folder))
-        try:
-            params = ocp.load(path, abstract)
+            params = ocp.load(self._path, abstract)
         except Exception as error:
-            raise _damaged(path, error) from error
+            raise _damaged(self._path, error) from error
         _check_finite(params, str(self.folder))
         return params
 
@@ -157,7 +176,7 @@ def _check_complete(stored: Any, wanted: Mapping[str, Any], origin: str) -> None
 def _check_finite(params: Mapping[str, Any], origin: str) -> None:
     """Only float16 can overflow on the way."""
     for path, leaf in flatten(params).items():
-        if leaf.dtype == jnp.float16 and not np.isfinite(np.asarray(leaf)).all():
+        if leaf.dtype == jnp.float16 and not all_finite(np.asarray(leaf)):
             raise ValueError(
                 f"{origin}: {'/'.join(path)} must be finite in float16: load with dtype='bfloat16' "
                 "or 'float32'"

@@ -1,11 +1,16 @@
-"""A GGUF file opened with `gguf`: metadata as Python values, tensors as numpy views. No PyTorch."""
+"""A GGUF model opened with `gguf`: metadata as Python values, tensors decoded. No PyTorch."""
 
+import math
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
+
+from .gguf_parts import open_parts
+from .source import pieces
 
 
 def can_decode(kind: GGMLQuantizationType) -> bool:
@@ -22,54 +27,64 @@ SUPPORTED_TYPES = tuple(kind.name for kind in GGMLQuantizationType if can_decode
 
 
 class GGUFFile:
-    """Metadata and tensors of one GGUF file.
+    """Metadata and tensors of one GGUF file, or of all parts of a split one.
 
-    metadata: {key: str | bool | int | float | list}.
+    metadata: {key: str | bool | int | float | list}, of the first part.
     types: {tensor name: quantization type name}.
     shapes: {tensor name: shape, [out, in] for a matrix (the file's own order is reversed)}.
 
-    Raises ValueError for a damaged file, a file that is one part of several, and an unsupported
-    quantization type.
+    Raises ValueError for what `open_parts` refuses, and an unsupported quantization type.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        reader, self.metadata = _open(path)
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.types = {
-            name: GGMLQuantizationType(tensor.tensor_type).name
-            for name, tensor in self._tensors.items()
-        }
-        self.shapes = {
-            name: tuple(int(n) for n in reversed(tensor.shape))
-            for name, tensor in self._tensors.items()
-        }
-        self._check_complete(len(reader.tensors))
+        parts = open_parts(path)
+        self.metadata = parts[0].metadata
+        self._tensors = {name: at for part in parts for name, at in part.tensors.items()}
+        self.types = {name: tensor.kind.name for name, tensor in self._tensors.items()}
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self._check_complete(Counter(name for part in parts for name in part.tensors))
         self._check_types()
 
     def read(self, name: str) -> np.ndarray:
         """The tensor `name`, float32, [out, in] for a matrix."""
-        tensor = self._tensors[name]
-        return np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32).reshape(
-            self.shapes[name]
-        )
+        values = np.empty(self.shapes[name], np.float32)
+        for start, rows in self.pieces(name):
+            values[start : start + len(rows)] = rows
+        return values
 
-    def _check_complete(self, num_tensors: int) -> None:
-        if self.metadata.get("split.count", 0) > 1:
+    def pieces(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, float32 rows [n, ...]) of the tensor `name`, in order; the rows of a vector
+        are its numbers.
+
+        Raises ValueError where the file has become shorter since it was opened.
+        """
+        path, offset, kind, shape = self._tensors[name]
+        per_block, block_bytes = GGML_QUANT_SIZES[kind]
+        with path.open("rb") as file:
+            file.seek(offset)
+            for start, stop in pieces(shape):
+                size = (stop - start) * math.prod(shape[1:]) // per_block * block_bytes
+                stored = np.fromfile(file, np.uint8, size)
+                if stored.size != size:
+                    raise ValueError(f"{path} ends within {name!r}: copy or download it again")
+                yield start, dequantize(stored[None], kind).reshape(stop - start, *shape[1:])
+
+    def _check_complete(self, found: Counter[str]) -> None:
+        if twice := [name for name, times in found.items() if times > 1]:
             raise ValueError(
-                f"{self.path} is part {self.metadata.get('split.no', 0) + 1} of "
-                f"{self.metadata['split.count']}, but the file must hold the whole model: join the "
-                "parts with `llama-gguf-split --merge`"
+                f"{self.path}: every tensor must be in one part, but several parts hold {twice}: "
+                "copy or download them again"
             )
-        if num_tensors == 0:
+        if not found:
             raise ValueError(
                 f"{self.path} must hold a model's tensors, but it holds metadata only: use the "
                 "model's own file"
             )
-        if (stated := self.metadata.get("split.tensors.count", num_tensors)) != num_tensors:
+        if (stated := self.metadata.get("split.tensors.count", len(found))) != len(found):
             raise ValueError(
-                f"{self.path} holds {num_tensors} tensors, but split.tensors.count={stated}: join "
-                "all parts with `llama-gguf-split --merge`"
+                f"{self.path} holds {len(found)} tensors, but split.tensors.count={stated} with "
+                "all parts together: copy or download them again"
             )
 
     def _check_types(self) -> None:
@@ -81,24 +96,3 @@ class GGUFFile:
                 f"the installed gguf package decodes, given {wrong} in {names}: use another "
                 "quantization of the same model"
             )
-
-
-def _open(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
-    """The reader and the metadata."""
-    try:
-        reader = GGUFReader(str(path))
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-    except Exception as error:
-        # the reader meets a damaged file as IndexError, ValueError, KeyError, UnicodeDecodeError,
-        # ...
-        if "GGMLQuantizationType" in str(error):
-            raise ValueError(
-                f"{path} has a tensor of a type that the installed gguf package does not know "
-                f"({error}): upgrade it with `pip install -U gguf`, or use another quantization of "
-                "the same model"
-            ) from error
-        raise ValueError(
-            f"{path} must be a complete GGUF file ({type(error).__name__}: {error}): copy or "
-            "download it again"
-        ) from error
-    return reader, metadata

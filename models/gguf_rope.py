@@ -130,12 +130,13 @@ def _yarn(file: GGUFFile, arch: str, factor: float, attention: float) -> dict[st
 def _from_divisors(file: GGUFFile, arch: str, head_dim: int) -> dict[str, Any] | None:
     """Llama 3's scaling from its divisors; all models use 1, 4 and an 8192-token context."""
     theta = number(file, f"{arch}.rope.freq_base", 10000.0)
-    divisors = file.read("rope_freqs.weight")
-    if divisors.shape != (head_dim // 2,):
+    shape = file.shapes["rope_freqs.weight"]
+    if shape != (head_dim // 2,):
         raise ValueError(
             f"{file.path}: rope_freqs.weight must hold one divisor for each of the {head_dim // 2} "
-            f"pairs of a head, given shape {divisors.shape}: convert the model to GGUF again"
+            f"pairs of a head, given shape {shape}: convert the model to GGUF again"
         )
+    divisors = file.read("rope_freqs.weight")
     if np.allclose(divisors, 1.0):
         return None
     scaling = {

@@ -10,7 +10,7 @@ import numpy as np
 from .gguf_config import config_from_gguf, generation_config_from_gguf
 from .gguf_file import GGUFFile
 from .registry import FAMILIES
-from .source import TensorInfo, check_unique
+from .source import TensorInfo, check_unique, float_type
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_LAYER = {
@@ -58,11 +58,17 @@ class GGUFSource:
             self._names[name]: TensorInfo(self._file.shapes[name], self._file.types[name])
             for name in kept
         }
+        self.dtype = float_type(self.tensors)
 
-    def stream(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, float32 array), tensor by tensor."""
+    def stream(self) -> Iterator[tuple[str, int, np.ndarray]]:
+        """(name, first row, float32 rows), a piece of a tensor at a time."""
         for stored, name in self._names.items():
-            yield name, self._as_hugging_face(name, self._file.read(stored))
+            if heads := self._rotated_heads(name):
+                yield name, 0, split_rotary_halves(self._file.read(stored), self.config[heads])
+                continue
+            one = self._kept_as.norms_plus_one and name.endswith("norm.weight")
+            for start, rows in self._file.pieces(stored):
+                yield name, start, rows - 1.0 if one else rows
 
     def tokenizer(self) -> Any | None:
         from .gguf_tokenizer import tokenizer_from_gguf
@@ -84,14 +90,13 @@ class GGUFSource:
             else f"model.layers.{layer}.{table[part]}.{leaf}"
         )
 
-    def _as_hugging_face(self, name: str, value: np.ndarray) -> np.ndarray:
-        if self._kept_as.norms_plus_one and name.endswith("norm.weight"):
-            return value - 1.0
+    def _rotated_heads(self, name: str) -> str | None:
+        """The field with the number of heads of a tensor whose rotated pairs are side by side."""
         if self._kept_as.rotated_side_by_side:
             for tensor, heads in _HEADS.items():
                 if f".self_attn.{tensor}." in name:
-                    return split_rotary_halves(value, self.config[heads])
-        return value
+                    return heads
+        return None
 
 
 def split_rotary_halves(value: np.ndarray, num_heads: int) -> np.ndarray:

@@ -6,16 +6,18 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffkv_jax.arguments import flag
+
 from .checkpoint import Checkpoint, check_destination, is_checkpoint, save_checkpoint
 from .decoder import Decoder, param_shapes
 from .end_tokens import with_generation_config
 from .fill import fill_params
 from .folder import hugging_face_packages, read_tokenizer
 from .hf_config import config_from_hf
+from .hub import locate
 from .registry import build_model
-from .source import WeightSource
+from .source import DTYPES, WeightSource
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _logger = logging.getLogger("diffkv_jax")
 
 
@@ -29,52 +31,63 @@ class Pretrained(NamedTuple):
 
 def load_pretrained(
     path: str | Path,
-    dtype: str = "float32",
+    dtype: str = "auto",
     *,
+    revision: str | None = None,
     tokenizer: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Pretrained:
-    """Load a model from files on disk.
+    """Load a model from files on disk, or by its name on the Hugging Face Hub.
 
     Args:
         path: a folder written by `save_checkpoint`, a Hugging Face folder with safetensors weights,
-            or a .gguf file.
-        dtype: dtype of parameters and activations: "float32", "bfloat16" or "float16".
+            a .gguf file (of a split one any part, with the others beside it), or a name on the
+            Hugging Face Hub such as "Qwen/Qwen3-0.6B", whose files go into the Hub's own cache and
+            are found there without a network.
+        dtype: dtype of parameters and activations: "float32", "bfloat16" or "float16"; "auto" is
+            the file's own, as config.json states it or else most of its numbers have it, and
+            bfloat16 where the file is quantized.
+        revision: of a name on the Hub, a branch, tag or commit.
         tokenizer: a folder with tokenizer files to use instead of those at `path`.
-        progress: show a progress bar.
+        progress: show a progress bar; None: where standard error is a terminal. A converted
+            checkpoint has none.
     Returns:
         (model, params, tokenizer). tokenizer is a Hugging Face tokenizer, or None (with a warning)
         where `path` holds none. model.stop_token_ids are the end tokens: those of
         generation_config.json, else of config.json; of a GGUF file those its keys name (eos, eot,
         eom) and those that llama.cpp knows by their text, such as <end_of_turn>.
     Raises:
-        ValueError: nothing loadable at `path`, damaged files, an unsupported model, or weights that
-            do not fit the model exactly.
+        ValueError: nothing loadable at `path`, a name that is neither on the Hub nor in its cache,
+            damaged files, an unsupported model, or weights that do not fit the model exactly.
         ModuleNotFoundError: a package of the "hf" extra is needed and absent.
     """
-    path = _existing(path)
     _check_dtype(dtype)
+    progress = None if progress is None else flag("progress", progress)
+    path = locate(path, revision)
     return _load(path, _open(path), dtype, tokenizer, progress)
 
 
 def convert_pretrained(
     source: str | Path,
     destination: str | Path,
-    dtype: str = "float32",
+    dtype: str = "auto",
     *,
+    revision: str | None = None,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> None:
     """Read what `load_pretrained` reads and write it as a checkpoint folder, with config,
     generation config, tokenizer and chat template.
 
-    Args: source, dtype, progress as in `load_pretrained`; destination, overwrite as in
+    Args: source, dtype, revision, progress as in `load_pretrained`; destination, overwrite as in
     `save_checkpoint`. Raises: as those two do; what can be checked is checked before the weights
     are read.
     """
-    source, destination = _existing(source), Path(destination).expanduser().absolute()
     _check_dtype(dtype)
+    progress = None if progress is None else flag("progress", progress)
+    destination = Path(destination).expanduser().absolute()
     check_destination(destination, overwrite)
+    source = locate(source, revision)
     opened = _open(source)
     loaded = _load(source, opened, dtype, None, progress)
     save_checkpoint(
@@ -92,11 +105,11 @@ def _load(
     opened: Checkpoint | WeightSource,
     dtype: str,
     tokenizer: str | Path | None,
-    progress: bool,
+    progress: bool | None,
 ) -> Pretrained:
     """The tokenizer before the weights: it fails sooner."""
     config = config_from_hf(with_generation_config(opened.config, opened.generation_config))
-    model = build_model(config, dtype)
+    model = build_model(config, opened.dtype if dtype == "auto" else dtype)
     text = _tokenizer(path, opened, tokenizer)
     shapes = param_shapes(model)
     if isinstance(opened, Checkpoint):
@@ -107,20 +120,10 @@ def _load(
     return Pretrained(model, params, text)
 
 
-def _existing(path: str | Path) -> Path:
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise ValueError(
-            f"{path} must be an existing file or folder: download the model first, for instance "
-            "with `hf download`"
-        )
-    return path
-
-
 def _check_dtype(dtype: str) -> None:
-    if dtype not in _DTYPES:
+    if dtype not in ("auto", *DTYPES):
         raise ValueError(
-            f"dtype must be one of {_DTYPES}, given {dtype!r}: pass one of these strings"
+            f"dtype must be one of {('auto', *DTYPES)}, given {dtype!r}: pass one of these strings"
         )
 
 
@@ -173,7 +176,7 @@ def _tokenizer(
     path: Path, opened: Checkpoint | WeightSource, folder: str | Path | None
 ) -> Any | None:
     if folder is not None:
-        tokenizer = read_tokenizer(_existing(folder))
+        tokenizer = read_tokenizer(locate(folder, weights=False))
         if tokenizer is None:
             raise ValueError(
                 f"tokenizer={str(folder)!r} must be a folder with a tokenizer.json: copy the "

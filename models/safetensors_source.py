@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from .folder import read_config, read_generation_config, read_json, read_tokenizer
 from .names import canonical, ignored_reason
-from .source import TensorInfo, check_unique
+from .source import TensorInfo, check_unique, float_type, pieces, stated_type
 
 _FLOAT_DTYPES = ("F32", "F16", "BF16")
 _SINGLE = "model.safetensors"
@@ -46,14 +46,19 @@ class SafetensorsSource:
         check_unique(folder, kept)
         self.tensors = {kept[name]: headers[self._files[name]][name] for name in kept}
         _check_dtypes(folder, self.tensors)
+        self.dtype = stated_type(self.config) or float_type(self.tensors)
 
-    def stream(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, array) shard by shard; a shard is closed before the next is opened."""
+    def stream(self) -> Iterator[tuple[str, int, np.ndarray]]:
+        """(name, first row, rows) shard by shard, a piece of a tensor at a time; a shard is closed
+        before the next is opened.
+        """
         for path in dict.fromkeys(self._files.values()):
             with _open(path) as shard:
                 for name, file in self._files.items():
                     if file == path and name not in self.ignored:
-                        yield canonical(name), shard.get_tensor(name)
+                        rows = shard.get_slice(name)
+                        for start, stop in pieces(tuple(rows.get_shape())):
+                            yield canonical(name), start, rows[start:stop]
 
     def tokenizer(self) -> Any | None:
         return read_tokenizer(self.folder)

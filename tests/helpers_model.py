@@ -220,12 +220,15 @@ def write_gguf(
     metadata: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
     kind: str = "F32",
+    **writer_options: Any,
 ) -> Path:
-    """A GGUF file; matrices are stored as `kind`, vectors as float32."""
+    """A GGUF file; matrices are stored as `kind`, vectors as float32. `writer_options` of
+    GGUFWriter: split_max_tensors=4 makes parts, named by it.
+    """
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
 
-    writer = GGUFWriter(str(path), arch)
+    writer = GGUFWriter(str(path), arch, **writer_options)
     for key, value in metadata.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)

@@ -23,7 +23,7 @@ def smollm2():
     """Model, params, tokens to be scored [2, CONTEXT + STEPS + 1] and, of another text, tokens to
     learn from [4, 512].
     """
-    model, params, tokenizer = load_pretrained(smollm2_gguf_path())
+    model, params, tokenizer = load_pretrained(smollm2_gguf_path(), "float32")
     scored = np.concatenate(
         [quality.text_tokens(tokenizer, [text], CONTEXT + STEPS + 1) for text in TEXTS]
     )

@@ -47,17 +47,6 @@ def test_corrupt_gguf_header(gguf_file: Path) -> None:
         load_pretrained(gguf_file)
 
 
-def test_gguf_part_of_several(tmp_path: Path) -> None:
-    config = tiny_config("llama")
-    path = write_model_gguf(
-        tmp_path / "a.gguf", config, tiny_tensors(config), split__count=3, split__no=1
-    )
-    with pytest.raises(
-        ValueError, match="is part 2 of 3, but .*: join the parts with `llama-gguf-split --merge`"
-    ):
-        load_pretrained(path)
-
-
 def test_gguf_without_tensors(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", "llama", gguf_metadata(tiny_config("llama")), {})
     with pytest.raises(ValueError, match="must hold a model's tensors, but it holds metadata only"):

@@ -105,7 +105,7 @@ def test_a_model_of_this_type(tmp_path: Path, kind: Any) -> None:
             encoded,
         )
     path = write(tmp_path / "a.gguf", stored)
-    params = flatten(load_pretrained(path).params)
+    params = flatten(load_pretrained(path, "float32").params)
     data, _ = stored["blk.0.ffn_down.weight"]
     expected = gguf.quants.dequantize(data, kind)
     got = np.asarray(params["layers", "mlp", "down_proj", "kernel"][0]).T
@@ -153,7 +153,9 @@ def test_q5_0_close_to_the_weights(tmp_path: Path) -> None:
     """
     tensors = tiny_tensors(CONFIG)
     params = flatten(
-        load_pretrained(write_model_gguf(tmp_path / "a.gguf", CONFIG, tensors, "Q5_0")).params
+        load_pretrained(
+            write_model_gguf(tmp_path / "a.gguf", CONFIG, tensors, "Q5_0"), "float32"
+        ).params
     )
     wanted = tensors["model.layers.0.mlp.up_proj.weight"]
     got = np.asarray(params["layers", "mlp", "up_proj", "kernel"][0]).T

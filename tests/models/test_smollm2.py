@@ -4,6 +4,8 @@ text, and no torch on our side.
 
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffkv_jax.models import load_pretrained
+from diffkv_jax.models import build_model, load_pretrained, param_shapes
+from diffkv_jax.models.fill import fill_params
 from diffkv_jax.models.load import convert_pretrained
 from helpers_model import same_trees, smollm2_gguf_path, transformers_from_gguf
 
@@ -36,7 +39,7 @@ TEXTS = [
 
 @cache
 def loaded() -> Any:
-    return load_pretrained(smollm2_gguf_path())
+    return load_pretrained(smollm2_gguf_path(), "float32")
 
 
 @cache
@@ -134,7 +137,7 @@ def test_digits_split_before_spaces() -> None:
 
 
 def test_converted_checkpoint_is_the_same_model(tmp_path: Path) -> None:
-    convert_pretrained(smollm2_gguf_path(), tmp_path / "out")
+    convert_pretrained(smollm2_gguf_path(), tmp_path / "out", "float32")
     again: Any = load_pretrained(tmp_path / "out")
     assert same_trees(loaded().params, again.params)
     assert loaded().model == again.model
@@ -142,6 +145,37 @@ def test_converted_checkpoint_is_the_same_model(tmp_path: Path) -> None:
         assert again.tokenizer.encode(text) == loaded().tokenizer.encode(text)
     ours = loaded().tokenizer.apply_chat_template(MESSAGES, tokenize=False)
     assert again.tokenizer.apply_chat_template(MESSAGES, tokenize=False) == ours
+
+
+def test_weights_take_at_most_twice_their_decoding() -> None:
+    """Beside reading the file's bytes and `gguf.dequantize` in NumPy; the best of three each."""
+    from gguf.quants import dequantize
+
+    from diffkv_jax.models.gguf_reader import WholeArrays
+    from diffkv_jax.models.gguf_source import GGUFSource
+
+    path = smollm2_gguf_path()
+    shapes = param_shapes(build_model(loaded().model.config, "bfloat16"))
+    tensors = WholeArrays(path).tensors
+
+    def decode() -> None:
+        np.fromfile(path, np.uint8)
+        for tensor in tensors:
+            dequantize(tensor.data, tensor.tensor_type)
+
+    def fill() -> None:
+        fill_params(GGUFSource(path), shapes, origin="")
+
+    def best(run: Callable[[], None]) -> float:
+        times = []
+        for _ in range(3):
+            began = time.process_time()
+            run()
+            times.append(time.process_time() - began)
+        return min(times)
+
+    ours, theirs = best(fill), best(decode)
+    assert ours < 2 * theirs, (ours, theirs)
 
 
 WITHOUT_TORCH = """

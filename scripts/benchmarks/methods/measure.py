@@ -40,7 +40,7 @@ class Yardstick:
     """The real model, a text, and the full cache's answer to it."""
 
     def __init__(self, context: int, steps: int, text: str):
-        self.model, self.params, self.tokenizer = load_pretrained(smollm2_gguf())
+        self.model, self.params, self.tokenizer = load_pretrained(smollm2_gguf(), "float32")
         assert self.tokenizer is not None  # a GGUF file carries one
         self.context, self.text = context, text
         self.tokens = text_tokens(self.tokenizer, [text], context + steps + 1)

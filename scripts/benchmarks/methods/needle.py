@@ -63,7 +63,7 @@ def recall(
     context: int = 4096, depths: int = 10, policies=None, chunk: int = 1024
 ) -> dict[str, list[bool]]:
     """For each policy, whether the greedy answer holds the passkey, by depth."""
-    model, params, tokenizer = load_pretrained(smollm2_gguf())
+    model, params, tokenizer = load_pretrained(smollm2_gguf(), "float32")
     assert tokenizer is not None  # a GGUF file carries one
     tokens = prompts(tokenizer, context, depths)
     named = {

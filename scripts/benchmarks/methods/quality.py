@@ -86,7 +86,7 @@ def measure(
     chunk: int = 4096,
 ) -> list[Line]:
     """Run every policy on all texts as one batch; progress bars on stderr."""
-    model, params, tokenizer = load_pretrained(smollm2_gguf())
+    model, params, tokenizer = load_pretrained(smollm2_gguf(), "float32")
     tokens = text_tokens(tokenizer, list(texts), context + steps + 1)
     run = {"cache_dtype": "bfloat16", "prefill_chunk": chunk}
     full, _ = teacher_forced(

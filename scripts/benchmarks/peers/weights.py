@@ -30,11 +30,10 @@ def write_hf_folder(gguf: Path, folder: Path) -> None:
 
     source = GGUFSource(gguf)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: np.ascontiguousarray(x) for name, x in source.stream()},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
+    tensors = {name: np.empty(info.shape, np.float32) for name, info in source.tensors.items()}
+    for name, start, rows in source.stream():
+        tensors[name][start : start + len(rows)] = rows
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(
         json.dumps({"architectures": ["LlamaForCausalLM"], **source.config}, default=str)
     )
