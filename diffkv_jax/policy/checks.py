@@ -259,8 +259,8 @@ def _check_pairs(policy: "CompressionPolicy") -> None:
                 f"tiers={policy.tiers} share numbers over tokens or learn them of keys and values "
                 "as they are: take 'full' or a codec such as 'K4V4'"
             )
-    if policy.transform.position_free:
+    if policy.transform.position_free or policy.transform.learned:
         raise ValueError(
-            f"pairs={policy.pairs} compares keys as attention reads them, and "
+            f"pairs={policy.pairs} compares keys of two layers as attention reads them, and "
             f"transform={policy.transform} stores others: leave it out"
         )

@@ -136,6 +136,7 @@ def test_a_policy_is_data():
         ({"pairs": {"type": "LayerPairs", "retention": "few"}}, "pairs.retention='few'"),
         ({"pairs": {"type": "LayerPairs", "gamma": 0.1}}, "LayerPairs has fields .*, not .*gamma"),
         ({"transform": dkv.WithoutRope()}, "leave it out"),
+        ({"transform": dkv.even_channels()}, "leave it out"),
         ({"tiers": ("K2cV2",)}, "tiers=.* share numbers over tokens"),
         ({"tiers": ("K8v4V8v4",)}, "or learn them"),
     ],

@@ -24,7 +24,7 @@ SHORT = dkv.Schedule(window=16, flush=8)
 TEXT = np.stack([prompt(200, seed) for seed in (5, 6)])
 CALIBRATED_ON = np.stack([prompt(256, seed) for seed in (1, 2, 3)])
 EVEN = dkv.even_channels()
-TRANSFORMS = [dkv.Centered(), dkv.Balanced(), dkv.Balanced(1.0), EVEN]
+TRANSFORMS = [EVEN, dkv.Centered(), dkv.Balanced(), dkv.Balanced(1.0)]
 
 
 @lru_cache
@@ -74,6 +74,7 @@ def exact(offset: float = 100):
     return forced(policy_of("full", transform=dkv.Exact()), offset)
 
 
+@pytest.mark.daily(4)
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 def test_exact_tokens_give_the_same_numbers(transform):
     log_probs, cache = forced(policy_of("full", transform=transform))
@@ -104,6 +105,7 @@ def test_what_is_stored_is_the_map_of_what_the_model_makes():
                 np.testing.assert_allclose(held[2], wanted, atol=2e-3)
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("tiers", [("K4V4",), ("K4nV4n",)])
 def test_large_offsets_survive_four_bits(tiers):
     """Within twice the loss without offsets; without the protection it collapses."""
@@ -118,6 +120,7 @@ def test_large_offsets_survive_four_bits(tiers):
         assert loss(unprotected, 100) > 4 * calm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
     [
@@ -140,6 +143,7 @@ def test_scores_see_keys_as_the_model_made_them(policy):
                 assert len(set(head) ^ set(same)) <= 2  # ties within rounding
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(why_unavailable() is not None, reason="no C++ compiler")
 def test_native_kernels_store_the_same(tmp_path):
     """With what was saved and loaded again."""
