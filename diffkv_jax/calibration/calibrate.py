@@ -94,8 +94,7 @@ def calibrate(
     # exact sinks never meet a learned codec
     at = _spread(batch, samples, policy.protect.sinks if policy.tiers[0] == "full" else 0)
     both = _collect(model, params, batch, spec, at, fisher and total > 0, progress)
-    positions = np.tile(at, len(batch))
-    transform, both = _transformed(spec, policy.transform, both, positions, fisher)
+    transform, both = _transformed(spec, policy.transform, both, np.tile(at, len(batch)), fisher)
     how = Fitting(partial(weighted_kmeans, iterations=iterations), q_norm)
     with tqdm(total=total, desc="learning tables", unit=" layers", disable=not progress) as bar:
         tables = _learn(spec, both, key, how, bar)
