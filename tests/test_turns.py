@@ -47,6 +47,7 @@ def test_turns_of_one_token_equal_one_call(generate, policy):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_draws_depend_on_the_position(generate):
     """One key: turns of two tokens draw what one call draws, and a turn does not repeat the noise
     of the turn before.

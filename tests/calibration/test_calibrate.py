@@ -172,6 +172,7 @@ def test_tables_are_learned_from_what_is_stored():
         assert np.abs(keys[:, None, :4] - books).max(axis=-1).min(axis=1).max() > 0.05
 
 
+@pytest.mark.slow
 def test_save_and_load(tmp_path):
     model, params, calibration = calibrated()
     calibration.save(tmp_path / "cq")

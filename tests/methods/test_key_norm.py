@@ -19,6 +19,7 @@ def test_equal_tokens_do_not_burst_a_budget():
     assert all({0, 1, *range(184, 200)} <= positions for positions in held)
 
 
+@pytest.mark.slow
 def test_memory_is_freed():
     model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
     long = np.tile(PROMPT, 4)[None]

@@ -33,7 +33,7 @@ def run(codec, x: np.ndarray) -> np.ndarray:
     return np.asarray(codec.decode(payload, meta))[0].T
 
 
-@pytest.mark.daily(3)
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_levels_of_a_tokens_range(bits):
     rng = np.random.default_rng(0)

@@ -176,6 +176,7 @@ def test_the_most_different_tokens_stay_unmerged_in_both_layers():
             )
 
 
+@pytest.mark.slow
 def test_a_shared_page_is_owned_once():
     cache, requests, _ = whole_run()
     layout = cache.spec.layout

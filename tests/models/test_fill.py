@@ -51,6 +51,7 @@ def peak(path: Path, dtype: str) -> tuple[int, int]:
     return highest, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.daily(4)
 @pytest.mark.parametrize("made", ["gguf", "folder"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory(

@@ -74,7 +74,7 @@ def exact(offset: float = 100):
     return forced(policy_of("full", transform=dkv.Exact()), offset)
 
 
-@pytest.mark.daily(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 def test_exact_tokens_give_the_same_numbers(transform):
     log_probs, cache = forced(policy_of("full", transform=transform))
