@@ -79,10 +79,9 @@ class LayerView:
 
     def transform(self, cache: KVCache, axes: int) -> Transform:
         """The policy's transform for arrays `[B, ..., head_dim]` with so many axes."""
-        rows = self.head_numbers() if jax.tree.leaves(cache.policy.transform) else None
 
         def of_heads(x: Array) -> Array:
-            by_head = x.reshape(-1, x.shape[-1])[rows]
+            by_head = x.reshape(-1, x.shape[-1])[self.head_numbers()]
             return by_head.reshape(len(by_head), *(1,) * (axes - 2), x.shape[-1])
 
         return jax.tree.map(of_heads, cache.policy.transform)

@@ -1,6 +1,6 @@
 """`calibrate`: learned codecs' tables from what a model makes of some text."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,12 +18,12 @@ from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.calibration.kmeans import weighted_kmeans
 from diffkv_jax.calibration.probe import Activations, activations
 from diffkv_jax.inputs import as_params, as_policy, check_model, check_outside_jit
-from diffkv_jax.model import CausalLM
+from diffkv_jax.model import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.codecs import Codec, Fitting
 from diffkv_jax.pallas_kernels.codecs.scales import needs_wide
 from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.pallas_kernels.rope import at_positions
-from diffkv_jax.policy.affine import fitted, maps_of
+from diffkv_jax.policy.affine import maps_of
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.transform import Transform
 
@@ -31,12 +31,12 @@ FIRST_TOKENS = 16
 
 
 class Samples(NamedTuple):
-    """Keys or values of some tokens as the policy stores them, and the squared gradients of the
-    loss by them (ones without Fisher).
+    """Keys or values of some tokens as the model makes them, and the loss' gradients by them (ones
+    without Fisher).
     """
 
     x: Array | np.ndarray  # float32 [L, n, K, d]
-    fisher: Array | np.ndarray  # float32 [L, n, K, d]
+    gradient: Array | np.ndarray  # float32 [L, n, K, d]
 
 
 @in_32_bits
@@ -94,11 +94,11 @@ def calibrate(
     # exact sinks never meet a learned codec
     at = _spread(batch, samples, policy.protect.sinks if policy.tiers[0] == "full" else 0)
     both = _collect(model, params, batch, spec, at, fisher and total > 0, progress)
-    transform, both = _transformed(spec, policy.transform, both, np.tile(at, len(batch)), fisher)
+    transform = _fitted(policy.transform, both, np.tile(at, len(batch)), model.attention)
     how = Fitting(partial(weighted_kmeans, iterations=iterations), q_norm)
     with tqdm(total=total, desc="learning tables", unit=" layers", disable=not progress) as bar:
-        tables = _learn(spec, both, key, how, bar)
-    maps = tuple(None if x is None else np.asarray(x) for x in maps_of(transform))
+        tables = _learn(spec, transform, both, fisher, key, how, bar)
+    maps = tuple(np.asarray(x) for x in maps_of(transform))
     return Calibration(tables, policy.tiers, policy.transform, fingerprint(model, params), maps)
 
 
@@ -115,17 +115,26 @@ def _tables_to_learn(spec: CacheSpec, policy: CompressionPolicy) -> int:
 
 
 def _learn(
-    spec: CacheSpec, both: tuple[Samples, Samples], key: Array, how: Fitting, bar: tqdm
+    spec: CacheSpec,
+    transform: Transform,
+    both: tuple[Samples, Samples],
+    fisher: bool,
+    key: Array,
+    how: Fitting,
+    bar: tqdm,
 ) -> Tables:
-    """The tables of all tiers from keys and values."""
+    """The tables of all tiers from keys and values, as they are stored, a layer at a time."""
 
-    def learned(codec: Codec, given: Samples) -> np.ndarray | None:
+    def learned(codec: Codec, given: Samples, stored: Callable) -> np.ndarray | None:
         if not codec.learned:
             return None
         layers = []
-        for layer, (x, weight) in enumerate(zip(given.x, given.fisher, strict=True)):
+        for layer, pair in enumerate(zip(given.x, given.gradient, strict=True)):
+            heads = jax.tree.map(lambda leaf, layer=layer: leaf[layer], transform)
+            x, gradient = stored(heads, *map(jnp.asarray, pair), spec.attention)
+            weight = jnp.square(gradient) if fisher else jnp.ones_like(x)
             # [K, d, n]
-            block, cost = (jnp.moveaxis(jnp.asarray(part), 0, 2) for part in (x, weight))
+            block, cost = (jnp.moveaxis(part, 0, 2) for part in (x, weight))
             fitted = codec.fit(block, cost, jax.random.fold_in(key, layer), how)
             layers.append(np.asarray(fitted))
             bar.update()
@@ -133,7 +142,8 @@ def _learn(
 
     keys, values = both
     return tuple(
-        (learned(fmt.key, keys), learned(fmt.value, values)) for fmt in spec.layout.formats
+        (learned(fmt.key, keys, _stored_keys), learned(fmt.value, values, _stored_values))
+        for fmt in spec.layout.formats
     )
 
 
@@ -188,7 +198,7 @@ def _collect(
         for side in zip(*seen, strict=True)
     )
     for kind, side in (("keys", keys), ("values", values)):
-        for what, part in ((kind, side.x), (f"the loss' gradients by the {kind}", side.fisher)):
+        for what, part in ((kind, side.x), (f"the loss' gradients by the {kind}", side.gradient)):
             for layer in np.flatnonzero(~np.isfinite(part).all(axis=(1, 2, 3))):
                 raise ValueError(
                     f"{what} of layer {spec.paged_layers[layer]} are not finite, so that nothing "
@@ -217,30 +227,25 @@ def _paged(
     )  # pyright: ignore
 
 
-def _transformed(
-    spec: CacheSpec,
-    transform: Transform,
-    both: tuple[Samples, Samples],
-    position: np.ndarray,
-    fisher: bool,
-) -> tuple[Transform, tuple[Samples, Samples]]:
-    """The transform with what it learns of the tokens at `position` int [n], and the samples as
-    they are stored, with squared gradients (ones without `fisher`). The first tokens of a text,
-    whose keys are like no others, are not learned from.
+def _fitted(
+    transform: Transform, both: tuple[Samples, Samples], position: np.ndarray, model: AttentionSpec
+) -> Transform:
+    """The transform with what it learns of each layer's tokens at `position` int [n], but the first
+    ones of a text, whose keys are like no others.
     """
-    (k, k_gradient), (v, v_gradient) = both
+    if not transform.learned:
+        return transform
     usual = position >= FIRST_TOKENS if (position >= FIRST_TOKENS).any() else position >= 0
-    if transform.learned:
-        seen = jnp.asarray(k[:, usual]), jnp.asarray(v[:, usual])
-        transform = fitted(transform, *seen, spec.attention)
+    keys, values = (side.x[:, usual] for side in both)
+    layers = zip(keys, values, strict=True)
+    fits = [transform.fit(jnp.asarray(k), jnp.asarray(v), model) for k, v in layers]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *fits)
 
-    def stored(heads: Transform, k, v, k_gradient, v_gradient) -> tuple[Array, ...]:
-        # gradients go through the inverse transposed: of keys that is what queries go through
-        zero = jnp.zeros_like(v_gradient)
-        k_gradient = heads.queries(k_gradient, spec.attention)
-        v_gradient = heads.values(v_gradient) - heads.values(zero)
-        return heads.keys(k, spec.attention), heads.values(v), k_gradient, v_gradient
 
-    k, v, *gradients = jax.vmap(stored)(transform, k, v, k_gradient, v_gradient)
-    k_fisher, v_fisher = map(jnp.square if fisher else jnp.ones_like, gradients)
-    return transform, (Samples(k, k_fisher), Samples(v, v_fisher))
+def _stored_keys(heads: Transform, k: Array, gradient: Array, model: AttentionSpec):
+    """Keys as they are stored, and gradients by those: they go through the inverse transposed."""
+    return heads.keys(k, model), heads.queries(gradient, model)
+
+
+def _stored_values(heads: Transform, v: Array, gradient: Array, model: AttentionSpec):
+    return heads.values(v), heads.values(gradient) - heads.values(jnp.zeros_like(gradient))

@@ -32,15 +32,14 @@ class Calibration:
             codec learns nothing; L paged layers, K KV heads.
         tiers, transform: those of the policy.
         fingerprint: of the model, see `fingerprint`.
-        maps: what the transform has learned, float32 `[L, K, head_dim]`, in the order of its fields
-            (None for those of transforms that learn nothing).
+        maps: what the transform has learned, float32 `[L, K, head_dim]`, as its fields come.
     """
 
     tables: Tables
     tiers: tuple[str, ...]
     transform: Transform
     fingerprint: str
-    maps: tuple[np.ndarray | None, ...] = ()
+    maps: tuple[np.ndarray, ...] = ()
 
     def __post_init__(self):
         rule = "a pair of arrays or None, of K and V, for each tier"
@@ -100,7 +99,8 @@ class Calibration:
             "fingerprint": self.fingerprint,
             "maps": len(self.maps),
         }
-        target, arrays = str(folder.absolute()), _named(self.tables) | _numbered(self.maps)
+        target, arrays = str(folder.absolute()), _named(self.tables)
+        arrays |= {f"map.{i}": np.asarray(x) for i, x in enumerate(self.maps)}
         ocp.save(target, arrays, overwrite=overwrite, custom_metadata=names)
 
     @staticmethod
@@ -118,7 +118,7 @@ class Calibration:
             names: Any = found.custom_metadata
             tiers = tuple(names["tiers"])
             tables = [(arrays.get(f"{i}.key"), arrays.get(f"{i}.value")) for i in range(len(tiers))]
-            maps = tuple(arrays.get(f"map.{i}") for i in range(names.get("maps", 0)))
+            maps = tuple(arrays[f"map.{i}"] for i in range(names.get("maps", 0)))
             return Calibration(tuple(tables), tiers, names["transform"], names["fingerprint"], maps)
         except Exception as error:  # Orbax meets a damaged folder as many exception types
             raise ValueError(
@@ -138,13 +138,9 @@ def _pair(name: str, value: Any) -> tuple:
 
 
 def _map(name: str, value: Any) -> Any:
-    if value is not None and not isinstance(value, np.ndarray | jax.Array):
-        refuse(name, value, "an array or None", True)
+    if not isinstance(value, np.ndarray | jax.Array):
+        refuse(name, value, "an array", True)
     return value
-
-
-def _numbered(maps: tuple) -> dict[str, Any]:
-    return {f"map.{i}": np.asarray(x) for i, x in enumerate(maps) if x is not None}
 
 
 def _named(tables: Tables) -> dict[str, Any]:
@@ -199,13 +195,13 @@ def learned_for(
 
 def _with_maps(spec: CacheSpec, transform: Transform, maps: tuple) -> Transform:
     shape = (len(spec.paged_layers), spec.attention.num_kv_heads, spec.attention.head_dim)
-    found, wanted = [np.shape(x) for x in maps if x is not None], len(maps_of(transform))
-    if transform.learned and (len(maps) != wanted or any(x != shape for x in found)):
+    found, wanted = [np.shape(x) for x in maps], len(maps_of(transform))
+    if found != [shape] * wanted:
         raise ValueError(
             f"the calibration's maps have shapes {found}, transform={transform} needs {wanted} of "
             f"{shape}: calibrate with this model and policy"
         )
-    return with_maps(transform, list(maps)) if transform.learned else transform
+    return with_maps(transform, list(maps))
 
 
 def fingerprint(model: CausalLM, params: Mapping[str, Any]) -> str:

@@ -130,15 +130,8 @@ def even_channels(power: float = 0.5) -> Chain:
     return Chain((Centered(), Balanced(power), Hadamard()))
 
 
-def fitted(transform: Transform, k: Array, v: Array, attention: AttentionSpec) -> Transform:
-    """The transform with arrays [L, kv_heads, head_dim] of keys and values float32 [L, n, kv_heads,
-    head_dim].
-    """
-    return jax.vmap(lambda k, v: transform.fit(k, v, attention))(k, v)
-
-
-def maps_of(transform: Transform) -> list[Array | None]:
-    """What it has learned, None where nothing has been."""
+def maps_of(transform: Transform) -> list[Array]:
+    """What it has learned; None where it has yet to learn."""
     return jax.tree.leaves(transform, is_leaf=_absent)
 
 

@@ -21,12 +21,13 @@ def tiny_model(
     sharpness=4.0,
     seed=0,
     max_len=4096,
+    model_type="llama",
 ):
     """(model, params): a llama-like model in float32; `windows` per layer (None = global) makes a
     sliding-window one.
     """
     config = ModelConfig(
-        model_type="llama" if windows is None else "mistral",
+        model_type=model_type if windows is None else "mistral",
         vocab_size=vocab,
         hidden_size=48,
         intermediate_size=64,

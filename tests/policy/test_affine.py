@@ -12,12 +12,11 @@ import pytest
 import diffkv_jax as dkv
 from diffkv_jax.calibration.probe import activations
 from diffkv_jax.evaluate import quality, teacher_forced
-from diffkv_jax.models import ModelConfig, build_model
 from diffkv_jax.pallas_kernels.native.build import why_unavailable
 from diffkv_jax.policy.affine import LEAST_SPREAD
 from diffkv_jax.policy.transform import rotation
 from diffkv_jax.testing.readback import held_tokens
-from diffkv_jax.testing.tiny import prompt, tiny_latent_model
+from diffkv_jax.testing.tiny import prompt, tiny_latent_model, tiny_model
 
 DIM, HEADS, LAYERS = 32, 2, 2
 SHORT = dkv.Schedule(window=16, flush=8)
@@ -32,28 +31,14 @@ def model_with_offsets(offset: float):
     """(model, params): keys of the first layer have offsets of so many times what a seeded bias
     gives, in channels that turn slowly, as in Qwen2.5.
     """
-    config = ModelConfig(
-        model_type="qwen2",
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2 * HEADS,
-        num_key_value_heads=HEADS,
-        head_dim=DIM,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
+    model, params = tiny_model(
+        model_type="qwen2", q_heads=2 * HEADS, kv_heads=HEADS, head_dim=DIM, max_len=1024
     )
-    model = build_model(config, "float32")
-    one = jnp.zeros((1, 1), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(0), one, one)["params"]
-    attention = params["layers"]["self_attn"]
-    for name in ("q_proj", "k_proj"):
-        attention[name]["kernel"] = attention[name]["kernel"] * 2
+    params = jax.tree.map(lambda x: x, params)  # other dicts than those that tests share
     bias = np.zeros((LAYERS, HEADS, DIM), np.float32)
     slow = [DIM // 2 - 1, DIM // 2 - 2, DIM - 1, DIM - 2]
     bias[0][:, slow] = 0.2 * offset * np.random.default_rng(0).normal(size=(HEADS, len(slow)))
-    attention["k_proj"]["bias"] = jnp.asarray(bias.reshape(LAYERS, HEADS * DIM))
+    params["layers"]["self_attn"]["k_proj"]["bias"] = jnp.asarray(bias.reshape(LAYERS, HEADS * DIM))
     return model, params
 
 
