@@ -10,7 +10,7 @@ from jax import Array
 from diffkv_jax.cache.cache import KVCache
 
 
-def warn_of_errors(cache: KVCache, rows: Sequence[int], stacklevel: int = 4) -> None:
+def warn_of_errors(cache: KVCache, rows: Sequence[int], stacklevel: int) -> None:
     """Warn of the requests `rows`, whose logits are not finite: layer and kind, as far as known.
 
     `stacklevel` is that of the user's line: 4 from a public function in `in_32_bits`.
