@@ -1,0 +1,1 @@
+"""Policies chosen by measurement: `fit_policy` searches, `inspect_model` shows why."""

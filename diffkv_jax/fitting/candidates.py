@@ -1,0 +1,85 @@
+"""What `fit_policy` chooses from: a transform, and paths from many bytes to few, each of two tiers and
+what ranks tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from diffkv_jax.cache.spec import CacheSpec
+from diffkv_jax.methods.diffkv import diffkv
+from diffkv_jax.methods.evicting import evicting
+from diffkv_jax.methods.kvzip import ContextReconstruction
+from diffkv_jax.model import AttentionSpec
+from diffkv_jax.policy.affine import even_channels
+from diffkv_jax.policy.keep import Budget
+from diffkv_jax.policy.policy import CompressionPolicy
+from diffkv_jax.policy.transform import EXACT, Hadamard, Transform
+
+SINKS = 4
+COARSE = (0.1, 0.4, 0.7, 1.0)  # places on a path that are measured first
+
+
+class Path(NamedTuple):
+    """Policies from 0 (most bytes) to 1 (fewest).
+
+    Attributes:
+        ranks: "attention": DiffKV's, nothing is dropped, the first tier shrinks; "repeating":
+            KVzip's, which needs a second reading of the prompt, tokens are dropped.
+        tiers: a precise one for tokens of high rank, a narrow one for the others.
+        high: share of the tokens that stay which "repeating" puts into the first.
+    """
+
+    ranks: Literal["attention", "repeating"]
+    tiers: tuple[str, str]
+    high: float = 0.0
+
+    def policy(
+        self, transform: Transform, points: Sequence[float], rows: int = 1
+    ) -> CompressionPolicy:
+        """The policy whose requests stand at `points`, `rows` of them at each; with one point it is
+        for any batch.
+        """
+
+        def amounts(values: list[float]) -> Any:
+            if len(values) == 1:
+                return values[0]
+            return (tuple((value,) for value in values for _ in range(rows)),)  # [1, R, 1]
+
+        options: Any = {"tiers": self.tiers, "transform": transform, "sinks": SINKS}
+        if self.ranks == "attention":
+            return diffkv(amounts([0.25 * 64**point for point in points]), 0.0, **options)
+        keep = [0.9 * 0.25**point for point in points]
+        high = amounts([share * self.high for share in keep])
+        budget = Budget(keep=amounts(keep), keep_high=high, share_heads=0.0, share_layers=True)
+        return evicting("kvzip", ContextReconstruction(), budget, **options)
+
+
+KEEPING = (
+    Path("attention", ("K8V8", "K4nV4n")),
+    Path("attention", ("K8V8", "K4nV2n")),
+    Path("attention", ("K8V4", "K4nV2n")),
+)
+DROPPING = (
+    Path("repeating", ("K8V8", "K4nV2n"), 0.17),
+    Path("repeating", ("K8V4", "K2nV2n"), 0.33),
+)
+
+
+def possible(paths: Sequence[Path], attention: AttentionSpec) -> list[Path]:
+    """Those that the model can have."""
+    return [path for path in paths if _fits(path.policy(EXACT, (1.0,)), attention)]
+
+
+def transforms(attention: AttentionSpec) -> list[Transform]:
+    """Those that the model can have, the one that helps most models first."""
+    path, choices = KEEPING[0], (even_channels(), Hadamard(), EXACT)
+    return [one for one in choices if _fits(path.policy(one, (1.0,)), attention)]
+
+
+def _fits(policy: CompressionPolicy, attention: AttentionSpec) -> bool:
+    size: Any = {"num_requests": 1, "max_len": 256, "num_pages": 0, "dtype": attention.dtype}
+    try:
+        CacheSpec.build(attention, policy, **size)
+    except ValueError:
+        return False
+    return True

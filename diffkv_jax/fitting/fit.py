@@ -1,0 +1,203 @@
+"""`fit_policy`: the policy with the least measured KL that fits into some bytes, or the fewest bytes
+with some KL.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from diffkv_jax.arguments import flag, integer, number, one_of
+from diffkv_jax.batching import as_batch
+from diffkv_jax.calibration.calibrate import calibrate
+from diffkv_jax.calibration.calibration import Calibration, fingerprint
+from diffkv_jax.fitting.candidates import DROPPING, KEEPING, Path, possible, transforms
+from diffkv_jax.fitting.fitted import FitReport, FittedPolicy
+from diffkv_jax.fitting.measure import Bench, Measured
+from diffkv_jax.fitting.search import Goal, Tried, search
+from diffkv_jax.fitting.texts import LEAST, STEPS, Texts, split
+from diffkv_jax.inputs import as_params, check_model, check_outside_jit
+from diffkv_jax.model import AttentionSpec, CausalLM
+from diffkv_jax.pallas_kernels.precision import in_32_bits
+from diffkv_jax.policy.transform import Transform
+from diffkv_jax.units import parse_bytes
+
+MEASURED = 1024  # most tokens of context in the texts
+FITTED_ROWS = 2
+PRESETS = {"quality": 0.003, "balanced": 0.01, "small": 0.03}  # targets of the mean KL, nats
+ROWS = 8  # of text, if there is enough
+COMPARED = 0.7  # place on a path where transforms are compared
+
+
+@in_32_bits
+def fit_policy(
+    model: CausalLM,
+    params: Mapping[str, Any],
+    tokens: Any = None,
+    *,
+    share: float | None = None,
+    memory_budget: int | str | None = None,
+    target_kl: float | str | None = None,
+    context: int = 4096,
+    requests: int = 1,
+    drop: bool = True,
+    progress: bool = True,
+) -> FittedPolicy:
+    """Choose transform, tiers and thresholds by what they cost on some text: the least mean KL from
+    the full cache within `share` or `memory_budget`, or the fewest bytes with `target_kl`.
+
+    Candidates run in the real cache, behind at most 1,024 tokens. The KL is the mean over text that
+    goes on and a passage of it that is repeated: what was dropped or blurred shows there. The
+    report is of other text. Tokens are dropped only where the goal is not met otherwise (KVzip's
+    ranks, which take a second reading of each prompt). A fit takes minutes.
+
+    Args:
+        model: as for `generate`.
+        params: its parameters.
+        tokens: int [S, N], or a list of equally long texts, to calibrate, fit and report on: at
+            least two times 260 tokens, better ten times 1,100. None: the package's own text, with
+            models that `load_pretrained` returned.
+        share: most allocated bytes, of a plain bfloat16 cache's at `context`.
+        memory_budget: the same as bytes or text such as "512MiB", for `requests` of `context`
+            tokens. It counts what is in use at the end: while a prompt is read more is needed.
+        target_kl: most mean KL in nats, or "quality" (0.003), "balanced" (0.01) or "small" (0.03).
+            None of the three: "balanced".
+        context: tokens of a request, prompt and answer.
+        requests: how many there are.
+        drop: whether tokens may be dropped.
+        progress: show a progress bar.
+
+    Raises:
+        TypeError, ValueError: bad input, named; or nothing meets the goal, with the best there is.
+    """
+    check_model("fit_policy", model)
+    params = as_params("fit_policy", params)
+    check_outside_jit("fit_policy", tokens)
+    drop, progress = flag("drop", drop), flag("progress", progress)
+    attention = model.attention
+    context = integer("context", context, least=LEAST, most=attention.max_position_embeddings)
+    requests = integer("requests", requests, least=1)
+    goal = _goal(attention, share, memory_budget, target_kl, context * requests)
+    texts, others = _texts(model, tokens, context)
+    paths, more = possible(KEEPING, attention), possible(DROPPING, attention) if drop else []
+    with tqdm(desc="fitting a policy", unit=" runs", disable=not progress) as bar:
+        bench = Bench(model, params, texts, context)
+        transform, calibration = _best_transform(bench, paths[-1], bar)
+
+        def measure(path: Path, points: Sequence[float]) -> list[Measured]:
+            found = bench.along(path, points, transform, _for_tiers(calibration, path.tiers))
+            bar.update()
+            return found
+
+        tried = search(measure, paths, goal)
+        if more and not goal.met(tried[0].measured):
+            tried += search(measure, more, goal)
+            tried.sort(key=lambda one: goal.order(one.measured))
+        best = tried[0]
+        _check_met(goal, best, drop)
+        policy = best.path.policy(transform, (best.point,))
+        policy = dataclasses.replace(policy, name="fitted")
+        calibration = _for_tiers(calibration, policy.tiers)
+        seen = Bench(model, params, others, context).of(policy, calibration)
+        bar.update()
+    asked = {name: value for name, value in goal._asdict().items() if value is not None}
+    report = _report(seen, best, others, context)
+    return FittedPolicy(policy, calibration, report, fingerprint(model, params), asked)
+
+
+def _report(seen: Measured, best: Tried, others: Texts, context: int) -> FitReport:
+    return FitReport(
+        kl=seen.mean_kl,
+        going_on=seen.going_on,
+        repeated=seen.repeated,
+        kl_error=seen.kl_error,
+        top1=float(seen.top1.mean()),
+        recall=seen.recall,
+        recall_full=seen.recall_full,
+        share=seen.share,
+        context=context,
+        measured=others.context,
+        rows=len(others.rows),
+        fitted_kl=best.measured.mean_kl,
+    )
+
+
+def _goal(
+    attention: AttentionSpec, share: Any, memory_budget: Any, target_kl: Any, tokens: int
+) -> Goal:
+    given = {"share": share, "memory_budget": memory_budget, "target_kl": target_kl}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named)} are given, and one of them is the goal: take one")
+    if memory_budget is not None:
+        rings = [min(w or tokens, tokens) for w in attention.sliding_windows]
+        channels = attention.num_kv_heads * attention.head_dim * (2 - bool(attention.latent))
+        share = min(parse_bytes(memory_budget) / (2 * channels * sum(rings)), 1.0)
+    if share is not None:
+        return Goal(number("share", share, above=0, most=1), None)
+    target_kl = "balanced" if target_kl is None else target_kl
+    if isinstance(target_kl, str):
+        one_of("target_kl", target_kl, (*PRESETS,))
+        target_kl = PRESETS[target_kl]
+    return Goal(None, number("target_kl", target_kl, above=0))
+
+
+def _texts(model: CausalLM, tokens: Any, context: int) -> tuple[Texts, Texts]:
+    batch, sizes = as_batch(tokens, model.attention.vocab_size)
+    if (sizes != batch.shape[1]).any():
+        raise ValueError(
+            f"tokens must be texts of one length, given lengths {sizes.tolist()}: cut them to the "
+            "shortest"
+        )
+    room = model.attention.max_position_embeddings - STEPS - 1
+    # rather several texts than long ones
+    spare = batch.size // ROWS - STEPS if len(batch) < ROWS else batch.shape[1] - STEPS
+    measured = min(MEASURED, context, room, batch.shape[1] - STEPS, max(spare, LEAST))
+    if measured < LEAST:
+        raise ValueError(
+            f"tokens have shape {list(batch.shape)} and the model a context of {room + STEPS + 1}: "
+            f"what is measured needs texts of at least {LEAST + STEPS} tokens"
+        )
+    return split(batch, measured, FITTED_ROWS)
+
+
+def _best_transform(bench: Bench, path: Path, bar: tqdm) -> tuple[Transform, Calibration | None]:
+    """The transform with the least KL in one place of a path, and what it learned from the texts of
+    the fit.
+    """
+    found = []
+    for transform in transforms(bench.model.attention)[:2]:
+        calibration, policy = None, path.policy(transform, (COMPARED,))
+        if transform.learned:
+            rows = bench.texts.rows[:, : bench.texts.context]
+            calibration = calibrate(bench.model, bench.params, rows, policy, progress=False)
+        kl = bench.of(policy, calibration).mean_kl
+        found.append((kl, len(found), transform, calibration))
+        bar.update()
+    _, _, transform, calibration = min(found)
+    return transform, calibration
+
+
+def _for_tiers(calibration: Calibration | None, tiers: tuple[str, ...]) -> Calibration | None:
+    """The same maps of keys and values for codecs that learn nothing."""
+    if calibration is None:
+        return None
+    return dataclasses.replace(calibration, tiers=tiers, tables=((None, None),) * len(tiers))
+
+
+def _check_met(goal: Goal, best: Tried, drop: bool) -> None:
+    found = best.measured
+    if goal.met(found):
+        return
+    dropping = "" if drop else ", or allow tokens to be dropped with drop=True"
+    there = f"mean KL {found.mean_kl:.4f} at {found.share:.1%} of bfloat16"
+    if goal.share is not None:
+        raise ValueError(
+            f"no policy fits into {goal.share:.1%} of a bfloat16 cache's bytes; the smallest that "
+            f"was tried: {there}. Raise the budget{dropping}"
+        )
+    raise ValueError(
+        f"no policy keeps the mean KL below target_kl={goal.target_kl}; the best that was tried: "
+        f"{there}. Raise it, or take quantized('K8V8') or no policy"
+    )

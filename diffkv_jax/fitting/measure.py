@@ -1,0 +1,142 @@
+"""What candidates cost: the real cache, teacher-forced, and the bytes that it would take at another
+length.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from diffkv_jax.cache.cache import KVCache
+from diffkv_jax.cache.report import memory_report
+from diffkv_jax.calibration.calibration import Calibration
+from diffkv_jax.evaluate import quality, teacher_forced
+from diffkv_jax.fitting.candidates import Path
+from diffkv_jax.fitting.texts import GOES_ON, LEARNED, Texts
+from diffkv_jax.model import CausalLM
+from diffkv_jax.policy.policy import CompressionPolicy
+from diffkv_jax.policy.transform import Transform
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a policy costs on some rows of text.
+
+    Attributes:
+        kl: [S, steps] nats, of the full cache's next-token distribution.
+        top1: [S, steps] 1 where both rank the same token first.
+        recall, recall_full: share of the repeated tokens that the compressed and the full cache
+            rank first.
+        share: allocated bytes of the plain bfloat16 cache's, at the asked length.
+    """
+
+    kl: np.ndarray
+    top1: np.ndarray
+    recall: float
+    recall_full: float
+    share: float
+
+    @property
+    def mean_kl(self) -> float:
+        return float(self.kl.mean())
+
+    @property
+    def going_on(self) -> float:
+        """Mean KL of the text that goes on."""
+        return float(self.kl[:, :GOES_ON].mean())
+
+    @property
+    def repeated(self) -> float:
+        """Mean KL of the passage that is repeated."""
+        return float(self.kl[:, GOES_ON:].mean())
+
+    @property
+    def kl_error(self) -> float:
+        """Half of the 95 % confidence interval of the mean KL, from the spread of its rows and of
+        both kinds of tokens in them.
+        """
+        parts = np.stack([self.kl[:, :GOES_ON].mean(axis=1), self.kl[:, GOES_ON:].mean(axis=1)])
+        return float(1.96 * parts.std(ddof=1) / np.sqrt(parts.size))
+
+
+class Bench:
+    """A model, texts and the full cache's log-probabilities on them.
+
+    `context` is the length that bytes are told for; it may be longer than the texts.
+    """
+
+    def __init__(self, model: CausalLM, params: Mapping[str, Any], texts: Texts, context: int):
+        self.model, self.params, self.texts, self.context = model, params, texts, context
+        self.full = self._run(CompressionPolicy.none(), None)[0]
+
+    def along(
+        self,
+        path: Path,
+        points: Sequence[float],
+        transform: Transform,
+        calibration: Calibration | None,
+    ) -> list[Measured]:
+        """All rows at each of the `points` of a path, in one batch."""
+        count = len(self.texts.rows)
+        policy = path.policy(transform, points, count)
+        log_probs, cache = self._run(policy, calibration, len(points))
+        parts = np.split(log_probs, len(points))
+        return [self._measured(part, cache, i * count) for i, part in enumerate(parts)]
+
+    def of(self, policy: CompressionPolicy, calibration: Calibration | None) -> Measured:
+        """All rows with one policy."""
+        return self._measured(*self._run(policy, calibration))
+
+    def _run(
+        self, policy: CompressionPolicy, calibration: Calibration | None, copies: int = 1
+    ) -> tuple[np.ndarray, KVCache]:
+        texts = self.texts
+        return teacher_forced(
+            self.model,
+            self.params,
+            np.tile(texts.fed, (copies, 1)),
+            texts.context,
+            policy,
+            calibration=calibration,
+        )
+
+    def _measured(self, log_probs: np.ndarray, cache: KVCache, first: int = 0) -> Measured:
+        """Of the requests from `first` on, one for each row."""
+        given = self.texts.next_tokens
+        found = [quality(*one) for one in zip(self.full, log_probs, given, strict=True)]
+        seen = slice(GOES_ON + LEARNED, None)
+
+        def recall(run: np.ndarray) -> float:
+            return float((run[:, seen].argmax(axis=-1) == given[:, seen]).mean())
+
+        return Measured(
+            kl=np.stack([one.kl for one in found]),
+            top1=np.stack([one.top1 for one in found]),
+            recall=recall(log_probs),
+            recall_full=recall(self.full),
+            share=share_at(cache, slice(first, first + len(given)), self.context),
+        )
+
+
+def share_at(cache: KVCache, requests: slice, context: int) -> float:
+    """Allocated bytes, of a plain bfloat16 cache's, that requests of `context` tokens would take
+    whose tokens outside the recent window went to the tiers as those of `requests` did.
+    """
+    report, spec, layout = memory_report(cache), cache.spec, cache.spec.layout
+    held = report.tokens[:, requests].sum(axis=(0, 1, 2))[:-1]
+    shares = held / max(held.sum() + report.dropped[:, requests].sum(), 1)
+    left = max(context - spec.window - spec.flush // 2, 0)
+    # heads differ, so that the last page of each tier is half empty on average
+    pages = sum(
+        share * left / layout.tokens_per_page(tier) + min(0.5, share * left)
+        for tier, share in enumerate(shares)
+    )
+    exact = cache.recent.k.shape[-1] + cache.recent.v.shape[-1]
+    itemsize, buffer = cache.recent.k.dtype.itemsize, spec.window + spec.flush
+    head = pages * (layout.page_bytes + 4)  # a page's number waits in the ring
+    head += buffer * (exact * itemsize + (4 if layout.scored else 0))
+    head += 4 * (layout.pages_for(0, context) + 2 * layout.tiers)  # page table, lengths
+    in_ring = min(spec.ring_len, context) * len(spec.window_layers)
+    plain = (len(spec.paged_layers) * context + in_ring) * exact * 2
+    return float((len(spec.paged_layers) * head + in_ring * exact * itemsize) / plain)

@@ -1,0 +1,85 @@
+"""The search of `fit_policy`: every path at a few points, then the best two where they meet the
+goal.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from diffkv_jax.fitting.candidates import COARSE, Path
+from diffkv_jax.fitting.measure import Measured
+
+FINALISTS = 2
+NEAR = (-0.12, -0.06, 0.0, 0.06)  # around the place where a path is foreseen to meet the goal
+SLACK = 0.995  # of the bytes: what is counted later differs by part-filled pages
+
+
+class Goal(NamedTuple):
+    """As small a KL as fits into `share` of a bfloat16 cache's bytes, or, if None, as few bytes as
+    give a mean KL of at most `target_kl`.
+    """
+
+    share: float | None
+    target_kl: float | None
+
+    def met(self, found: Measured) -> bool:
+        if self.share is not None:
+            return found.share <= self.share
+        return self.target_kl is not None and found.mean_kl <= self.target_kl
+
+    def cost(self, found: Measured) -> float:
+        return found.mean_kl if self.share is not None else found.share
+
+    def order(self, found: Measured) -> tuple[bool, float]:
+        """What meets the goal first, by cost; what does not by how near it comes."""
+        met = self.met(found)
+        return not met, self.cost(found) if met else self.excess(found)
+
+    def excess(self, found: Measured) -> float:
+        return found.share if self.share is not None else found.mean_kl
+
+
+class Tried(NamedTuple):
+    path: Path
+    point: float
+    measured: Measured
+
+
+def search(
+    measure: Callable[[Path, Sequence[float]], list[Measured]], paths: Sequence[Path], goal: Goal
+) -> list[Tried]:
+    """All that was tried, the best first; `measure` gives what a path costs at some points."""
+    tried: dict[Path, list[Tried]] = {path: [] for path in paths}
+
+    def at(path: Path, points: Sequence[float]) -> None:
+        found = measure(path, points)
+        tried[path] += [Tried(path, *one) for one in zip(points, found, strict=True)]
+        tried[path].sort(key=lambda one: one.point)
+
+    for path in paths:
+        at(path, COARSE)
+    for path in sorted(paths, key=lambda path: _foreseen(tried[path], goal)[0])[:FINALISTS]:
+        place = _foreseen(tried[path], goal)[1]
+        at(path, np.clip([place + step for step in NEAR], 0.0, 1.0).tolist())
+    every = [one for some in tried.values() for one in some]
+    return sorted(every, key=lambda one: goal.order(one.measured))
+
+
+def _foreseen(points: list[Tried], goal: Goal) -> tuple[tuple[bool, float], float]:
+    """How well a path will do, as `Goal.order` has it, and where: between the
+    points that were measured the logarithm of the KL and the bytes are taken to be linear.
+    """
+    places = [one.point for one in points]
+    fine = np.linspace(places[0], places[-1], 200)
+    shares = np.interp(fine, places, [one.measured.share for one in points])
+    kls = np.exp(np.interp(fine, places, [np.log(one.measured.mean_kl + 1e-9) for one in points]))
+    if goal.share is not None:
+        met, cost, excess = shares <= goal.share * SLACK, kls, shares
+    else:
+        met, cost, excess = kls <= goal.target_kl, shares, kls
+    if not met.any():
+        best = int(excess.argmin())
+        return (True, float(excess[best])), float(fine[best])
+    best = int(np.where(met, cost, np.inf).argmin())
+    return (False, float(cost[best])), float(fine[best])
