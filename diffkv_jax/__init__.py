@@ -6,6 +6,7 @@ from diffkv_jax.cache.report import MemoryReport as MemoryReport, memory_report 
 from diffkv_jax.cache.spec import CacheSpec as CacheSpec
 from diffkv_jax.calibration.calibrate import calibrate as calibrate
 from diffkv_jax.calibration.calibration import Calibration as Calibration
+from diffkv_jax.calibration.sample_text import calibration_text as calibration_text
 from diffkv_jax.evaluate import (
     Quality as Quality,
     quality as quality,

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from diffkv_jax.arguments import instance, integer, text
 from diffkv_jax.batching import as_batch, chunk_size
 from diffkv_jax.cache.cache import KVCache
+from diffkv_jax.calibration.automatic import fitted
 from diffkv_jax.calibration.calibration import Calibration
 from diffkv_jax.inputs import as_params, as_policy, check_model, check_outside_jit
 from diffkv_jax.make_cache import make_cache
@@ -101,7 +102,7 @@ def teacher_forced(
         max_len=max_len,
         memory_budget=memory_budget,
         cache_dtype=cache_dtype,
-        calibration=calibration,
+        calibration=calibration or fitted(model, params, policy),
     )
     _, cache = prefill(model, params, cache, batch, np.full_like(sizes, context), size)
     log_probs, cache = _feed_segments(model, params, cache, batch[:, context:], progress)

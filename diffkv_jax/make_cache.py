@@ -23,6 +23,7 @@ from diffkv_jax.cache.cache import KVCache, empty_cache
 from diffkv_jax.cache.kernels import kernels_for
 from diffkv_jax.cache.pool_size import bound, cache_bytes, kept_within, with_pool
 from diffkv_jax.cache.spec import CacheSpec
+from diffkv_jax.calibration.automatic import fitted
 from diffkv_jax.calibration.calibration import Calibration, learned_for
 from diffkv_jax.inputs import as_policy, check_model, check_outside_jit
 from diffkv_jax.model import AttentionSpec, CausalLM
@@ -46,8 +47,9 @@ class CacheOptions(TypedDict, total=False):
         max_len: most tokens that a request may ever come to in this cache; what this call needs
             when None.
         cache_dtype: dtype of exact tokens ("full" tier, recent window); the model's when None.
-        calibration: what `calibrate` made for this model and policy; needed where codecs are
-            learned.
+        calibration: what `calibrate` made for this model and policy, where something is learned.
+            None: that of the built-in text, for models from `load_pretrained`, fitted once and kept
+            (in $DIFFKV_JAX_CACHE/calibrations, under the model's fingerprint).
         implementation: kernels: "xla", "cpu" (native), "triton" (GPU) or "mosaic_tpu" (TPU); None
             takes those of the platform at hand.
         interpret: run Pallas kernels in their interpreter, on any platform: slow, for tests.
@@ -99,6 +101,7 @@ def cache_for(
     kernels = kernels_for(policy, model.attention, implementation, interpret=interpret)
     if calibration is not None:
         instance("calibration", calibration, Calibration, CALIBRATE).check(model, params)
+    given["calibration"] = calibration or fitted(model, params, policy)
     return make_cache(model, policy, totals, kernels=kernels, **given)
 
 
@@ -118,8 +121,8 @@ def make_cache(
     platform when None, the other arguments are those of `generate`.
 
     A calibration must be of the policy's tiers and transforms; that it is of these parameters only
-    `generate` can check. Without `max_len` the totals are rounded up to multiples of 128, so that
-    nearly equal prompts share their compiled programs.
+    `generate` can check, which alone can make one too. Without `max_len` the totals are rounded up
+    to multiples of 128, so that nearly equal prompts share their compiled programs.
 
     Raises:
         TypeError, ValueError: bad input, named; more than the model's context or the device's

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.model import AttentionSpec
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.precision import in_32_bits
@@ -91,12 +92,15 @@ class Decoder(nn.Module):
         dtype: of activations and matrix products; norms, softmax, rotary embedding and logits are
             float32.
         param_dtype: of the parameters that `init` makes.
+        text: what `calibrate` reads when it is given no tokens; None: nothing. Models that differ
+            in it alone are equal, and share compiled programs.
     """
 
     config: ModelConfig
     switches: Switches
     dtype: str = "float32"
     param_dtype: str = "float32"
+    text: SampleText | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def attention(self) -> AttentionSpec:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffkv_jax.arguments import flag
+from diffkv_jax.calibration.sample_text import sample_text
 
 from .checkpoint import Checkpoint, check_destination, is_checkpoint, save_checkpoint
 from .decoder import Decoder, param_shapes
@@ -55,7 +56,8 @@ def load_pretrained(
         (model, params, tokenizer). tokenizer is a Hugging Face tokenizer, or None (with a warning)
         where `path` holds none. model.stop_token_ids are the end tokens: those of
         generation_config.json, else of config.json; of a GGUF file those its keys name (eos, eot,
-        eom) and those that llama.cpp knows by their text, such as <end_of_turn>.
+        eom) and those that llama.cpp knows by their text, such as <end_of_turn>. With a tokenizer
+        the model holds the built-in calibration text (model.text), for policies that learn.
     Raises:
         ValueError: nothing loadable at `path`, a name that is neither on the Hub nor in its cache,
             damaged files, an unsupported model, or weights that do not fit the model exactly.
@@ -117,7 +119,7 @@ def _load(
     else:
         params = fill_params(opened, shapes, origin=str(path), progress=progress)
     _log_windows(model)
-    return Pretrained(model, params, text)
+    return Pretrained(model.clone(text=sample_text(text, config.vocab_size)), params, text)
 
 
 def _check_dtype(dtype: str) -> None:

@@ -118,6 +118,8 @@ def test_wheel_has_one_top_level_name_and_every_file(wheel):
         for file in folder.glob("*.py"):
             assert f"{package.replace('.', '/')}/{file.name}" in names
     assert "diffkv_jax/py.typed" in names
+    for file in (ROOT / "diffkv_jax/calibration/text").iterdir():
+        assert f"diffkv_jax/calibration/text/{file.name}" in names
 
 
 def test_wheel_imports_from_an_empty_directory(wheel, tmp_path):

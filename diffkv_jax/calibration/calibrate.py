@@ -17,6 +17,7 @@ from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.calibration.kmeans import weighted_kmeans
 from diffkv_jax.calibration.probe import Activations, activations
+from diffkv_jax.calibration.sample_text import built_in_tokens
 from diffkv_jax.inputs import as_params, as_policy, check_model, check_outside_jit
 from diffkv_jax.model import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.codecs import Codec, Fitting
@@ -28,6 +29,7 @@ from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.transform import Transform
 
 FIRST_TOKENS = 16
+BUILT_IN = (4, 1024)  # sequences and their length, where no tokens are given
 
 
 class Samples(NamedTuple):
@@ -43,8 +45,8 @@ class Samples(NamedTuple):
 def calibrate(
     model: CausalLM,
     params: Mapping[str, Any],
-    tokens: Any,
-    policy: CompressionPolicy,
+    tokens: Any = None,
+    policy: CompressionPolicy | str | None = None,
     *,
     fisher: bool = True,
     samples: int = 8192,
@@ -53,13 +55,14 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
 ) -> Calibration:
-    """Learn the tables of a policy's codecs, and the arrays of its transform.
+    """Learn the tables of a policy's codecs, and the arrays of its transform; of the built-in text
+    with `calibrate(model, params, policy)`.
 
     Args:
         model: as for `generate`; used in full precision, without a cache.
         params: its parameters.
         tokens: int [S, N], S sequences of calibration text, N at least 2. The papers take 16 of
-            2,048.
+            2,048. None: 4 of 1,024 or the model's context, for models from `load_pretrained`.
         policy: whose codecs learn, from keys and values as it stores them (`transform`).
         fisher: weigh errors by the squared gradient of the loss (one backward pass a sequence), as
             the papers do; else all alike.
@@ -72,24 +75,18 @@ def calibrate(
         progress: show a progress bar.
 
     Raises:
-        ValueError: bad tokens, or a policy of which nothing learns.
+        ValueError: bad tokens, or none and a model without a text; nothing in the policy learns.
     """
     check_model("calibrate", model)
-    params, policy = as_params("calibrate", params), as_policy(policy)
+    params = as_params("calibrate", params)
+    tokens, policy = _in_place(model, tokens, policy)
     fisher, progress = flag("fisher", fisher), flag("progress", progress)
     samples = integer("samples", samples, least=1)
     iterations = integer("iterations", iterations, least=1)
     q_norm = None if q_norm is None else flag("q_norm", q_norm)
     key = jax.random.key(integer("seed", seed, least=0))
     batch = _checked(model, tokens)
-    spec = CacheSpec.build(
-        model.attention,
-        policy,
-        num_requests=1,
-        max_len=batch.shape[1],
-        num_pages=0,
-        dtype=model.attention.dtype,
-    )
+    spec = spec_of(model, policy, batch.shape[1])
     total = _tables_to_learn(spec, policy)
     # exact sinks never meet a learned codec
     at = _spread(batch, samples, policy.protect.sinks if policy.tiers[0] == "full" else 0)
@@ -100,6 +97,21 @@ def calibrate(
         tables = _learn(spec, transform, both, fisher, key, how, bar)
     maps = tuple(np.asarray(x) for x in maps_of(transform))
     return Calibration(tables, policy.tiers, policy.transform, fingerprint(model, params), maps)
+
+
+def _in_place(model: CausalLM, tokens: Any, policy: Any) -> tuple[Any, CompressionPolicy]:
+    """Tokens and policy, where either the tokens or both are left to us."""
+    if policy is None and isinstance(tokens, CompressionPolicy | str):
+        tokens, policy = None, tokens
+    return built_in_tokens(model, *BUILT_IN) if tokens is None else tokens, as_policy(policy)
+
+
+def spec_of(model: CausalLM, policy: CompressionPolicy, length: int) -> CacheSpec:
+    """Of a cache for one request of `length` tokens that has no pages."""
+    attention = model.attention
+    return CacheSpec.build(
+        attention, policy, num_requests=1, max_len=length, num_pages=0, dtype=attention.dtype
+    )
 
 
 def _tables_to_learn(spec: CacheSpec, policy: CompressionPolicy) -> int:

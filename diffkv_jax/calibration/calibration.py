@@ -152,6 +152,11 @@ def _named(tables: Tables) -> dict[str, Any]:
     return {name: np.asarray(array) for name, array in parts.items() if array is not None}
 
 
+def learns(spec: CacheSpec, policy: CompressionPolicy) -> bool:
+    """Whether a codec or the transform of a policy learns something."""
+    return policy.transform.learned or any(x is not None for x in sum(table_shapes(spec), ()))
+
+
 def learned_for(
     spec: CacheSpec, policy: CompressionPolicy, calibration: Calibration | None
 ) -> tuple[Tables | None, Transform]:
