@@ -6,7 +6,7 @@ from diffkv_jax.cache.report import MemoryReport as MemoryReport, memory_report 
 from diffkv_jax.cache.spec import CacheSpec as CacheSpec
 from diffkv_jax.calibration.calibrate import calibrate as calibrate
 from diffkv_jax.calibration.calibration import Calibration as Calibration
-from diffkv_jax.evaluate import (
+from diffkv_jax.evaluation import (
     Quality as Quality,
     quality as quality,
     teacher_forced as teacher_forced,
