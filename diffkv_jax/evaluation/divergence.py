@@ -20,7 +20,7 @@ class Estimate(NamedTuple):
 
     def __format__(self, spec: str) -> str:
         """The value and, where it is known, the error, both by `spec`."""
-        error = "" if np.isnan(self.error) else f" ± {format(self.error, spec)}"
+        error = "" if np.isnan(self.error) else f" ± {format(self.error, spec.lstrip('+'))}"
         return f"{format(self.value, spec)}{error}"
 
 
@@ -125,7 +125,8 @@ def _estimate(values: np.ndarray, of: Callable[..., np.ndarray], size: int) -> E
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, len(blocks), (DRAWS, len(blocks)))
     found = [of(np.concatenate([blocks[i] for i in draw])) for draw in drawn]
-    return Estimate(float(of(values)), float(np.std(found, ddof=1)))
+    few = len(blocks) / (len(blocks) - 1)  # draws of n vary by (n - 1) / n of what n blocks say
+    return Estimate(float(of(values)), float(np.sqrt(few) * np.std(found, ddof=1)))
 
 
 def quality(
