@@ -19,6 +19,10 @@ from diffkv_jax.evaluation.math_problems import (
 )
 from diffkv_jax.evaluation.needle import passkeys as passkeys
 from diffkv_jax.evaluation.on_texts import OnTexts as OnTexts, on_texts as on_texts
+from diffkv_jax.evaluation.questions import (
+    TwoQuestions as TwoQuestions,
+    two_questions as two_questions,
+)
 from diffkv_jax.evaluation.result import TaskResult as TaskResult
 from diffkv_jax.evaluation.retrieval import (
     Records as Records,
@@ -26,12 +30,8 @@ from diffkv_jax.evaluation.retrieval import (
     key_value_retrieval as key_value_retrieval,
     read_records as read_records,
 )
-from diffkv_jax.evaluation.ruler import (
+from diffkv_jax.evaluation.ruler_tasks import (
     RulerProblems as RulerProblems,
     ruler as ruler,
     ruler_problems as ruler_problems,
-)
-from diffkv_jax.evaluation.two_questions import (
-    TwoQuestions as TwoQuestions,
-    two_questions as two_questions,
 )

@@ -103,11 +103,13 @@ def encoded(tokenizer: Any, text: Prompt, *, begins: bool = True) -> list[int]:
 
 
 def _room(model: CausalLM, rows: list[list[list[int]]], most: int) -> int:
-    """Tokens that the longest conversation may come to."""
+    """Tokens that the longest conversation may come to, rounded up where the model allows, so that
+    prompts of nearly the same length share their programs.
+    """
     turns = max(len(rows[0]) - 1, 1)
     longest = max(sum(map(len, row)) for row in rows) + turns * most
     check_context(model.attention, np.array([longest]), longest)
-    return longest
+    return min(-(-longest // 128) * 128, model.attention.max_position_embeddings)
 
 
 @dataclass(frozen=True)

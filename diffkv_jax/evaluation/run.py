@@ -13,6 +13,7 @@ from diffkv_jax.evaluation.learning import learned
 from diffkv_jax.evaluation.math_problems import gsm8k, math500, read_gsm8k, read_math500
 from diffkv_jax.evaluation.needle import passkeys
 from diffkv_jax.evaluation.on_texts import OnTexts, full_cache, on_texts, text_rows
+from diffkv_jax.evaluation.questions import TwoQuestions, two_questions
 from diffkv_jax.evaluation.result import TaskResult
 from diffkv_jax.evaluation.retrieval import (
     Records,
@@ -21,8 +22,7 @@ from diffkv_jax.evaluation.retrieval import (
     read_records,
     records_within,
 )
-from diffkv_jax.evaluation.ruler import ruler, ruler_problems
-from diffkv_jax.evaluation.two_questions import TwoQuestions, two_questions
+from diffkv_jax.evaluation.ruler_tasks import ruler, ruler_problems
 from diffkv_jax.model import CausalLM
 from diffkv_jax.policy.policy import CompressionPolicy
 

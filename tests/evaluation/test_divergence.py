@@ -46,7 +46,7 @@ def test_over_texts():
     kl = np.repeat([[1.0], [3.0], [5.0]], 64, axis=1)  # no spread within a text
     found = Quality(kl, kl, kl, kl)
     assert found.summary("texts").mean_kl.error == pytest.approx(
-        np.std([1, 3, 5]) / 3**0.5, rel=0.1
+        np.std([1, 3, 5], ddof=1) / 3**0.5, rel=0.1
     )
     assert found.text(0).summary().mean_kl.error == 0
     assert np.isnan(found.text(0).summary("texts").mean_kl.error)
