@@ -11,6 +11,7 @@ import importlib.util
 import random
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -175,12 +176,16 @@ def _say(*said: Any) -> None:
         raise _TooShort
 
 
+_ENDS = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))(?<!\b[A-Z]\.)\s+")
+
+
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text: each ends with a mark and, perhaps, quotes or brackets behind it.
+    """The sentences of a text: each ends with a mark, which a quote or bracket may follow; a single
+    capital with a point is an initial.
 
     Stands for nltk's `sent_tokenize`, whose data is not in its package.
     """
-    return [part for part in re.split(r"(?<=[.!?])(?<!\b[A-Z]\.)[\"')\]]*\s+", text) if part]
+    return [part for part in _ENDS.split(text) if part]
 
 
 def _stand_ins(counter: _Counter, tasks: Any) -> dict[str, ModuleType]:
@@ -249,5 +254,8 @@ def _in_place(
 def _executed(script: Path, names: dict[str, Any]) -> dict[str, Any]:
     """The names that a file of the package defines, run in a namespace of its own."""
     names = {"__name__": f"ruler_{script.stem}", "__file__": str(script), **names}
-    exec(compile(script.read_text(encoding="utf-8"), str(script), "exec"), names)
+    code = compile(script.read_text(encoding="utf-8"), str(script), "exec")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # files that it leaves open
+        exec(code, names)
     return names
