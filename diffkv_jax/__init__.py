@@ -1,5 +1,6 @@
 """KV-cache compression for language models in JAX: DiffKV tiers in one paged, immutable cache."""
 
+import diffkv_jax.fitting.judge  # noqa: F401
 from diffkv_jax.cache.cache import KVCache as KVCache
 from diffkv_jax.cache.kept import kept_positions as kept_positions
 from diffkv_jax.cache.report import MemoryReport as MemoryReport, memory_report as memory_report
@@ -7,11 +8,15 @@ from diffkv_jax.cache.spec import CacheSpec as CacheSpec
 from diffkv_jax.calibration.calibrate import calibrate as calibrate
 from diffkv_jax.calibration.calibration import Calibration as Calibration
 from diffkv_jax.calibration.sample_text import calibration_text as calibration_text
-from diffkv_jax.evaluate import (
+from diffkv_jax.choice.automatic import AutoPolicy as AutoPolicy
+from diffkv_jax.choice.fitted import FitReport as FitReport, FittedPolicy as FittedPolicy
+from diffkv_jax.evaluation import (
     Quality as Quality,
     quality as quality,
     teacher_forced as teacher_forced,
 )
+from diffkv_jax.fitting.fit import fit_policy as fit_policy
+from diffkv_jax.fitting.inspect import ModelReport as ModelReport, inspect_model as inspect_model
 from diffkv_jax.generate import (
     GenerateOutput as GenerateOutput,
     GenerationInterrupted as GenerationInterrupted,

@@ -23,8 +23,10 @@ from diffkv_jax.cache.cache import KVCache, empty_cache
 from diffkv_jax.cache.kernels import kernels_for
 from diffkv_jax.cache.pool_size import bound, cache_bytes, kept_within, with_pool
 from diffkv_jax.cache.spec import CacheSpec
-from diffkv_jax.calibration.automatic import fitted
 from diffkv_jax.calibration.calibration import Calibration, learned_for
+from diffkv_jax.choice.automatic import CALIBRATE, AutoPolicy, chosen
+from diffkv_jax.choice.fitted import FittedPolicy
+from diffkv_jax.choice.judged import judge
 from diffkv_jax.inputs import as_policy, check_model, check_outside_jit
 from diffkv_jax.model import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.codecs.full import DTYPES
@@ -34,14 +36,16 @@ from diffkv_jax.policy.keep import Budget, KeepAll
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.stage import with_leaves
 
-CALIBRATE = "calibrate(model, params, tokens, policy) makes it"
+LINE = 6  # frames up from `judge` to the line that calls `generate`
 
 
 class CacheOptions(TypedDict, total=False):
     """What `generate` makes a new cache with.
 
     Attributes:
-        policy: how to compress, or what `load_policy` takes; nothing is compressed when None.
+        policy: how to compress: a `CompressionPolicy`, what `load_policy` takes, a `FittedPolicy`,
+            "auto" or an `AutoPolicy`, which is fitted to the model first and kept; None: nothing is
+            compressed.
         memory_budget: bytes or text such as "512MiB" for the whole cache; None reserves for every
             token in the highest tier.
         max_len: most tokens that a request may ever come to in this cache; what this call needs
@@ -50,16 +54,20 @@ class CacheOptions(TypedDict, total=False):
         calibration: what `calibrate` made for this model and policy, where something is learned.
             None: that of the built-in text, for models from `load_pretrained`, fitted once and kept
             (in $DIFFKV_JAX_CACHE/calibrations, under the model's fingerprint).
+        strict: a policy whose mean KL on this model's built-in text is above 0.1 raises; False: it
+            warns, once. That is measured at the first call with a policy and kept. None, or 0 in
+            $DIFFKV_JAX_CHECK_POLICIES: it is not.
         implementation: kernels: "xla", "cpu" (native), "triton" (GPU) or "mosaic_tpu" (TPU); None
             takes those of the platform at hand.
         interpret: run Pallas kernels in their interpreter, on any platform: slow, for tests.
     """
 
-    policy: CompressionPolicy | str | None
+    policy: CompressionPolicy | FittedPolicy | AutoPolicy | str | None
     memory_budget: int | str | None
     max_len: int | None
     cache_dtype: str | None
     calibration: Calibration | None
+    strict: bool | None
     implementation: str | None
     interpret: bool | Literal["checked"]
 
@@ -96,19 +104,30 @@ def cache_for(
     given: dict[str, Any] = {**options}
     interpret, implementation = given.pop("interpret", False), given.pop("implementation", None)
     interpret = interpret if interpret == "checked" else flag("interpret", interpret)
-    policy, calibration = as_policy(given.pop("policy", None)), given.get("calibration")
+    strict = given.pop("strict", False)
+    strict = None if strict is None else flag("strict", strict)
+    choice = chosen(
+        model,
+        params,
+        given.pop("policy", None),
+        given.pop("calibration", None),
+        memory_budget=given.get("memory_budget"),
+        context=given.get("max_len") or int(totals.max()),
+        requests=len(totals),
+    )
+    policy, calibration = choice.policy, choice.calibration
     chunk_size(longest, prefill_chunk, policy.queries)
     kernels = kernels_for(policy, model.attention, implementation, interpret=interpret)
-    if calibration is not None:
-        instance("calibration", calibration, Calibration, CALIBRATE).check(model, params)
-    given["calibration"] = calibration or fitted(model, params, policy)
-    return make_cache(model, policy, totals, kernels=kernels, **given)
+    cache = make_cache(model, policy, totals, kernels=kernels, calibration=calibration, **given)
+    if not choice.measured:
+        judge(model, params, policy, calibration, strict=strict, stacklevel=LINE)
+    return cache
 
 
 @in_32_bits
 def make_cache(
     model: CausalLM,
-    policy: CompressionPolicy | str | None,
+    policy: CompressionPolicy | FittedPolicy | str | None,
     totals: Sequence[int] | np.ndarray,
     *,
     max_len: int | None = None,
@@ -130,6 +149,8 @@ def make_cache(
     """
     check_model("make_cache", model)
     check_outside_jit("make_cache", totals)
+    if isinstance(policy, FittedPolicy):
+        policy, calibration = policy.policy, policy.calibration
     attention, policy = model.attention, as_policy(policy)
     totals = _as_totals(totals)
     max_len = integer("max_len", max_len, least=1, most=None, optional=True)

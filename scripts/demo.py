@@ -14,7 +14,7 @@ from rich.table import Table
 
 import diffkv_jax as dkv
 from benchmarks.common.smollm2 import smollm2_gguf
-from diffkv_jax.evaluate import quality, teacher_forced
+from diffkv_jax.evaluation import quality, teacher_forced
 from diffkv_jax.models import load_pretrained
 from diffkv_jax.testing.texts import load_text, text_tokens
 

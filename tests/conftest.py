@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("DIFFKV_JAX_CHECK_POLICIES", "0")  # a run of the model for every policy
 
 import jax
 import pytest

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.evaluate import teacher_forced
+from diffkv_jax.evaluation import teacher_forced
 from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.steps.jitted import decode_step
 from diffkv_jax.testing.tiny import prompt, tiny_model

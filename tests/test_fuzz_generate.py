@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import diffkv_jax as dkv
-from diffkv_jax import evaluate
+from diffkv_jax.evaluation import forcing
 from diffkv_jax.testing.tiny import tiny_model
 from nasty import attempt, fuzz, some_of, values
 
@@ -42,7 +42,7 @@ def nothing_computed(first):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.import_module("diffkv_jax.generate"), "_run", computed)
-        for name in ("make_cache", "calibration.calibrate", "evaluate"):
+        for name in ("make_cache", "calibration.calibrate", "evaluation.forcing"):
             module = importlib.import_module(f"diffkv_jax.{name}")
             found = [
                 part for part in ("_allocated", "_collect", "prefill") if hasattr(module, part)
@@ -125,7 +125,7 @@ def test_make_cache(changes):
 
 
 @fuzz
-@given(some_of(names_of(evaluate.teacher_forced)))
+@given(some_of(names_of(forcing.teacher_forced)))
 def test_teacher_forced(changes):
     call = {
         "model": MODEL[0],
@@ -134,7 +134,7 @@ def test_teacher_forced(changes):
         "context": 2,
         "policy": "diffkv",
     } | changes
-    taken_or_refused(lambda: evaluate.teacher_forced(**call), {*changes, "prompt"})
+    taken_or_refused(lambda: forcing.teacher_forced(**call), {*changes, "prompt"})
 
 
 @fuzz

@@ -13,7 +13,7 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax.batching import as_prompts
-from diffkv_jax.evaluate import teacher_forced
+from diffkv_jax.evaluation import teacher_forced
 from diffkv_jax.testing.tiny import prompt, tiny_model
 
 TEXTS = [[5, 6, 7, 8], [9, 10]]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.evaluate import teacher_forced
+from diffkv_jax.evaluation import teacher_forced
 from diffkv_jax.pallas_kernels.codecs import LatentFormat
 from diffkv_jax.policy.transform import rotation
 from diffkv_jax.read_prompts import prefill

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.evaluate import teacher_forced
+from diffkv_jax.evaluation import teacher_forced
 from diffkv_jax.testing.parts import with_part
 from diffkv_jax.testing.tiny import prompt, tiny_model
 

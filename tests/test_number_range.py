@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.evaluate import _feed
+from diffkv_jax.evaluation.forcing import _feed
 from diffkv_jax.make_cache import make_cache
 from diffkv_jax.methods.registry import NAMED
 from diffkv_jax.pallas_kernels.codecs import KVFormat, shared_format

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from diffkv_jax import CompressionPolicy, KVCache, generate, make_cache
-from diffkv_jax.evaluate import quality, teacher_forced
+from diffkv_jax.evaluation import quality, teacher_forced
 from diffkv_jax.read_prompts import prefill
 from diffkv_jax.steps.jitted import decode_step
 from diffkv_jax.testing.parts import with_part

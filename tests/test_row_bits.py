@@ -12,7 +12,7 @@ import pytest
 
 from diffkv_jax import CompressionPolicy, diffkv, make_cache, quantized
 from diffkv_jax.batching import as_batch, chunk_size
-from diffkv_jax.evaluate import _log_softmax
+from diffkv_jax.evaluation.forcing import _log_softmax
 from diffkv_jax.models import build_model, config_from_hf, load_pretrained
 from diffkv_jax.pallas_kernels.dispatch import Kernels
 from diffkv_jax.pallas_kernels.native.build import why_unavailable

@@ -77,3 +77,15 @@ def built_in_tokens(model: CausalLM, count: int, length: int) -> np.ndarray:
         )
     rows = text.ids[: count * fresh].reshape(count, fresh)
     return np.concatenate([np.tile(text.prefix, (count, 1)), rows], axis=1)
+
+
+def built_in_rows(model: CausalLM, length: int) -> np.ndarray:
+    """As many sequences of `length` tokens as the built-in text has, int32 [count, length].
+
+    Raises:
+        ValueError: the model has no such text, or it is shorter.
+    """
+    text = getattr(model, "text", None)
+    fresh = length - text.prefix.size if isinstance(text, SampleText) else 1
+    count = text.ids.size // max(fresh, 1) if isinstance(text, SampleText) else 1
+    return built_in_tokens(model, count, length)

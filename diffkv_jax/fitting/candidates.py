@@ -1,5 +1,5 @@
-"""What `fit_policy` chooses from: a transform, and paths from many bytes to few, each of two tiers and
-what ranks tokens.
+"""What `fit_policy` chooses from: a transform, and paths from many bytes to few, each of two tiers
+and what ranks tokens.
 """
 
 from collections.abc import Sequence
@@ -67,16 +67,17 @@ DROPPING = (
 
 def possible(paths: Sequence[Path], attention: AttentionSpec) -> list[Path]:
     """Those that the model can have."""
-    return [path for path in paths if _fits(path.policy(EXACT, (1.0,)), attention)]
+    return [path for path in paths if fits(path.policy(EXACT, (1.0,)), attention)]
 
 
 def transforms(attention: AttentionSpec) -> list[Transform]:
     """Those that the model can have, the one that helps most models first."""
     path, choices = KEEPING[0], (even_channels(), Hadamard(), EXACT)
-    return [one for one in choices if _fits(path.policy(one, (1.0,)), attention)]
+    return [one for one in choices if fits(path.policy(one, (1.0,)), attention)]
 
 
-def _fits(policy: CompressionPolicy, attention: AttentionSpec) -> bool:
+def fits(policy: CompressionPolicy, attention: AttentionSpec) -> bool:
+    """Whether a model can have a policy."""
     size: Any = {"num_requests": 1, "max_len": 256, "num_pages": 0, "dtype": attention.dtype}
     try:
         CacheSpec.build(attention, policy, **size)

@@ -1,5 +1,5 @@
-"""`fit_policy`: the policy with the least measured KL that fits into some bytes, or the fewest bytes
-with some KL.
+"""`fit_policy`: the policy with the least measured KL that fits into some bytes, or with the fewest
+bytes that keeps to some KL.
 """
 
 import dataclasses
@@ -8,28 +8,29 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffkv_jax.arguments import flag, integer, number, one_of
+from diffkv_jax.arguments import flag, integer
 from diffkv_jax.batching import as_batch
-from diffkv_jax.calibration.calibrate import calibrate
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
+from diffkv_jax.calibration.sample_text import built_in_rows
+from diffkv_jax.choice.automatic import fits_policies
+from diffkv_jax.choice.fitted import FitReport, FittedPolicy
 from diffkv_jax.fitting.candidates import DROPPING, KEEPING, Path, possible, transforms
-from diffkv_jax.fitting.fitted import FitReport, FittedPolicy
-from diffkv_jax.fitting.measure import Bench, Measured
-from diffkv_jax.fitting.search import Goal, Tried, search
-from diffkv_jax.fitting.texts import LEAST, STEPS, Texts, split
+from diffkv_jax.fitting.goal import Goal, goal_of
+from diffkv_jax.fitting.measure import Bench, Measured, learned
+from diffkv_jax.fitting.search import Tried, search
+from diffkv_jax.fitting.texts import GOES_ON, LEAST, STEPS, Texts, split
 from diffkv_jax.inputs import as_params, check_model, check_outside_jit
-from diffkv_jax.model import AttentionSpec, CausalLM
+from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.policy.transform import Transform
-from diffkv_jax.units import parse_bytes
 
 MEASURED = 1024  # most tokens of context in the texts
 FITTED_ROWS = 2
-PRESETS = {"quality": 0.003, "balanced": 0.01, "small": 0.03}  # targets of the mean KL, nats
 ROWS = 8  # of text, if there is enough
 COMPARED = 0.7  # place on a path where transforms are compared
 
 
+@fits_policies
 @in_32_bits
 def fit_policy(
     model: CausalLM,
@@ -78,8 +79,8 @@ def fit_policy(
     attention = model.attention
     context = integer("context", context, least=LEAST, most=attention.max_position_embeddings)
     requests = integer("requests", requests, least=1)
-    goal = _goal(attention, share, memory_budget, target_kl, context * requests)
-    texts, others = _texts(model, tokens, context)
+    goal = goal_of(attention, share, memory_budget, target_kl, context * requests)
+    texts, others = texts_of(model, tokens, context)
     paths, more = possible(KEEPING, attention), possible(DROPPING, attention) if drop else []
     with tqdm(desc="fitting a policy", unit=" runs", disable=not progress) as bar:
         bench = Bench(model, params, texts, context)
@@ -123,34 +124,19 @@ def _report(seen: Measured, best: Tried, others: Texts, context: int) -> FitRepo
     )
 
 
-def _goal(
-    attention: AttentionSpec, share: Any, memory_budget: Any, target_kl: Any, tokens: int
-) -> Goal:
-    given = {"share": share, "memory_budget": memory_budget, "target_kl": target_kl}
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) > 1:
-        raise ValueError(f"{' and '.join(named)} are given, and one of them is the goal: take one")
-    if memory_budget is not None:
-        rings = [min(w or tokens, tokens) for w in attention.sliding_windows]
-        channels = attention.num_kv_heads * attention.head_dim * (2 - bool(attention.latent))
-        share = min(parse_bytes(memory_budget) / (2 * channels * sum(rings)), 1.0)
-    if share is not None:
-        return Goal(number("share", share, above=0, most=1), None)
-    target_kl = "balanced" if target_kl is None else target_kl
-    if isinstance(target_kl, str):
-        one_of("target_kl", target_kl, (*PRESETS,))
-        target_kl = PRESETS[target_kl]
-    return Goal(None, number("target_kl", target_kl, above=0))
-
-
-def _texts(model: CausalLM, tokens: Any, context: int) -> tuple[Texts, Texts]:
+def texts_of(model: CausalLM, tokens: Any, context: int) -> tuple[Texts, Texts]:
+    """Texts to fit on and others to report on, of the given tokens or of the built-in text."""
+    room = model.attention.max_position_embeddings - STEPS - 1
+    if tokens is None:
+        measured = min(MEASURED, context, room)
+        width = measured + GOES_ON + 1
+        return split(built_in_rows(model, width), measured, FITTED_ROWS)
     batch, sizes = as_batch(tokens, model.attention.vocab_size)
     if (sizes != batch.shape[1]).any():
         raise ValueError(
             f"tokens must be texts of one length, given lengths {sizes.tolist()}: cut them to the "
             "shortest"
         )
-    room = model.attention.max_position_embeddings - STEPS - 1
     # rather several texts than long ones
     spare = batch.size // ROWS - STEPS if len(batch) < ROWS else batch.shape[1] - STEPS
     measured = min(MEASURED, context, room, batch.shape[1] - STEPS, max(spare, LEAST))
@@ -168,10 +154,8 @@ def _best_transform(bench: Bench, path: Path, bar: tqdm) -> tuple[Transform, Cal
     """
     found = []
     for transform in transforms(bench.model.attention)[:2]:
-        calibration, policy = None, path.policy(transform, (COMPARED,))
-        if transform.learned:
-            rows = bench.texts.rows[:, : bench.texts.context]
-            calibration = calibrate(bench.model, bench.params, rows, policy, progress=False)
+        policy = path.policy(transform, (COMPARED,))
+        calibration = learned(bench.model, bench.params, bench.texts, policy)
         kl = bench.of(policy, calibration).mean_kl
         found.append((kl, len(found), transform, calibration))
         bar.update()

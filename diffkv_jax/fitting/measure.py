@@ -10,8 +10,9 @@ import numpy as np
 
 from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.cache.report import memory_report
+from diffkv_jax.calibration.calibrate import calibrate
 from diffkv_jax.calibration.calibration import Calibration
-from diffkv_jax.evaluate import quality, teacher_forced
+from diffkv_jax.evaluation import quality, teacher_forced
 from diffkv_jax.fitting.candidates import Path
 from diffkv_jax.fitting.texts import GOES_ON, LEARNED, Texts
 from diffkv_jax.model import CausalLM
@@ -58,6 +59,15 @@ class Measured:
         """
         parts = np.stack([self.kl[:, :GOES_ON].mean(axis=1), self.kl[:, GOES_ON:].mean(axis=1)])
         return float(1.96 * parts.std(ddof=1) / np.sqrt(parts.size))
+
+
+def learned(
+    model: CausalLM, params: Mapping[str, Any], texts: Texts, policy: CompressionPolicy
+) -> Calibration | None:
+    """What a policy's transform learns from the contexts of some texts; None: nothing."""
+    if not policy.transform.learned:
+        return None
+    return calibrate(model, params, texts.rows[:, : texts.context], policy, progress=False)
 
 
 class Bench:

@@ -8,36 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from diffkv_jax.fitting.candidates import COARSE, Path
+from diffkv_jax.fitting.goal import Goal
 from diffkv_jax.fitting.measure import Measured
 
 FINALISTS = 2
 NEAR = (-0.12, -0.06, 0.0, 0.06)  # around the place where a path is foreseen to meet the goal
 SLACK = 0.995  # of the bytes: what is counted later differs by part-filled pages
-
-
-class Goal(NamedTuple):
-    """As small a KL as fits into `share` of a bfloat16 cache's bytes, or, if None, as few bytes as
-    give a mean KL of at most `target_kl`.
-    """
-
-    share: float | None
-    target_kl: float | None
-
-    def met(self, found: Measured) -> bool:
-        if self.share is not None:
-            return found.share <= self.share
-        return self.target_kl is not None and found.mean_kl <= self.target_kl
-
-    def cost(self, found: Measured) -> float:
-        return found.mean_kl if self.share is not None else found.share
-
-    def order(self, found: Measured) -> tuple[bool, float]:
-        """What meets the goal first, by cost; what does not by how near it comes."""
-        met = self.met(found)
-        return not met, self.cost(found) if met else self.excess(found)
-
-    def excess(self, found: Measured) -> float:
-        return found.share if self.share is not None else found.mean_kl
 
 
 class Tried(NamedTuple):

@@ -1,5 +1,5 @@
-"""The compiled calls that `generate` and `evaluate` are made of: one prompt chunk, one decode step,
-one pass over a prompt.
+"""The compiled calls that `generate` and `evaluation` are made of: one prompt chunk, one decode
+step, one pass over a prompt.
 """
 
 import dataclasses

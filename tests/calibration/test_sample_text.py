@@ -16,7 +16,7 @@ from diffkv_jax.calibration.sample_text import (
     calibration_text,
     sample_text,
 )
-from diffkv_jax.evaluate import teacher_forced
+from diffkv_jax.evaluation import teacher_forced
 from diffkv_jax.testing.texts import TEXTS, load_text
 from diffkv_jax.testing.tiny import prompt, tiny_model
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.evaluate import teacher_forced
+from diffkv_jax.evaluation import teacher_forced
 from diffkv_jax.make_cache import make_cache
 from diffkv_jax.methods.diffkv import MeanAttention
 from diffkv_jax.methods.key_norm import KeyNorm

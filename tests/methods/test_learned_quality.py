@@ -9,7 +9,7 @@ import pytest
 
 import diffkv_jax as dkv
 from benchmarks.methods import quality
-from diffkv_jax.evaluate import teacher_forced
+from diffkv_jax.evaluation import teacher_forced
 from diffkv_jax.models import load_pretrained
 from helpers_model import smollm2_gguf_path
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.evaluate import teacher_forced
+from diffkv_jax.evaluation import teacher_forced
 from diffkv_jax.pallas_kernels.codecs import KVFormat, Normal
 from diffkv_jax.pallas_kernels.codecs.normal import LEVELS
 from diffkv_jax.policy.transform import rotated

@@ -11,7 +11,7 @@ import pytest
 
 import diffkv_jax as dkv
 from diffkv_jax.calibration.probe import activations
-from diffkv_jax.evaluate import quality, teacher_forced
+from diffkv_jax.evaluation import quality, teacher_forced
 from diffkv_jax.pallas_kernels.native.build import why_unavailable
 from diffkv_jax.policy.affine import LEAST_SPREAD
 from diffkv_jax.policy.transform import rotation

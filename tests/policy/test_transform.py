@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.evaluate import teacher_forced
+from diffkv_jax.evaluation import teacher_forced
 from diffkv_jax.policy.transform import rotated, rotation
 from diffkv_jax.testing.quantiser import dequantise, quantise
 from diffkv_jax.testing.readback import held_tokens

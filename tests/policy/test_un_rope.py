@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
-from diffkv_jax.evaluate import teacher_forced
+from diffkv_jax.evaluation import teacher_forced
 from diffkv_jax.testing.readback import held_tokens
 from diffkv_jax.testing.tiny import tiny_model
 

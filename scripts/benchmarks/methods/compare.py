@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 import diffkv_jax as dkv
 from benchmarks.common.smollm2 import smollm2_gguf
 from benchmarks.methods.measure import Row, Yardstick, in_order, markdown, read, write
+from diffkv_jax.evaluation.plots import pareto
 from diffkv_jax.models.gguf_source import GGUFSource
 from diffkv_jax.pallas_kernels.codecs import KVFormat
 
@@ -131,15 +132,6 @@ def policies() -> dict[tuple[str, float | None], dkv.CompressionPolicy]:
             if (keep := share / size_of(codec)) <= 1:
                 compared[f"{name} + {codec}", share] = EXACT[name](keep, tiers=(codec,))
     return compared
-
-
-def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those of (bytes, KL) that no other has fewer of both, the fewest bytes first."""
-    front: list[tuple[float, float]] = []
-    for size, kl in sorted(points):
-        if not front or kl < front[-1][1]:
-            front.append((size, kl))
-    return front
 
 
 def plot(rows: list[Row], path: Path) -> None:

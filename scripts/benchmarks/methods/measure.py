@@ -13,7 +13,7 @@ import numpy as np
 import diffkv_jax as dkv
 from benchmarks.common.smollm2 import smollm2_gguf
 from benchmarks.methods import needle, quality
-from diffkv_jax.evaluate import teacher_forced
+from diffkv_jax.evaluation import teacher_forced
 from diffkv_jax.models import load_pretrained
 from diffkv_jax.testing.texts import text_tokens
 

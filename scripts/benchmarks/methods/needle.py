@@ -8,12 +8,10 @@ import numpy as np
 
 import diffkv_jax as dkv
 from benchmarks.common.smollm2 import smollm2_gguf
+from diffkv_jax.evaluation.needle import PASSKEY, passkey_prompts
 from diffkv_jax.models import load_pretrained
 from diffkv_jax.testing.texts import load_text
 
-PASSKEY = 48213
-NEEDLE = f"\n\nThe pass key is {PASSKEY}. Remember it. {PASSKEY} is the pass key.\n\n"
-QUESTION = "\n\nWhat is the pass key? The pass key is"
 POLICIES = {
     "full": dkv.CompressionPolicy.none(),
     "alpha (1, 0)": dkv.diffkv(1.0, 0.0),
@@ -25,12 +23,7 @@ def prompts(tokenizer, context: int, depths: int, text: str = "king_james") -> n
     """int32 [depths, context]: a text with the needle at evenly spaced depths, closed by the
     question.
     """
-    needle, question = (tokenizer(part, verbose=False).input_ids for part in (NEEDLE, QUESTION))
-    hay = tokenizer(load_text(text)[: 12 * context], verbose=False).input_ids[
-        : context - len(needle) - len(question)
-    ]
-    places = [round(len(hay) * (i + 0.5) / depths) for i in range(depths)]
-    return np.array([hay[:at] + needle + hay[at:] + question for at in places], np.int32)
+    return passkey_prompts(tokenizer, load_text(text), context, depths)
 
 
 def found(

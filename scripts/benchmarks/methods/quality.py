@@ -14,7 +14,7 @@ import numpy as np
 
 import diffkv_jax as dkv
 from benchmarks.common.smollm2 import smollm2_gguf
-from diffkv_jax.evaluate import Quality, quality, teacher_forced
+from diffkv_jax.evaluation import Quality, quality, teacher_forced
 from diffkv_jax.models import load_pretrained
 from diffkv_jax.testing.texts import TEXTS, text_tokens
 

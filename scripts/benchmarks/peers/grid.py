@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.peers.results import OK, Entry, Results
 from benchmarks.peers.systems import OURS_BUDGET, REFERENCE, SYSTEMS, Decoded
 from benchmarks.peers.worker import Reply, Worker, WorkerError
-from diffkv_jax.evaluate import quality
+from diffkv_jax.evaluation import quality
 
 MIB = 2**20
 PROMPT_TEXT = "king_james"

@@ -18,7 +18,7 @@ import diffkv_jax as dkv
 from benchmarks.peers.systems import Decoded, Place
 from diffkv_jax.cache.cache import complete, empty_cache, without_empty
 from diffkv_jax.cache.pool_size import cache_bytes, tree_bytes
-from diffkv_jax.evaluate import teacher_forced
+from diffkv_jax.evaluation import teacher_forced
 from diffkv_jax.models import load_pretrained
 from diffkv_jax.pallas_kernels.apply_event import FreeRing, Stored
 from diffkv_jax.pallas_kernels.dispatch import Kernels
@@ -132,7 +132,7 @@ class Ours:
         }
 
     def teacher_forced(self, tokens: np.ndarray, context: int) -> np.ndarray:
-        """`diffkv_jax.evaluate.teacher_forced`, on the kernels of the platform."""
+        """`diffkv_jax.teacher_forced`, on the kernels of the platform."""
         if self.named is not None:
             raise NotImplementedError("quality is measured with the kernels of the platform only")
         log_probs, _ = teacher_forced(

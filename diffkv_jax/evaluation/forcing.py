@@ -1,7 +1,5 @@
-"""What compression costs: teacher-forced logits of a compressed cache against the full one."""
+"""`teacher_forced`: what a model predicts while a text is fed to it through a compressing cache."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,12 +9,13 @@ import numpy as np
 from jax import Array, lax
 from tqdm import tqdm
 
-from diffkv_jax.arguments import instance, integer, text
+from diffkv_jax.arguments import flag, integer, text
 from diffkv_jax.batching import as_batch, chunk_size
 from diffkv_jax.cache.cache import KVCache
-from diffkv_jax.calibration.automatic import fitted
 from diffkv_jax.calibration.calibration import Calibration
-from diffkv_jax.inputs import as_params, as_policy, check_model, check_outside_jit
+from diffkv_jax.choice.automatic import AutoPolicy, chosen
+from diffkv_jax.choice.fitted import FittedPolicy
+from diffkv_jax.inputs import as_params, check_model, check_outside_jit
 from diffkv_jax.make_cache import make_cache
 from diffkv_jax.model import CausalLM
 from diffkv_jax.not_finite import warn_of_errors
@@ -31,40 +30,13 @@ from diffkv_jax.steps.jitted import decode_step
 SEGMENT = 16  # decode steps a compiled call: how often progress is shown and logits fetched
 
 
-@dataclass(frozen=True)
-class Quality:
-    """A compressed run against the full one on the same tokens; arrays are float64 [R, steps].
-
-    Attributes:
-        kl: Kullback-Leibler divergence of the compressed next-token distribution from the full one,
-            nats.
-        top1: 1 where both rank the same token first.
-        nll_full, nll: negative log-likelihood of the text's next token, nats.
-    """
-
-    kl: np.ndarray
-    top1: np.ndarray
-    nll_full: np.ndarray
-    nll: np.ndarray
-
-    @property
-    def perplexity_full(self) -> np.ndarray:
-        """Perplexity with the full cache, float64 [R]."""
-        return np.exp(self.nll_full.mean(axis=1))
-
-    @property
-    def perplexity(self) -> np.ndarray:
-        """Perplexity with the compressed cache, float64 [R]."""
-        return np.exp(self.nll.mean(axis=1))
-
-
 @in_32_bits
 def teacher_forced(
     model: CausalLM,
     params: Any,
     tokens: Any,
     context: int,
-    policy: CompressionPolicy | str | None,
+    policy: CompressionPolicy | FittedPolicy | AutoPolicy | str | None,
     *,
     memory_budget: int | str | None = None,
     max_len: int | None = None,
@@ -72,11 +44,13 @@ def teacher_forced(
     prefill_chunk: int = 1024,
     progress: str | None = None,
     calibration: Calibration | None = None,
+    first: bool = False,
 ) -> tuple[np.ndarray, KVCache]:
     """Prefill `tokens[:, :context]` int [R, N], then feed the others one by one, compressing.
 
     Returns log-probabilities float32 [R, N - context, vocab], row i after seeing `context + i + 1`
-    tokens, and the cache at the end. `progress` names a progress bar; None shows none. The other
+    tokens, and the cache at the end. `first` puts the row after the `context` tokens alone before
+    them: [R, N - context + 1, vocab]. `progress` names a progress bar; None shows none. The other
     arguments are those of `generate`.
 
     A warning says where the numbers of a request stopped being finite.
@@ -86,15 +60,22 @@ def teacher_forced(
             pool that was too small for some request.
     """
     check_model("teacher_forced", model)
-    params, policy = as_params("teacher_forced", params), as_policy(policy)
+    params = as_params("teacher_forced", params)
     check_outside_jit("teacher_forced", tokens)
     batch, sizes, context = _checked(model, tokens, context)
+    first = flag("first", first)
     if progress is not None:
         progress = text("progress", progress, "the name of a progress bar, or None")
+    policy, calibration, _ = chosen(
+        model,
+        params,
+        policy,
+        calibration,
+        memory_budget=memory_budget,
+        context=max_len or batch.shape[1],
+        requests=len(batch),
+    )
     size = chunk_size(context, integer("prefill_chunk", prefill_chunk), policy.queries)
-    if calibration is not None:
-        remedy = "calibrate(model, params, tokens, policy) makes it"
-        instance("calibration", calibration, Calibration, remedy).check(model, params)
     cache = make_cache(
         model,
         policy,
@@ -102,10 +83,12 @@ def teacher_forced(
         max_len=max_len,
         memory_budget=memory_budget,
         cache_dtype=cache_dtype,
-        calibration=calibration or fitted(model, params, policy),
+        calibration=calibration,
     )
-    _, cache = prefill(model, params, cache, batch, np.full_like(sizes, context), size)
+    logits, cache = prefill(model, params, cache, batch, np.full_like(sizes, context), size)
+    begin = np.asarray(_log_softmax(logits.astype(jnp.float32), cache.spec.kernels))[:, None]
     log_probs, cache = _feed_segments(model, params, cache, batch[:, context:], progress)
+    log_probs = np.concatenate([begin, log_probs], axis=1) if first else log_probs
     full = np.flatnonzero(np.asarray(cache.counters.overflow))
     if full.size:
         raise ValueError(
@@ -179,20 +162,3 @@ def _log_softmax(logits: Array, kernels: Kernels) -> Array:
     """Log-probabilities of `logits [R, vocab]`; with native kernels the same in any batch."""
     relative = logits - logits.max(axis=-1, keepdims=True)
     return relative - jnp.log(sum_of_rows(jnp.exp(relative), kernels=kernels))
-
-
-def quality(
-    full: np.ndarray, compressed: np.ndarray, next_tokens: Sequence[Sequence[int]] | np.ndarray
-) -> Quality:
-    """Compare log-probabilities [R, steps, vocab] of two runs; `next_tokens` int [R, steps] is what
-    the text goes on with.
-    """
-    p = full.astype(np.float64)
-    q = compressed.astype(np.float64)
-    index = np.asarray(next_tokens)[..., None]
-    return Quality(
-        kl=(np.exp(p) * (p - q)).sum(axis=-1),
-        top1=(p.argmax(axis=-1) == q.argmax(axis=-1)).astype(np.float64),
-        nll_full=-np.take_along_axis(p, index, axis=-1)[..., 0],
-        nll=-np.take_along_axis(q, index, axis=-1)[..., 0],
-    )

@@ -1,0 +1,1 @@
+"""Which policy a user means: one given, one fitted before, or "auto"."""

@@ -1,0 +1,166 @@
+"""`policy="auto"`: what `fit_policy` finds for a model, once, and what is kept of it."""
+
+import hashlib
+import json
+import logging
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffkv_jax.arguments import flag, instance, number, refuse
+from diffkv_jax.calibration.automatic import fitted
+from diffkv_jax.calibration.calibration import Calibration, fingerprint
+from diffkv_jax.calibration.sample_text import SampleText
+from diffkv_jax.choice.fitted import FittedPolicy
+from diffkv_jax.inputs import as_policy
+from diffkv_jax.model import CausalLM
+from diffkv_jax.pallas_kernels.native.build import cache_directory
+from diffkv_jax.policy.policy import CompressionPolicy
+
+AUTO, KEPT = "auto", 16
+PRESETS = {"quality": 0.003, "balanced": 0.01, "small": 0.03}  # targets of the mean KL, nats
+USUAL, LEAST = 4096, 256  # tokens of context that bytes are told for
+VERSION = 1  # of the text, the candidates and the search: raised where one of them changes
+CALIBRATE = "calibrate(model, params, tokens, policy) makes it"
+
+_log = logging.getLogger("diffkv_jax")
+_known: OrderedDict[str, FittedPolicy] = OrderedDict()
+_fits: list[Callable[..., FittedPolicy]] = []
+
+
+def fits_policies(fit: Callable[..., FittedPolicy]) -> Callable[..., FittedPolicy]:
+    """Name the function that finds what "auto" asks for. It stands above all that asks."""
+    _fits[:] = [fit]
+    return fit
+
+
+class Choice(NamedTuple):
+    """A policy, what it has learned, and whether it was fitted to the model."""
+
+    policy: CompressionPolicy
+    calibration: Calibration | None
+    measured: bool
+
+
+@dataclass(frozen=True)
+class AutoPolicy:
+    """A policy that `fit_policy` is to choose on the model's built-in text, kept in the folder
+    `policies` of $DIFFKV_JAX_CACHE (else diffkv_jax in the user's cache folder). "auto" stands for
+    `AutoPolicy()`.
+
+    Attributes:
+        share, target_kl, drop: as `fit_policy` has them. Without share and target_kl a
+            `memory_budget=` of the call is the goal, or else "balanced".
+    """
+
+    share: float | None = None
+    target_kl: float | str | None = None
+    drop: bool = True
+
+    def __post_init__(self) -> None:
+        if self.share is not None and self.target_kl is not None:
+            raise ValueError(
+                f"share={self.share} and target_kl={self.target_kl!r} are two goals: take one"
+            )
+        number("share", self.share, above=0, most=1, optional=True)
+        if not (isinstance(self.target_kl, str) and self.target_kl in PRESETS):
+            rule = f"a mean KL in nats, or one of {list(PRESETS)}"
+            number("target_kl", self.target_kl, above=0, optional=True, rule=rule)
+        flag("drop", self.drop)
+
+
+def chosen(
+    model: CausalLM,
+    params: Mapping[str, Any],
+    policy: Any,
+    calibration: Any = None,
+    *,
+    memory_budget: int | str | None = None,
+    context: int | None = None,
+    requests: int = 1,
+) -> Choice:
+    """The policy that a user means, for requests of `context` tokens.
+
+    Raises:
+        TypeError, ValueError: it is no policy; a calibration of something else; "auto" for a model
+            without the built-in text.
+    """
+    if policy == AUTO or isinstance(policy, AutoPolicy):
+        auto = AutoPolicy() if policy == AUTO else policy
+        policy = _fitted(model, params, auto, memory_budget, context, requests)
+    elif isinstance(policy, FittedPolicy):
+        policy.check(model, params)
+    if isinstance(policy, FittedPolicy):
+        if calibration is not None:
+            raise ValueError("a fitted policy has a calibration of its own: leave calibration= out")
+        return Choice(policy.policy, policy.calibration, measured=True)
+    policy = as_policy(policy)
+    if calibration is None:
+        return Choice(policy, fitted(model, params, policy), measured=False)
+    instance("calibration", calibration, Calibration, CALIBRATE).check(model, params)
+    return Choice(policy, calibration, measured=False)
+
+
+def _fitted(
+    model: CausalLM,
+    params: Mapping[str, Any],
+    auto: AutoPolicy,
+    memory_budget: int | str | None,
+    context: int | None,
+    requests: int,
+) -> FittedPolicy:
+    """Kept in this process, else on disk, else found now."""
+    if not isinstance(getattr(model, "text", None), SampleText):
+        refuse(
+            "policy",
+            AUTO,
+            "the name of a policy where the model has no text to choose one by "
+            "(load_pretrained gives it one): or call fit_policy(model, params, tokens)",
+        )
+    goal: dict[str, Any] = asdict(auto)
+    if auto.share is None and auto.target_kl is None and memory_budget is not None:
+        goal |= {"memory_budget": memory_budget, "requests": requests}
+    # one fit for nearly equal lengths; without a share bytes decide nothing
+    by_bytes = auto.share is not None or "memory_budget" in goal
+    goal["context"] = _rounded_up(
+        model.attention.max_position_embeddings, context if by_bytes else None
+    )
+    key = _key(fingerprint(model, params), goal)
+    if key not in _known:
+        _known[key] = _read_or_made(cache_directory() / "policies" / key, model, params, goal)
+    _known.move_to_end(key)
+    while len(_known) > KEPT:
+        _known.popitem(last=False)
+    return _known[key]
+
+
+def _rounded_up(most: int, tokens: int | None) -> int:
+    """A power of two for nearly equal lengths; None: the usual one."""
+    tokens = USUAL if tokens is None else max(tokens, LEAST)
+    return min(1 << (tokens - 1).bit_length(), most)
+
+
+def _key(model: str, goal: Mapping[str, Any]) -> str:
+    what = json.dumps([VERSION, goal], sort_keys=True)
+    return f"{model[:16]}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+
+
+def _read_or_made(
+    folder: Path, model: CausalLM, params: Mapping[str, Any], goal: dict[str, Any]
+) -> FittedPolicy:
+    if folder.is_dir():
+        try:
+            found = FittedPolicy.load(folder)
+            found.check(model, params)
+            return found
+        except ValueError as error:
+            _log.warning("%s is made anew: %s", folder, error)
+    made = _fits[0](model, params, progress=sys.stderr.isatty(), **goal)
+    try:
+        made.save(folder, overwrite=True)
+    except (OSError, ValueError) as error:
+        _log.info("the policy is not kept in %s: %s", folder, error)
+    return made

