@@ -25,7 +25,7 @@ from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.policy.transform import Transform
 
 MEASURED = 1024  # most tokens of context in the texts
-FITTED_ROWS = 2
+FITTED_ROWS = 4
 ROWS = 8  # of text, if there is enough
 COMPARED = 0.7  # place on a path where transforms are compared
 

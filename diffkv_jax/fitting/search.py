@@ -12,7 +12,7 @@ from diffkv_jax.fitting.goal import Goal
 from diffkv_jax.fitting.measure import Measured
 
 FINALISTS = 2
-NEAR = (-0.12, -0.06, 0.0, 0.06)  # around the place where a path is foreseen to meet the goal
+NEAR = (-0.1, -0.03, 0.05)  # around the place where a path is foreseen to meet the goal
 SLACK = 0.995  # of the bytes: what is counted later differs by part-filled pages
 
 
@@ -43,13 +43,13 @@ def search(
 
 
 def _foreseen(points: list[Tried], goal: Goal) -> tuple[tuple[bool, float], float]:
-    """How well a path will do, as `Goal.order` has it, and where: between the
-    points that were measured the logarithm of the KL and the bytes are taken to be linear.
+    """How well a path will do, as `Goal.order` has it, and where: between the points that were
+    measured, and beyond, the logarithm of the KL and the bytes are taken to be linear.
     """
     places = [one.point for one in points]
-    fine = np.linspace(places[0], places[-1], 200)
-    shares = np.interp(fine, places, [one.measured.share for one in points])
-    kls = np.exp(np.interp(fine, places, [np.log(one.measured.mean_kl + 1e-9) for one in points]))
+    fine = np.linspace(0.0, 1.0, 201)
+    shares = _lines(fine, places, [one.measured.share for one in points])
+    kls = np.exp(_lines(fine, places, [np.log(one.measured.mean_kl + 1e-9) for one in points]))
     if goal.share is not None:
         met, cost, excess = shares <= goal.share * SLACK, kls, shares
     else:
@@ -59,3 +59,12 @@ def _foreseen(points: list[Tried], goal: Goal) -> tuple[tuple[bool, float], floa
         return (True, float(excess[best])), float(fine[best])
     best = int(np.where(met, cost, np.inf).argmin())
     return (False, float(cost[best])), float(fine[best])
+
+
+def _lines(at: np.ndarray, places: list[float], values: list[float]) -> np.ndarray:
+    """Lines from value to value, the first and the last of them going on."""
+    found = np.interp(at, places, values)
+    for here, there, beyond in ((0, 1, at < places[0]), (-1, -2, at > places[-1])):
+        slope = (values[there] - values[here]) / (places[there] - places[here])
+        found = np.where(beyond, values[here] + slope * (at - places[here]), found)
+    return found
