@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         asked = asked_of(options.parse_args(argv))
         print(evaluate(asked))
-    except (TypeError, ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError) as error:
         print(f"{options.prog}: {error}", file=sys.stderr)
         return 2
     return 0

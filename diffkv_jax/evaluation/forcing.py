@@ -68,15 +68,9 @@ def teacher_forced(
     if calibration is not None:
         remedy = "calibrate(model, params, tokens, policy) makes it"
         instance("calibration", calibration, Calibration, remedy).check(model, params)
-    cache = make_cache(
-        model,
-        policy,
-        sizes,
-        max_len=max_len,
-        memory_budget=memory_budget,
-        cache_dtype=cache_dtype,
-        calibration=calibration,
-    )
+    given: dict[str, Any] = {"max_len": max_len, "memory_budget": memory_budget}
+    given |= {"cache_dtype": cache_dtype, "calibration": calibration}
+    cache = make_cache(model, policy, sizes, **given)
     logits, cache = prefill(model, params, cache, batch, np.full_like(sizes, context), size)
     begin = np.asarray(_log_softmax(logits.astype(jnp.float32), cache.spec.kernels))[:, None]
     log_probs, cache = _feed_segments(model, params, cache, batch[:, context:], progress)
