@@ -14,7 +14,7 @@ from diffkv_jax.evaluation.answers import RunOptions
 from diffkv_jax.evaluation.asked import Asked
 from diffkv_jax.evaluation.learning import learned
 from diffkv_jax.evaluation.math_problems import gsm8k, math500, read_gsm8k, read_math500
-from diffkv_jax.evaluation.needle import passkeys
+from diffkv_jax.evaluation.needle import passkey_prompts, passkeys
 from diffkv_jax.evaluation.on_texts import OnTexts, full_cache, on_texts, text_rows
 from diffkv_jax.evaluation.questions import TwoQuestions, two_questions
 from diffkv_jax.evaluation.result import TaskResult
@@ -127,6 +127,8 @@ def _runner(task: str, asked: Asked, loaded: Loaded) -> Callable[..., TaskResult
     tokenizer = loaded.tokenizer
     if task == "needle":
         text, depths = next(iter(asked.texts.values())), asked.depths
+        for length in asked.lengths:  # refuses a text that is too short before anything is run
+            passkey_prompts(tokenizer, text, length, depths)
         return partial(passkeys, text=text, lengths=asked.lengths, depths=depths)
     if task == "gsm8k":
         return partial(gsm8k, problems=read_gsm8k(asked.data[task], asked.problems))

@@ -144,3 +144,5 @@ def test_a_text_that_is_too_short_in_tokens_is_named(given, capsys):
         file.write("é" * 150)  # two bytes, one token each
     assert run(*arguments, "--text", "c.txt", "--context", 180, "--steps", 32) == 2
     assert "text c.txt has 150 tokens" in capsys.readouterr().err
+    assert run(*arguments, "--text", "c.txt", "--tasks", "needle", "--lengths", "500") == 2
+    assert "context=500 must hold needle and question" in capsys.readouterr().err
