@@ -13,19 +13,21 @@ from diffkv_jax.models import load_pretrained
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what `argv` (None: that of the process) asks for; 0, or 2 where it cannot be."""
+    """Measure what `argv` (None: that of the process) asks for; 0, 1 where a policy was refused
+    some of it, or 2 where nothing can be measured.
+    """
     options = parser()
     try:
-        asked = asked_of(options.parse_args(argv))
-        print(evaluate(asked))
-    except (TypeError, ValueError, ModuleNotFoundError) as error:
+        found, table = evaluate(asked_of(options.parse_args(argv)))
+    except (ValueError, ModuleNotFoundError) as error:
         print(f"{options.prog}: {error}", file=sys.stderr)
         return 2
-    return 0
+    print(table)
+    return 1 if found.failed else 0
 
 
-def evaluate(asked: Asked) -> str:
-    """Load the model, measure, write results.json, results.md and plots; the Markdown.
+def evaluate(asked: Asked) -> tuple[Results, str]:
+    """Load the model, measure, write results.json, results.md and plots; the Markdown too.
 
     Raises:
         TypeError, ValueError: bad input, named.
@@ -48,4 +50,4 @@ def evaluate(asked: Asked) -> str:
         draw(asked.out, found)
     except ModuleNotFoundError as missing:
         print(missing, file=sys.stderr)
-    return table
+    return found, table

@@ -66,25 +66,13 @@ def teacher_forced(
     first = flag("first", first)
     if progress is not None:
         progress = text("progress", progress, "the name of a progress bar, or None")
-    policy, calibration, _ = chosen(
-        model,
-        params,
-        policy,
-        calibration,
-        memory_budget=memory_budget,
-        context=max_len or batch.shape[1],
-        requests=len(batch),
-    )
+    room: Any = {"context": max_len or batch.shape[1], "requests": len(batch)}
+    room["memory_budget"] = memory_budget
+    policy, calibration, _ = chosen(model, params, policy, calibration, **room)
     size = chunk_size(context, integer("prefill_chunk", prefill_chunk), policy.queries)
-    cache = make_cache(
-        model,
-        policy,
-        sizes,
-        max_len=max_len,
-        memory_budget=memory_budget,
-        cache_dtype=cache_dtype,
-        calibration=calibration,
-    )
+    given: dict[str, Any] = {"max_len": max_len, "memory_budget": memory_budget}
+    given |= {"cache_dtype": cache_dtype, "calibration": calibration}
+    cache = make_cache(model, policy, sizes, **given)
     logits, cache = prefill(model, params, cache, batch, np.full_like(sizes, context), size)
     begin = np.asarray(_log_softmax(logits.astype(jnp.float32), cache.spec.kernels))[:, None]
     log_probs, cache = _feed_segments(model, params, cache, batch[:, context:], progress)

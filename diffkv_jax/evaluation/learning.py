@@ -1,5 +1,6 @@
 """The calibration of policies that learn, from a text."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -38,4 +39,4 @@ def learned(
             "give a longer one"
         )
     tokens = np.array(ids[: rows * length]).reshape(rows, length)
-    return calibrate(model, params, tokens, policy)
+    return calibrate(model, params, tokens, policy, progress=sys.stderr.isatty())

@@ -1,6 +1,6 @@
 """`on_texts`: the divergence of a policy from the full cache on several texts, and its bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -44,20 +44,20 @@ class OnTexts:
         return held / np.maximum(held + self.report.dropped.sum(axis=1), 1)
 
 
-def text_rows(tokenizer: Any, texts: Sequence[str], count: int) -> np.ndarray:
-    """The first `count` tokens of each text, int32 [texts, count].
+def text_rows(tokenizer: Any, texts: Mapping[str, str], count: int) -> np.ndarray:
+    """The first `count` tokens of each text, int32 [texts, count]; `texts` are by their names.
 
     Raises:
         ValueError: one has fewer; says which.
     """
-    rows = [encoded(tokenizer, text[: 12 * count])[:count] for text in texts]
-    for number, row in enumerate(rows):
+    rows = {name: encoded(tokenizer, text[: 12 * count])[:count] for name, text in texts.items()}
+    for name, row in rows.items():
         if len(row) < count:
             raise ValueError(
-                f"text {number} has {len(row)} tokens, and context, steps and the token after them "
+                f"text {name} has {len(row)} tokens, and context, steps and the token after them "
                 f"are {count}: give a longer text, or lower context or steps"
             )
-    return np.array(rows, np.int32)
+    return np.array([*rows.values()], np.int32)
 
 
 def on_texts(

@@ -36,6 +36,7 @@ def write_json(path: Path, facts: Mapping[str, Any], asked: Asked, found: Result
             for one in results.values()
         ),
     ]
+    whole["failed"] = found.failed
     path.write_text(json.dumps(whole, indent=1, default=_plain) + "\n", encoding="utf-8")
 
 
@@ -88,6 +89,13 @@ def markdown(facts: Mapping[str, Any], found: Results) -> str:
         parts.append(_kl_table(found))
     if found.tasks:
         parts.append(_task_table(found))
+    failures = [
+        f"- `{name}`, {task}: {error}"
+        for name, tasks in found.failed.items()
+        for task, error in tasks.items()
+    ]
+    if failures:
+        parts.append("\n".join(["Not measured:", "", *failures]))
     model, hardware, versions = facts["model"], facts["hardware"], facts["versions"]
     known = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts.append(

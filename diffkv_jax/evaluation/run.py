@@ -4,14 +4,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+import jax
 
 from diffkv_jax.batching import check_context
 from diffkv_jax.evaluation.answers import RunOptions
 from diffkv_jax.evaluation.asked import Asked
 from diffkv_jax.evaluation.learning import learned
 from diffkv_jax.evaluation.math_problems import gsm8k, math500, read_gsm8k, read_math500
-from diffkv_jax.evaluation.needle import passkeys
+from diffkv_jax.evaluation.needle import passkey_prompts, passkeys
 from diffkv_jax.evaluation.on_texts import OnTexts, full_cache, on_texts, text_rows
 from diffkv_jax.evaluation.questions import TwoQuestions, two_questions
 from diffkv_jax.evaluation.result import TaskResult
@@ -45,49 +48,69 @@ class Results:
         on_texts: by policy.
         full: results of the full cache, by task.
         tasks: by policy, and then by task.
+        failed: what a policy was refused with, by policy and then by task.
     """
 
     texts: tuple[str, ...] = ()
     on_texts: dict[str, OnTexts] = field(default_factory=dict)
     full: dict[str, TaskResult] = field(default_factory=dict)
     tasks: dict[str, dict[str, TaskResult]] = field(default_factory=dict)
+    failed: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def measure(asked: Asked, loaded: Loaded, keep: Callable[[Results], None]) -> Results:
-    """Run all policies on all texts and tasks; `keep` is called with what there is after each.
+    """Run all policies on all texts and tasks; `keep` is called with what there is after each. A
+    policy that is refused by one does not end the others.
 
     Raises:
         TypeError, ValueError: bad input, named; before anything is run where possible.
     """
     check_context(loaded.model.attention, *_longest(asked))
-    found = Results(tuple(asked.texts))
+    given, found = (loaded.model, loaded.params, loaded.tokenizer), Results(tuple(asked.texts))
     options: RunOptions = {"batch_size": asked.batch_size, "cache_dtype": asked.cache_dtype}
     options["prefill_chunk"] = asked.prefill_chunk
-    plain, bar = CompressionPolicy.none(), sys.stderr.isatty()
-    tokens = full = None
-    if "kl" in asked.tasks:
-        length = asked.context + asked.steps + 1
-        tokens = text_rows(loaded.tokenizer, list(asked.texts.values()), length)
-    given = loaded.model, loaded.params, loaded.tokenizer
-    tasks = {task: _runner(task, asked, loaded.tokenizer) for task in asked.tasks if task != "kl"}
-    for task, run in tasks.items():
-        shown: RunOptions = {"progress": f"full cache: {task}" if bar else None}
-        found.full |= _listed(run(*given, plain, **{**options, **shown}))
+    runs = {task: _runner(task, asked, loaded) for task in asked.tasks if task != "kl"}
+    fed = _fed(asked, loaded, options) if "kl" in asked.tasks else None
+    for task, run in runs.items():
+        own: RunOptions = {**options, "progress": _shown(f"full cache: {task}")}
+        found.full |= _listed(run(*given, CompressionPolicy.none(), **own))
     for name, policy in asked.policies.items():
-        own: RunOptions = {**options, "progress": name if bar else None}
+        own = {**options, "progress": _shown(name)}
         own["calibration"] = learned(*given, policy, asked.calibrate)
-        if tokens is not None:
-            if full is None:
-                full = full_cache(*given[:2], tokens, asked.context, **options)
-            fed = *given[:2], tokens, asked.context
-            found.on_texts[name] = on_texts(*fed, policy, full=full, **own)
-            keep(found)
-        for task, run in tasks.items():
-            shown = {"progress": f"{name}: {task}" if bar else None}
-            results = _listed(run(*given, policy, **{**own, **shown}))
-            found.tasks.setdefault(name, {}).update(results)
+        for task in asked.tasks:
+            _drop_programs()
+            try:
+                if task == "kl" and fed is not None:
+                    found.on_texts[name] = fed(policy=policy, **own)
+                else:
+                    results = _listed(runs[task](*given, policy, **own))
+                    found.tasks.setdefault(name, {}).update(results)
+            except ValueError as error:
+                found.failed.setdefault(name, {})[task] = str(error)
             keep(found)
     return found
+
+
+def _fed(asked: Asked, loaded: Loaded, options: RunOptions) -> Callable[..., OnTexts]:
+    """`on_texts` with the texts' tokens, and with what the full cache says to them."""
+    tokens = text_rows(loaded.tokenizer, asked.texts, asked.context + asked.steps + 1)
+    given = loaded.model, loaded.params, tokens, asked.context
+    full = full_cache(*given, **{**options, "progress": _shown("full cache")})
+    return partial(on_texts, *given, full=full)
+
+
+def _shown(name: str) -> str | None:
+    """The name of a progress bar, in a terminal."""
+    return name if sys.stderr.isatty() else None
+
+
+def _drop_programs() -> None:
+    """Forget compiled programs before XLA has mapped as many as Linux allows (65,530): it aborts
+    there.
+    """
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
 
 
 def _longest(asked: Asked) -> tuple[Any, int]:
@@ -97,12 +120,15 @@ def _longest(asked: Asked) -> tuple[Any, int]:
     return [max(lengths)], max(lengths)
 
 
-def _runner(task: str, asked: Asked, tokenizer: Any) -> Callable[..., TaskResult | TwoQuestions]:
+def _runner(task: str, asked: Asked, loaded: Loaded) -> Callable[..., TaskResult | TwoQuestions]:
     """A task with its problems, read or drawn once: (model, params, tokenizer, policy, **options)
     -> result.
     """
+    tokenizer = loaded.tokenizer
     if task == "needle":
         text, depths = next(iter(asked.texts.values())), asked.depths
+        for length in asked.lengths:  # refuses a text that is too short before anything is run
+            passkey_prompts(tokenizer, text, length, depths)
         return partial(passkeys, text=text, lengths=asked.lengths, depths=depths)
     if task == "gsm8k":
         return partial(gsm8k, problems=read_gsm8k(asked.data[task], asked.problems))

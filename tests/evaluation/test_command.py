@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from diffkv_jax.evaluation import command, draw_records
+from diffkv_jax.evaluation import TaskResult, command, draw_records
 from diffkv_jax.models.load import Pretrained
 from diffkv_jax.testing.tiny import tiny_model
 from helpers_text import Characters
@@ -57,21 +57,54 @@ def test_quality_on_texts(given, capsys):
     assert f"| `{name}` | a.txt |" in said.out
 
 
-def test_tasks_stand_beside_the_full_cache(given, capsys):
-    arguments, _ = given
+@pytest.fixture
+def problems():
+    """A file with one problem of retrieval, and its answer."""
     problem = draw_records(1, 9)[0]
     row = {"ordered_kv_records": problem.pairs}
     row |= dict(zip(("key", "value"), problem.pairs[3], strict=True))
     with open("kv.jsonl", "w") as file:
         file.write(json.dumps(row))
-    tasks = ("--tasks", "retrieval", "--data", "retrieval=kv.jsonl", "--problems", 1)
-    assert run(*arguments, *tasks, "--context", 512) == 0
+    return ["--tasks", "retrieval", "--data", "retrieval=kv.jsonl", "--problems", 1]
+
+
+def test_a_policy_that_is_refused_does_not_end_the_others(given, problems, monkeypatch, capsys):
+    (*arguments, _), _ = given
+
+    def retrieval(model, params, tokenizer, policy, *, problems, question_after, **options):
+        if policy.name == "small":
+            raise ValueError("no room")
+        right = [float(policy.name == "none")]
+        said = problems[0].value() if right[0] else "?"
+        expected, details = (problems[0].value(),), ({"depth": problems[0].depth()},)
+        return TaskResult(
+            "retrieval", policy.name, np.array(right), (said,), expected, details, 0.25
+        )
+
+    monkeypatch.setattr("diffkv_jax.evaluation.run.key_value_retrieval", retrieval)
+    assert run(*arguments, "small", "--policy", "balanced", *problems, "--context", 512) == 1
     with open("evaluation/results.json") as file:
-        full, found = json.load(file)["tasks"]
+        whole = json.load(file)
+    full, found = whole["tasks"]
+    assert (full["policy"], found["policy"]) == ("full cache", "balanced")
+    assert found["difference"] == {"value": -1, "error": None}
+    assert whole["failed"] == {"small": {"retrieval": "no room"}}
+    said = capsys.readouterr().out
+    assert "| `balanced` | retrieval | 1 | 0.250 | 0.000 | 1.000 | -1.000 |" in said
+    assert "Not measured:\n\n- `small`, retrieval: no room" in said
+
+
+@pytest.mark.slow
+def test_tasks_stand_beside_the_full_cache(given, problems):
+    arguments, _ = given
+    one_prompt = "snapkv(0.5, tiers=('K4cV4g32',))"  # takes no second one
+    assert run(*arguments, *problems, "--context", 512, "--policy", one_prompt) == 1
+    with open("evaluation/results.json") as file:
+        whole = json.load(file)
+    full, found = whole["tasks"]
+    assert "this cache holds a prompt already" in whole["failed"][one_prompt]["retrieval"]
     assert full["policy"] == "full cache" and found["task"] == "retrieval" == full["task"]
     assert found["of_bf16"] < full["of_bf16"] and found["difference"]["error"] is None
-    assert found["problems"][0]["expected"] == problem.pairs[3][1]
-    assert "| retrieval | 1 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -103,3 +136,13 @@ def test_what_only_the_model_can_tell(given, capsys):
     arguments, _ = given
     assert run(*arguments, "--tasks", "retrieval", "--context", 5000) == 2
     assert "more than the model's context of 4096" in capsys.readouterr().err
+
+
+def test_a_text_that_is_too_short_in_tokens_is_named(given, capsys):
+    arguments, _ = given
+    with open("c.txt", "w", encoding="utf-8") as file:
+        file.write("é" * 150)  # two bytes, one token each
+    assert run(*arguments, "--text", "c.txt", "--context", 180, "--steps", 32) == 2
+    assert "text c.txt has 150 tokens" in capsys.readouterr().err
+    assert run(*arguments, "--text", "c.txt", "--tasks", "needle", "--lengths", "500") == 2
+    assert "context=500 must hold needle and question" in capsys.readouterr().err

@@ -2,8 +2,10 @@
 
 import os
 import random
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -165,10 +167,18 @@ def test_nvidias_own(task):
     place = os.environ.get("DIFFKV_JAX_RULER")
     if place is None:
         pytest.skip("DIFFKV_JAX_RULER is not set")
-    problems = ruler_problems(Characters(), task, context=8192, samples=2, folder=place)
+
+    class Words:
+        def __call__(self, text: str, **_) -> SimpleNamespace:
+            return SimpleNamespace(input_ids=re.findall(r"\w+|[^\w\s]", text))
+
+    problems = ruler_problems(Words(), task, context=2048, samples=2, folder=place)
     for context, question, outputs in zip(
         problems.contexts, problems.questions, problems.outputs, strict=True
     ):
-        assert 3000 < len(context + question) <= 8192 and len(question) < 400
-        if task not in ("fwe", "qa_2"):
-            assert all(answer in context for answer in outputs) or task == "qa_1"
+        words = len(Words()(context + question).input_ids)
+        assert 1000 < words <= 2048 and len(question) < 450
+        in_context = [answer in context for answer in outputs]
+        # qa_2 also asks yes or no, qa_1 lists answers of several people
+        assert task == "qa_2" or any(in_context)
+        assert task in ("qa_1", "qa_2") or all(in_context)
