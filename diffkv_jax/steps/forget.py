@@ -4,27 +4,31 @@ there is scaled down. Spans of queries are cut likewise (`Counters.query_spans`)
 what the weights of a token's score add up to, and kernels divide by it as by a number of queries.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from diffkv_jax.cache.cache import KVCache, with_counters, with_significance
+from diffkv_jax.cache.layer import LayerView
 from diffkv_jax.cache.query_counts import last_queries
-from diffkv_jax.pallas_kernels.branch import when
-from diffkv_jax.pallas_kernels.pages import page_column
+from diffkv_jax.pallas_kernels.pages import Pages, page_column
 from diffkv_jax.pallas_kernels.plan_event import scored_by
 from diffkv_jax.policy.score import is_protected
 
+PAGES_AT_ONCE = 1024
+
 
 def forget(cache: KVCache, requests: Array, coming: Array | int) -> KVCache:
-    """The cache ready for the next `coming` int32 [R] queries of `requests` (bool [R]), between two
-    layers' loops: weights of earlier ones add up to no more than the horizon without them, to
-    nothing where they fill it. The others keep their bits.
+    """The cache ready for the next `coming` int32 [R] queries of `requests` (bool [R]): the weights
+    of earlier ones add up to what the horizon then leaves of itself, or less. Other requests keep
+    their bits. All layers at once.
     """
     score = cache.policy.score
     if score is None or score.horizon is None or not cache.spec.paged_layers:
         return cache
     before = cache.counters.query_spans
-    most = jnp.maximum(score.horizon - jnp.asarray(coming), 0)
+    most = most_weight(score.horizon, jnp.asarray(coming))
     after = last_queries(before, jnp.where(requests, most, before[..., 1].sum(axis=1)))
     spans, weight = jnp.moveaxis(before, 0, -1), after[..., 1].sum(axis=1)
 
@@ -35,16 +39,38 @@ def forget(cache: KVCache, requests: Array, coming: Array | int) -> KVCache:
         new = scores * (most.astype(jnp.float32) / jnp.maximum(queries, 1).astype(jnp.float32))
         return jnp.where((queries > most) & ~is_protected(scores), new, scores)
 
-    def fade(scores: tuple[Array, Array]) -> tuple[Array, Array]:
-        stored, recent = scores
-        stored = faded(stored, cache.stored.pages.position, _owners(cache))
-        position, request = _recent_positions(cache)
-        flat = faded(recent.reshape(len(request), -1), position, request)
-        return stored, flat.reshape(recent.shape)
+    changes, view = (after != before).any(), LayerView(cache.spec, None)
+    position, request = _recent_positions(cache, view)
+    recent = faded(view.take(cache.recent.significance), position, request)
+    stored = _in_parts(faded, changes, cache.stored.pages, _owners(cache))
+    cache = with_significance(cache, stored, view.put(cache.recent.significance, recent))
+    return with_counters(cache, query_spans=after)
 
-    scores = cache.stored.pages.significance, cache.recent.significance
-    stored, recent = when((after != before).any(), fade, scores)
-    return with_counters(with_significance(cache, stored, recent), query_spans=after)
+
+def most_weight(horizon: int, coming: Array) -> Array:
+    """What the weights of all earlier queries may add up to before `coming` ones, int32."""
+    return jnp.maximum(horizon - coming, 0)
+
+
+def _in_parts(change: Callable, changes: Array, pages: Pages, owner: Array) -> Array:
+    """The pool's scores after `change(scores, position, owner)`, some pages at a time: XLA moves
+    what does not depend on the scores out of a condition, and would keep it for the whole pool.
+    """
+    num_pages = pages.num_pages
+    size = min(PAGES_AT_ONCE, num_pages)
+    if not num_pages:
+        return pages.significance
+
+    def of_part(i: Array, scores: Array) -> Array:
+        first = jnp.minimum(i * size, num_pages - size)
+        of = scores, pages.position, owner
+        part, position, request = (lax.dynamic_slice_in_dim(x, first, size) for x in of)
+        fresh = (first + jnp.arange(size) >= i * size)[:, None, None]  # not of the part before
+        new = jnp.where(fresh, change(part, position, request), part)
+        return lax.dynamic_update_slice_in_dim(scores, new, first, 0)
+
+    parts = jnp.where(changes, -(-num_pages // size), 0)
+    return lax.fori_loop(0, parts, of_part, pages.significance)
 
 
 def _owners(cache: KVCache) -> Array:
@@ -62,9 +88,8 @@ def _owners(cache: KVCache) -> Array:
     return jnp.zeros(num_pages, jnp.int32).at[ids.ravel()].set(request.ravel(), mode="drop")
 
 
-def _recent_positions(cache: KVCache) -> tuple[Array, Array]:
+def _recent_positions(cache: KVCache, view: LayerView) -> tuple[Array, Array]:
     """Position int32 [L x R x K, N] of each slot of the windows, and request [L x R x K]."""
-    layers, requests, kv_heads, slots = cache.recent.significance.shape
     now = cache.counters
-    request = jnp.tile(jnp.repeat(jnp.arange(requests), kv_heads), layers)
-    return (now.seq_len - now.recent_len)[request][:, None] + jnp.arange(slots), request
+    first, request = map(view.per_head, (now.seq_len - now.recent_len, jnp.arange(len(now.steps))))
+    return first[:, None] + jnp.arange(cache.recent.significance.shape[-1]), request
