@@ -1,7 +1,7 @@
 """Scores that forget (`Score.horizon`, docs/design.md 1): a token's score is a sum of weighted
-probabilities. Before so many new queries come in that their number would pass the horizon, what is
-there is scaled down. Spans of queries are cut likewise (`Counters.query_spans`), so that they count
-what the weights of a token's score add up to, and kernels divide by it as by a number of queries.
+probabilities, which is scaled down before new queries come in. Spans of queries are cut likewise
+(`Counters.query_spans`), so that they count what the weights of a token's score add up to, and
+kernels divide by it as by a number of queries.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ PAGES_AT_ONCE = 1024
 
 def forget(cache: KVCache, requests: Array, coming: Array | int) -> KVCache:
     """The cache ready for the next `coming` int32 [R] queries of `requests` (bool [R]): the weights
-    of earlier ones add up to what the horizon then leaves of itself, or less. Other requests keep
-    their bits. All layers at once.
+    of earlier ones add up to `most_weight` or less. Other requests keep their bits. All layers at
+    once.
     """
     score = cache.policy.score
     if score is None or score.horizon is None or not cache.spec.paged_layers:
@@ -48,8 +48,12 @@ def forget(cache: KVCache, requests: Array, coming: Array | int) -> KVCache:
 
 
 def most_weight(horizon: int, coming: Array) -> Array:
-    """What the weights of all earlier queries may add up to before `coming` ones, int32."""
-    return jnp.maximum(horizon - coming, 0)
+    """What the weights of all earlier queries may add up to before `coming` ones, int32.
+
+    In decode, with `coming` queries between all events, the queries are then as old on average as
+    the last `horizon` are: `coming / 2 + most_weight = horizon / 2`.
+    """
+    return jnp.maximum(horizon - coming, 0) // 2
 
 
 def _in_parts(change: Callable, changes: Array, pages: Pages, owner: Array) -> Array:

@@ -1,7 +1,7 @@
 """`algorithm1.Head` with a significance that forgets (docs/design.md, section 1), from its
 definition: every query that saw a token has a weight for it, 1 when it comes. After an event, and
-before a prompt scores, the weights of a token are scaled so that those of the queries until the
-next event would make them add up to at most the horizon. Also takes further prompts.
+before a prompt scores, the weights of a token are scaled to add up to at most half of what the
+queries until the next event leave of the horizon. Also takes further prompts.
 """
 
 from .algorithm1 import Head, Token
@@ -18,7 +18,7 @@ class Forgetting(Head):
         return self.dtype(self.total[token.position] / self.weight[token.position])
 
     def forget(self, coming):
-        most = max(self.observe - coming, 0)
+        most = max(self.observe - coming, 0) // 2
         for token in self.recent + self.high + self.low:
             position = token.position
             if self.weight[position] > most:
@@ -35,7 +35,7 @@ class Forgetting(Head):
         """The first prompt or a further one, of `num_tokens`; `column_sums` of all that is held."""
         scoring = min(self.observe, num_tokens)
         self.forget(max(self.flush, scoring))
-        self.recent += [Token(self.seen + i, self.dtype(0)) for i in range(num_tokens)]
+        self.recent.extend(Token(self.seen + i, self.dtype(0)) for i in range(num_tokens))
         self.seen, self.steps = self.seen + num_tokens, 0
         for token in self.recent + self.high + self.low:
             count = min(self.seen - token.position, scoring)
