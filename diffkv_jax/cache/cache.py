@@ -42,7 +42,9 @@ class Counters(NamedTuple):
 
     seq_len: Array  # int32 [R] tokens seen
     recent_len: Array  # int32 [R] tokens in the recent window
-    query_spans: Array  # int32 [R, spans, 2] (end, length) of the positions whose queries scored
+    # int32 [R, spans, 2] (end, length) of the positions whose queries scored, the last ones of a
+    # score that forgets (`steps.forget`)
+    query_spans: Array
     steps: Array  # int32 [R] decode steps since the last prompt
     overflow: Array  # bool [R] the pool could not give this request a page
     pending: Array  # int32 [R] token sampled last and not yet seen by the model, -1 = none

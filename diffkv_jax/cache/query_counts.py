@@ -27,3 +27,12 @@ def extend_query_spans(query_spans: Array, rows: Array, seq_len: Array) -> Array
     )
     after = jnp.where((last[:, 0] == seq_len - rows)[:, None, None], longer, opened)
     return jnp.where((rows > 0)[:, None, None], after, query_spans)
+
+
+def last_queries(query_spans: Array, count: Array) -> Array:
+    """`query_spans` of the last `count` int32 [R] queries alone: a token that more have scored
+    counts as scored by so many.
+    """
+    length = query_spans[..., 1]
+    later = length.sum(axis=1, keepdims=True) - jnp.cumsum(length, axis=1)  # queries in later spans
+    return query_spans.at[..., 1].set(jnp.clip(count[:, None] - later, 0, length))

@@ -137,6 +137,9 @@ class Score(Stage):
             added (unless `queries` is 0). Else the policy decides once a prompt.
         per_query: whether a score is divided by the number of queries that gave it.
         resets: whether earlier queries are forgotten when the policy decides.
+        horizon: a token's score is a mean over about so many of the last queries (a sum without
+            `per_query`): what earlier ones gave is scaled down at each event. None: all count
+            alike.
         shares_tokens: whether all KV heads of a layer have the same scores (`rescore` sees to that)
             and so keep the same tokens: their budgets must be equal.
         hides_dropped: whether a prompt token that a layer drops is not there for deeper layers.
@@ -150,6 +153,10 @@ class Score(Stage):
     per_query: ClassVar[bool] = False
     resets: ClassVar[bool] = False
     shares_tokens: ClassVar[bool] = False
+
+    @property
+    def horizon(self) -> int | None:
+        return None
 
     @property
     def hides_dropped(self) -> bool:

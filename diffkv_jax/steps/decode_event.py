@@ -23,6 +23,7 @@ from diffkv_jax.steps.event import (
     plan_event,
     recent_tokens,
 )
+from diffkv_jax.steps.forget import forget
 from diffkv_jax.steps.pairs import merge_pair
 from diffkv_jax.steps.rescore import rescore_oldest, unmark
 from diffkv_jax.steps.step import DecodeStep
@@ -63,7 +64,7 @@ def compress(cache: KVCache, due: Array) -> KVCache:
         cache = _compress_by_layer(cache, leaving)
     else:
         cache = _compress_at_once(cache, leaving)
-    return unmark(cache)
+    return forget(unmark(cache), due & ~cache.counters.overflow, cache.spec.flush)
 
 
 def _compress_at_once(cache: KVCache, leaving: Array) -> KVCache:

@@ -16,10 +16,11 @@ from diffkv_jax.cache.token_class import note_classes
 from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.steps.decode_event import after_decode
+from diffkv_jax.steps.forget import forget
 from diffkv_jax.steps.passes import drop_least
 from diffkv_jax.steps.rescore import reset_scores
 from diffkv_jax.steps.step import DecodeStep, PrefillStep, ScoreStep
-from diffkv_jax.steps.store_chunk import query_spans_after, recent_after
+from diffkv_jax.steps.store_chunk import query_spans_after, recent_after, scoring_queries
 
 
 @in_32_bits
@@ -55,9 +56,13 @@ def prefill_chunk(
     step = PrefillStep(length, decides)
     index, positions = _places(cache, chunk_len, length)
     cache = reset_scores(note_classes(cache, tokens, positions), step.compress)
+    coming = jnp.maximum(scoring_queries(cache, step, chunk_len), cache.spec.flush)
+    cache = forget(cache, step.compress & (length > 0), coming)
     cache = _before_prefill(cache, index >= 0)
     logits, cache = model.apply({"params": params}, tokens, positions, cache, step, last_only=True)
-    return logits[:, -1], without_empty(_after_prefill(cache, step, chunk_len))
+    cache = _after_prefill(cache, step, chunk_len)
+    cache = forget(cache, step.compress & (length > 0), cache.spec.flush)
+    return logits[:, -1], without_empty(cache)
 
 
 def _before_prefill(cache: KVCache, real: Array) -> KVCache:

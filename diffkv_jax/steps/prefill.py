@@ -23,7 +23,7 @@ from diffkv_jax.policy.score import PassLayer, PromptQueries, Score
 from diffkv_jax.policy.stage import overrides
 from diffkv_jax.steps.hidden_rows import present_rows, put_back, take_rows
 from diffkv_jax.steps.step import PrefillStep, ScoreStep
-from diffkv_jax.steps.store_chunk import gather, keep_window, store, store_pair
+from diffkv_jax.steps.store_chunk import gather, keep_window, scoring_rows, store, store_pair
 
 
 def prefill_layer(
@@ -65,12 +65,6 @@ def prefill_layer(
         cache = dataclasses.replace(cache, in_chunk=cache.in_chunk._replace(waiting=waiting))
     cache = keep_window(cache, view, gathered, step)
     return put_back(cache, out, rows).astype(q.dtype), cache
-
-
-def scoring_rows(cache: KVCache, chunk_len: int) -> int:
-    """Rows of a chunk of `chunk_len` that score when it is the last one."""
-    queries = cache.policy.queries
-    return chunk_len if queries == "all" else min(queries, chunk_len)
 
 
 def _grouped(spec: CacheSpec) -> tuple[int, int, int]:

@@ -113,13 +113,20 @@ def _leaving(cache: KVCache, view: LayerView, gathered: Gathered, step: PrefillS
 
 def query_spans_after(cache: KVCache, step: PrefillStep, chunk_len: int) -> Array:
     """`query_spans` once this chunk has scored."""
+    now, every = cache.counters, cache.policy.queries == "all"
+    rows = jnp.where(step.compress | every, scoring_queries(cache, step, chunk_len), 0)
+    return extend_query_spans(now.query_spans, rows, now.seq_len + step.length)
+
+
+def scoring_queries(cache: KVCache, step: PrefillStep, chunk_len: int) -> Array:
+    """Queries int32 [R] of each request that score in this chunk, if it decides."""
+    return jnp.minimum(step.length, scoring_rows(cache, chunk_len))
+
+
+def scoring_rows(cache: KVCache, chunk_len: int) -> int:
+    """Rows of a chunk of `chunk_len` that score when it is the last one."""
     queries = cache.policy.queries
-    rows = chunk_len if queries == "all" else min(queries, chunk_len)
-    scoring = jnp.minimum(step.length, rows)
-    rows = jnp.where(step.compress | (queries == "all"), scoring, 0)
-    return extend_query_spans(
-        cache.counters.query_spans, rows, cache.counters.seq_len + step.length
-    )
+    return chunk_len if queries == "all" else min(queries, chunk_len)
 
 
 def recent_after(cache: KVCache, step: PrefillStep) -> Array:

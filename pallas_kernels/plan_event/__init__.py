@@ -9,5 +9,6 @@ from .reference import (
     Rule as Rule,
     classify as classify,
     mean_significance as mean_significance,
+    scored_by as scored_by,
     stored_victims as stored_victims,
 )

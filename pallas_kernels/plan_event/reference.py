@@ -29,18 +29,23 @@ class Moves(NamedTuple):
     victim: Array
 
 
+def scored_by(position: Array, query_spans: Array) -> Array:
+    """Queries int32 `[B, ...]` at or after `position [B, ...]` in the spans `query_spans [spans, 2,
+    B]` (end, length), which come last here: gathered by page, they are as long as the pool.
+    """
+    position = position.astype(jnp.int32)
+    spans = query_spans.reshape(*query_spans.shape, *(1,) * (position.ndim - 1))
+    return sum((jnp.clip(x[0] - position, 0, x[1]) for x in spans), jnp.zeros_like(position))
+
+
 def mean_significance(total: Array, position: Array, query_spans: Array) -> Array:
     """`S / n`, `n` the queries that scored the token: those at or after its position in the spans
     `query_spans [B, spans, 2]` (end, length).
 
     `total`, `position [B, tokens]`.
     """
-    position = position.astype(jnp.int32)
-    scored_by = sum(
-        jnp.clip(end[:, None] - position, 0, length[:, None])
-        for end, length in jnp.moveaxis(query_spans, 0, -1)
-    )
-    return total / jnp.maximum(scored_by, 1).astype(jnp.float32)
+    queries = scored_by(position, jnp.moveaxis(query_spans, 0, -1))
+    return total / jnp.maximum(queries, 1).astype(jnp.float32)
 
 
 def classify(mean: Array, tau: Array, tiers: int) -> Array:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffkv_jax.cache.query_counts import SPANS, extend_query_spans, no_query_spans
+from diffkv_jax.cache.query_counts import SPANS, extend_query_spans, last_queries, no_query_spans
 from diffkv_jax.pallas_kernels.plan_event import mean_significance
 
 
@@ -57,3 +57,15 @@ def test_nothing_scored_changes_nothing():
     spans = extend_query_spans(no_query_spans(2), jnp.array([4, 0]), jnp.array([10, 10]))
     assert np.asarray(spans)[0, -1].tolist() == [10, 4]
     assert not np.asarray(spans)[1].any()
+
+
+@pytest.mark.parametrize("count", [0, 1, 17, 40, 1000])
+def test_the_last_queries_alone(count):
+    """Nobody is divided by more than so many; the others as before, and counting goes on."""
+    spans, positions = counted([(0, 5, 3), (7, 1, 9), (20, 30, 6)])
+    length = positions[-1] + 1
+    fewer = last_queries(jnp.asarray(spans), jnp.array([count]))
+    least = np.maximum(np.minimum(scored_by(spans, length), count), 1)  # the mean divides by that
+    np.testing.assert_array_equal(scored_by(fewer, length), least)
+    longer = extend_query_spans(fewer, jnp.array([2]), jnp.array([length + 2]))
+    assert scored_by(longer, 1)[0] == min(count, len(positions)) + 2

@@ -61,6 +61,7 @@ REFUSED = {
         lambda: dkv.h2o(window=10**30),
         "window=1000.* must be an integer from 1 to 16777216",
     ),
+    "forgets text": (lambda: dkv.diffkv(forgets="no"), "forgets='no' must be True or False"),
     "alpha None": (lambda: dkv.diffkv(None), "alpha_high=None must be finite"),
     "alpha text": (lambda: dkv.diffkv("1.0"), "alpha_high='1.0' must be finite"),
     "alphas of two shapes": (

@@ -23,6 +23,17 @@ def test_what_names_a_policy():
     assert dkv.load_policy(json.loads(dkv.kvzip().to_json())) == dkv.kvzip()
 
 
+def test_a_policy_that_does_not_forget():
+    for policy, horizon in ((dkv.diffkv(), 64), (dkv.diffkv(forgets=False), None)):
+        again = dkv.CompressionPolicy.from_json(policy.to_json())
+        assert again == policy and again.score is not None and again.score.horizon == horizon
+    score = dkv.diffkv(queries="all").score
+    assert score is not None and score.horizon is None
+    written = json.loads(dkv.diffkv().to_json())
+    del written["score"]["forgets"]  # before there was a choice
+    assert dkv.load_policy(written) == dkv.diffkv()
+
+
 SOURCES = {
     "typing error": ("snapvk", "no such file; did you mean 'snapkv'"),
     "None": (None, "policy=None must be a CompressionPolicy, a mapping of its fields, one of"),

@@ -20,12 +20,15 @@ TEXTS = ("hamlet", "king_james", "stdlib_source")
 
 
 @cache
-def measured(text: str, context: int = CONTEXT, steps: int = STEPS) -> dict[str, quality.Line]:
+def measured(
+    text: str, context: int = CONTEXT, steps: int = STEPS, forgets: bool = True
+) -> dict[str, quality.Line]:
     """Every policy on one text, prompt in one chunk: attended exactly, compressed once, as the
-    simulation does.
+    simulation does, which does not forget.
     """
     smollm2_gguf_path()  # skips, with the reason, where the model's package is missing
-    policies = {KEEP_ALL: dkv.diffkv(1.0, 0.0), DROPPING: dkv.diffkv(1.0, 0.02)}
+    alphas = {KEEP_ALL: (1.0, 0.0), DROPPING: (1.0, 0.02)}
+    policies = {name: dkv.diffkv(*alpha, forgets=forgets) for name, alpha in alphas.items()}
     lines = quality.measure(context, steps, (text,), policies, chunk=context)
     print("\n" + quality.markdown(lines))
     return {line.policy: line for line in lines}
@@ -62,7 +65,7 @@ def test_nothing_is_lost_beyond_codec_and_drops(policy, alpha_low):
     context = SIMULATED[0]
     run = simulation.decode(model, prefilled, tokens[context:-1], simulation.Policy(1.0, alpha_low))
     figures = simulation.metrics(full.logits, run.logits, tokens[context + 1 :])
-    line = measured("hamlet", *SIMULATED)[policy]
+    line = measured("hamlet", *SIMULATED, forgets=False)[policy]
     print(
         f"\n{policy}: KL {line.mean_kl:.4f}, simulated {figures['mean_kl']:.4f}; fractions "
         f"{run.fractions.mean(axis=(0, 1))}"
