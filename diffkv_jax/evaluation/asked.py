@@ -9,8 +9,7 @@ from typing import Any
 from diffkv_jax.arguments import file_path, integer, nearest, refuse
 from diffkv_jax.batching import chunk_size
 from diffkv_jax.evaluation.files import existing_file, read_text
-from diffkv_jax.evaluation.learning import learns
-from diffkv_jax.evaluation.policies import policy_of
+from diffkv_jax.evaluation.policies import Given, policy_of
 from diffkv_jax.evaluation.ruler_package import TASKS as RULER_TASKS, ruler_folder
 from diffkv_jax.policy.policy import CompressionPolicy
 
@@ -41,7 +40,7 @@ class Asked:
 
     model: str
     texts: dict[str, str]
-    policies: dict[str, CompressionPolicy]
+    policies: dict[str, Given]
     tasks: tuple[str, ...]
     context: int
     steps: int
@@ -79,10 +78,9 @@ def asked_of(given: argparse.Namespace) -> Asked:
             refuse("--text", name, f"{rule} or lower --context")
     policies = dict(map(_policy, given.policy))
     calibrate = given.calibrate and read_text("--calibrate", given.calibrate)
-    for spelled, policy in policies.items():
-        if learns(policy) and not calibrate:
-            raise ValueError(f"--policy {spelled} learns from a text: give --calibrate FILE")
-        chunk_size(context, given.prefill_chunk, policy.queries)
+    for policy in policies.values():
+        if isinstance(policy, CompressionPolicy):
+            chunk_size(context, given.prefill_chunk, policy.queries)
     return Asked(
         model=given.model,
         texts=texts,
@@ -106,9 +104,11 @@ def asked_of(given: argparse.Namespace) -> Asked:
     )
 
 
-def _policy(spelled: str) -> tuple[str, CompressionPolicy]:
+def _policy(spelled: str) -> tuple[str, Given]:
     """By the name that reports show: that of a file's policy, else as it is spelled."""
     policy = policy_of(spelled)
+    if not isinstance(policy, CompressionPolicy):
+        return spelled, policy
     name = policy.name if spelled.endswith(".json") else spelled
     return name, replace(policy, name=name)
 

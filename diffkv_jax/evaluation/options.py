@@ -34,7 +34,10 @@ _WORDS = {
         "as ruler:vt; with commas (default: kl)",
     ),
     "out": ("evaluation", "folder of the results (default: evaluation)"),
-    "calibrate": (None, "a text for policies that learn, another than those measured"),
+    "calibrate": (
+        None,
+        "a text for policies that learn (default: the built-in one)",
+    ),
     "lengths": (None, "needle: prompt lengths with commas (default: the context and its half)"),
     "dtype": ("auto", "of parameters and activations (default: the file's)"),
     "cache-dtype": (None, "of exact tokens (default: the model's)"),

@@ -2,10 +2,13 @@
 
 import ast
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from diffkv_jax import methods
 from diffkv_jax.arguments import nearest, shown
+from diffkv_jax.choice.automatic import AUTO, AutoPolicy
+from diffkv_jax.choice.fitted import FILE, FittedPolicy
 from diffkv_jax.methods.registry import load_policy
 from diffkv_jax.policy import affine, transform
 from diffkv_jax.policy.policy import CompressionPolicy
@@ -22,26 +25,35 @@ _TRANSFORMS = (
 _METHODS = [getattr(methods, name) for name in methods.__all__ if name.islower()]
 CALLED: dict[str, Callable[..., Any]] = {
     "none": CompressionPolicy.none,
+    AUTO: AutoPolicy,
     **{make.__name__: make for make in (*_METHODS, *_TRANSFORMS)},
 }
 
 
-def policy_of(spelled: str) -> CompressionPolicy:
-    """What `load_policy` takes as text, or a call such as "diffkv(1, 0, transform=Hadamard())".
+Given = CompressionPolicy | AutoPolicy | FittedPolicy
 
-    A call is a method, or "none", with literals, methods and transforms as arguments; nothing else
-    is run.
+
+def policy_of(spelled: str) -> Given:
+    """What `load_policy` takes as text, a call such as "diffkv(1, 0, transform=Hadamard())", "auto"
+    or "auto(share=0.3)", or a folder that `FittedPolicy.save` wrote.
+
+    A call is a method, "none" or "auto", with literals, methods and transforms as arguments;
+    nothing else is run.
 
     Raises:
         ValueError: it is neither; arguments that do not fit.
     """
+    if spelled.strip() == AUTO:
+        return AutoPolicy()
+    if (Path(spelled) / FILE).is_file():
+        return FittedPolicy.load(spelled)
     if "(" not in spelled or spelled.endswith(".json"):
         return load_policy(spelled)
     try:
         found = _value(ast.parse(spelled.strip(), mode="eval").body)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"policy {shown(spelled)}: {error}") from error
-    if not isinstance(found, CompressionPolicy):
+    if not isinstance(found, CompressionPolicy | AutoPolicy):
         raise ValueError(
             f"policy {shown(spelled)} must be a call of a method, such as diffkv(1, 0), and is of a"
             f" {type(found).__name__}: give it as an argument, diffkv(1, 0, transform=...)"

@@ -12,7 +12,7 @@ import jax
 from diffkv_jax.batching import check_context
 from diffkv_jax.evaluation.answers import RunOptions
 from diffkv_jax.evaluation.asked import Asked
-from diffkv_jax.evaluation.learning import learned
+from diffkv_jax.evaluation.learning import settled
 from diffkv_jax.evaluation.math_problems import gsm8k, math500, read_gsm8k, read_math500
 from diffkv_jax.evaluation.needle import passkey_prompts, passkeys
 from diffkv_jax.evaluation.on_texts import OnTexts, full_cache, on_texts, text_rows
@@ -45,6 +45,7 @@ class Results:
 
     Attributes:
         texts: the names of the texts, in the order of their rows.
+        policies: by the name that reports show, fitted where that was asked for.
         on_texts: by policy.
         full: results of the full cache, by task.
         tasks: by policy, and then by task.
@@ -52,6 +53,7 @@ class Results:
     """
 
     texts: tuple[str, ...] = ()
+    policies: dict[str, CompressionPolicy] = field(default_factory=dict)
     on_texts: dict[str, OnTexts] = field(default_factory=dict)
     full: dict[str, TaskResult] = field(default_factory=dict)
     tasks: dict[str, dict[str, TaskResult]] = field(default_factory=dict)
@@ -74,9 +76,11 @@ def measure(asked: Asked, loaded: Loaded, keep: Callable[[Results], None]) -> Re
     for task, run in runs.items():
         own: RunOptions = {**options, "progress": _shown(f"full cache: {task}")}
         found.full |= _listed(run(*given, CompressionPolicy.none(), **own))
+    length = asked.context + asked.steps
     for name, policy in asked.policies.items():
         own = {**options, "progress": _shown(name)}
-        own["calibration"] = learned(*given, policy, asked.calibrate)
+        policy, own["calibration"] = settled(name, policy, loaded, asked.calibrate, length)
+        found.policies[name] = policy
         for task in asked.tasks:
             _drop_programs()
             try:

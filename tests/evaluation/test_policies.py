@@ -55,3 +55,10 @@ def test_a_file(tmp_path):
 def test_what_is_refused(spelled, rule):
     with pytest.raises(ValueError, match=rule):
         policy_of(spelled)
+
+
+def test_policies_that_are_yet_to_be_fitted():
+    assert policy_of(" auto") == dkv.AutoPolicy()
+    assert policy_of("auto(share=0.3, drop=False)") == dkv.AutoPolicy(share=0.3, drop=False)
+    with pytest.raises(ValueError, match="target_kl"):
+        policy_of("auto(target_kl='best')")
