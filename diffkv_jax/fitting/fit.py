@@ -12,7 +12,7 @@ from diffkv_jax.arguments import flag, integer
 from diffkv_jax.batching import as_batch
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.calibration.sample_text import built_in_rows
-from diffkv_jax.choice.automatic import fits_policies
+from diffkv_jax.choice.automatic import USUAL, fits_policies
 from diffkv_jax.choice.fitted import FitReport, FittedPolicy
 from diffkv_jax.fitting.candidates import DROPPING, KEEPING, Path, possible, transforms
 from diffkv_jax.fitting.goal import Goal, goal_of
@@ -40,7 +40,7 @@ def fit_policy(
     share: float | None = None,
     memory_budget: int | str | None = None,
     target_kl: float | str | None = None,
-    context: int = 4096,
+    context: int | None = None,
     requests: int = 1,
     drop: bool = True,
     progress: bool = True,
@@ -64,7 +64,7 @@ def fit_policy(
             tokens. It counts what is in use at the end: while a prompt is read more is needed.
         target_kl: most mean KL in nats, or "quality" (0.003), "balanced" (0.01) or "small" (0.03).
             None of the three: "balanced".
-        context: tokens of a request, prompt and answer.
+        context: tokens of a request, prompt and answer; None: 4,096 or the model's context.
         requests: how many there are.
         drop: whether tokens may be dropped.
         progress: show a progress bar.
@@ -77,26 +77,15 @@ def fit_policy(
     check_outside_jit("fit_policy", tokens)
     drop, progress = flag("drop", drop), flag("progress", progress)
     attention = model.attention
-    context = integer("context", context, least=LEAST, most=attention.max_position_embeddings)
+    most = attention.max_position_embeddings
+    context = min(USUAL, most) if context is None else context
+    context = integer("context", context, least=LEAST, most=most)
     requests = integer("requests", requests, least=1)
     goal = goal_of(attention, share, memory_budget, target_kl, context * requests)
     texts, others = texts_of(model, tokens, context)
-    paths, more = possible(KEEPING, attention), possible(DROPPING, attention) if drop else []
     with tqdm(desc="fitting a policy", unit=" runs", disable=not progress) as bar:
         bench = Bench(model, params, texts, context)
-        transform, calibration = _best_transform(bench, paths[-1], bar)
-
-        def measure(path: Path, points: Sequence[float]) -> list[Measured]:
-            found = bench.along(path, points, transform, _for_tiers(calibration, path.tiers))
-            bar.update()
-            return found
-
-        tried = search(measure, paths, goal)
-        if more and not goal.met(tried[0].measured):
-            tried += search(measure, more, goal)
-            tried.sort(key=lambda one: goal.order(one.measured))
-        best = tried[0]
-        _check_met(goal, best, drop)
+        best, transform, calibration = _best(bench, goal, drop, bar)
         policy = best.path.policy(transform, (best.point,))
         policy = dataclasses.replace(policy, name="fitted")
         calibration = _for_tiers(calibration, policy.tiers)
@@ -105,6 +94,32 @@ def fit_policy(
     asked = {name: value for name, value in goal._asdict().items() if value is not None}
     report = _report(seen, best, others, context)
     return FittedPolicy(policy, calibration, report, fingerprint(model, params), asked)
+
+
+def _best(
+    bench: Bench, goal: Goal, drop: bool, bar: tqdm
+) -> tuple[Tried, Transform, Calibration | None]:
+    """What meets the goal best, where nothing is dropped if that meets it at all; the transform and
+    what that has learned.
+
+    Raises:
+        ValueError: nothing meets it.
+    """
+    attention = bench.model.attention
+    paths, more = possible(KEEPING, attention), possible(DROPPING, attention) if drop else []
+    transform, calibration = _best_transform(bench, paths[-1], bar)
+
+    def measure(path: Path, points: Sequence[float]) -> list[Measured]:
+        found = bench.along(path, points, transform, _for_tiers(calibration, path.tiers))
+        bar.update()
+        return found
+
+    tried = search(measure, paths, goal)
+    if more and not goal.met(tried[0].measured):
+        tried += search(measure, more, goal)
+        tried.sort(key=lambda one: goal.order(one.measured))
+    _check_met(goal, tried[0], drop)
+    return tried[0], transform, calibration
 
 
 def _report(seen: Measured, best: Tried, others: Texts, context: int) -> FitReport:

@@ -118,7 +118,10 @@ def test_tasks_stand_beside_the_full_cache(given, problems):
         (("--text", "a.txt", "--policy", "difkv"), "did you mean 'diffkv'"),
         (("--text", "a.txt", "--prefill-chunk", 100), "prefill_chunk=100 must be a power of two"),
         (("--text", "a.txt", "--out", "b.txt"), "--out='b.txt' must be a folder"),
-        (("--text", "a.txt", "--policy", "auto(share=2)"), "share=2 must be at most 1"),
+        (
+            ("--text", "a.txt", "--policy", "auto(share=2)"),
+            "share=2 must be a number above 0 and up to 1",
+        ),
         (("--text", "a.txt", "--lengths", "1,x"), "--lengths='1,x' must be numbers of tokens"),
         ((), "--tasks kl needs a text"),
         (("--tasks", "gsm8k"), "give --data gsm8k=FILE"),
