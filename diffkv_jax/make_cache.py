@@ -48,8 +48,9 @@ class CacheOptions(TypedDict, total=False):
             when None.
         cache_dtype: dtype of exact tokens ("full" tier, recent window); the model's when None.
         calibration: what `calibrate` made for this model and policy, where something is learned.
-            None: that of the built-in text, for models from `load_pretrained`, fitted once and kept
-            (in $DIFFKV_JAX_CACHE/calibrations, under the model's fingerprint).
+            None: where only the transform learns, that of the built-in text, for models from
+            `load_pretrained`: fitted once and kept in $DIFFKV_JAX_CACHE/calibrations under the
+            model's fingerprint.
         implementation: kernels: "xla", "cpu" (native), "triton" (GPU) or "mosaic_tpu" (TPU); None
             takes those of the platform at hand.
         interpret: run Pallas kernels in their interpreter, on any platform: slow, for tests.
