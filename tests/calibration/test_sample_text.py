@@ -176,6 +176,6 @@ def test_nothing_to_learn(fits):
     codecs = dkv.coupled_quantization(4, 4)
     assert automatic.fitted(model, params, codecs) is None  # which takes minutes
     with pytest.raises(ValueError, match="has learned codecs.*calibration = diffkv_jax.calibrate"):
-        dkv.generate(model, params, [prompt(60)], policy=codecs)
+        dkv.generate(model, params, [prompt(60)], policy=codecs, max_new_tokens=8)
     assert automatic.fitted(*tiny_model(), POLICY) is None  # no text
     assert not fits
