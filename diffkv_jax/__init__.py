@@ -41,6 +41,7 @@ from diffkv_jax.policy.keep import (
     KeepView as KeepView,
     Thresholds as Thresholds,
 )
+from diffkv_jax.policy.learned import Learned as Learned
 from diffkv_jax.policy.pairs import LayerPairs as LayerPairs
 from diffkv_jax.policy.policy import CompressionPolicy as CompressionPolicy
 from diffkv_jax.policy.protect import (

@@ -52,8 +52,9 @@ class CacheOptions(TypedDict, total=False):
             when None.
         cache_dtype: dtype of exact tokens ("full" tier, recent window); the model's when None.
         calibration: what `calibrate` made for this model and policy, where something is learned.
-            None: that of the built-in text, for models from `load_pretrained`, fitted once and kept
-            (in $DIFFKV_JAX_CACHE/calibrations, under the model's fingerprint).
+            None: where only the transform learns, that of the built-in text, for models from
+            `load_pretrained`: fitted once and kept in $DIFFKV_JAX_CACHE/calibrations under the
+            model's fingerprint.
         strict: a policy whose mean KL on this model's built-in text is above 0.1 raises; False: it
             warns, once. That is measured at the first call with a policy and kept. None, or 0 in
             $DIFFKV_JAX_CHECK_POLICIES: it is not.

@@ -81,8 +81,8 @@ class LayerView:
         """The policy's transform for arrays `[B, ..., head_dim]` with so many axes."""
 
         def of_heads(x: Array) -> Array:
-            by_head = x.reshape(-1, x.shape[-1])[self.head_numbers()]
-            return by_head.reshape(len(by_head), *(1,) * (axes - 2), x.shape[-1])
+            by_head = x.reshape(-1, *x.shape[2:])[self.head_numbers()]
+            return by_head.reshape(len(by_head), *(1,) * (axes - 2), *x.shape[2:])
 
         return jax.tree.map(of_heads, cache.policy.transform)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkv_jax.calibration.calibrate import calibrate, spec_of
-from diffkv_jax.calibration.calibration import Calibration, fingerprint, learns
+from diffkv_jax.calibration.calibration import Calibration, fingerprint, learned_codecs
 from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.native.build import cache_directory
@@ -27,14 +27,16 @@ _known: OrderedDict[str, Calibration] = OrderedDict()
 def fitted(
     model: CausalLM, params: Mapping[str, Any], policy: CompressionPolicy
 ) -> Calibration | None:
-    """What `calibrate` learns of the model's built-in text; None where nothing learns, or the model
-    has no text.
+    """What `calibrate` learns of the model's built-in text where only the transform learns, in
+    seconds; None where a codec does (minutes) or nothing, or the model has no text.
 
     It is kept in this process and in the folder `calibrations` of $DIFFKV_JAX_CACHE (else
     diffkv_jax in the user's cache folder) under the model's fingerprint.
     """
     text = getattr(model, "text", None)
-    if not isinstance(text, SampleText) or not learns(spec_of(model, policy, 1), policy):
+    if not isinstance(text, SampleText) or not policy.transform.learned:
+        return None
+    if learned_codecs(spec_of(model, policy, 1)):
         return None
     key = _key(fingerprint(model, params), policy)
     if key not in _known:

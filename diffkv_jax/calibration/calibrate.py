@@ -26,9 +26,8 @@ from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.pallas_kernels.rope import at_positions
 from diffkv_jax.policy.affine import maps_of
 from diffkv_jax.policy.policy import CompressionPolicy
-from diffkv_jax.policy.transform import Transform
+from diffkv_jax.policy.transform import Seen, Transform
 
-FIRST_TOKENS = 16
 BUILT_IN = (4, 1024)  # sequences and their length, where no tokens are given
 
 
@@ -39,6 +38,13 @@ class Samples(NamedTuple):
 
     x: Array | np.ndarray  # float32 [L, n, K, d]
     gradient: Array | np.ndarray  # float32 [L, n, K, d]
+
+
+class Attended(NamedTuple):
+    """What queries make of the samples' tokens."""
+
+    queries: np.ndarray  # float32 [L, K, d, d], their second moments
+    weight: np.ndarray  # float32 [L, n, K], squared attention that a token gets, summed
 
 
 @in_32_bits
@@ -90,8 +96,8 @@ def calibrate(
     total = _tables_to_learn(spec, policy)
     # exact sinks never meet a learned codec
     at = _spread(batch, samples, policy.protect.sinks if policy.tiers[0] == "full" else 0)
-    both = _collect(model, params, batch, spec, at, fisher and total > 0, progress)
-    transform = _fitted(policy.transform, both, np.tile(at, len(batch)), model.attention)
+    both, attended = _collect(model, params, batch, spec, at, fisher and total > 0, progress)
+    transform = _fitted(policy.transform, both, attended, model.attention)
     how = Fitting(partial(weighted_kmeans, iterations=iterations), q_norm)
     with tqdm(total=total, desc="learning tables", unit=" layers", disable=not progress) as bar:
         tables = _learn(spec, transform, both, fisher, key, how, bar)
@@ -199,12 +205,17 @@ def _collect(
     at: np.ndarray,
     fisher: bool,
     progress: bool,
-) -> tuple[Samples, Samples]:
-    """Keys and values of the tokens `at` of every sequence, in the paged layers."""
-    seen = []
+) -> tuple[tuple[Samples, Samples], Attended]:
+    """Of the paged layers: keys and values of the tokens `at` of every sequence, and what becomes
+    of them.
+    """
+    seen, attended = [], []
+    layers = np.asarray(spec.paged_layers)
     for row in tqdm(batch, desc="reading text", unit=" sequences", disable=not progress):
         found = activations(model, params, jnp.asarray(row), gradients=fisher)
         seen.append(jax.device_get(_paged(spec, found, at, fisher)))
+        weight = np.asarray(found.weight)[layers[:, None], at]
+        attended.append(Attended(np.asarray(found.queries)[layers], weight))
     keys, values = (
         Samples(*(np.concatenate(part, axis=1) for part in zip(*side, strict=True)))
         for side in zip(*seen, strict=True)
@@ -217,7 +228,8 @@ def _collect(
                     f"can be learned from them: the model computes in {spec.attention.dtype}; load "
                     "it with dtype='float32', or look for NaN in the parameters"
                 )
-    return keys, values
+    queries, weight = zip(*attended, strict=True)
+    return (keys, values), Attended(np.mean(queries, axis=0), np.concatenate(weight, axis=1))
 
 
 def _paged(
@@ -226,7 +238,8 @@ def _paged(
     """The tokens `at` int [n] of one sequence in the paged layers, before the transform; `fisher`
     has the gradients as they are.
     """
-    k, v, k_gradient, v_gradient = (x[np.asarray(spec.paged_layers)[:, None], at] for x in seen)
+    layers = np.asarray(spec.paged_layers)[:, None]
+    k, v, k_gradient, v_gradient = (x[layers, at] for x in seen[:4])
     if spec.attention.latent is not None:  # the rest of the key stays exact
         k, k_gradient = k[..., : spec.attention.latent], k_gradient[..., : spec.attention.latent]
     if spec.layout.rope is not None:
@@ -240,18 +253,23 @@ def _paged(
 
 
 def _fitted(
-    transform: Transform, both: tuple[Samples, Samples], position: np.ndarray, model: AttentionSpec
+    transform: Transform, both: tuple[Samples, Samples], attended: Attended, model: AttentionSpec
 ) -> Transform:
-    """The transform with what it learns of each layer's tokens at `position` int [n], but the first
-    ones of a text, whose keys are like no others.
-    """
+    """The transform with what it learns of each layer."""
     if not transform.learned:
         return transform
-    usual = position >= FIRST_TOKENS if (position >= FIRST_TOKENS).any() else position >= 0
-    keys, values = (side.x[:, usual] for side in both)
-    layers = zip(keys, values, strict=True)
-    fits = [transform.fit(jnp.asarray(k), jnp.asarray(v), model) for k, v in layers]
+    queries = np.stack([_like_moments(layer) for layer in attended.queries])
+    weight = attended.weight / attended.weight.sum(axis=1, keepdims=True)
+    layers = zip(queries, *(side.x for side in both), weight[..., None], strict=True)
+    fits = [transform.fit(Seen(*map(jnp.asarray, layer)), model) for layer in layers]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *fits)
+
+
+def _like_moments(moments: np.ndarray) -> np.ndarray:
+    """As many vectors as channels, float32 [d, K, d], of these second moments [K, d, d]."""
+    sizes, axes = np.linalg.eigh(moments.astype(np.float64))
+    sizes = np.maximum(sizes, 0) * moments.shape[-1]
+    return np.moveaxis(axes * np.sqrt(sizes)[:, None], 2, 0).astype(np.float32)
 
 
 def _stored_keys(heads: Transform, k: Array, gradient: Array, model: AttentionSpec):
@@ -260,4 +278,5 @@ def _stored_keys(heads: Transform, k: Array, gradient: Array, model: AttentionSp
 
 
 def _stored_values(heads: Transform, v: Array, gradient: Array, model: AttentionSpec):
-    return heads.values(v), heads.values(gradient) - heads.values(jnp.zeros_like(gradient))
+    stored = heads.values(v)
+    return stored, jax.vjp(heads.output, stored)[1](gradient)[0]

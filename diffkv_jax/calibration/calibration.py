@@ -32,7 +32,8 @@ class Calibration:
             codec learns nothing; L paged layers, K KV heads.
         tiers, transform: those of the policy.
         fingerprint: of the model, see `fingerprint`.
-        maps: what the transform has learned, float32 `[L, K, head_dim]`, as its fields come.
+        maps: what the transform has learned, float32 `[L, K, head_dim]` or `[L, K, head_dim,
+            head_dim]`, as its fields come.
     """
 
     tables: Tables
@@ -152,9 +153,9 @@ def _named(tables: Tables) -> dict[str, Any]:
     return {name: np.asarray(array) for name, array in parts.items() if array is not None}
 
 
-def learns(spec: CacheSpec, policy: CompressionPolicy) -> bool:
-    """Whether a codec or the transform of a policy learns something."""
-    return policy.transform.learned or any(x is not None for x in sum(table_shapes(spec), ()))
+def learned_codecs(spec: CacheSpec) -> bool:
+    """Whether a codec learns something."""
+    return any(shape is not None for pair in table_shapes(spec) for shape in pair)
 
 
 def learned_for(
@@ -167,8 +168,7 @@ def learned_for(
         ValueError: something is learned and there is no calibration, or that of other tiers,
             transforms or geometry; or one for nothing.
     """
-    shapes = table_shapes(spec)
-    codecs = any(shape is not None for pair in shapes for shape in pair)
+    shapes, codecs = table_shapes(spec), learned_codecs(spec)
     learns = f"learned codecs {policy.tiers}" if codecs else f"transform={policy.transform}"
     if calibration is None:
         if codecs or policy.transform.learned:
@@ -201,10 +201,11 @@ def learned_for(
 def _with_maps(spec: CacheSpec, transform: Transform, maps: tuple) -> Transform:
     shape = (len(spec.paged_layers), spec.attention.num_kv_heads, spec.attention.head_dim)
     found, wanted = [np.shape(x) for x in maps], len(maps_of(transform))
-    if found != [shape] * wanted:
+    known = (shape, (*shape, shape[-1]))
+    if len(found) != wanted or not all(one in known for one in found):
         raise ValueError(
             f"the calibration's maps have shapes {found}, transform={transform} needs {wanted} of "
-            f"{shape}: calibrate with this model and policy"
+            f"{shape} or {known[1]}: calibrate with this model and policy"
         )
     return with_maps(transform, list(maps))
 

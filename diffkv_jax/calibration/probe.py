@@ -14,15 +14,17 @@ from jax import Array, lax
 from diffkv_jax.model import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.decode_attention.stream import soft_cap
 
+FIRST_TOKENS = 16  # of a text, whose keys are like no others
+
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k", "v", "add_k", "add_v"],
+    data_fields=["k", "v", "add_k", "add_v", "queries", "weight"],
     meta_fields=["attention"],
 )
 @dataclass(frozen=True)
 class Probe:
-    """Takes a cache's place in `CausalLM.apply`. All arrays float32 `[layers, N, kv_heads, d]`.
+    """Takes a cache's place in `CausalLM.apply`. Arrays are float32 `[layers, N, kv_heads, d]`.
 
     With a latent (`AttentionSpec.latent`) values are part of the keys, and `v` has no channels.
     """
@@ -32,6 +34,8 @@ class Probe:
     v: Array
     add_k: Array  # added to the keys before attention: the loss' gradient by it is that by the keys
     add_v: Array
+    queries: Array  # [layers, kv_heads, d, d] their second moments, but of the `FIRST_TOKENS`
+    weight: Array  # [layers, N, kv_heads] squared attention that a token gets, summed over queries
 
     @staticmethod
     def empty(attention: AttentionSpec, tokens: int) -> "Probe":
@@ -40,7 +44,9 @@ class Probe:
         keys = jnp.zeros((*shape, attention.head_dim), jnp.float32)
         # as `attend` is given them
         values = keys if attention.latent is None else jnp.zeros((*shape, 0), jnp.float32)
-        return Probe(attention, keys, values, keys, values)
+        heads = (attention.num_kv_heads, attention.head_dim, attention.head_dim)
+        moments = jnp.zeros((attention.num_layers, *heads), jnp.float32)
+        return Probe(attention, keys, values, keys, values, moments, keys[..., 0])
 
     def attend(self, layer: Array, q: Array, k: Array, v: Array) -> tuple[Array, "Probe"]:
         """`attend` of the cache for one sequence: `q [1, N, num_q_heads, d]`, `k`, `v [1, N,
@@ -55,38 +61,54 @@ class Probe:
             [q.shape[1] if window is None else window for window in self.attention.sliding_windows]
         )
         mixed = v[0] if self.attention.latent is None else k[0, ..., : self.attention.latent]
-        out = _causal_attention(
-            self.attention, windows[layer], q[0].astype(jnp.float32), k[0], mixed
+        exact = q[0].astype(jnp.float32)
+        out, weight = _causal_attention(self.attention, windows[layer], exact, k[0], mixed)
+        moments, weight = (
+            x.at[layer].set(lax.stop_gradient(new))
+            for x, new in ((self.queries, _moments(exact, k.shape[2])), (self.weight, weight))
         )
-        return out[None].astype(q.dtype), replace(self, k=kept_k, v=kept_v)
+        seen = replace(self, k=kept_k, v=kept_v, queries=moments, weight=weight)
+        return out[None].astype(q.dtype), seen
+
+
+def _moments(q: Array, kv_heads: int) -> Array:
+    """Second moments `[kv_heads, d, d]` of queries `[N, num_q_heads, d]`."""
+    usual = q[FIRST_TOKENS if len(q) > FIRST_TOKENS else 0 :]
+    heads = usual.reshape(len(usual), kv_heads, -1, q.shape[-1])
+    total = jnp.einsum("nkgd,nkge->kde", heads, heads, precision=lax.Precision.HIGHEST)
+    return total / (heads.shape[0] * heads.shape[2])
 
 
 # the backward pass takes the weights anew: those of all layers would not fit
 @partial(jax.checkpoint, static_argnums=0)
 def _causal_attention(
     attention: AttentionSpec, window: Array, q: Array, k: Array, v: Array
-) -> Array:
+) -> tuple[Array, Array]:
     """softmax(cap(scale q k)) v over the `window` last tokens: `q [N, num_q_heads, d]`, `k`, `v [N,
-    num_kv_heads, d]`.
+    num_kv_heads, d]`; and each token's squared attention, summed, `[N, num_kv_heads]`.
     """
     n, kv_heads, d = k.shape
     logits = jnp.einsum("tkgd,skd->kgts", q.reshape(n, kv_heads, -1, d), k) * attention.sm_scale
     behind = jnp.arange(n)[:, None] - jnp.arange(n)
     seen = (behind >= 0) & (behind < window)
     logits = jnp.where(seen, soft_cap(logits, attention.logits_soft_cap), -jnp.inf)
-    out = jnp.einsum("kgts,skd->tkgd", jax.nn.softmax(logits, axis=-1), v)
-    return out.reshape(*q.shape[:-1], -1)
+    given = jax.nn.softmax(logits, axis=-1)
+    out = jnp.einsum("kgts,skd->tkgd", given, v)
+    return out.reshape(*q.shape[:-1], -1), jnp.square(given).sum(axis=(1, 2)).T
 
 
 class Activations(NamedTuple):
     """Keys (after RoPE), values, and the gradients of the loss by them: float32 `[layers, N,
-    kv_heads, head_dim]`.
+    kv_heads, head_dim]`; the queries' second moments `[layers, kv_heads, head_dim, head_dim]`,
+    and the squared attention that each token gets `[layers, N, kv_heads]`.
     """
 
     k: Array
     v: Array
     k_gradient: Array
     v_gradient: Array
+    queries: Array
+    weight: Array
 
 
 @partial(jax.jit, static_argnames=("model", "gradients"))
@@ -111,6 +133,6 @@ def activations(
     nothing = (probe.add_k, probe.add_v)
     if not gradients:
         _, seen = loss(nothing)
-        return Activations(seen.k, seen.v, *nothing)
+        return Activations(seen.k, seen.v, *nothing, seen.queries, seen.weight)
     (k_gradient, v_gradient), seen = jax.grad(loss, has_aux=True)(nothing)
-    return Activations(seen.k, seen.v, k_gradient, v_gradient)
+    return Activations(seen.k, seen.v, k_gradient, v_gradient, seen.queries, seen.weight)

@@ -10,8 +10,9 @@ from diffkv_jax.methods.diffkv import diffkv
 from diffkv_jax.methods.evicting import evicting
 from diffkv_jax.methods.kvzip import ContextReconstruction
 from diffkv_jax.model import AttentionSpec
-from diffkv_jax.policy.affine import even_channels
+from diffkv_jax.policy.affine import Centered, Chain
 from diffkv_jax.policy.keep import Budget
+from diffkv_jax.policy.learned import Learned
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.transform import EXACT, Hadamard, Transform
 
@@ -71,9 +72,11 @@ def possible(paths: Sequence[Path], attention: AttentionSpec) -> list[Path]:
 
 
 def transforms(attention: AttentionSpec) -> list[Transform]:
-    """Those that the model can have, the one that helps most models first."""
-    path, choices = KEEPING[0], (even_channels(), Hadamard(), EXACT)
-    return [one for one in choices if fits(path.policy(one, (1.0,)), attention)]
+    """Those that the model can have; as the model makes them only where it has no other."""
+    path, centered = KEEPING[0], Centered()
+    choices = (Chain((centered, Learned())), Chain((centered, Hadamard())), Hadamard())
+    found = [one for one in choices if fits(path.policy(one, (1.0,)), attention)]
+    return found or [EXACT]
 
 
 def fits(policy: CompressionPolicy, attention: AttentionSpec) -> bool:

@@ -27,6 +27,7 @@ from diffkv_jax.policy.transform import Transform
 MEASURED = 1024  # most tokens of context in the texts
 FITTED_ROWS = 4
 ROWS = 8  # of text, if there is enough
+KL_BY_BYTES = 2.5  # the KL grows as the bytes to this power fall, about, on every path
 COMPARED = 0.7  # place on a path where transforms are compared
 
 
@@ -78,21 +79,21 @@ def fit_policy(
     drop, progress = flag("drop", drop), flag("progress", progress)
     attention = model.attention
     most = attention.max_position_embeddings
-    context = min(USUAL, most) if context is None else context
-    context = integer("context", context, least=LEAST, most=most)
+    given = min(USUAL, most) if context is None else context
+    length: int = integer("context", given, least=LEAST, most=most)
     requests = integer("requests", requests, least=1)
-    goal = goal_of(attention, share, memory_budget, target_kl, context * requests)
-    texts, others = texts_of(model, tokens, context)
+    goal = goal_of(attention, share, memory_budget, target_kl, length * requests)
+    texts, others = texts_of(model, tokens, length)
     with tqdm(desc="fitting a policy", unit=" runs", disable=not progress) as bar:
-        bench = Bench(model, params, texts, context)
+        bench = Bench(model, params, texts, length, requests)
         best, transform, calibration = _best(bench, goal, drop, bar)
         policy = best.path.policy(transform, (best.point,))
         policy = dataclasses.replace(policy, name="fitted")
         calibration = _for_tiers(calibration, policy.tiers)
-        seen = Bench(model, params, others, context).of(policy, calibration)
+        seen = Bench(model, params, others, length, requests).of(policy, calibration)
         bar.update()
     asked = {name: value for name, value in goal._asdict().items() if value is not None}
-    report = _report(seen, best, others, context)
+    report = _report(seen, best, others, length)
     return FittedPolicy(policy, calibration, report, fingerprint(model, params), asked)
 
 
@@ -164,15 +165,17 @@ def texts_of(model: CausalLM, tokens: Any, context: int) -> tuple[Texts, Texts]:
 
 
 def _best_transform(bench: Bench, path: Path, bar: tqdm) -> tuple[Transform, Calibration | None]:
-    """The transform with the least KL in one place of a path, and what it learned from the texts of
+    """The transform with the least KL for its bytes in one place of a path, and what it learned from the texts of
     the fit.
     """
     found = []
-    for transform in transforms(bench.model.attention)[:2]:
+    for transform in transforms(bench.model.attention):
         policy = path.policy(transform, (COMPARED,))
         calibration = learned(bench.model, bench.params, bench.texts, policy)
-        kl = bench.of(policy, calibration).mean_kl
-        found.append((kl, len(found), transform, calibration))
+        seen = bench.of(policy, calibration)
+        # what a transform itself takes could go into bits instead
+        worth = seen.mean_kl * seen.share**KL_BY_BYTES
+        found.append((worth, len(found), transform, calibration))
         bar.update()
     _, _, transform, calibration = min(found)
     return transform, calibration

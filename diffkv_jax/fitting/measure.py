@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffkv_jax.cache.cache import KVCache
+from diffkv_jax.cache.pool_size import tree_bytes
 from diffkv_jax.cache.report import memory_report
 from diffkv_jax.calibration.calibrate import calibrate
 from diffkv_jax.calibration.calibration import Calibration
@@ -73,11 +74,19 @@ def learned(
 class Bench:
     """A model, texts and the full cache's log-probabilities on them.
 
-    `context` is the length that bytes are told for; it may be longer than the texts.
+    `context` is the length of the `requests` that bytes are told for; texts may be shorter.
     """
 
-    def __init__(self, model: CausalLM, params: Mapping[str, Any], texts: Texts, context: int):
-        self.model, self.params, self.texts, self.context = model, params, texts, context
+    def __init__(
+        self,
+        model: CausalLM,
+        params: Mapping[str, Any],
+        texts: Texts,
+        context: int,
+        requests: int = 1,
+    ):
+        self.model, self.params, self.texts = model, params, texts
+        self.context, self.requests = context, requests
         self.full = self._run(CompressionPolicy.none(), None)[0]
 
     def along(
@@ -125,17 +134,17 @@ class Bench:
             top1=np.stack([one.top1 for one in found]),
             recall=recall(log_probs),
             recall_full=recall(self.full),
-            share=share_at(cache, slice(first, first + len(given)), self.context),
+            share=share_at(cache, slice(first, first + len(given)), self.context, self.requests),
         )
 
 
-def share_at(cache: KVCache, requests: slice, context: int) -> float:
-    """Allocated bytes, of a plain bfloat16 cache's, that requests of `context` tokens would take
-    whose tokens outside the recent window went to the tiers as those of `requests` did.
+def share_at(cache: KVCache, rows: slice, context: int, requests: int = 1) -> float:
+    """Allocated bytes, of a plain bfloat16 cache's, of one for `requests` of `context` tokens each
+    whose tokens outside the recent window went to the tiers as those of the requests `rows` did.
     """
     report, spec, layout = memory_report(cache), cache.spec, cache.spec.layout
-    held = report.tokens[:, requests].sum(axis=(0, 1, 2))[:-1]
-    shares = held / max(held.sum() + report.dropped[:, requests].sum(), 1)
+    stored = report.tokens[:, rows].sum(axis=(0, 1, 2))[:-1]
+    shares = stored / max(stored.sum() + report.dropped[:, rows].sum(), 1)
     left = max(context - spec.window - spec.flush // 2, 0)
     # heads differ, so that the last page of each tier is half empty on average
     pages = sum(
@@ -149,4 +158,6 @@ def share_at(cache: KVCache, requests: slice, context: int) -> float:
     head += 4 * (layout.pages_for(0, context) + 2 * layout.tiers)  # page table, lengths
     in_ring = min(spec.ring_len, context) * len(spec.window_layers)
     plain = (len(spec.paged_layers) * context + in_ring) * exact * 2
-    return float((len(spec.paged_layers) * head + in_ring * exact * itemsize) / plain)
+    maps = tree_bytes(cache.policy.transform) / (requests * spec.attention.num_kv_heads)
+    held = len(spec.paged_layers) * head + in_ring * exact * itemsize + maps
+    return float(held / plain)

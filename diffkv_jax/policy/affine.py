@@ -17,7 +17,7 @@ from jax import Array
 from diffkv_jax.arguments import number, tuple_of
 from diffkv_jax.model import AttentionSpec
 from diffkv_jax.policy.stage import data, from_mapping, static, with_leaves
-from diffkv_jax.policy.transform import Hadamard, Transform
+from diffkv_jax.policy.transform import Hadamard, Seen, Transform
 
 LEAST_SPREAD = 1e-3  # of a channel; one that never changes is not blown up
 
@@ -28,8 +28,9 @@ class Centered(Transform):
     key_mean: Array | None = data(default=None)
     value_mean: Array | None = data(default=None)
 
-    def fit(self, k: Array, v: Array, attention: AttentionSpec) -> "Centered":
-        return with_leaves(self, key_mean=k.mean(axis=0), value_mean=v.mean(axis=0))
+    def fit(self, seen: Seen, attention: AttentionSpec) -> "Centered":
+        means = ((seen.weight * x).sum(axis=0) for x in (seen.k, seen.v))
+        return with_leaves(self, **dict(zip(("key_mean", "value_mean"), means, strict=True)))
 
     def check_model(self, attention: AttentionSpec) -> None:
         capped = attention.logits_soft_cap is not None
@@ -56,8 +57,10 @@ class Balanced(Transform):
     power: float = static(default=0.5, convert=partial(number, least=0, most=1))
     key_scale: Array | None = data(default=None)
 
-    def fit(self, k: Array, v: Array, attention: AttentionSpec) -> "Balanced":
-        logs = self.power * jnp.log(jnp.maximum(k.std(axis=0), LEAST_SPREAD))
+    def fit(self, seen: Seen, attention: AttentionSpec) -> "Balanced":
+        mean = (seen.weight * seen.k).sum(axis=0)
+        spread = jnp.sqrt((seen.weight * jnp.square(seen.k - mean)).sum(axis=0))
+        logs = self.power * jnp.log(jnp.maximum(spread, LEAST_SPREAD))
         return with_leaves(self, key_scale=jnp.exp(logs - logs.mean(axis=-1, keepdims=True)))
 
     def check_model(self, attention: AttentionSpec) -> None:
@@ -94,11 +97,12 @@ class Chain(Transform):
     def learned(self) -> bool:
         return any(part.learned for part in self.parts)
 
-    def fit(self, k: Array, v: Array, attention: AttentionSpec) -> "Chain":
+    def fit(self, seen: Seen, attention: AttentionSpec) -> "Chain":
         fitted = []
         for part in self.parts:
-            fitted.append(part.fit(k, v, attention))
-            k, v = fitted[-1].keys(k, attention), fitted[-1].values(v)
+            fitted.append(part := part.fit(seen, attention))
+            q, k = part.queries(seen.q, attention), part.keys(seen.k, attention)
+            seen = Seen(q, k, part.values(seen.v), seen.weight)
         return with_leaves(self, parts=tuple(fitted))
 
     def check_model(self, attention: AttentionSpec) -> None:

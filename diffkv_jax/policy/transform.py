@@ -9,7 +9,7 @@ arXiv:2211.10438).
 """
 
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +18,20 @@ from jax import Array, lax
 
 from diffkv_jax.model import AttentionSpec
 from diffkv_jax.policy.stage import Stage, overrides
+
+
+class Seen(NamedTuple):
+    """What a transform learns from: queries, keys and values of a layer, float32.
+
+    An error in a token's key or value counts by the squares of the attention that it gets: their
+    means over all queries are its weight.
+    """
+
+    # [head_dim, kv_heads, head_dim] of the second moment of all queries that a KV head serves
+    q: Array
+    k: Array  # [n, kv_heads, head_dim]
+    v: Array  # [n, kv_heads, head_dim]
+    weight: Array  # [n, kv_heads, 1] that add up to one
 
 
 class Transform(Stage):
@@ -37,9 +51,9 @@ class Transform(Stage):
         """Whether `fit` learns something, so that a cache needs a calibration."""
         return overrides(self, "fit", Transform)
 
-    def fit(self, k: Array, v: Array, attention: AttentionSpec) -> "Transform":
-        """With what it learns of float32 keys and values [n, kv_heads, head_dim] of a layer: arrays
-        [kv_heads, head_dim].
+    def fit(self, seen: Seen, attention: AttentionSpec) -> "Transform":
+        """With what it learns of a layer: arrays [kv_heads, head_dim] or [kv_heads, head_dim,
+        head_dim].
         """
         return self
 

@@ -79,7 +79,7 @@ def _paged(
 ) -> tuple[Array, KVCache]:
     """One step of a layer with global attention."""
     transform, attention = cache.policy.transform, cache.spec.attention
-    heads = jax.tree.map(lambda x: x[layer], transform)  # [K, head_dim]
+    heads = jax.tree.map(lambda x: x[layer], transform)  # [K, ...]
     group = q.shape[2] // k.shape[2]
     of_queries = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), heads)
     q, k = of_queries.queries(q, attention), heads.keys(k, attention)

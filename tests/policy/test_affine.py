@@ -14,7 +14,7 @@ from diffkv_jax.calibration.probe import activations
 from diffkv_jax.evaluation import quality, teacher_forced
 from diffkv_jax.pallas_kernels.native.build import why_unavailable
 from diffkv_jax.policy.affine import LEAST_SPREAD
-from diffkv_jax.policy.transform import rotation
+from diffkv_jax.policy.transform import Seen, rotation
 from diffkv_jax.testing.readback import held_tokens
 from diffkv_jax.testing.tiny import prompt, tiny_latent_model, tiny_model
 
@@ -23,7 +23,8 @@ SHORT = dkv.Schedule(window=16, flush=8)
 TEXT = np.stack([prompt(200, seed) for seed in (5, 6)])
 CALIBRATED_ON = np.stack([prompt(256, seed) for seed in (1, 2, 3)])
 EVEN = dkv.even_channels()
-TRANSFORMS = [EVEN, dkv.Centered(), dkv.Balanced(), dkv.Balanced(1.0)]
+LEARNED = dkv.Chain((dkv.Centered(), dkv.Learned()))
+TRANSFORMS = [EVEN, dkv.Centered(), dkv.Balanced(), dkv.Balanced(1.0), LEARNED, dkv.Learned(0.0)]
 
 
 @lru_cache
@@ -69,14 +70,17 @@ def test_exact_tokens_give_the_same_numbers(transform):
 
 
 def test_what_is_stored_is_the_map_of_what_the_model_makes():
-    """By NumPy, of the probe's keys and values but those of the first 16 tokens of each text."""
+    """By NumPy, of the probe's keys and values, each with the squares of the attention it gets."""
     model, params = model_with_offsets(100)
     seen = [activations(model, params, jnp.asarray(row), gradients=False) for row in CALIBRATED_ON]
-    k, v = (
-        np.concatenate([np.asarray(getattr(s, name))[:, 16:-1] for s in seen], axis=1)
-        for name in ("k", "v")
+    k, v, weight = (
+        np.concatenate([np.asarray(getattr(s, name), np.float64)[:, :-1] for s in seen], axis=1)
+        for name in ("k", "v", "weight")
     )
-    spread = np.sqrt(np.maximum(k.std(axis=1), LEAST_SPREAD))
+    weight = (weight / weight.sum(axis=1, keepdims=True))[..., None]
+    mean, value_mean = ((weight * x).sum(axis=1) for x in (k, v))
+    spread = np.sqrt((weight * (k - mean[:, None]) ** 2).sum(axis=1))
+    spread = np.sqrt(np.maximum(spread, LEAST_SPREAD))
     spread /= np.exp(np.log(spread).mean(axis=-1, keepdims=True))
     _, cache = forced(policy_of("full", transform=EVEN))
     _, plain = exact()
@@ -84,9 +88,9 @@ def test_what_is_stored_is_the_map_of_what_the_model_makes():
         for head in range(HEADS):
             for at in (0, 33, 150, 198):
                 made, held = (held_tokens(c, layer, 1, head)[at] for c in (plain, cache))
-                wanted = (made[1] - k[layer].mean(axis=0)[head]) / spread[layer, head]
+                wanted = (made[1] - mean[layer, head]) / spread[layer, head]
                 np.testing.assert_allclose(held[1], wanted @ rotation(DIM), atol=2e-3)
-                wanted = (made[2] - v[layer].mean(axis=0)[head]) @ rotation(DIM)
+                wanted = (made[2] - value_mean[layer, head]) @ rotation(DIM)
                 np.testing.assert_allclose(held[2], wanted, atol=2e-3)
 
 
@@ -153,6 +157,65 @@ def test_native_kernels_store_the_same(tmp_path):
     np.testing.assert_array_equal(outs[0].tokens, outs[1].tokens)
 
 
+def test_the_squared_attention_of_each_token():
+    """Of the probe, by NumPy: of the first layer, whose queries are those of its moments."""
+    model, params = model_with_offsets(1)
+    seen = activations(model, params, jnp.asarray(CALIBRATED_ON[0]), gradients=False)
+    assert seen.weight.shape == (LAYERS, 256, HEADS)
+    # the last token is seen by its own two queries alone, the first by all
+    assert (np.asarray(seen.weight) <= 2 * (256 - np.arange(256))[:, None] + 1e-3).all()
+    alone = activations(model, params, jnp.asarray(CALIBRATED_ON[0][:1]), gradients=False)
+    np.testing.assert_allclose(alone.weight, 2.0)  # query heads of a KV head
+
+
+def random_samples(tokens: int = 4000) -> Seen:
+    """Keys and queries with moments that no diagonal fits, and values; of one head."""
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        rng.normal(size=(tokens, 1, DIM)) @ (rng.normal(size=(DIM, DIM)) * 2.0 ** -np.arange(DIM))
+        for _ in range(3)
+    )
+    weight = rng.uniform(size=(tokens, 1, 1)) ** 4
+    return Seen(*(jnp.asarray(x, jnp.float32) for x in (q, k, v, weight / weight.sum())))
+
+
+def test_learned_maps():
+    """Inverse to each other; the error of a codec with one scale a token is less than with any
+    other map.
+    """
+    model, _ = model_with_offsets(1)
+    seen, attention = random_samples(), model.attention
+
+    def loss(transform: dkv.Transform) -> tuple[float, float]:
+        """Of keys, the square of k' times that of the queries that read an even error; of values,
+        likewise with what the output makes of one.
+        """
+        fitted = transform.fit(seen, attention)
+        q, k = fitted.queries(seen.q, attention), fitted.keys(seen.k, attention)
+        even = fitted.output(jnp.eye(DIM)[:, None]) - fitted.output(jnp.zeros((DIM, 1, DIM)))
+        size = (
+            seen.weight[..., 0] * jnp.square(jnp.stack([k, fitted.values(seen.v)])).sum(-1)
+        ).sum(1)
+        return (
+            float(size[0, 0] * jnp.square(q).sum(-1).mean()),
+            float(size[1, 0] * jnp.square(even).sum()),
+        )
+
+    best, turned = dkv.Learned().fit(seen, attention), dkv.Learned(0.0)
+    np.testing.assert_allclose(
+        jnp.einsum("nkd,nkd->n", best.queries(seen.q, attention), best.keys(seen.k, attention)),
+        jnp.einsum("nkd,nkd->n", seen.q, seen.k),
+        atol=1e-3,
+    )
+    for verb, x in ((best.keys, seen.k), (best.queries, seen.q)):
+        again = verb(verb(x, attention), attention, back=True)
+        np.testing.assert_allclose(again, x, atol=1e-4)
+    np.testing.assert_allclose(best.output(best.values(seen.v)), seen.v, atol=1e-4)
+    ours = loss(dkv.Learned())
+    for other in (turned, dkv.Learned(0.3), dkv.Learned(0.8), dkv.Balanced()):
+        assert ours[0] < loss(other)[0] and ours[1] <= loss(other)[1] * 1.001, other
+
+
 def test_what_cannot_work():
     model, params = model_with_offsets(1)
     policy = policy_of("K4V4", transform=EVEN)
@@ -166,7 +229,7 @@ def test_what_cannot_work():
     with pytest.raises(TypeError, match="parts"):
         dkv.Chain(dkv.Hadamard())
     latent, its = tiny_latent_model()
-    for transform in (dkv.Centered(), dkv.Balanced()):
+    for transform in (dkv.Centered(), dkv.Balanced(), dkv.Learned()):
         with pytest.raises(ValueError, match=f"{transform}.*latents.*leave it out"):
             dkv.generate(latent, its, [TEXT[0]], policy=policy_of("full", transform=transform))
 
