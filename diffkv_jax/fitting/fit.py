@@ -2,8 +2,8 @@
 bytes that keeps to some KL.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
@@ -77,8 +77,7 @@ def fit_policy(
     params = as_params("fit_policy", params)
     check_outside_jit("fit_policy", tokens)
     drop, progress = flag("drop", drop), flag("progress", progress)
-    attention = model.attention
-    most = attention.max_position_embeddings
+    attention, most = model.attention, model.attention.max_position_embeddings
     given = min(USUAL, most) if context is None else context
     length: int = integer("context", given, least=LEAST, most=most)
     requests = integer("requests", requests, least=1)
@@ -87,8 +86,7 @@ def fit_policy(
     with tqdm(desc="fitting a policy", unit=" runs", disable=not progress) as bar:
         bench = Bench(model, params, texts, length, requests)
         best, transform, calibration = _best(bench, goal, drop, bar)
-        policy = best.path.policy(transform, (best.point,))
-        policy = dataclasses.replace(policy, name="fitted")
+        policy = replace(best.path.policy(transform, (best.point,)), name="fitted")
         calibration = _for_tiers(calibration, policy.tiers)
         seen = Bench(model, params, others, length, requests).of(policy, calibration)
         bar.update()
@@ -165,8 +163,8 @@ def texts_of(model: CausalLM, tokens: Any, context: int) -> tuple[Texts, Texts]:
 
 
 def _best_transform(bench: Bench, path: Path, bar: tqdm) -> tuple[Transform, Calibration | None]:
-    """The transform with the least KL for its bytes in one place of a path, and what it learned from the texts of
-    the fit.
+    """The transform with the least KL for its bytes in one place of a path, and what it learned
+    from the texts of the fit.
     """
     found = []
     for transform in transforms(bench.model.attention):
@@ -185,7 +183,7 @@ def _for_tiers(calibration: Calibration | None, tiers: tuple[str, ...]) -> Calib
     """The same maps of keys and values for codecs that learn nothing."""
     if calibration is None:
         return None
-    return dataclasses.replace(calibration, tiers=tiers, tables=((None, None),) * len(tiers))
+    return replace(calibration, tiers=tiers, tables=((None, None),) * len(tiers))
 
 
 def _check_met(goal: Goal, best: Tried, drop: bool) -> None:
