@@ -38,10 +38,15 @@ class OnTexts:
         return (used + rest / len(used)) / self.report.bf16_bytes
 
     @property
-    def kept(self) -> np.ndarray:
-        """Share of the seen tokens that each head holds, float64 [layers, kv_heads], over texts."""
-        held = self.report.tokens.sum(axis=(1, 3))
-        return held / np.maximum(held + self.report.dropped.sum(axis=1), 1)
+    def kept(self) -> dict[str, np.ndarray]:
+        """Share of the seen tokens that each head holds, float64 [layers, kv_heads], over texts: in
+        each tier by its name, in the window ("recent") and in all ("held").
+        """
+        held = self.report.tokens.sum(axis=1)
+        seen = np.maximum(held.sum(axis=-1) + self.report.dropped.sum(axis=1), 1)
+        names = (*self.report.tier_names, "recent")
+        found = {name: held[..., tier] / seen for tier, name in enumerate(names)}
+        return {**found, "held": held.sum(axis=-1) / seen}
 
 
 def text_rows(tokenizer: Any, texts: Mapping[str, str], count: int) -> np.ndarray:

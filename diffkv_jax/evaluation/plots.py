@@ -75,12 +75,21 @@ def _pareto(plt: Any, found: dict[str, OnTexts]) -> Any:
 
 
 def _kept(plt: Any, name: str, one: OnTexts) -> Any:
-    """Share of the tokens that each head of each layer holds."""
-    figure, panel = plt.subplots(figsize=(1.5 + 0.4 * one.kept.shape[1], 1.5 + 0.2 * len(one.kept)))
-    image = panel.imshow(one.kept, vmin=0, vmax=1, aspect="auto", origin="lower")
-    panel.set(xlabel="KV head", ylabel="layer", title=name)
-    panel.set_xticks(range(one.kept.shape[1]))
-    figure.colorbar(image, label="tokens held, share of those seen")
+    """Share of the tokens that each head of each layer holds, a panel for each tier and for all."""
+    parts = one.kept
+    layers, heads = parts["held"].shape
+    size = (1.5 + (0.5 + 0.3 * heads) * len(parts), 1.5 + 0.2 * layers)
+    figure, panels = plt.subplots(1, len(parts), figsize=size, sharey=True, layout="constrained")
+    images = [
+        panel.imshow(share, vmin=0, vmax=1, aspect="auto", origin="lower")
+        for panel, share in zip(panels, parts.values(), strict=True)
+    ]
+    for panel, part in zip(panels, parts, strict=True):
+        panel.set(xlabel="KV head", title=part)
+        panel.set_xticks(range(heads))
+    panels[0].set_ylabel("layer")
+    figure.suptitle(name)
+    figure.colorbar(images[-1], ax=panels, label="share of the tokens seen")
     return figure
 
 

@@ -1,6 +1,6 @@
 """`TaskResult`: how a policy did on the problems of a task."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +33,14 @@ class TaskResult:
 
     @property
     def score(self) -> Estimate:
-        """The mean score; its standard error is over problems."""
+        """The mean score and its standard error over problems, as if there were four more, two of
+        them right.
+        """
         return mean_of(self.scores)
 
     def against(self, full: "TaskResult") -> Estimate:
-        """The mean of this score minus that of `full` on the same problems.
+        """The mean of this score minus that of `full`, problem by problem, and its standard error,
+        as if there were two more problems and one of them had other scores (Agresti and Min 2005).
 
         Raises:
             ValueError: they are other problems.
@@ -47,10 +50,12 @@ class TaskResult:
                 f"{self.task} with {len(self.scores)} problems and {full.task} with "
                 f"{len(full.scores)} must be the same problems: run both with the same arguments"
             )
-        return mean_of(self.scores - full.scores)
+        return mean_of(self.scores - full.scores, (0.5**0.5, -(0.5**0.5)))
 
 
-def mean_of(scores: np.ndarray) -> Estimate:
-    """The mean of `scores` [n] and its standard error."""
-    error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else np.nan
-    return Estimate(float(scores.mean()), float(error))
+def mean_of(scores: np.ndarray, added: Sequence[float] = (0, 0, 1, 1)) -> Estimate:
+    """The mean of `scores` [n] and its standard error, for which `added` ones are put to them: a
+    few problems that all agree are no certainty (Agresti and Coull 1998).
+    """
+    some = np.concatenate([scores, added])
+    return Estimate(float(scores.mean()), float(some.std() / len(some) ** 0.5))

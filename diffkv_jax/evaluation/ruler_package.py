@@ -70,9 +70,27 @@ def generated(
     Raises:
         ValueError: the task is unknown, or `context` too short for it.
     """
+    for less in (0, 32, 128):  # a script may end up at a size of which no sample fits
+        rows = _drawn(folder, task, count_tokens, context - less, samples, seed)
+        sizes = [count_tokens(row["input"].replace(AFTER, "")) for row in rows]
+        if rows and max(sizes) <= context and all(row["outputs"] for row in rows):
+            return rows
+    rule = f"long enough for {samples} problems of {task}: raise it (RULER begins at 4096)"
+    refuse("context", context, rule)
+
+
+def _drawn(
+    folder: Path,
+    task: str,
+    count_tokens: Callable[[str], int],
+    context: int,
+    samples: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """What the task's script makes, which may be longer than `context`; nothing where none fits."""
     config = _config(folder, task)
     # each text while the haystack grows has dozens of tokens more than the one before
-    counted = _Counter(count_tokens, context // 16 + 20 * samples + 100)
+    counted = _Counter(count_tokens, max(context, 0) // 16 + 20 * samples + 100)
     given = {"max_seq_length": context, "num_samples": samples, "random_seed": seed}
     given |= {"save_dir": "unused", "save_name": task, "tokenizer_path": "ours"}
     given |= {"tokens_to_generate": config["tokens_to_generate"], **config["args"]}
@@ -80,14 +98,9 @@ def generated(
     script = folder / "data" / "synthetic" / f"{config['task']}.py"
     try:
         with _in_place(script, given, counted, config["tasks"]) as names:
-            rows = _samples(names, config, samples, context, counted)
+            return _samples(names, config, samples, context, counted)
     except _TooShort:
-        rows = []
-    longest = max((counted(row["input"]) for row in rows), default=context + 1)
-    if len(rows) < samples or longest > context:
-        rule = f"long enough for {samples} problems of {task}: raise it (RULER begins at 4096)"
-        refuse("context", context, rule)
-    return rows
+        return []
 
 
 def answer_length(folder: Path, task: str) -> int:

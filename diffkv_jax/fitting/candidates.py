@@ -74,11 +74,8 @@ def possible(paths: Sequence[Path], attention: AttentionSpec) -> list[Path]:
 def transforms(attention: AttentionSpec) -> list[Transform]:
     """Those that the model can have; as the model makes them only where it has no other."""
     path, centered = KEEPING[0], Centered()
-    choices: tuple[Transform, ...] = (
-        Chain((centered, Learned())),
-        Chain((centered, Hadamard())),
-        Hadamard(),
-    )
+    choices: list[Transform] = [Chain((centered, one)) for one in (Learned(), Hadamard())]
+    choices.append(Hadamard())
     found = [one for one in choices if fits(path.policy(one, (1.0,)), attention)]
     return found or [EXACT]
 

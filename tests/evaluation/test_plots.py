@@ -13,6 +13,7 @@ from diffkv_jax.evaluation.run import Results
 def on_texts(kl: float) -> OnTexts:
     steps = np.full((1, 64), kl)
     report = SimpleNamespace(
+        tier_names=("K8V4",),
         allocated=30,
         bf16=100,
         allocated_bytes=np.full((2, 1, 3, 2), 2),
@@ -26,8 +27,10 @@ def on_texts(kl: float) -> OnTexts:
 def test_bytes_and_kept_tokens():
     one = on_texts(0.1)
     assert one.of_bf16.tolist() == [0.3]
-    assert one.kept.shape == (2, 3)
-    assert one.kept[0, 0] == pytest.approx(1 / 2) and one.kept[1, 2] == pytest.approx(21 / 22)
+    assert list(one.kept) == ["K8V4", "recent", "held"]
+    assert one.kept["held"].shape == (2, 3)
+    last = [share[1, 2] for share in one.kept.values()]
+    assert last == pytest.approx([10 / 22, 11 / 22, 21 / 22])
 
 
 def test_pareto():

@@ -143,8 +143,11 @@ def test_results_are_compared_problem_by_problem(monkeypatch):
     full = key_value_retrieval(*GIVEN, "none", problems)
     answering(monkeypatch, "retrieval", lambda *_: [[*values[:2], "", ""]])
     found = key_value_retrieval(*GIVEN, "small", problems)
-    assert found.score.value == 0.5 and found.against(full) == pytest.approx((-0.25, 0.25))
+    assert found.score == pytest.approx((0.5, 0.5 / 8**0.5))
+    # one difference of -1 and the two that are added, in six
+    assert found.against(full) == pytest.approx((-0.25, (2 / 6 - 1 / 36) ** 0.5 / 6**0.5))
     assert found.against(full).error < found.score.error + full.score.error
+    assert full.against(full).error > 0  # four problems that agree are no certainty
     with pytest.raises(ValueError, match="must be the same problems"):
         found.against(passed_over(full))
 
