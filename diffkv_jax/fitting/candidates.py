@@ -61,9 +61,10 @@ KEEPING = (
     Path("attention", ("K8V4", "K4nV2n")),
 )
 DROPPING = (
-    Path("repeating", ("K8V8", "K4nV2n"), 0.17),
-    Path("repeating", ("K8V4", "K2nV2n"), 0.33),
+    Path("repeating", ("K8V8", "K4nV2n"), 0.08),
+    Path("repeating", ("K8V4", "K2nV2n"), 0.3),
 )
+ROUGH = Path("attention", ("K8V4", "K2nV2n"))  # where a transform matters most
 
 
 def possible(paths: Sequence[Path], attention: AttentionSpec) -> list[Path]:
@@ -72,12 +73,11 @@ def possible(paths: Sequence[Path], attention: AttentionSpec) -> list[Path]:
 
 
 def transforms(attention: AttentionSpec) -> list[Transform]:
-    """Those that the model can have; as the model makes them only where it has no other."""
-    path, centered = KEEPING[0], Centered()
+    """Two that the model can have, the one that helps most models first."""
+    centered = Centered()
     choices: list[Transform] = [Chain((centered, one)) for one in (Learned(), Hadamard())]
-    choices.append(Hadamard())
-    found = [one for one in choices if fits(path.policy(one, (1.0,)), attention)]
-    return found or [EXACT]
+    choices += [Hadamard(), EXACT]
+    return [one for one in choices if fits(KEEPING[0].policy(one, (1.0,)), attention)][:2]
 
 
 def fits(policy: CompressionPolicy, attention: AttentionSpec) -> bool:

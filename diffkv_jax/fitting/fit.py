@@ -14,7 +14,7 @@ from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.calibration.sample_text import built_in_rows
 from diffkv_jax.choice.automatic import USUAL, fits_policies
 from diffkv_jax.choice.fitted import FitReport, FittedPolicy
-from diffkv_jax.fitting.candidates import DROPPING, KEEPING, Path, possible, transforms
+from diffkv_jax.fitting.candidates import DROPPING, KEEPING, ROUGH, Path, possible, transforms
 from diffkv_jax.fitting.goal import Goal, goal_of
 from diffkv_jax.fitting.measure import Bench, Measured, learned
 from diffkv_jax.fitting.search import Tried, search
@@ -106,7 +106,9 @@ def _best(
     """
     attention = bench.model.attention
     paths, more = possible(KEEPING, attention), possible(DROPPING, attention) if drop else []
-    transform, calibration = _best_transform(bench, paths[-1], bar)
+    transform, calibration = _best_transform(
+        bench, (possible((ROUGH,), attention) or paths)[-1], bar
+    )
 
     def measure(path: Path, points: Sequence[float]) -> list[Measured]:
         found = bench.along(path, points, transform, _for_tiers(calibration, path.tiers))

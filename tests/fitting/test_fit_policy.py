@@ -4,6 +4,8 @@ import json
 import warnings
 from functools import lru_cache
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,21 +14,17 @@ from diffkv_jax.calibration.calibration import fingerprint
 from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.choice import automatic, judged
 from diffkv_jax.evaluation import teacher_forced
-from diffkv_jax.fitting.measure import Bench, share_at
+from diffkv_jax.fitting.measure import Bench, learned, share_at
 from diffkv_jax.fitting.texts import GOES_ON, LEAST, REPEATS, STEPS, split
+from diffkv_jax.models import ModelConfig, build_model
 from diffkv_jax.testing.tiny import prompt, tiny_latent_model, tiny_model
 
 TEXTS = np.stack([prompt(LEAST + STEPS + 8, seed) for seed in range(4)])
 QUICK = {"context": 1024, "progress": False}
 
 
-def biased(offset: float):
-    """A tiny model some of whose keys have an offset in every token, as those of Qwen2.5 have."""
-    import jax
-    import jax.numpy as jnp
-
-    from diffkv_jax.models import ModelConfig, build_model
-
+def biased(change):
+    """A tiny model with what `change` makes of random key biases float32 [layers, kv_heads, 32]."""
     config = ModelConfig(
         model_type="qwen2",
         vocab_size=97,
@@ -44,12 +42,14 @@ def biased(offset: float):
     attention = params["layers"]["self_attn"]
     for name in ("q_proj", "k_proj"):
         attention[name]["kernel"] = attention[name]["kernel"] * 2
-    bias = attention["k_proj"]["bias"]
-    # the last pair of channels turns slowest, so that the offset stays one
-    sign = np.zeros(bias.shape, np.float32).reshape(*bias.shape[:-1], 2, 32)
-    sign[..., 15], sign[..., 31] = offset, -offset
-    attention["k_proj"]["bias"] = bias + sign.reshape(bias.shape)
+    bias = 0.1 * jax.random.normal(jax.random.key(1), (2, 2, 32))
+    attention["k_proj"]["bias"] = change(bias).reshape(attention["k_proj"]["bias"].shape)
     return model, params
+
+
+def slow_pair(bias):
+    """The last pair of channels turns slowest, so that its bias stays an offset of all keys."""
+    return bias.at[..., 15].add(30.0).at[..., 31].add(-30.0)
 
 
 def by_hand(model, params) -> dkv.FittedPolicy:
@@ -265,10 +265,27 @@ def test_a_policy_that_collapses_warns_once(folder):
 
 @pytest.mark.slow
 def test_inspect_model_sees_offsets():
-    plain, offset = (dkv.inspect_model(*biased(x), TEXTS) for x in (0.0, 30.0))
+    plain, offset = (dkv.inspect_model(*biased(x), TEXTS) for x in (lambda bias: bias, slow_pair))
     assert plain.key_offset.max() < 8 < 20 < offset.key_offset.max()
     assert (offset.value_offset < 8).all() and offset.layers.tolist() == [0, 1]
     assert offset.mean_kl["K4V4"] > 5 * plain.mean_kl["K4V4"]
     assert offset.mean_kl["K4V4, even_channels()"] < 2 * plain.mean_kl["K4V4"] + 1e-3
     text = str(offset)
     assert "key offset" in text and "even_channels()" in text and "K8V4" in text
+
+
+@pytest.mark.slow
+def test_large_key_biases_do_not_matter_with_a_learned_map():
+    """Layer 0's key biases times 100: with the map of a fit twice the KL at most, without more."""
+    texts = np.stack([prompt(330, seed) for seed in range(6)])
+    fit, others = split(texts, 256, 3)
+    mapped = dkv.Chain((dkv.Centered(), dkv.Learned()))
+    policies = dkv.diffkv(1.0, 0.0, transform=mapped), dkv.quantized("K4V4")
+    found = []
+    for scale in (1.0, 100.0):
+        model, params = biased(lambda bias, scale=scale: bias.at[0].multiply(scale))
+        bench = Bench(model, params, others, 1024)
+        found.append([bench.of(one, learned(model, params, fit, one)).mean_kl for one in policies])
+    (protected, open_), (protected_after, open_after) = found
+    assert protected_after < 2 * protected
+    assert open_after > 3 * open_
