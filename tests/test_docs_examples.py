@@ -1,5 +1,5 @@
-"""The Python of docs/quality.md, scale_and_limits.md, choosing_a_policy.md and fitting.md, with tiny
-models.
+"""The Python of docs/quality.md, scale_and_limits.md, choosing_a_policy.md and fitting.md, with
+tiny models.
 """
 
 import re
