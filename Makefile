@@ -1,6 +1,7 @@
 # make test       lint, types, compileall and the quick tests          (creates .venv)
 # make test-slow  the tests marked slow                                (same .venv)
 # make demo       text from a small model with a compressed cache      (creates .venv-demo, no torch)
+# make demo MODEL=M  the same with a GGUF file, a folder or a name on the Hugging Face Hub
 # make test-compile  every kernel and whole steps compiled for GPUs and TPUs that are not here (creates .venv-compile, 2 GB)
 # make test-version JAX=0.11.2  generate() end to end on that JAX, which from 0.11 on needs Python 3.12 (creates .venv-jax-0.11.2)
 # make test-x64  some of the quick tests under jax_enable_x64               (.venv)
@@ -75,7 +76,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/python -m compileall -q $(FOLDERS)
 
 demo: $(VENV_DEMO)/.installed
-	$(VENV_DEMO)/bin/python scripts/demo.py $(DEMO_ARGS)
+	$(VENV_DEMO)/bin/python scripts/demo.py $(if $(MODEL),--model "$(MODEL)") $(DEMO_ARGS)
 
 benchmark: $(VENV_BENCHMARK)/.installed
 	PYTHONPATH=scripts $(VENV_BENCHMARK)/bin/python -m benchmarks peers $(BENCHMARK_ARGS)

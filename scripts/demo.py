@@ -1,12 +1,14 @@
 """The main job in one command: a real model writes from a compressed KV cache, beside the same
 model with the full cache.
 
-`make demo` runs it. Two requests go as one batch: a question about a few thousand tokens of Hamlet,
-and a short chat.
+`make demo` runs it with SmolLM2-135M-Instruct, `make demo MODEL=M` with any model that
+`load_pretrained` takes. Two requests go as one batch: a question about a few thousand tokens of
+Hamlet, and a short chat.
 """
 
 import logging
 import time
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,42 +17,43 @@ from rich.table import Table
 import diffkv_jax as dkv
 from benchmarks.common.smollm2 import smollm2_gguf
 from diffkv_jax.evaluation import quality, teacher_forced
+from diffkv_jax.evaluation.learning import settled
+from diffkv_jax.evaluation.policies import policy_of
 from diffkv_jax.models import load_pretrained
 from diffkv_jax.testing.texts import load_text, text_tokens
 
-PASSAGE_TOKENS, MAX_LEN, CHUNK = 3000, 3328, 1024
+MAX_LEN, LEAST, CHUNK = 3328, 1024, 1024
+SPARE = 328  # of MAX_LEN, for template and question, and for what is written
+BUDGET = "48MiB"  # of the compressed cache of SmolLM2
 QUESTION = "What is the name of the play above, and who wrote it?"
 CHAT = "Give me three short tips for learning to cook."
 console = Console(width=110)
 
 
-def prompts(tokenizer) -> list[list[int]]:
-    """The long question and the short chat, as token ids with the model's chat template."""
-    passage = tokenizer.decode(
-        tokenizer(load_text("hamlet")[: 12 * PASSAGE_TOKENS], verbose=False).input_ids[
-            :PASSAGE_TOKENS
+def prompts(tokenizer, tokens: int) -> list[list[int]]:
+    """The long question about a passage of `tokens` and the short chat, as token ids, with the
+    model's chat template where it has one.
+    """
+    text = load_text("hamlet")[: 12 * tokens]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    passage = tokenizer.decode(ids[:tokens])
+    texts = [f"Read this:\n\n{passage}\n\n{QUESTION}", CHAT]
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    if chat:
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+            for text in texts
         ]
-    )
-    users = [f"Read this:\n\n{passage}\n\n{QUESTION}", CHAT]
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": u}], tokenize=False, add_generation_prompt=True
-        )
-        for u in users
-    ]
-    return [tokenizer(text, verbose=False).input_ids for text in texts]
+    # a template has the tokens that begin a text
+    return [tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids for text in texts]
 
 
-def write(model, params, tokenizer, batch, policy, budget, tokens: int) -> dkv.GenerateOutput:
+def write(loaded, batch, policy, tokens: int, **run) -> dkv.GenerateOutput:
     """Generate once to compile (one chunk of prompt), once in earnest; prints text and speed."""
-    run = {
-        "policy": policy,
-        "memory_budget": budget,
-        "max_len": MAX_LEN,
-        "cache_dtype": "bfloat16",
-        "prefill_chunk": CHUNK,
-    }
-    run |= {"max_new_tokens": tokens}
+    model, params, tokenizer = loaded
+    run |= {"policy": policy, "max_new_tokens": tokens}
     with console.status(f"{policy.name}: compiling …"):
         dkv.generate(model, params, [batch[0][-CHUNK + 200 :], batch[1]], **run)
     with console.status(f"{policy.name}: writing …"):
@@ -111,30 +114,15 @@ def print_memory(reports: dict[str, dkv.MemoryReport]) -> None:
         console.print(f"  {layer:2d} {'█' * round(share * 100):<50} {share:.1%}", highlight=False)
 
 
-def print_quality(model, params, tokenizer, policy, budget, steps: int) -> None:
+def print_quality(loaded, policy, steps: int, context: int, **run) -> None:
     """Perplexity and KL on held text: Hamlet goes on, and a stretch of Python source."""
-    context, names = 2048, ["hamlet", "stdlib_source"]
+    model, params, tokenizer = loaded
+    names, plain = ["hamlet", "stdlib_source"], dkv.CompressionPolicy.none()
     tokens = text_tokens(tokenizer, names, context + steps + 1)
-    run = {"max_len": MAX_LEN, "cache_dtype": "bfloat16", "prefill_chunk": CHUNK}
-    full, _ = teacher_forced(
-        model,
-        params,
-        tokens[:, :-1],
-        context,
-        dkv.CompressionPolicy.none(),
-        progress="held text, full",
-        **run,
-    )
-    held, _ = teacher_forced(
-        model,
-        params,
-        tokens[:, :-1],
-        context,
-        policy,
-        memory_budget=budget,
-        progress="held text, compressed",
-        **run,
-    )
+    given = model, params, tokens[:, :-1], context
+    bare: dict[str, Any] = run | {"memory_budget": None, "calibration": None}
+    full, _ = teacher_forced(*given, plain, progress="held text, full", **bare)
+    held, _ = teacher_forced(*given, policy, progress="held text, compressed", **run)
     measured = quality(full, held, tokens[:, context + 1 :])
     table = Table(
         "held text",
@@ -156,26 +144,57 @@ def print_quality(model, params, tokenizer, policy, budget, steps: int) -> None:
     console.print(table)
 
 
-def main(
-    alpha_high: float = 1.0,
-    alpha_low: float = 0.0,
-    budget: str = "48MiB",
-    tokens: int = 48,
-    steps: int = 48,
-) -> None:
-    """Write from a full and from a DiffKV cache and compare memory, speed and quality."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    with console.status("loading SmolLM2-135M-Instruct …"):
-        model, params, tokenizer = load_pretrained(smollm2_gguf())
-    batch = prompts(tokenizer)
-    full, policy = dkv.CompressionPolicy.none(), dkv.diffkv(alpha_high, alpha_low)
-    reports = {}
-    for each, limit in ((full, None), (policy, budget)):
-        reports[each.name] = dkv.memory_report(
-            write(model, params, tokenizer, batch, each, limit, tokens).cache
+def load(path):
+    """The model with its tokenizer, and the tokens of context that the demo has room for.
+
+    Raises:
+        ValueError: nothing loadable, or no tokenizer, or a shorter context than the demo needs.
+    """
+    with console.status(f"loading {path} …"):
+        loaded = load_pretrained(path)
+    room = min(MAX_LEN, loaded.model.attention.max_position_embeddings)
+    if loaded.tokenizer is None or room < LEAST:
+        raise ValueError(
+            f"{path} must have a tokenizer and {LEAST} tokens of context for the demo, has "
+            f"tokenizer {loaded.tokenizer} and {room} tokens: take another model"
         )
+    return loaded, room
+
+
+def main(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A GGUF file, a folder or a name on the Hub; else SmolLM2-135M."),
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="auto, a name, a call or a file, as the evaluation takes it.")
+    ] = "diffkv(1.0, 0.0)",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Of the compressed cache; else 48MiB of SmolLM2, or room for all."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Most that each request writes.")] = 48,
+    steps: Annotated[int, typer.Option(help="Tokens of held text that are fed.")] = 48,
+) -> None:
+    """Write from a full and from a compressed cache and compare memory, speed and quality."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    try:
+        asked = policy_of(policy)
+        loaded, room = load(smollm2_gguf() if model is None else model)
+        chosen, calibration = settled(policy, asked, loaded, None, room)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    batch, plain = prompts(loaded.tokenizer, room - SPARE), dkv.CompressionPolicy.none()
+    run = {"max_len": room, "cache_dtype": "bfloat16", "prefill_chunk": CHUNK}
+    held = {"memory_budget": budget or (BUDGET if model is None else None)}
+    held |= run | {"calibration": calibration}
+    reports = {}
+    for each, options in ((plain, run), (chosen, held)):
+        cache = write(loaded, batch, each, tokens, **options).cache
+        reports[each.name] = dkv.memory_report(cache)
+        del cache
     print_memory(reports)
-    print_quality(model, params, tokenizer, policy, budget, steps)
+    print_quality(loaded, chosen, steps, min(2048, room - SPARE), **held)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The Python of docs/quality.md, scale_and_limits.md and choosing_a_policy.md, on a tiny model."""
+"""The Python of docs/quality.md, scale_and_limits.md, choosing_a_policy.md and fitting.md, with
+tiny models.
+"""
 
 import re
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
+from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.testing.tiny import prompt, tiny_model
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -59,3 +62,16 @@ def test_a_calibrated_transform():
     names |= {"tokens": prompt(200, 1).tolist(), "prompt": prompt(200)}
     run("choosing_a_policy.md", names, "prompt], ", "prompt], max_new_tokens=3, ")
     assert names["out"].cache.policy.transform.parts[0].key_mean.shape == (2, 1, 64)
+
+
+@pytest.mark.slow
+def test_a_fitted_policy(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, params = tiny_model()
+    model = model.clone(text=SampleText(prompt(2400, 1), prompt(0)))
+    names = {"dkv": dkv, "model": model, "params": params, "prompt": prompt(200)}
+    run("fitting.md", names, "share=0.25, context=8192", "share=0.7, context=512")
+    assert "mean KL" in capsys.readouterr().out
+    assert (tmp_path / "my_policy" / "fitted_policy.json").is_file()
+    assert names["out"].cache.policy.tiers == names["fitted"].policy.tiers
+    assert names["fitted"].report.share <= 0.75 and names["fitted"].report.context == 512

@@ -17,8 +17,9 @@ _NUMBERS = {
 _REPEATED = {
     "policy": (
         "P",
-        "a name such as balanced, a JSON file or a call such as 'diffkv(1, 0)' or "
-        "'quantized(\"K4V4\", transform=Hadamard())'",
+        "a name such as balanced, a JSON file, a call such as 'diffkv(1, 0)' or "
+        "'quantized(\"K4V4\", transform=Hadamard())', auto, 'auto(share=0.3)', or a folder of "
+        "FittedPolicy.save",
     ),
     "text": ("FILE", "UTF-8 text for kl and needle"),
     "data": (
@@ -36,7 +37,7 @@ _WORDS = {
     "out": ("evaluation", "folder of the results (default: evaluation)"),
     "calibrate": (
         None,
-        "a text for policies that learn (default: the built-in one)",
+        "a text for policies that learn (default: the built-in one, for transforms)",
     ),
     "lengths": (None, "needle: prompt lengths with commas (default: the context and its half)"),
     "dtype": ("auto", "of parameters and activations (default: the file's)"),
