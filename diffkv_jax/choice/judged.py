@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.model import CausalLM
@@ -54,7 +57,7 @@ def judge(
     plain = policy.tiers == ("full",) and isinstance(policy.keep, KeepAll)
     if off or plain or not isinstance(getattr(model, "text", None), SampleText):
         return
-    key = _key(fingerprint(model, params), policy)
+    key = _key(fingerprint(model, params), policy, calibration)
     if key not in _known:
         _known[key] = _read_or_measured(key, model, params, policy, calibration)
     if _known[key] <= MOST_KL or (key in _warned and not strict):
@@ -63,17 +66,20 @@ def judge(
     message = (
         f"policy {policy.name!r} has a mean KL of {_known[key]:.2f} from the full cache on this "
         f"model, and above {MOST_KL} its text goes astray: take policy='auto', or "
-        "transform=even_channels(), more bits or more tokens (inspect_model shows what the model's "
-        "keys are like)"
+        "transform=Chain((Centered(), Learned())), more bits or more tokens (inspect_model shows "
+        "what the model's keys are like)"
     )
     if strict:
         raise ValueError(message)
     warnings.warn(message, UserWarning, stacklevel=stacklevel)
 
 
-def _key(model: str, policy: CompressionPolicy) -> str:
-    what = f"{VERSION}{policy.to_json()}"
-    return f"{model[:16]}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+def _key(model: str, policy: CompressionPolicy, calibration: Calibration | None) -> str:
+    digest = hashlib.sha256(f"{VERSION}{policy.to_json()}".encode())
+    learned = () if calibration is None else (calibration.maps, calibration.tables)
+    for array in jax.tree.leaves(learned):
+        digest.update(np.asarray(array).tobytes())
+    return f"{model[:16]}-{digest.hexdigest()[:16]}"
 
 
 def _read_or_measured(key: str, *given: Any) -> float:

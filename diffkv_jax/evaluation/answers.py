@@ -73,7 +73,7 @@ def answers(
     Raises:
         TypeError, ValueError: bad input, named; more tokens than the model's context.
     """
-    given: dict[str, Any] = {"policy": as_policy(policy), **options}
+    given: dict[str, Any] = {"policy": as_policy(policy), "strict": None, **options}
     size = integer("batch_size", given.pop("batch_size", 4), least=1)
     most = integer("max_new_tokens", max_new_tokens, least=1)
     progress, chunk = given.pop("progress", None), given.pop("prefill_chunk", 1024)

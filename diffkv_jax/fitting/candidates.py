@@ -24,13 +24,14 @@ class Path(NamedTuple):
     """Policies from 0 (most bytes) to 1 (fewest).
 
     Attributes:
-        ranks: "attention": DiffKV's, nothing is dropped, the first tier shrinks; "repeating":
-            KVzip's, which needs a second reading of the prompt, tokens are dropped.
+        ranks: "attention": DiffKV's, nothing is dropped, the first tier shrinks; "dropping":
+            DiffKV's too, tokens go as they come, so that a pool need never hold them all;
+            "repeating": KVzip's, which reads the whole prompt a second time before tokens go.
         tiers: a precise one for tokens of high rank, a narrow one for the others.
         high: share of the tokens that stay which "repeating" puts into the first.
     """
 
-    ranks: Literal["attention", "repeating"]
+    ranks: Literal["attention", "dropping", "repeating"]
     tiers: tuple[str, str]
     high: float = 0.0
 
@@ -49,6 +50,8 @@ class Path(NamedTuple):
         options: Any = {"tiers": self.tiers, "transform": transform, "sinks": SINKS}
         if self.ranks == "attention":
             return diffkv(amounts([0.25 * 64**point for point in points]), 0.0, **options)
+        if self.ranks == "dropping":
+            return diffkv(4.0, amounts([0.001 * 300**point for point in points]), **options)
         keep = [0.9 * 0.25**point for point in points]
         high = amounts([share * self.high for share in keep])
         budget = Budget(keep=amounts(keep), keep_high=high, share_heads=0.0, share_layers=True)
@@ -64,6 +67,7 @@ DROPPING = (
     Path("repeating", ("K8V8", "K4nV2n"), 0.08),
     Path("repeating", ("K8V4", "K2nV2n"), 0.3),
 )
+IN_A_POOL = (Path("dropping", ("K8V4", "K4nV2n")),)
 ROUGH = Path("attention", ("K8V4", "K2nV2n"))  # where a transform matters most
 
 

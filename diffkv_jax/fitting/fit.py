@@ -14,7 +14,15 @@ from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.calibration.sample_text import built_in_rows
 from diffkv_jax.choice.automatic import USUAL, fits_policies
 from diffkv_jax.choice.fitted import FitReport, FittedPolicy
-from diffkv_jax.fitting.candidates import DROPPING, KEEPING, ROUGH, Path, possible, transforms
+from diffkv_jax.fitting.candidates import (
+    DROPPING,
+    IN_A_POOL,
+    KEEPING,
+    ROUGH,
+    Path,
+    possible,
+    transforms,
+)
 from diffkv_jax.fitting.goal import Goal, goal_of
 from diffkv_jax.fitting.measure import Bench, Measured, learned
 from diffkv_jax.fitting.search import Tried, search
@@ -51,18 +59,17 @@ def fit_policy(
 
     Candidates run in the real cache, behind at most 1,024 tokens. The KL is the mean over text that
     goes on and a passage of it that is repeated: what was dropped or blurred shows there. The
-    report is of other text. Tokens are dropped only where the goal is not met otherwise (KVzip's
-    ranks, which take a second reading of each prompt). A fit takes minutes.
+    report is of other text. Tokens are dropped only where the goal is not met otherwise: by KVzip's
+    ranks, which take a second reading of each prompt, or, with a `memory_budget`, whose pool need
+    not hold a whole prompt, by DiffKV's. A fit takes minutes.
 
     Args:
         model: as for `generate`.
         params: its parameters.
         tokens: int [S, N], or a list of equally long texts, to calibrate, fit and report on: at
-            least two times 260 tokens, better ten times 1,100. None: the package's own text, with
-            models that `load_pretrained` returned.
+            least two times 260 tokens. None: the package's own, for models of `load_pretrained`.
         share: most allocated bytes, of a plain bfloat16 cache's at `context`.
-        memory_budget: the same as bytes or text such as "512MiB", for `requests` of `context`
-            tokens. It counts what is in use at the end: while a prompt is read more is needed.
+        memory_budget: the same as bytes or text such as "512MiB", for all requests, at their end.
         target_kl: most mean KL in nats, or "quality" (0.003), "balanced" (0.01) or "small" (0.03).
             None of the three: "balanced".
         context: tokens of a request, prompt and answer; None: 4,096 or the model's context.
@@ -85,7 +92,8 @@ def fit_policy(
     texts, others = texts_of(model, tokens, length)
     with tqdm(desc="fitting a policy", unit=" runs", disable=not progress) as bar:
         bench = Bench(model, params, texts, length, requests)
-        best, transform, calibration = _best(bench, goal, drop, bar)
+        dropping = () if not drop else DROPPING if memory_budget is None else IN_A_POOL
+        best, transform, calibration = _best(bench, goal, dropping, bar)
         policy = replace(best.path.policy(transform, (best.point,)), name="fitted")
         calibration = _for_tiers(calibration, policy.tiers)
         seen = Bench(model, params, others, length, requests).of(policy, calibration)
@@ -96,7 +104,7 @@ def fit_policy(
 
 
 def _best(
-    bench: Bench, goal: Goal, drop: bool, bar: tqdm
+    bench: Bench, goal: Goal, dropping: Sequence[Path], bar: tqdm
 ) -> tuple[Tried, Transform, Calibration | None]:
     """What meets the goal best, where nothing is dropped if that meets it at all; the transform and
     what that has learned.
@@ -105,10 +113,8 @@ def _best(
         ValueError: nothing meets it.
     """
     attention = bench.model.attention
-    paths, more = possible(KEEPING, attention), possible(DROPPING, attention) if drop else []
-    transform, calibration = _best_transform(
-        bench, (possible((ROUGH,), attention) or paths)[-1], bar
-    )
+    paths, rough = possible(KEEPING, attention), possible((ROUGH,), attention)
+    transform, calibration = _best_transform(bench, (rough or paths)[-1], bar)
 
     def measure(path: Path, points: Sequence[float]) -> list[Measured]:
         found = bench.along(path, points, transform, _for_tiers(calibration, path.tiers))
@@ -116,10 +122,10 @@ def _best(
         return found
 
     tried = search(measure, paths, goal)
-    if more and not goal.met(tried[0].measured):
+    if not goal.met(tried[0].measured) and (more := possible(dropping, attention)):
         tried += search(measure, more, goal)
         tried.sort(key=lambda one: goal.order(one.measured))
-    _check_met(goal, tried[0], drop)
+    _check_met(goal, tried[0], bool(dropping))
     return tried[0], transform, calibration
 
 

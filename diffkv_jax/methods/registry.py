@@ -44,6 +44,11 @@ def load_policy(source: Source) -> CompressionPolicy:
         return CompressionPolicy.from_mapping(source)
     if callable(source) and any(source == make for make in NAMED.values()):
         return source()
+    if isinstance(source, str) and source == "auto":
+        raise ValueError(
+            "policy='auto' is fitted to a model, by generate and teacher_forced alone: elsewhere "
+            "take what fit_policy(model, params) returns, or its .policy and .calibration"
+        )
     if isinstance(source, str | PathLike):
         return NAMED[str(source)]() if str(source) in NAMED else _from_file(source)
     rule = f"a CompressionPolicy, a mapping of its fields, one of {sorted(NAMED)}, or a JSON file"
