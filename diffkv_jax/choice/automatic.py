@@ -19,6 +19,7 @@ from diffkv_jax.inputs import as_policy
 from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.native.build import cache_directory
 from diffkv_jax.policy.policy import CompressionPolicy
+from diffkv_jax.units import parse_bytes
 
 AUTO, KEPT = "auto", 16
 PRESETS = {"quality": 0.003, "balanced": 0.01, "small": 0.03}  # targets of the mean KL, nats
@@ -35,6 +36,12 @@ def fits_policies(fit: Callable[..., FittedPolicy]) -> Callable[..., FittedPolic
     """Name the function that finds what "auto" asks for. It stands above all that asks."""
     _fits[:] = [fit]
     return fit
+
+
+def check_no_calibration(calibration: Any) -> None:
+    """Refuse one beside a policy that is or will be fitted (ValueError)."""
+    if calibration is not None:
+        raise ValueError("a fitted policy has a calibration of its own: leave calibration= out")
 
 
 class Choice(NamedTuple):
@@ -65,11 +72,21 @@ class AutoPolicy:
             raise ValueError(
                 f"share={self.share} and target_kl={self.target_kl!r} are two goals: take one"
             )
-        number("share", self.share, above=0, most=1, optional=True)
-        if not (isinstance(self.target_kl, str) and self.target_kl in PRESETS):
+        share, target_kl = (
+            number("share", self.share, above=0, most=1, optional=True),
+            self.target_kl,
+        )
+        if not (isinstance(target_kl, str) and target_kl in PRESETS):
             rule = f"a mean KL in nats, or one of {list(PRESETS)}"
-            number("target_kl", self.target_kl, above=0, optional=True, rule=rule)
-        flag("drop", self.drop)
+            target_kl = number("target_kl", target_kl, above=0, optional=True, rule=rule)
+        found = {"share": share, "target_kl": target_kl, "drop": flag("drop", self.drop)}
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+
+
+def asks_for_fit(policy: Any) -> bool:
+    """Whether it is "auto" or an `AutoPolicy`."""
+    return isinstance(policy, AutoPolicy) or (isinstance(policy, str) and policy == AUTO)
 
 
 def chosen(
@@ -88,14 +105,14 @@ def chosen(
         TypeError, ValueError: it is no policy; a calibration of something else; "auto" for a model
             without the built-in text.
     """
-    if policy == AUTO or isinstance(policy, AutoPolicy):
-        auto = AutoPolicy() if policy == AUTO else policy
+    if asks_for_fit(policy) or isinstance(policy, FittedPolicy):
+        check_no_calibration(calibration)
+    if asks_for_fit(policy):
+        auto = policy if isinstance(policy, AutoPolicy) else AutoPolicy()
         policy = _fitted(model, params, auto, memory_budget, context, requests)
     elif isinstance(policy, FittedPolicy):
         policy.check(model, params)
     if isinstance(policy, FittedPolicy):
-        if calibration is not None:
-            raise ValueError("a fitted policy has a calibration of its own: leave calibration= out")
         return Choice(policy.policy, policy.calibration, measured=True)
     policy = as_policy(policy)
     if calibration is None:
@@ -122,7 +139,7 @@ def _fitted(
         )
     goal: dict[str, Any] = asdict(auto)
     if auto.share is None and auto.target_kl is None and memory_budget is not None:
-        goal |= {"memory_budget": memory_budget, "requests": requests}
+        goal |= {"memory_budget": parse_bytes(memory_budget), "requests": requests}
     # one fit for nearly equal lengths; without a share bytes decide nothing
     by_bytes = auto.share is not None or "memory_budget" in goal
     goal["context"] = _rounded_up(

@@ -13,7 +13,7 @@ from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.native.build import cache_directory
-from diffkv_jax.policy.keep import KeepAll
+from diffkv_jax.policy.keep import Budget, KeepAll
 from diffkv_jax.policy.policy import CompressionPolicy
 
 MOST_KL = 0.1  # nats
@@ -45,7 +45,8 @@ def judge(
 ) -> None:
     """Warn, once a process, of a policy whose mean KL on this model's built-in text is above 0.1;
     `strict` raises instead, None measures nothing. It is kept in the folder `judged` of
-    $DIFFKV_JAX_CACHE. Models without the text are not judged.
+    $DIFFKV_JAX_CACHE. Models without the text are not judged, nor policies for one batch alone:
+    with numbers for each request, or memory for all of them.
 
     Raises:
         ValueError: strict, and it is.
@@ -53,6 +54,8 @@ def judge(
     off = strict is None or (not strict and os.environ.get(SWITCH) == "0")
     plain = policy.tiers == ("full",) and isinstance(policy.keep, KeepAll)
     if off or plain or not isinstance(getattr(model, "text", None), SampleText):
+        return
+    if not _can_be_judged(policy, model):
         return
     key = _key(fingerprint(model, params), policy)
     if key not in _known:
@@ -69,6 +72,20 @@ def judge(
     if strict:
         raise ValueError(message)
     warnings.warn(message, UserWarning, stacklevel=stacklevel)
+
+
+def _can_be_judged(policy: CompressionPolicy, model: CausalLM) -> bool:
+    """Whether something is compressed, in any batch alike."""
+    if isinstance(policy.keep, Budget) and policy.keep.in_bytes:
+        return False
+    layers = sum(window is None for window in model.attention.sliding_windows)
+    if not layers:
+        return False
+    try:
+        policy.bind(layers, 1, model.attention.num_kv_heads)
+    except ValueError:  # it has more requests
+        return False
+    return True
 
 
 def _key(model: str, policy: CompressionPolicy) -> str:

@@ -79,9 +79,14 @@ def fit_policy(
     drop, progress = flag("drop", drop), flag("progress", progress)
     attention, most = model.attention, model.attention.max_position_embeddings
     given = min(USUAL, most) if context is None else context
-    length: int = integer("context", given, least=LEAST, most=most)
+    length: int = integer("context", given, least=min(LEAST, most), most=most)
     requests = integer("requests", requests, least=1)
-    goal = goal_of(attention, share, memory_budget, target_kl, length * requests)
+    goal = goal_of(attention, share, memory_budget, target_kl, length, requests)
+    if not any(window is None for window in attention.sliding_windows):
+        raise ValueError(
+            "every layer of the model has a sliding window, whose tokens are not compressed: there "
+            "is nothing to choose; take policy=None"
+        )
     texts, others = texts_of(model, tokens, length)
     with tqdm(desc="fitting a policy", unit=" runs", disable=not progress) as bar:
         bench = Bench(model, params, texts, length, requests)
@@ -139,8 +144,17 @@ def _report(seen: Measured, best: Tried, others: Texts, context: int) -> FitRepo
 
 
 def texts_of(model: CausalLM, tokens: Any, context: int) -> tuple[Texts, Texts]:
-    """Texts to fit on and others to report on, of the given tokens or of the built-in text."""
+    """Texts to fit on and others to report on, of the given tokens or of the built-in text.
+
+    Raises:
+        TypeError, ValueError: bad tokens, or too few; a model with too short a context.
+    """
     room = model.attention.max_position_embeddings - STEPS - 1
+    if room < LEAST:
+        raise ValueError(
+            f"the model's context of {room + STEPS + 1} tokens is too short to measure policies: "
+            f"at least {LEAST + STEPS + 1} are needed; name a policy, such as quantized('K8V8')"
+        )
     if tokens is None:
         measured = min(MEASURED, context, room)
         width = measured + GOES_ON + 1
@@ -156,8 +170,8 @@ def texts_of(model: CausalLM, tokens: Any, context: int) -> tuple[Texts, Texts]:
     measured = min(MEASURED, context, room, batch.shape[1] - STEPS, max(spare, LEAST))
     if measured < LEAST:
         raise ValueError(
-            f"tokens have shape {list(batch.shape)} and the model a context of {room + STEPS + 1}: "
-            f"what is measured needs texts of at least {LEAST + STEPS} tokens"
+            f"tokens have shape {list(batch.shape)}, and what is measured needs texts of at least "
+            f"{LEAST + STEPS} tokens: give longer ones"
         )
     return split(batch, measured, FITTED_ROWS)
 

@@ -218,7 +218,7 @@ def test_auto_is_fitted_once_and_kept(folder, monkeypatch):
     teacher_forced(model, params, prompt(80)[None], 70, dkv.AutoPolicy(share=0.5))
     dkv.generate(model, params, [prompt(80)], policy="auto", memory_budget="2MiB", **run)
     assert [goal.get("share") for goal in fits] == [None, 0.5, None]
-    assert fits[2]["memory_budget"] == "2MiB" and fits[2]["context"] == 256
+    assert fits[2]["memory_budget"] == 2**21 and fits[2]["context"] == 256
     with pytest.raises(ValueError, match="two goals"):
         dkv.AutoPolicy(share=0.5, target_kl=0.1)
     with pytest.raises(ValueError, match="target_kl"):
