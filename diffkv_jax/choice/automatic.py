@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import logging
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple
 from diffkv_jax.arguments import flag, instance, number, refuse
 from diffkv_jax.calibration.automatic import fitted
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
+from diffkv_jax.calibration.kept import Kept
 from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.choice.fitted import FittedPolicy
 from diffkv_jax.inputs import as_policy
@@ -21,14 +20,13 @@ from diffkv_jax.pallas_kernels.native.build import cache_directory
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.units import parse_bytes
 
-AUTO, KEPT = "auto", 16
+AUTO = "auto"
 PRESETS = {"quality": 0.003, "balanced": 0.01, "small": 0.03}  # targets of the mean KL, nats
 USUAL, LEAST = 4096, 256  # tokens of context that bytes are told for
 VERSION = 1  # of the text, the candidates and the search: raised where one of them changes
 CALIBRATE = "calibrate(model, params, tokens, policy) makes it"
 
-_log = logging.getLogger("diffkv_jax")
-_known: OrderedDict[str, FittedPolicy] = OrderedDict()
+_known: Kept[FittedPolicy] = Kept()
 _fits: list[Callable[..., FittedPolicy]] = []
 
 
@@ -146,12 +144,16 @@ def _fitted(
         model.attention.max_position_embeddings, context if by_bytes else None
     )
     key = _key(fingerprint(model, params), goal)
-    if key not in _known:
-        _known[key] = _read_or_made(cache_directory() / "policies" / key, model, params, goal)
-    _known.move_to_end(key)
-    while len(_known) > KEPT:
-        _known.popitem(last=False)
-    return _known[key]
+
+    def read(folder: Path) -> FittedPolicy:
+        found = FittedPolicy.load(folder)
+        found.check(model, params)
+        return found
+
+    def make() -> FittedPolicy:
+        return _fits[0](model, params, progress=sys.stderr.isatty(), **goal)
+
+    return _known.get(cache_directory() / "policies" / key, read, make)
 
 
 def _rounded_up(most: int, tokens: int | None) -> int:
@@ -163,21 +165,3 @@ def _rounded_up(most: int, tokens: int | None) -> int:
 def _key(model: str, goal: Mapping[str, Any]) -> str:
     what = json.dumps([VERSION, goal], sort_keys=True)
     return f"{model[:16]}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
-
-
-def _read_or_made(
-    folder: Path, model: CausalLM, params: Mapping[str, Any], goal: dict[str, Any]
-) -> FittedPolicy:
-    if folder.is_dir():
-        try:
-            found = FittedPolicy.load(folder)
-            found.check(model, params)
-            return found
-        except ValueError as error:
-            _log.warning("%s is made anew: %s", folder, error)
-    made = _fits[0](model, params, progress=sys.stderr.isatty(), **goal)
-    try:
-        made.save(folder, overwrite=True)
-    except (OSError, ValueError) as error:
-        _log.info("the policy is not kept in %s: %s", folder, error)
-    return made

@@ -87,12 +87,6 @@ class FittedPolicy:
         folder, overwrite = file_path("folder", folder), flag("overwrite", overwrite)
         if folder.exists() and not (folder.is_dir() and overwrite):
             refuse("folder", str(folder), "a folder that is not there yet, or overwrite=True")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            refuse("folder", str(folder), f"a folder that can be made ({error})")
-        if self.calibration is not None:
-            self.calibration.save(folder / ARRAYS, overwrite=True)
         found = {
             "version": VERSION,
             "policy": json.loads(self.policy.to_json()),
@@ -101,7 +95,14 @@ class FittedPolicy:
             "fingerprint": self.fingerprint,
             "goal": dict(self.goal),
         }
-        (folder / FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / FILE).unlink(missing_ok=True)  # without it nothing half written is loaded
+            if self.calibration is not None:
+                self.calibration.save(folder / ARRAYS, overwrite=True)
+            (folder / FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            refuse("folder", str(folder), f"a folder that can be written ({error})")
 
     @staticmethod
     def load(folder: str | Path) -> "FittedPolicy":
