@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def judge(
         return
     if not _can_be_judged(policy, model):
         return
-    key = _key(fingerprint(model, params), policy)
+    key = _key(fingerprint(model, params), policy, calibration)
     if key not in _known:
         _known[key] = _read_or_measured(key, model, params, policy, calibration)
     if _known[key] <= MOST_KL or (key in _warned and not strict):
@@ -88,8 +89,9 @@ def _can_be_judged(policy: CompressionPolicy, model: CausalLM) -> bool:
     return True
 
 
-def _key(model: str, policy: CompressionPolicy) -> str:
-    what = f"{VERSION}{policy.to_json()}"
+def _key(model: str, policy: CompressionPolicy, calibration: Calibration | None) -> str:
+    learned = calibration.digest if calibration else ""
+    what = f"{VERSION}{replace(policy, name='any').to_json()}{learned}"
     return f"{model[:16]}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
 
 

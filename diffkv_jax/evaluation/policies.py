@@ -10,7 +10,7 @@ from diffkv_jax.arguments import nearest, shown
 from diffkv_jax.choice.automatic import AUTO, AutoPolicy
 from diffkv_jax.choice.fitted import FILE, FittedPolicy
 from diffkv_jax.methods.registry import load_policy
-from diffkv_jax.policy import affine, transform
+from diffkv_jax.policy import affine, learned, transform
 from diffkv_jax.policy.policy import CompressionPolicy
 
 _TRANSFORMS = (
@@ -18,6 +18,7 @@ _TRANSFORMS = (
     affine.Centered,
     affine.Chain,
     affine.even_channels,
+    learned.Learned,
     transform.Exact,
     transform.Hadamard,
     transform.WithoutRope,

@@ -24,6 +24,10 @@ from diffkv_jax.evaluation.policies import policy_of
             "quantized('K4V4', transform=even_channels(-0.0))",
             dkv.quantized("K4V4", transform=dkv.even_channels(0)),
         ),
+        (
+            "quantized('K4V4', transform=Learned(0.0))",
+            dkv.quantized("K4V4", transform=dkv.Learned(0.0)),
+        ),
         ("none(window=32)", dkv.CompressionPolicy.none(window=32)),
     ],
 )

@@ -1,5 +1,7 @@
 """What "auto" and the judge refuse, and at once; stand-ins for the fit and for what is measured."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -70,7 +72,9 @@ def test_bad_input_is_refused_before_a_fit(refused):
 
 def test_numbers_of_any_kind_are_one_goal(refused):
     for budget in (np.int64(2**20), 2**20, "1MiB"):
-        assert refused(None, memory_budget=budget).args[0]["memory_budget"] == 2**20
+        goal = refused(None, memory_budget=budget).args[0]
+        # a policy that drops would hold the prompt whole before it does
+        assert goal["memory_budget"] == 2**20 and goal["drop"] is False
     auto = dkv.AutoPolicy(share=np.float32(0.5), target_kl=None, drop=np.bool_(True))
     assert auto == dkv.AutoPolicy(share=0.5) and type(auto.share) is float
     assert refused(None, policy=auto).args[0]["share"] == 0.5
@@ -111,6 +115,32 @@ def test_only_what_holds_for_any_batch_is_judged(monkeypatch, tmp_path):
     judge(dkv.diffkv(1, 0), reading(windows=(16, 16))[0])
     with pytest.raises(Asked):
         judge(dkv.diffkv(1, 0))
+
+
+def test_another_calibration_is_judged_anew_and_another_name_is_not(monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFKV_JAX_CACHE", str(tmp_path))
+    monkeypatch.delenv(judged.SWITCH, raising=False)
+    costs = []
+    monkeypatch.setattr(judged, "_judges", [lambda *given: costs.append(0.5) or 0.01])
+    model, params = reading()
+    policy = dkv.quantized("K4V4", transform=dkv.Centered())
+    means = np.zeros((2, 1, 64), np.float32)
+    for offset in (0.0, 1.0, 0.0):
+        maps = (means + offset, means)
+        learned = dkv.Calibration(((None, None),), policy.tiers, policy.transform, "a", maps)
+        judged.judge(model, params, policy, learned, strict=True, stacklevel=1)
+    assert len(costs) == 2
+    named = dataclasses.replace(policy, name="mine")
+    judged.judge(model, params, named, learned, strict=True, stacklevel=1)
+    assert len(costs) == 2
+
+
+def test_a_budget_below_what_stays_exact_is_refused_at_once():
+    model, params = reading(windows=(200, None))
+    with pytest.raises(ValueError, match=r"no policy fits into 1.00% .* at context=1000"):
+        dkv.fit_policy(model, params, share=0.01, context=1000)
+    with pytest.raises(ValueError, match="Raise the budget"):
+        dkv.generate(model, params, [[1]], policy="auto", memory_budget="1KiB")
 
 
 def test_models_with_a_short_context_are_not_judged(monkeypatch):
