@@ -22,6 +22,7 @@ from diffkv_jax.units import parse_bytes
 
 AUTO = "auto"
 PRESETS = {"quality": 0.003, "balanced": 0.01, "small": 0.03}  # targets of the mean KL, nats
+FILLED = 0.9  # of a pool that never grows: some texts take 5 % more bytes than those of a fit
 USUAL, LEAST = 4096, 256  # tokens of context that bytes are told for
 VERSION = 1  # of the text, the candidates and the search: raised where one of them changes
 CALIBRATE = "calibrate(model, params, tokens, policy) makes it"
@@ -58,8 +59,9 @@ class AutoPolicy:
 
     Attributes:
         share, target_kl, drop: as `fit_policy` has them. Without share and target_kl a
-            `memory_budget=` of the call is the goal, or else "balanced". Nothing is dropped for
-            that goal: a prompt is held whole before any of it is.
+            `memory_budget=` of the call is the goal, or else "balanced". Of that budget a tenth
+            is left to texts that take more, and nothing is dropped for it: a prompt is held whole
+            before any of it is.
     """
 
     share: float | None = None
@@ -138,7 +140,7 @@ def _fitted(
         )
     goal: dict[str, Any] = asdict(auto)
     if auto.share is None and auto.target_kl is None and memory_budget is not None:
-        goal |= {"memory_budget": parse_bytes(memory_budget), "requests": requests}
+        goal |= {"memory_budget": int(FILLED * parse_bytes(memory_budget)), "requests": requests}
         goal["drop"] = False  # the policies that drop need more while they read
     # one fit for nearly equal lengths; without a share bytes decide nothing
     by_bytes = auto.share is not None or "memory_budget" in goal

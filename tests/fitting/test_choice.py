@@ -73,8 +73,8 @@ def test_bad_input_is_refused_before_a_fit(refused):
 def test_numbers_of_any_kind_are_one_goal(refused):
     for budget in (np.int64(2**20), 2**20, "1MiB"):
         goal = refused(None, memory_budget=budget).args[0]
-        # a policy that drops would hold the prompt whole before it does
-        assert goal["memory_budget"] == 2**20 and goal["drop"] is False
+        # texts differ, and a policy that drops would hold the prompt whole before it does
+        assert goal["memory_budget"] == int(0.9 * 2**20) and goal["drop"] is False
     auto = dkv.AutoPolicy(share=np.float32(0.5), target_kl=None, drop=np.bool_(True))
     assert auto == dkv.AutoPolicy(share=0.5) and type(auto.share) is float
     assert refused(None, policy=auto).args[0]["share"] == 0.5
@@ -86,6 +86,21 @@ def test_a_cache_alone_cannot_be_fitted():
     for policy in ("auto", dkv.AutoPolicy()):
         with pytest.raises(ValueError, match="fit_policy"):
             dkv.make_cache(model, policy, [100])
+
+
+@pytest.mark.slow
+def test_auto_keeps_to_a_budget(monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFKV_JAX_CACHE", str(tmp_path))
+    automatic._known.clear()
+    model, params = reading()
+    prompts, whole = [prompt(980, 1), prompt(975, 3)], 2 * 1024 * 2 * 64 * 2 * 2
+    for share in (0.52, 0.45):
+        out = dkv.generate(
+            model, params, prompts, policy="auto", memory_budget=int(share * whole), **RUN
+        )
+        assert set(out.finish_reason) == {"length"}
+        assert dkv.memory_report(out.cache).pool <= share * whole
+    automatic._known.clear()
 
 
 def test_models_without_a_choice_are_refused():
