@@ -24,10 +24,17 @@ from diffkv_jax.cache.kernels import kernels_for
 from diffkv_jax.cache.pool_size import bound, cache_bytes, kept_within, with_pool
 from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.calibration.calibration import Calibration, learned_for
-from diffkv_jax.choice.automatic import CALIBRATE, AutoPolicy, chosen
+from diffkv_jax.choice.automatic import (
+    CALIBRATE,
+    AutoPolicy,
+    asks_for_fit,
+    check_no_calibration,
+    chosen,
+)
 from diffkv_jax.choice.fitted import FittedPolicy
 from diffkv_jax.choice.judged import judge
 from diffkv_jax.inputs import as_policy, check_model, check_outside_jit
+from diffkv_jax.methods.diffkv import diffkv
 from diffkv_jax.model import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.codecs.full import DTYPES
 from diffkv_jax.pallas_kernels.dispatch import Kernels
@@ -35,6 +42,7 @@ from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.policy.keep import Budget, KeepAll
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.stage import with_leaves
+from diffkv_jax.units import parse_bytes
 
 LINE = 6  # frames up from `judge` to the line that calls `generate`
 
@@ -107,11 +115,15 @@ def cache_for(
     interpret = interpret if interpret == "checked" else flag("interpret", interpret)
     strict = given.pop("strict", False)
     strict = None if strict is None else flag("strict", strict)
+    policy, calibration = given.pop("policy", None), given.pop("calibration", None)
+    if asks_for_fit(policy):
+        Kernels.resolve(implementation, interpret=interpret)
+        check_before_fit(model, totals, longest, prefill_chunk, **given)
     choice = chosen(
         model,
         params,
-        given.pop("policy", None),
-        given.pop("calibration", None),
+        policy,
+        calibration,
         memory_budget=given.get("memory_budget"),
         context=given.get("max_len") or int(totals.max()),
         requests=len(totals),
@@ -123,6 +135,27 @@ def cache_for(
     if not choice.measured:
         judge(model, params, policy, calibration, strict=strict, stacklevel=LINE)
     return cache
+
+
+def check_before_fit(
+    model: CausalLM,
+    totals: np.ndarray,
+    longest: int,
+    prefill_chunk: int,
+    *,
+    max_len: int | None = None,
+    memory_budget: int | str | None = None,
+    cache_dtype: str | None = None,
+) -> None:
+    """Refuse at once what would be refused after a policy has been fitted, minutes later.
+
+    Raises:
+        TypeError, ValueError: bad input, named.
+    """
+    chunk_size(longest, prefill_chunk, diffkv().queries)
+    if memory_budget is not None:
+        parse_bytes(memory_budget)
+    _spec_for(model.attention, CompressionPolicy.none(), totals, max_len, cache_dtype, None)
 
 
 @in_32_bits
@@ -150,15 +183,37 @@ def make_cache(
     """
     check_model("make_cache", model)
     check_outside_jit("make_cache", totals)
+    if asks_for_fit(policy):
+        rule = "a policy or a FittedPolicy: fit_policy(model, params) makes one"
+        refuse("policy", policy, rule)
     if isinstance(policy, FittedPolicy):
+        check_no_calibration(calibration)
         policy, calibration = policy.policy, policy.calibration
-    attention, policy = model.attention, as_policy(policy)
-    totals = _as_totals(totals)
-    max_len = integer("max_len", max_len, least=1, most=None, optional=True)
-    room = [-(-max(n, 1) // 128) * 128 if max_len is None else max_len for n in totals]
-    check_context(attention, np.asarray(totals), max(room))
+    policy, totals = as_policy(policy), _as_totals(totals)
     if calibration is not None:
         instance("calibration", calibration, Calibration, CALIBRATE)
+    spec, room = _spec_for(model.attention, policy, totals, max_len, cache_dtype, kernels)
+    tables, transform = learned_for(spec, policy, calibration)
+    policy = with_leaves(policy, transform=transform)
+    if isinstance(policy.keep, Budget) and policy.keep.in_bytes:
+        _check_one_budget(policy.keep, memory_budget)
+        policy, memory_budget = kept_within(spec, policy, room), str(policy.keep.keep)
+    spec = with_pool(spec, policy, list(totals), room, memory_budget)
+    return _allocated(spec, bound(spec, policy), tables)
+
+
+def _spec_for(
+    attention: AttentionSpec,
+    policy: CompressionPolicy,
+    totals: Sequence[int] | np.ndarray,
+    max_len: int | None,
+    cache_dtype: str | None,
+    kernels: Kernels | None,
+) -> tuple[CacheSpec, list[int]]:
+    """Of a cache that has no pages yet, and the tokens that each request may ever come to."""
+    max_len = integer("max_len", max_len, least=1, most=None, optional=True)
+    room = [-(-max(n, 1) // 128) * 128 if max_len is None else max_len for n in map(int, totals)]
+    check_context(attention, np.asarray(totals), max(room))
     spec = CacheSpec.build(
         attention,
         policy,
@@ -171,13 +226,7 @@ def make_cache(
         else instance("kernels", kernels, Kernels, "Kernels.resolve(name)"),
     )
     check_room(attention, max_len, spec, policy)
-    tables, transform = learned_for(spec, policy, calibration)
-    policy = with_leaves(policy, transform=transform)
-    if isinstance(policy.keep, Budget) and policy.keep.in_bytes:
-        _check_one_budget(policy.keep, memory_budget)
-        policy, memory_budget = kept_within(spec, policy, room), str(policy.keep.keep)
-    spec = with_pool(spec, policy, list(totals), room, memory_budget)
-    return _allocated(spec, bound(spec, policy), tables)
+    return spec, room
 
 
 def _as_totals(given: Any) -> tuple[int, ...]:

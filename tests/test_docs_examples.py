@@ -2,6 +2,7 @@
 tiny models.
 """
 
+import importlib
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,18 @@ def run(page: str, names: dict, given: str = "", shorter: str = "") -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text("utf-8"), flags=re.DOTALL)
     assert given in code
     exec(compile(code.replace(given, shorter) if given else code, page, "exec"), names)
+
+
+@pytest.mark.parametrize("package", ["diffkv_jax", "diffkv_jax.evaluation"])
+def test_every_public_name_is_on_the_api_page(package):
+    """But for methods, which have pages of their own."""
+    source = Path(importlib.import_module(package).__file__ or "").read_text("utf-8")
+    entries = re.findall(r"^::: (\S+)\.(\w+)$", (DOCS / "api.md").read_text("utf-8"), re.MULTILINE)
+    public, listed = set(re.findall(r"(\w+) as \1\b", source)), {name for _, name in entries}
+    assert public and public <= listed
+    for module, name in entries:
+        if name in public:
+            assert hasattr(importlib.import_module(module), name), (module, name)
 
 
 @pytest.mark.slow

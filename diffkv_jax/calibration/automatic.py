@@ -2,26 +2,23 @@
 
 import hashlib
 import json
-import logging
 import sys
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffkv_jax.calibration.calibrate import calibrate, spec_of
 from diffkv_jax.calibration.calibration import Calibration, fingerprint, learned_codecs
+from diffkv_jax.calibration.kept import Kept
 from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.native.build import cache_directory
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.stage import to_mapping
 
-KEPT = 16  # calibrations in this process
 VERSION = 1  # of the text and of what is fitted: raised where either changes
 
-_log = logging.getLogger("diffkv_jax")
-_known: OrderedDict[str, Calibration] = OrderedDict()
+_known: Kept[Calibration] = Kept()
 
 
 def fitted(
@@ -39,33 +36,19 @@ def fitted(
     if learned_codecs(spec_of(model, policy, 1)):
         return None
     key = _key(fingerprint(model, params), policy)
-    if key not in _known:
-        _known[key] = _read_or_made(cache_directory() / "calibrations" / key, model, params, policy)
-    _known.move_to_end(key)
-    while len(_known) > KEPT:
-        _known.popitem(last=False)
-    return _known[key]
+
+    def read(folder: Path) -> Calibration:
+        found = Calibration.load(folder)
+        found.check(model, params)
+        return found
+
+    def make() -> Calibration:
+        return calibrate(model, params, policy=policy, progress=sys.stderr.isatty())
+
+    return _known.get(cache_directory() / "calibrations" / key, read, make)
 
 
 def _key(model: str, policy: CompressionPolicy) -> str:
     """Of the model's fingerprint and of what is learned."""
     what = [VERSION, policy.tiers, to_mapping(policy.transform), policy.protect.sinks]
     return f"{model[:16]}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
-
-
-def _read_or_made(
-    folder: Path, model: CausalLM, params: Mapping[str, Any], policy: CompressionPolicy
-) -> Calibration:
-    if folder.is_dir():
-        try:
-            found = Calibration.load(folder)
-            found.check(model, params)
-            return found
-        except ValueError as error:
-            _log.warning("%s is made anew: %s", folder, error)
-    made = calibrate(model, params, policy=policy, progress=sys.stderr.isatty())
-    try:
-        made.save(folder, overwrite=True)
-    except (OSError, ValueError) as error:
-        _log.info("the calibration is not kept in %s: %s", folder, error)
-    return made

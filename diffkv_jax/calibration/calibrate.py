@@ -122,6 +122,11 @@ def spec_of(model: CausalLM, policy: CompressionPolicy, length: int) -> CacheSpe
 
 def _tables_to_learn(spec: CacheSpec, policy: CompressionPolicy) -> int:
     """Tables to learn, one a layer and learned codec; a policy without any is refused."""
+    if not spec.paged_layers:
+        raise ValueError(
+            "every layer of the model has a sliding window, whose tokens are not compressed: there "
+            f"is nothing to calibrate; take another policy than {policy.name!r}"
+        )
     shapes = table_shapes(spec)
     total = len(spec.paged_layers) * sum(shape is not None for pair in shapes for shape in pair)
     if not total and not policy.transform.learned:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,14 @@ class Calibration:
         found = (tables, tiers, transform, text("fingerprint", self.fingerprint), maps)
         for field, value in zip(fields(self), found, strict=True):
             object.__setattr__(self, field.name, value)
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all that was learned."""
+        found = hashlib.sha256()
+        for array in jax.tree.leaves((self.tables, self.maps)):
+            found.update(np.asarray(array).tobytes())
+        return found.hexdigest()
 
     def check(self, model: CausalLM, params: Mapping[str, Any]) -> None:
         """Refuse another model or other parameters.

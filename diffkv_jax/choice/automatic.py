@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import logging
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,21 +11,23 @@ from typing import Any, NamedTuple
 from diffkv_jax.arguments import flag, instance, number, refuse
 from diffkv_jax.calibration.automatic import fitted
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
+from diffkv_jax.calibration.kept import Kept
 from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.choice.fitted import FittedPolicy
 from diffkv_jax.inputs import as_policy
 from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.native.build import cache_directory
 from diffkv_jax.policy.policy import CompressionPolicy
+from diffkv_jax.units import parse_bytes
 
-AUTO, KEPT = "auto", 16
+AUTO = "auto"
 PRESETS = {"quality": 0.003, "balanced": 0.01, "small": 0.03}  # targets of the mean KL, nats
+FILLED = 0.9  # of a pool that never grows: some texts take 5 % more bytes than those of a fit
 USUAL, LEAST = 4096, 256  # tokens of context that bytes are told for
 VERSION = 1  # of the text, the candidates and the search: raised where one of them changes
 CALIBRATE = "calibrate(model, params, tokens, policy) makes it"
 
-_log = logging.getLogger("diffkv_jax")
-_known: OrderedDict[str, FittedPolicy] = OrderedDict()
+_known: Kept[FittedPolicy] = Kept()
 _fits: list[Callable[..., FittedPolicy]] = []
 
 
@@ -35,6 +35,12 @@ def fits_policies(fit: Callable[..., FittedPolicy]) -> Callable[..., FittedPolic
     """Name the function that finds what "auto" asks for. It stands above all that asks."""
     _fits[:] = [fit]
     return fit
+
+
+def check_no_calibration(calibration: Any) -> None:
+    """Refuse one beside a policy that is or will be fitted (ValueError)."""
+    if calibration is not None:
+        raise ValueError("a fitted policy has a calibration of its own: leave calibration= out")
 
 
 class Choice(NamedTuple):
@@ -53,7 +59,9 @@ class AutoPolicy:
 
     Attributes:
         share, target_kl, drop: as `fit_policy` has them. Without share and target_kl a
-            `memory_budget=` of the call is the goal, or else "balanced".
+            `memory_budget=` of the call is the goal, or else "balanced". Of that budget a tenth
+            is left to texts that take more, and nothing is dropped for it: a prompt is held whole
+            before any of it is.
     """
 
     share: float | None = None
@@ -65,11 +73,21 @@ class AutoPolicy:
             raise ValueError(
                 f"share={self.share} and target_kl={self.target_kl!r} are two goals: take one"
             )
-        number("share", self.share, above=0, most=1, optional=True)
-        if not (isinstance(self.target_kl, str) and self.target_kl in PRESETS):
+        share, target_kl = (
+            number("share", self.share, above=0, most=1, optional=True),
+            self.target_kl,
+        )
+        if not (isinstance(target_kl, str) and target_kl in PRESETS):
             rule = f"a mean KL in nats, or one of {list(PRESETS)}"
-            number("target_kl", self.target_kl, above=0, optional=True, rule=rule)
-        flag("drop", self.drop)
+            target_kl = number("target_kl", target_kl, above=0, optional=True, rule=rule)
+        found = {"share": share, "target_kl": target_kl, "drop": flag("drop", self.drop)}
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+
+
+def asks_for_fit(policy: Any) -> bool:
+    """Whether it is "auto" or an `AutoPolicy`."""
+    return isinstance(policy, AutoPolicy) or (isinstance(policy, str) and policy == AUTO)
 
 
 def chosen(
@@ -88,14 +106,14 @@ def chosen(
         TypeError, ValueError: it is no policy; a calibration of something else; "auto" for a model
             without the built-in text.
     """
-    if policy == AUTO or isinstance(policy, AutoPolicy):
-        auto = AutoPolicy() if policy == AUTO else policy
+    if asks_for_fit(policy) or isinstance(policy, FittedPolicy):
+        check_no_calibration(calibration)
+    if asks_for_fit(policy):
+        auto = policy if isinstance(policy, AutoPolicy) else AutoPolicy()
         policy = _fitted(model, params, auto, memory_budget, context, requests)
     elif isinstance(policy, FittedPolicy):
         policy.check(model, params)
     if isinstance(policy, FittedPolicy):
-        if calibration is not None:
-            raise ValueError("a fitted policy has a calibration of its own: leave calibration= out")
         return Choice(policy.policy, policy.calibration, measured=True)
     policy = as_policy(policy)
     if calibration is None:
@@ -122,19 +140,24 @@ def _fitted(
         )
     goal: dict[str, Any] = asdict(auto)
     if auto.share is None and auto.target_kl is None and memory_budget is not None:
-        goal |= {"memory_budget": memory_budget, "requests": requests}
+        goal |= {"memory_budget": int(FILLED * parse_bytes(memory_budget)), "requests": requests}
+        goal["drop"] = False  # the policies that drop need more while they read
     # one fit for nearly equal lengths; without a share bytes decide nothing
     by_bytes = auto.share is not None or "memory_budget" in goal
     goal["context"] = _rounded_up(
         model.attention.max_position_embeddings, context if by_bytes else None
     )
     key = _key(fingerprint(model, params), goal)
-    if key not in _known:
-        _known[key] = _read_or_made(cache_directory() / "policies" / key, model, params, goal)
-    _known.move_to_end(key)
-    while len(_known) > KEPT:
-        _known.popitem(last=False)
-    return _known[key]
+
+    def read(folder: Path) -> FittedPolicy:
+        found = FittedPolicy.load(folder)
+        found.check(model, params)
+        return found
+
+    def make() -> FittedPolicy:
+        return _fits[0](model, params, progress=sys.stderr.isatty(), **goal)
+
+    return _known.get(cache_directory() / "policies" / key, read, make)
 
 
 def _rounded_up(most: int, tokens: int | None) -> int:
@@ -146,21 +169,3 @@ def _rounded_up(most: int, tokens: int | None) -> int:
 def _key(model: str, goal: Mapping[str, Any]) -> str:
     what = json.dumps([VERSION, goal], sort_keys=True)
     return f"{model[:16]}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
-
-
-def _read_or_made(
-    folder: Path, model: CausalLM, params: Mapping[str, Any], goal: dict[str, Any]
-) -> FittedPolicy:
-    if folder.is_dir():
-        try:
-            found = FittedPolicy.load(folder)
-            found.check(model, params)
-            return found
-        except ValueError as error:
-            _log.warning("%s is made anew: %s", folder, error)
-    made = _fits[0](model, params, progress=sys.stderr.isatty(), **goal)
-    try:
-        made.save(folder, overwrite=True)
-    except (OSError, ValueError) as error:
-        _log.info("the policy is not kept in %s: %s", folder, error)
-    return made

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from diffkv_jax.arguments import file_path, flag, refuse
+from diffkv_jax.arguments import file_path, flag, number, refuse, text
 from diffkv_jax.calibration.calibration import Calibration
 from diffkv_jax.model import CausalLM
 from diffkv_jax.policy.policy import CompressionPolicy
@@ -47,6 +47,13 @@ class FitReport:
     measured: int
     rows: int
     fitted_kl: float
+
+
+def _number(name: str, value: Any) -> Any:
+    """As it is, where it is one; of too short a text a figure may be NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        refuse(name, value, "a number", True)
+    return value
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,6 @@ class FittedPolicy:
         folder, overwrite = file_path("folder", folder), flag("overwrite", overwrite)
         if folder.exists() and not (folder.is_dir() and overwrite):
             refuse("folder", str(folder), "a folder that is not there yet, or overwrite=True")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            refuse("folder", str(folder), f"a folder that can be made ({error})")
-        if self.calibration is not None:
-            self.calibration.save(folder / ARRAYS, overwrite=True)
         found = {
             "version": VERSION,
             "policy": json.loads(self.policy.to_json()),
@@ -101,7 +102,14 @@ class FittedPolicy:
             "fingerprint": self.fingerprint,
             "goal": dict(self.goal),
         }
-        (folder / FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / FILE).unlink(missing_ok=True)  # without it nothing half written is loaded
+            if self.calibration is not None:
+                self.calibration.save(folder / ARRAYS, overwrite=True)
+            (folder / FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            refuse("folder", str(folder), f"a folder that can be written ({error})")
 
     @staticmethod
     def load(folder: str | Path) -> "FittedPolicy":
@@ -116,14 +124,15 @@ class FittedPolicy:
             found = json.loads((folder / FILE).read_text(encoding="utf-8"))
             if found["version"] != VERSION:
                 raise ValueError(f"version {found['version']}, and {VERSION} is known")
+            report = {name: _number(name, value) for name, value in found["report"].items()}
             return FittedPolicy(
                 CompressionPolicy.from_mapping(found["policy"]),
                 Calibration.load(folder / ARRAYS) if found["calibrated"] else None,
-                FitReport(**found["report"]),
-                found["fingerprint"],
-                found["goal"],
+                FitReport(**report),
+                text("fingerprint", found["fingerprint"]),
+                {name: number(name, value) for name, value in found["goal"].items()},
             )
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"folder={str(folder)!r} must be one that FittedPolicy.save wrote "
                 f"({type(error).__name__}: {error}): fit again"

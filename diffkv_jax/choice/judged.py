@@ -6,17 +6,15 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import jax
-import numpy as np
 
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.native.build import cache_directory
-from diffkv_jax.policy.keep import KeepAll
+from diffkv_jax.policy.keep import Budget, KeepAll
 from diffkv_jax.policy.policy import CompressionPolicy
 
 MOST_KL = 0.1  # nats
@@ -48,7 +46,8 @@ def judge(
 ) -> None:
     """Warn, once a process, of a policy whose mean KL on this model's built-in text is above 0.1;
     `strict` raises instead, None measures nothing. It is kept in the folder `judged` of
-    $DIFFKV_JAX_CACHE. Models without the text are not judged.
+    $DIFFKV_JAX_CACHE. Models without the text are not judged, nor policies for one batch alone:
+    with numbers for each request, or memory for all of them.
 
     Raises:
         ValueError: strict, and it is.
@@ -56,6 +55,8 @@ def judge(
     off = strict is None or (not strict and os.environ.get(SWITCH) == "0")
     plain = policy.tiers == ("full",) and isinstance(policy.keep, KeepAll)
     if off or plain or not isinstance(getattr(model, "text", None), SampleText):
+        return
+    if not _can_be_judged(policy, model):
         return
     key = _key(fingerprint(model, params), policy, calibration)
     if key not in _known:
@@ -74,12 +75,24 @@ def judge(
     warnings.warn(message, UserWarning, stacklevel=stacklevel)
 
 
+def _can_be_judged(policy: CompressionPolicy, model: CausalLM) -> bool:
+    """Whether something is compressed, in any batch alike."""
+    if isinstance(policy.keep, Budget) and policy.keep.in_bytes:
+        return False
+    layers = sum(window is None for window in model.attention.sliding_windows)
+    if not layers:
+        return False
+    try:
+        policy.bind(layers, 1, model.attention.num_kv_heads)
+    except ValueError:  # it has more requests
+        return False
+    return True
+
+
 def _key(model: str, policy: CompressionPolicy, calibration: Calibration | None) -> str:
-    digest = hashlib.sha256(f"{VERSION}{policy.to_json()}".encode())
-    learned = () if calibration is None else (calibration.maps, calibration.tables)
-    for array in jax.tree.leaves(learned):
-        digest.update(np.asarray(array).tobytes())
-    return f"{model[:16]}-{digest.hexdigest()[:16]}"
+    learned = calibration.digest if calibration else ""
+    what = f"{VERSION}{replace(policy, name='any').to_json()}{learned}"
+    return f"{model[:16]}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
 
 
 def _read_or_measured(key: str, *given: Any) -> float:

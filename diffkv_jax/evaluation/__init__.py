@@ -2,7 +2,7 @@
 (`python -m diffkv_jax.evaluation --help`).
 """
 
-from diffkv_jax.evaluation.answers import Answers as Answers, RunOptions as RunOptions
+from diffkv_jax.evaluation.answers import RunOptions as RunOptions
 from diffkv_jax.evaluation.divergence import (
     Estimate as Estimate,
     Quality as Quality,

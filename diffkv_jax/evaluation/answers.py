@@ -7,7 +7,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 from tqdm import tqdm
 
-from diffkv_jax.arguments import integer
+from diffkv_jax.arguments import integer, refuse
 from diffkv_jax.batching import check_context
 from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.cache.report import memory_report
@@ -73,10 +73,13 @@ def answers(
     Raises:
         TypeError, ValueError: bad input, named; more tokens than the model's context.
     """
+    # what the policy costs is measured here
     given: dict[str, Any] = {"policy": as_policy(policy), "strict": None, **options}
     size = integer("batch_size", given.pop("batch_size", 4), least=1)
     most = integer("max_new_tokens", max_new_tokens, least=1)
     progress, chunk = given.pop("progress", None), given.pop("prefill_chunk", 1024)
+    if not len(prompts):
+        refuse("prompts", prompts, "at least one: give problems")
     rows = [[encoded(tokenizer, prompt)] for prompt in prompts]
     for turn in turns:
         for row, question in zip(rows, turn, strict=True):

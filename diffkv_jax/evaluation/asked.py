@@ -76,7 +76,7 @@ def asked_of(given: argparse.Namespace) -> Asked:
         if "kl" in tasks and len(text.encode()) < least:  # a token is at least a byte
             rule = f"a text of at least {least} tokens (context, steps and one); give a longer one"
             refuse("--text", name, f"{rule} or lower --context")
-    policies = dict(map(_policy, given.policy))
+    policies = _policies(given.policy)
     calibrate = given.calibrate and read_text("--calibrate", given.calibrate)
     for policy in policies.values():
         if isinstance(policy, CompressionPolicy):
@@ -110,7 +110,21 @@ def _policy(spelled: str) -> tuple[str, Given]:
     if not isinstance(policy, CompressionPolicy):
         return spelled, policy
     name = policy.name if spelled.endswith(".json") else spelled
-    return name, replace(policy, name=name)
+    return name, _named(policy, name)
+
+
+def _named(policy: Given, name: str) -> Given:
+    return replace(policy, name=name) if isinstance(policy, CompressionPolicy) else policy
+
+
+def _policies(spelled: Sequence[str]) -> dict[str, Given]:
+    """By the names that reports show, as they are spelled where two have the same."""
+    found = [_policy(one) for one in spelled]
+    names = [name for name, _ in found]
+    if len(set(names)) == len(names):
+        return dict(found)
+    pairs = zip(spelled, found, strict=True)
+    return {one: _named(policy, one) for one, (_, policy) in pairs}
 
 
 def _tasks(listed: str) -> tuple[str, ...]:

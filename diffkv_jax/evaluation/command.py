@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from diffkv_jax.arguments import refuse
 from diffkv_jax.evaluation.asked import Asked, asked_of
 from diffkv_jax.evaluation.facts import about_model, circumstances
 from diffkv_jax.evaluation.options import parser
@@ -38,6 +39,10 @@ def evaluate(asked: Asked) -> tuple[Results, str]:
             f"--model {asked.model} holds no tokenizer, and texts need one: put the model's "
             "tokenizer files beside it"
         )
+    try:
+        asked.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse("--out", str(asked.out), f"a folder that can be made ({error})")
     facts = {**circumstances(), "model": about_model(asked.model, model, params)}
 
     def keep(found: Results) -> None:

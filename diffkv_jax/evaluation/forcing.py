@@ -13,10 +13,10 @@ from diffkv_jax.arguments import flag, integer, text
 from diffkv_jax.batching import as_batch, chunk_size
 from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.calibration.calibration import Calibration
-from diffkv_jax.choice.automatic import AutoPolicy, chosen
+from diffkv_jax.choice.automatic import AutoPolicy, asks_for_fit, chosen
 from diffkv_jax.choice.fitted import FittedPolicy
 from diffkv_jax.inputs import as_params, check_model, check_outside_jit
-from diffkv_jax.make_cache import make_cache
+from diffkv_jax.make_cache import check_before_fit, make_cache
 from diffkv_jax.model import CausalLM
 from diffkv_jax.not_finite import warn_of_errors
 from diffkv_jax.pallas_kernels.branch import when
@@ -66,13 +66,16 @@ def teacher_forced(
     first = flag("first", first)
     if progress is not None:
         progress = text("progress", progress, "the name of a progress bar, or None")
+    chunk = integer("prefill_chunk", prefill_chunk)
+    given: dict[str, Any] = {"max_len": max_len, "memory_budget": memory_budget}
+    given["cache_dtype"] = cache_dtype
+    if asks_for_fit(policy):
+        check_before_fit(model, sizes, context, chunk, **given)
     room: Any = {"context": max_len or batch.shape[1], "requests": len(batch)}
     room["memory_budget"] = memory_budget
     policy, calibration, _ = chosen(model, params, policy, calibration, **room)
-    size = chunk_size(context, integer("prefill_chunk", prefill_chunk), policy.queries)
-    given: dict[str, Any] = {"max_len": max_len, "memory_budget": memory_budget}
-    given |= {"cache_dtype": cache_dtype, "calibration": calibration}
-    cache = make_cache(model, policy, sizes, **given)
+    size = chunk_size(context, chunk, policy.queries)
+    cache = make_cache(model, policy, sizes, **given, calibration=calibration)
     logits, cache = prefill(model, params, cache, batch, np.full_like(sizes, context), size)
     begin = np.asarray(_log_softmax(logits.astype(jnp.float32), cache.spec.kernels))[:, None]
     log_probs, cache = _feed_segments(model, params, cache, batch[:, context:], progress)

@@ -136,8 +136,7 @@ class CompressedLM(LM):
         whole, before = (
             encoded(self.tokenizer, text) for text in (context + continuation, context)
         )
-        before = before or [self._prefix()]
-        return before, whole[len(before) :]
+        return before or [self._prefix()], whole[len(before) :]
 
     def _scored(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
         if not continuation:

@@ -23,7 +23,6 @@ NOTE = (
 
 def write_json(path: Path, facts: Mapping[str, Any], asked: Asked, found: Results) -> None:
     """Everything that was measured, unrounded, with the facts of the run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     policies = {name: json.loads(policy.to_json()) for name, policy in found.policies.items()}
     whole = {**facts, "arguments": asked.arguments, "policies": policies}
     whole["kl"] = [row for one in found.on_texts.items() for row in _kl_rows(found.texts, *one)]

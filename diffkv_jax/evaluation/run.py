@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from diffkv_jax.batching import check_context
+from diffkv_jax.choice.fitted import FittedPolicy
 from diffkv_jax.evaluation.answers import RunOptions
 from diffkv_jax.evaluation.asked import Asked
 from diffkv_jax.evaluation.learning import settled
@@ -68,6 +69,9 @@ def measure(asked: Asked, loaded: Loaded, keep: Callable[[Results], None]) -> Re
         TypeError, ValueError: bad input, named; before anything is run where possible.
     """
     check_context(loaded.model.attention, *_longest(asked))
+    for policy in asked.policies.values():
+        if isinstance(policy, FittedPolicy):
+            policy.check(loaded.model, loaded.params)
     given, found = (loaded.model, loaded.params, loaded.tokenizer), Results(tuple(asked.texts))
     options: RunOptions = {"batch_size": asked.batch_size, "cache_dtype": asked.cache_dtype}
     options["prefill_chunk"] = asked.prefill_chunk
@@ -79,7 +83,12 @@ def measure(asked: Asked, loaded: Loaded, keep: Callable[[Results], None]) -> Re
     length = asked.context + asked.steps
     for name, policy in asked.policies.items():
         own = {**options, "progress": _shown(name)}
-        policy, own["calibration"] = settled(name, policy, loaded, asked.calibrate, length)
+        try:
+            policy, own["calibration"] = settled(name, policy, loaded, asked.calibrate, length)
+        except ValueError as error:
+            found.failed[name] = dict.fromkeys(asked.tasks, str(error))
+            keep(found)
+            continue
         found.policies[name] = policy
         for task in asked.tasks:
             _drop_programs()

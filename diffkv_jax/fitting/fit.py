@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 from tqdm import tqdm
 
 from diffkv_jax.arguments import flag, integer
@@ -28,9 +29,9 @@ from diffkv_jax.fitting.measure import Bench, Measured, learned
 from diffkv_jax.fitting.search import Tried, search
 from diffkv_jax.fitting.texts import GOES_ON, LEAST, STEPS, Texts, split
 from diffkv_jax.inputs import as_params, check_model, check_outside_jit
-from diffkv_jax.model import CausalLM
+from diffkv_jax.model import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.precision import in_32_bits
-from diffkv_jax.policy.transform import Transform
+from diffkv_jax.policy.transform import EXACT, Transform
 
 MEASURED = 1024  # most tokens of context in the texts
 FITTED_ROWS = 4
@@ -86,9 +87,15 @@ def fit_policy(
     drop, progress = flag("drop", drop), flag("progress", progress)
     attention, most = model.attention, model.attention.max_position_embeddings
     given = min(USUAL, most) if context is None else context
-    length: int = integer("context", given, least=LEAST, most=most)
+    length: int = integer("context", given, least=min(LEAST, most), most=most)
     requests = integer("requests", requests, least=1)
-    goal = goal_of(attention, share, memory_budget, target_kl, length * requests)
+    goal = goal_of(attention, share, memory_budget, target_kl, length, requests)
+    if not any(window is None for window in attention.sliding_windows):
+        raise ValueError(
+            "every layer of the model has a sliding window, whose tokens are not compressed: there "
+            "is nothing to choose; take policy=None"
+        )
+    _check_window_fits(goal, attention, length)
     texts, others = texts_of(model, tokens, length)
     with tqdm(desc="fitting a policy", unit=" runs", disable=not progress) as bar:
         bench = Bench(model, params, texts, length, requests)
@@ -147,8 +154,17 @@ def _report(seen: Measured, best: Tried, others: Texts, context: int) -> FitRepo
 
 
 def texts_of(model: CausalLM, tokens: Any, context: int) -> tuple[Texts, Texts]:
-    """Texts to fit on and others to report on, of the given tokens or of the built-in text."""
+    """Texts to fit on and others to report on, of the given tokens or of the built-in text.
+
+    Raises:
+        TypeError, ValueError: bad tokens, or too few; a model with too short a context.
+    """
     room = model.attention.max_position_embeddings - STEPS - 1
+    if room < LEAST:
+        raise ValueError(
+            f"the model's context of {room + STEPS + 1} tokens is too short to measure policies: "
+            f"at least {LEAST + STEPS + 1} are needed; name a policy, such as quantized('K8V8')"
+        )
     if tokens is None:
         measured = min(MEASURED, context, room)
         width = measured + GOES_ON + 1
@@ -164,8 +180,8 @@ def texts_of(model: CausalLM, tokens: Any, context: int) -> tuple[Texts, Texts]:
     measured = min(MEASURED, context, room, batch.shape[1] - STEPS, max(spare, LEAST))
     if measured < LEAST:
         raise ValueError(
-            f"tokens have shape {list(batch.shape)} and the model a context of {room + STEPS + 1}: "
-            f"what is measured needs texts of at least {LEAST + STEPS} tokens"
+            f"tokens have shape {list(batch.shape)}, and what is measured needs texts of at least "
+            f"{LEAST + STEPS} tokens: give longer ones"
         )
     return split(batch, measured, FITTED_ROWS)
 
@@ -194,11 +210,30 @@ def _for_tiers(calibration: Calibration | None, tiers: tuple[str, ...]) -> Calib
     return replace(calibration, tiers=tiers, tables=((None, None),) * len(tiers))
 
 
+def _check_window_fits(goal: Goal, attention: AttentionSpec, context: int) -> None:
+    """Refuse a share that not even the tokens fit into which every candidate keeps exact."""
+    if goal.share is None:
+        return
+    schedules = [path.policy(EXACT, (1.0,)).schedule for path in (*KEEPING, *DROPPING)]
+    recent = min(one.window + one.flush for one in schedules)
+    rings = [min(window, context) for window in attention.sliding_windows if window is not None]
+    paged, itemsize = (
+        len(attention.sliding_windows) - len(rings),
+        jnp.dtype(attention.dtype).itemsize,
+    )
+    least = (paged * recent + sum(rings)) * itemsize / (2 * (paged * context + sum(rings)))
+    if goal.share < least:
+        raise ValueError(
+            f"no policy fits into {goal.share:.2%} of a bfloat16 cache's bytes: recent tokens, "
+            f"which stay exact, take {least:.2%} at context={context}. Raise the budget"
+        )
+
+
 def _check_met(goal: Goal, best: Tried, drop: bool) -> None:
     found = best.measured
     if goal.met(found):
         return
-    dropping = "" if drop else ", or allow tokens to be dropped with drop=True"
+    dropping = "" if drop else ", or allow tokens to be dropped: fit_policy(..., drop=True)"
     there = f"mean KL {found.mean_kl:.4f} at {found.share:.1%} of bfloat16"
     if goal.share is not None:
         raise ValueError(

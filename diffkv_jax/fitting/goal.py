@@ -38,9 +38,14 @@ class Goal(NamedTuple):
 
 
 def goal_of(
-    attention: AttentionSpec, share: Any, memory_budget: Any, target_kl: Any, tokens: int
+    attention: AttentionSpec,
+    share: Any,
+    memory_budget: Any,
+    target_kl: Any,
+    context: int,
+    requests: int = 1,
 ) -> Goal:
-    """The goal that is given, for `tokens` in all; "balanced" if none is.
+    """The goal that is given, for `requests` of `context` tokens each; "balanced" if none is.
 
     Raises:
         TypeError, ValueError: more than one is, or it is no share, amount of memory or KL.
@@ -50,9 +55,9 @@ def goal_of(
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} are given, and one of them is the goal: take one")
     if memory_budget is not None:
-        rings = [min(w or tokens, tokens) for w in attention.sliding_windows]
+        tokens = requests * sum(min(w or context, context) for w in attention.sliding_windows)
         channels = attention.num_kv_heads * attention.head_dim * (2 - bool(attention.latent))
-        share = min(parse_bytes(memory_budget) / (2 * channels * sum(rings)), 1.0)
+        share = min(parse_bytes(memory_budget) / (2 * channels * tokens), 1.0)
     if share is not None:
         return Goal(number("share", share, above=0, most=1), None)
     target_kl = "balanced" if target_kl is None else target_kl

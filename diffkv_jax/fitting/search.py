@@ -49,7 +49,7 @@ def _foreseen(points: list[Tried], goal: Goal) -> tuple[tuple[bool, float], floa
     places = [one.point for one in points]
     fine = np.linspace(0.0, 1.0, 201)
     shares = _lines(fine, places, [one.measured.share for one in points])
-    kls = np.exp(_lines(fine, places, [np.log(one.measured.mean_kl + 1e-9) for one in points]))
+    kls = np.exp(_lines(fine, places, [_log_kl(one.measured) for one in points]))
     if goal.share is not None:
         met, cost, excess = shares <= goal.share * SLACK, kls, shares
     else:
@@ -59,6 +59,11 @@ def _foreseen(points: list[Tried], goal: Goal) -> tuple[tuple[bool, float], floa
         return (True, float(excess[best])), float(fine[best])
     best = int(np.where(met, cost, np.inf).argmin())
     return (False, float(cost[best])), float(fine[best])
+
+
+def _log_kl(found: Measured) -> float:
+    """Of next to nothing, rounding may leave less than nothing."""
+    return float(np.log(max(found.mean_kl, 1e-9)))
 
 
 def _lines(at: np.ndarray, places: list[float], values: list[float]) -> np.ndarray:

@@ -5,7 +5,10 @@ import json
 import numpy as np
 import pytest
 
+import diffkv_jax as dkv
 from diffkv_jax.evaluation import TaskResult, command, draw_records
+from diffkv_jax.evaluation.asked import asked_of
+from diffkv_jax.evaluation.options import parser
 from diffkv_jax.models.load import Pretrained
 from diffkv_jax.testing.tiny import tiny_model
 from helpers_text import Characters
@@ -95,6 +98,34 @@ def test_a_policy_that_is_refused_does_not_end_the_others(given, problems, monke
     assert "Not measured:\n\n- `small`, retrieval: no room" in said
 
 
+def test_a_policy_that_cannot_be_fitted_does_not_end_the_others(given, problems, monkeypatch):
+    (*arguments, _), _ = given
+    monkeypatch.setattr(
+        "diffkv_jax.evaluation.run.key_value_retrieval",
+        lambda *given, problems, **_: TaskResult(
+            "retrieval", "", np.ones(1), ("",), ("",), ({},), 0.25
+        ),
+    )
+    # the model has no text to fit one on
+    policies = ("auto", "--policy", "balanced")
+    assert run(*arguments, *policies, *problems, "--context", 512) == 1
+    with open("evaluation/results.json") as file:
+        whole = json.load(file)
+    assert list(whole["policies"]) == ["balanced"] and len(whole["tasks"]) == 2
+    assert "fit_policy" in whole["failed"]["auto"]["retrieval"]
+
+
+def test_policies_of_one_name_are_told_apart(given):
+    (*arguments, _), _ = given
+    for i in (1, 2):
+        with open(f"{i}.json", "w") as file:
+            file.write(dkv.diffkv(i, 0).to_json())
+    files = ["--policy", "1.json", "--policy", "2.json", "--text", "a.txt"]
+    asked = asked_of(parser().parse_args([*arguments[:-1], *files]))
+    assert list(asked.policies) == ["1.json", "2.json"]
+    assert [policy.name for policy in asked.policies.values()] == ["1.json", "2.json"]
+
+
 @pytest.mark.slow
 def test_tasks_stand_beside_the_full_cache(given, problems):
     arguments, _ = given
@@ -134,6 +165,18 @@ def test_bad_input_is_refused_before_the_model_is_loaded(given, capsys, argument
     needed, calls = given
     assert run(*needed, *arguments) == 2
     assert rule in capsys.readouterr().err and not calls
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(given, capsys, monkeypatch):
+    def mkdir(path, **_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", mkdir)
+    monkeypatch.setattr(command, "measure", None)
+    arguments, _ = given
+    assert run(*arguments, "--text", "a.txt", "--context", 100) == 2
+    said = capsys.readouterr().err
+    assert "--out='evaluation' must be a folder that can be made (read-only)" in said
 
 
 def test_what_only_the_model_can_tell(given, capsys):

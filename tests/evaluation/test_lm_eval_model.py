@@ -49,6 +49,16 @@ def test_loglikelihood_is_what_the_model_gives(lm):
     assert found == (pytest.approx(float(said), abs=1e-3), False)
 
 
+def test_no_token_of_a_continuation_is_lost(lm):
+    lm.tokenizer, kept = Characters(), lm.tokenizer  # puts nothing before a text
+    try:
+        before, after = lm._pair("  ", "word")
+        assert lm.tokenizer.decode(after) == "  word" and before == [lm._prefix()]
+        assert lm._pair("a ", "word") == (lm.tokenizer("a").input_ids, after[1:])
+    finally:
+        lm.tokenizer = kept
+
+
 def test_greedy_continuations_are_called_so(lm):
     out = dkv.generate(lm.model, lm.params, [lm.tokenizer("to be").input_ids], max_new_tokens=3)
     text = lm.tokenizer.decode(out.tokens[0])

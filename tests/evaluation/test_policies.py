@@ -25,8 +25,8 @@ from diffkv_jax.evaluation.policies import policy_of
             dkv.quantized("K4V4", transform=dkv.even_channels(0)),
         ),
         (
-            "diffkv(1, 0, transform=Chain((Centered(), Learned())))",
-            dkv.diffkv(1, 0, transform=dkv.Chain((dkv.Centered(), dkv.Learned()))),
+            "quantized('K4V4', transform=Learned(0.0))",
+            dkv.quantized("K4V4", transform=dkv.Learned(0.0)),
         ),
         ("none(window=32)", dkv.CompressionPolicy.none(window=32)),
     ],

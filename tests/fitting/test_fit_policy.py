@@ -146,9 +146,16 @@ def test_used_saved_and_refused(tmp_path, whole):
     if calibration is not None:
         with pytest.raises(ValueError, match="leave calibration= out"):
             dkv.generate(model, params, TEXTS, policy=found, calibration=calibration)
-    (tmp_path / "fit" / "fitted_policy.json").write_text("{}")
-    with pytest.raises(ValueError, match="fit again"):
-        dkv.FittedPolicy.load(tmp_path / "fit")
+    file = tmp_path / "fit" / "fitted_policy.json"
+    good = json.loads(file.read_text())
+    damaged = ({"goal": None}, {"fingerprint": 5}, {"report": {**good["report"], "kl": "small"}})
+    for text in ("{}", "[]", "{", *(json.dumps(good | wrong) for wrong in damaged)):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="fit again"):
+            dkv.FittedPolicy.load(tmp_path / "fit")
+    if calibration is None:
+        with pytest.raises(ValueError, match="leave calibration= out"):
+            dkv.make_cache(model, found, [100], calibration=object())
 
 
 def test_what_cannot_be_is_refused():
@@ -218,7 +225,7 @@ def test_auto_is_fitted_once_and_kept(folder, monkeypatch):
     teacher_forced(model, params, prompt(80)[None], 70, dkv.AutoPolicy(share=0.5))
     dkv.generate(model, params, [prompt(80)], policy="auto", memory_budget="2MiB", **run)
     assert [goal.get("share") for goal in fits] == [None, 0.5, None]
-    assert fits[2]["memory_budget"] == "2MiB" and fits[2]["context"] == 256
+    assert fits[2]["memory_budget"] == int(0.9 * 2**21) and fits[2]["context"] == 256
     with pytest.raises(ValueError, match="two goals"):
         dkv.AutoPolicy(share=0.5, target_kl=0.1)
     with pytest.raises(ValueError, match="target_kl"):

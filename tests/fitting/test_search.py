@@ -80,9 +80,11 @@ def test_goals():
     assert goal_of(attention, None, "1GiB", None, 100) == Goal(1.0, None)
     windowed = tiny_model(kv_heads=1, head_dim=64, layers=2, windows=(10, None))[0].attention
     assert goal_of(windowed, None, 14_080, None, 100).share == pytest.approx(0.5)
+    # each request has windows of its own
+    assert goal_of(windowed, None, 28_160, None, 100, 2).share == pytest.approx(0.5)
     for wrong in ({"share": 0.0}, {"share": 1.5}, {"target_kl": -1}, {"target_kl": "tiny"}):
         given = {"share": None, "memory_budget": None, "target_kl": None} | wrong
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            goal_of(attention, tokens=100, **given)
+            goal_of(attention, context=100, **given)
     with pytest.raises(ValueError, match="share and target_kl are given"):
         goal_of(attention, 0.5, None, 0.1, 100)
