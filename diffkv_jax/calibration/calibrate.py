@@ -28,6 +28,7 @@ from diffkv_jax.policy.affine import maps_of
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.transform import Seen, Transform
 
+USUAL = 4096  # tokens of context
 BUILT_IN = (4, 1024)  # sequences and their length, where no tokens are given
 
 
@@ -59,6 +60,7 @@ def calibrate(
     iterations: int = 50,
     q_norm: bool | None = None,
     seed: int = 0,
+    context: int | None = None,
     progress: bool = True,
 ) -> Calibration:
     """Learn the tables of a policy's codecs, and the arrays of its transform; of the built-in text
@@ -78,6 +80,9 @@ def calibrate(
         q_norm: whether learned levels keep the mean and deviation of what they code (KVQuant's
             Q-Norm); None: at two bits or fewer.
         seed: of its random seeds.
+        context: the sequences begin at positions spread over so many, as rotary embeddings turn the
+            offsets of slow channels with the position, and what is learned at the first 1,024 need
+            not hold at the 4,096th. None: 4,096, or the model's context.
         progress: show a progress bar.
 
     Raises:
@@ -92,17 +97,26 @@ def calibrate(
     q_norm = None if q_norm is None else flag("q_norm", q_norm)
     key = jax.random.key(integer("seed", seed, least=0))
     batch = _checked(model, tokens)
+    first = _first_positions(model.attention, batch, context)
     spec = spec_of(model, policy, batch.shape[1])
     total = _tables_to_learn(spec, policy)
     # exact sinks never meet a learned codec
     at = _spread(batch, samples, policy.protect.sinks if policy.tiers[0] == "full" else 0)
-    both, attended = _collect(model, params, batch, spec, at, fisher and total > 0, progress)
+    both, attended = _collect(model, params, batch, first, spec, at, fisher and total > 0, progress)
     transform = _fitted(policy.transform, both, attended, model.attention)
     how = Fitting(partial(weighted_kmeans, iterations=iterations), q_norm)
     with tqdm(total=total, desc="learning tables", unit=" layers", disable=not progress) as bar:
         tables = _learn(spec, transform, both, fisher, key, how, bar)
     maps = tuple(np.asarray(x) for x in maps_of(transform))
     return Calibration(tables, policy.tiers, policy.transform, fingerprint(model, params), maps)
+
+
+def _first_positions(attention: AttentionSpec, batch: np.ndarray, context: Any) -> np.ndarray:
+    """Where each sequence `[S, N]` begins, int32 [S], evenly spaced."""
+    most, length = attention.max_position_embeddings, batch.shape[1]
+    usual = max(min(USUAL, most), length)
+    context = usual if context is None else integer("context", context, least=length, most=most)
+    return np.linspace(0, context - length, len(batch)).astype(np.int32)
 
 
 def _in_place(model: CausalLM, tokens: Any, policy: Any) -> tuple[Any, CompressionPolicy]:
@@ -206,19 +220,21 @@ def _collect(
     model: CausalLM,
     params: Mapping[str, Any],
     batch: np.ndarray,
+    first: np.ndarray,
     spec: CacheSpec,
     at: np.ndarray,
     fisher: bool,
     progress: bool,
 ) -> tuple[tuple[Samples, Samples], Attended]:
-    """Of the paged layers: keys and values of the tokens `at` of every sequence, and what becomes
-    of them.
+    """Of the paged layers: keys and values of the tokens `at` of every sequence, whose positions
+    begin at `first`, and what becomes of them.
     """
     seen, attended = [], []
     layers = np.asarray(spec.paged_layers)
-    for row in tqdm(batch, desc="reading text", unit=" sequences", disable=not progress):
-        found = activations(model, params, jnp.asarray(row), gradients=fisher)
-        seen.append(jax.device_get(_paged(spec, found, at, fisher)))
+    rows = list(zip(batch, first, strict=True))
+    for row, begin in tqdm(rows, desc="reading text", unit=" sequences", disable=not progress):
+        found = activations(model, params, jnp.asarray(row), jnp.int32(begin), gradients=fisher)
+        seen.append(jax.device_get(_paged(spec, found, at, begin, fisher)))
         weight = np.asarray(found.weight)[layers[:, None], at]
         attended.append(Attended(np.asarray(found.queries)[layers], weight))
     keys, values = (
@@ -238,17 +254,17 @@ def _collect(
 
 
 def _paged(
-    spec: CacheSpec, seen: Activations, at: np.ndarray, fisher: bool
+    spec: CacheSpec, seen: Activations, at: np.ndarray, first: int, fisher: bool
 ) -> tuple[Samples, Samples]:
-    """The tokens `at` int [n] of one sequence in the paged layers, before the transform; `fisher`
-    has the gradients as they are.
+    """The tokens `at` int [n] of one sequence, whose positions begin at `first`, in the paged
+    layers, before the transform; `fisher` has the gradients as they are.
     """
     layers = np.asarray(spec.paged_layers)[:, None]
     k, v, k_gradient, v_gradient = (x[layers, at] for x in seen[:4])
     if spec.attention.latent is not None:  # the rest of the key stays exact
         k, k_gradient = k[..., : spec.attention.latent], k_gradient[..., : spec.attention.latent]
     if spec.layout.rope is not None:
-        position, rope = jnp.asarray(at)[None, None], spec.layout.rope
+        position, rope = jnp.asarray(first + at)[None, None], spec.layout.rope
         pair = (jnp.swapaxes(x, 1, 2) for x in (k, k_gradient))
         pair = (at_positions(x, position, rope, back=True) for x in pair)
         k, k_gradient = (jnp.swapaxes(x, 1, 2) for x in pair)

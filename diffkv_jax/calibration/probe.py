@@ -113,10 +113,15 @@ class Activations(NamedTuple):
 
 @partial(jax.jit, static_argnames=("model", "gradients"))
 def activations(
-    model: CausalLM, params: Mapping[str, Any], tokens: Array, *, gradients: bool = True
+    model: CausalLM,
+    params: Mapping[str, Any],
+    tokens: Array,
+    first: Array | int = 0,
+    *,
+    gradients: bool = True,
 ) -> Activations:
-    """What a model makes of one sequence int32 `[N]`; the loss is the mean over next tokens of the
-    negative log-likelihood.
+    """What a model makes of one sequence int32 `[N]` at positions from `first` on; the loss is the
+    mean over next tokens of the negative log-likelihood.
 
     Without `gradients` they are zeros, and nothing is differentiated.
     """
@@ -125,7 +130,7 @@ def activations(
     def loss(added: tuple[Array, Array]) -> tuple[Array, Probe]:
         probing = replace(probe, add_k=added[0], add_v=added[1])
         logits, seen = model.apply(
-            {"params": params}, tokens[None], jnp.arange(len(tokens))[None], probing
+            {"params": params}, tokens[None], first + jnp.arange(len(tokens))[None], probing
         )
         log_probs = jax.nn.log_softmax(logits[0, :-1])
         return -jnp.take_along_axis(log_probs, tokens[1:, None], axis=-1).mean(), seen
