@@ -8,7 +8,7 @@ import pytest
 import diffkv_jax as dkv
 from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.choice import automatic, judged
-from diffkv_jax.evaluation import teacher_forced
+from diffkv_jax.evaluation import on_texts, teacher_forced
 from diffkv_jax.testing.tiny import prompt, tiny_model
 
 RUN = {"max_new_tokens": 2}
@@ -86,6 +86,15 @@ def test_a_cache_alone_cannot_be_fitted():
     for policy in ("auto", dkv.AutoPolicy()):
         with pytest.raises(ValueError, match="fit_policy"):
             dkv.make_cache(model, policy, [100])
+
+
+def test_functions_that_take_no_fitted_policy_say_what_to_give():
+    model, params = reading()
+    report = dkv.FitReport(*[0.0] * 8, 1024, 256, 2, 0.0)
+    found = dkv.FittedPolicy(dkv.diffkv(1, 0), None, report, "a", {"share": 0.3})
+    for policy, said in ((found, "give its .policy"), ("auto", "fit_policy")):
+        with pytest.raises(ValueError, match=said):
+            on_texts(model, params, np.zeros((1, 40), int), 20, policy)
 
 
 @pytest.mark.slow
