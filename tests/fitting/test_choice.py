@@ -9,7 +9,8 @@ import diffkv_jax as dkv
 from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.choice import automatic, judged
 from diffkv_jax.evaluation import on_texts, teacher_forced
-from diffkv_jax.testing.tiny import prompt, tiny_model
+from diffkv_jax.fitting.measure import share_at
+from diffkv_jax.testing.tiny import prompt, tiny_latent_model, tiny_model
 
 RUN = {"max_new_tokens": 2}
 
@@ -103,12 +104,10 @@ def test_auto_keeps_to_a_budget(monkeypatch, tmp_path):
     automatic._known.clear()
     model, params = reading()
     prompts, whole = [prompt(980, 1), prompt(975, 3)], 2 * 1024 * 2 * 64 * 2 * 2
-    for share in (0.52, 0.45):
-        out = dkv.generate(
-            model, params, prompts, policy="auto", memory_budget=int(share * whole), **RUN
-        )
-        assert set(out.finish_reason) == {"length"}
-        assert dkv.memory_report(out.cache).pool <= share * whole
+    given = {"policy": "auto", "memory_budget": int(0.52 * whole)}
+    out = dkv.generate(model, params, prompts, **given, **RUN)
+    assert set(out.finish_reason) == {"length"}
+    assert dkv.memory_report(out.cache).pool <= 0.52 * whole
     automatic._known.clear()
 
 
@@ -165,6 +164,15 @@ def test_a_budget_below_what_stays_exact_is_refused_at_once():
         dkv.fit_policy(model, params, share=0.01, context=1000)
     with pytest.raises(ValueError, match="Raise the budget"):
         dkv.generate(model, params, [[1]], policy="auto", memory_budget="1KiB")
+
+
+def test_bytes_of_latents_are_foreseen():
+    model, params = tiny_latent_model()
+    policy, texts = dkv.quantized("K8V8", window=16, flush=8), prompt(140)[None]
+    _, cache = teacher_forced(model, params, texts, 130, policy, max_len=256)
+    report = dkv.memory_report(cache)
+    whole = report.allocated_bytes.sum() / report.bf16_bytes.sum()
+    assert share_at(cache, slice(0, 1), 140) == pytest.approx(whole, rel=0.06)
 
 
 def test_models_with_a_short_context_are_not_judged(monkeypatch):
