@@ -64,8 +64,8 @@ class CacheOptions(TypedDict, total=False):
             `load_pretrained`: fitted once and kept in $DIFFKV_JAX_CACHE/calibrations under the
             model's fingerprint.
         strict: a policy whose mean KL on this model's built-in text is above 0.1 raises; False: it
-            warns, once. That is measured at the first call with a policy and kept. None, or 0 in
-            $DIFFKV_JAX_CHECK_POLICIES: it is not.
+            warns, once. That is measured at the first call with a policy and kept, for policies
+            without numbers for each request. None, or 0 in $DIFFKV_JAX_CHECK_POLICIES: it is not.
         implementation: kernels: "xla", "cpu" (native), "triton" (GPU) or "mosaic_tpu" (TPU); None
             takes those of the platform at hand.
         interpret: run Pallas kernels in their interpreter, on any platform: slow, for tests.

@@ -90,12 +90,7 @@ def fit_policy(
     length: int = integer("context", given, least=min(LEAST, most), most=most)
     requests = integer("requests", requests, least=1)
     goal = goal_of(attention, share, memory_budget, target_kl, length, requests)
-    if not any(window is None for window in attention.sliding_windows):
-        raise ValueError(
-            "every layer of the model has a sliding window, whose tokens are not compressed: there "
-            "is nothing to choose; take policy=None"
-        )
-    _check_window_fits(goal, attention, length)
+    _check_possible(goal, attention, length)
     texts, others = texts_of(model, tokens, length)
     with tqdm(desc="fitting a policy", unit=" runs", disable=not progress) as bar:
         bench = Bench(model, params, texts, length, requests)
@@ -105,9 +100,8 @@ def fit_policy(
         calibration = _for_tiers(calibration, policy.tiers)
         seen = Bench(model, params, others, length, requests).of(policy, calibration)
         bar.update()
-    asked = {name: value for name, value in goal._asdict().items() if value is not None}
     report = _report(seen, best, others, length)
-    return FittedPolicy(policy, calibration, report, fingerprint(model, params), asked)
+    return FittedPolicy(policy, calibration, report, fingerprint(model, params), goal.asked())
 
 
 def _best(
@@ -210,13 +204,20 @@ def _for_tiers(calibration: Calibration | None, tiers: tuple[str, ...]) -> Calib
     return replace(calibration, tiers=tiers, tables=((None, None),) * len(tiers))
 
 
-def _check_window_fits(goal: Goal, attention: AttentionSpec, context: int) -> None:
-    """Refuse a share that not even the tokens fit into which every candidate keeps exact."""
+def _check_possible(goal: Goal, attention: AttentionSpec, context: int) -> None:
+    """Refuse a model without paged layers, and a share that not even the tokens fit into which
+    every candidate keeps exact.
+    """
+    rings = [min(window, context) for window in attention.sliding_windows if window is not None]
+    if len(rings) == len(attention.sliding_windows):
+        raise ValueError(
+            "every layer of the model has a sliding window, whose tokens are not compressed: there "
+            "is nothing to choose; take policy=None"
+        )
     if goal.share is None:
         return
     schedules = [path.policy(EXACT, (1.0,)).schedule for path in (*KEEPING, *DROPPING)]
     recent = min(one.window + one.flush for one in schedules)
-    rings = [min(window, context) for window in attention.sliding_windows if window is not None]
     paged, itemsize = (
         len(attention.sliding_windows) - len(rings),
         jnp.dtype(attention.dtype).itemsize,

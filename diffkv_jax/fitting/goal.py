@@ -31,6 +31,10 @@ class Goal(NamedTuple):
         """What must come down for the goal to be met."""
         return found.share if self.share is not None else found.mean_kl
 
+    def asked(self) -> dict[str, float]:
+        """The one that is given, by its name."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
     def order(self, found: "Measured") -> tuple[bool, float]:
         """What meets the goal first, by cost; what does not by how near it comes."""
         met = self.met(found)

@@ -100,7 +100,7 @@ def inspect_model(model: CausalLM, params: Mapping[str, Any], tokens: Any = None
         if paged and fits(policy, attention):
             mean_kl[name] = bench.of(policy, learned(model, params, texts, policy)).going_on
     return ModelReport(
-        layers=np.asarray(paged),
+        layers=np.asarray(paged, int),
         key_norm=_norm(k),
         value_norm=_norm(v),
         key_offset=_offset(k),

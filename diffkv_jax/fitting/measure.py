@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from diffkv_jax.cache.cache import KVCache
+from diffkv_jax.cache.cache import KVCache, complete
 from diffkv_jax.cache.pool_size import tree_bytes
 from diffkv_jax.cache.report import memory_report
 from diffkv_jax.calibration.calibrate import calibrate
@@ -142,6 +142,7 @@ def share_at(cache: KVCache, rows: slice, context: int, requests: int = 1) -> fl
     """Allocated bytes, of a plain bfloat16 cache's, of one for `requests` of `context` tokens each
     whose tokens outside the recent window went to the tiers as those of the requests `rows` did.
     """
+    cache = complete(cache)  # of latents there are no values
     report, spec, layout = memory_report(cache), cache.spec, cache.spec.layout
     stored = report.tokens[:, rows].sum(axis=(0, 1, 2))[:-1]
     shares = stored / max(stored.sum() + report.dropped[:, rows].sum(), 1)

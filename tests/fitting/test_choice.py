@@ -8,8 +8,9 @@ import pytest
 import diffkv_jax as dkv
 from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.choice import automatic, judged
-from diffkv_jax.evaluation import teacher_forced
-from diffkv_jax.testing.tiny import prompt, tiny_model
+from diffkv_jax.evaluation import on_texts, teacher_forced
+from diffkv_jax.fitting.measure import share_at
+from diffkv_jax.testing.tiny import prompt, tiny_latent_model, tiny_model
 
 RUN = {"max_new_tokens": 2}
 
@@ -88,18 +89,25 @@ def test_a_cache_alone_cannot_be_fitted():
             dkv.make_cache(model, policy, [100])
 
 
+def test_functions_that_take_no_fitted_policy_say_what_to_give():
+    model, params = reading()
+    report = dkv.FitReport(*[0.0] * 8, 1024, 256, 2, 0.0)
+    found = dkv.FittedPolicy(dkv.diffkv(1, 0), None, report, "a", {"share": 0.3})
+    for policy, said in ((found, "give its .policy"), ("auto", "fit_policy")):
+        with pytest.raises(ValueError, match=said):
+            on_texts(model, params, np.zeros((1, 40), int), 20, policy)
+
+
 @pytest.mark.slow
 def test_auto_keeps_to_a_budget(monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFKV_JAX_CACHE", str(tmp_path))
     automatic._known.clear()
     model, params = reading()
     prompts, whole = [prompt(980, 1), prompt(975, 3)], 2 * 1024 * 2 * 64 * 2 * 2
-    for share in (0.52, 0.45):
-        out = dkv.generate(
-            model, params, prompts, policy="auto", memory_budget=int(share * whole), **RUN
-        )
-        assert set(out.finish_reason) == {"length"}
-        assert dkv.memory_report(out.cache).pool <= share * whole
+    given = {"policy": "auto", "memory_budget": int(0.52 * whole)}
+    out = dkv.generate(model, params, prompts, **given, **RUN)
+    assert set(out.finish_reason) == {"length"}
+    assert dkv.memory_report(out.cache).pool <= 0.52 * whole
     automatic._known.clear()
 
 
@@ -156,6 +164,15 @@ def test_a_budget_below_what_stays_exact_is_refused_at_once():
         dkv.fit_policy(model, params, share=0.01, context=1000)
     with pytest.raises(ValueError, match="Raise the budget"):
         dkv.generate(model, params, [[1]], policy="auto", memory_budget="1KiB")
+
+
+def test_bytes_of_latents_are_foreseen():
+    model, params = tiny_latent_model()
+    policy, texts = dkv.quantized("K8V8", window=16, flush=8), prompt(140)[None]
+    _, cache = teacher_forced(model, params, texts, 130, policy, max_len=256)
+    report = dkv.memory_report(cache)
+    whole = report.allocated_bytes.sum() / report.bf16_bytes.sum()
+    assert share_at(cache, slice(0, 1), 140) == pytest.approx(whole, rel=0.06)
 
 
 def test_models_with_a_short_context_are_not_judged(monkeypatch):
