@@ -60,8 +60,7 @@ class AutoPolicy:
     Attributes:
         share, target_kl, drop: as `fit_policy` has them. Without share and target_kl a
             `memory_budget=` of the call is the goal, or else "balanced". Of that budget a tenth
-            is left to texts that take more, and nothing is dropped for it: a prompt is held whole
-            before any of it is.
+            is left to texts that take more.
     """
 
     share: float | None = None
@@ -141,7 +140,6 @@ def _fitted(
     goal: dict[str, Any] = asdict(auto)
     if auto.share is None and auto.target_kl is None and memory_budget is not None:
         goal |= {"memory_budget": int(FILLED * parse_bytes(memory_budget)), "requests": requests}
-        goal["drop"] = False  # the policies that drop need more while they read
     # one fit for nearly equal lengths; without a share bytes decide nothing
     by_bytes = auto.share is not None or "memory_budget" in goal
     goal["context"] = _rounded_up(

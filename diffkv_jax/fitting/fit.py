@@ -61,8 +61,8 @@ def fit_policy(
     Candidates run in the real cache, behind at most 1,024 tokens. The KL is the mean over text that
     goes on and a passage of it that is repeated: what was dropped or blurred shows there. The
     report is of other text. Tokens are dropped only where the goal is not met otherwise: by KVzip's
-    ranks, which take a second reading of each prompt, or, with a `memory_budget`, whose pool need
-    not hold a whole prompt, by DiffKV's. A fit takes minutes.
+    ranks, after a second reading of a prompt, or, with a `memory_budget`, which need not hold a
+    whole prompt, by DiffKV's. A fit takes minutes.
 
     Args:
         model: as for `generate`.
@@ -85,9 +85,7 @@ def fit_policy(
     params = as_params("fit_policy", params)
     check_outside_jit("fit_policy", tokens)
     drop, progress = flag("drop", drop), flag("progress", progress)
-    attention, most = model.attention, model.attention.max_position_embeddings
-    given = min(USUAL, most) if context is None else context
-    length: int = integer("context", given, least=min(LEAST, most), most=most)
+    attention, length = model.attention, _length(model.attention, context)
     requests = integer("requests", requests, least=1)
     goal = goal_of(attention, share, memory_budget, target_kl, length, requests)
     _check_possible(goal, attention, length)
@@ -128,6 +126,12 @@ def _best(
         tried.sort(key=lambda one: goal.order(one.measured))
     _check_met(goal, tried[0], bool(dropping))
     return tried[0], transform, calibration
+
+
+def _length(attention: AttentionSpec, context: Any) -> int:
+    most = attention.max_position_embeddings
+    given = min(USUAL, most) if context is None else context
+    return integer("context", given, least=min(LEAST, most), most=most)
 
 
 def _report(seen: Measured, best: Tried, others: Texts, context: int) -> FitReport:
@@ -187,7 +191,7 @@ def _best_transform(bench: Bench, path: Path, bar: tqdm) -> tuple[Transform, Cal
     found = []
     for transform in transforms(bench.model.attention):
         policy = path.policy(transform, (COMPARED,))
-        calibration = learned(bench.model, bench.params, bench.texts, policy)
+        calibration = learned(bench.model, bench.params, bench.texts, policy, bench.context)
         seen = bench.of(policy, calibration)
         # what a transform itself takes could go into bits instead
         worth = seen.mean_kl * seen.share**KL_BY_BYTES

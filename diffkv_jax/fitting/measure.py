@@ -63,12 +63,20 @@ class Measured:
 
 
 def learned(
-    model: CausalLM, params: Mapping[str, Any], texts: Texts, policy: CompressionPolicy
+    model: CausalLM,
+    params: Mapping[str, Any],
+    texts: Texts,
+    policy: CompressionPolicy,
+    context: int | None = None,
 ) -> Calibration | None:
-    """What a policy's transform learns from the contexts of some texts; None: nothing."""
+    """What a policy's transform learns from the contexts of some texts, for requests of `context`
+    tokens; None: nothing.
+    """
     if not policy.transform.learned:
         return None
-    return calibrate(model, params, texts.rows[:, : texts.context], policy, progress=False)
+    rows = texts.rows[:, : texts.context]
+    context = context and max(context, texts.context)
+    return calibrate(model, params, rows, policy, context=context, progress=False)
 
 
 class Bench:
