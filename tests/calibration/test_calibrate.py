@@ -244,3 +244,24 @@ def test_bad_calibration_text():
         dkv.calibrate(model, params, TEXT, dkv.quantized("K8V4"))
     with pytest.raises(ValueError, match="samples=0"):
         dkv.calibrate(model, params, TEXT, POLICY, samples=0)
+
+
+def test_sequences_begin_at_positions_over_the_whole_context():
+    model, params = tiny_model(q_heads=4, kv_heads=2, head_dim=32)
+    texts = np.stack([prompt(40, 1)] * 2)
+
+    def means(context, transform):
+        policy = dkv.quantized("K8V8", transform=transform)
+        found = dkv.calibrate(model, params, texts, policy, context=context, progress=False)
+        return np.asarray(found.maps[0], np.float64)
+
+    near, far = means(40, dkv.Centered()), means(3000, dkv.Centered())
+    # that of one text at both places: half of it lies where it was, half is turned by 2,960 steps
+    half, angle = near.shape[-1] // 2, 2960 * np.asarray(model.attention.rope)
+    pair = near[..., :half] + 1j * near[..., half:]
+    expected = pair * (1 + np.exp(1j * angle)) / 2
+    expected = np.concatenate([expected.real, expected.imag], axis=-1)
+    np.testing.assert_allclose(far, expected, atol=2e-3 * np.abs(near).max())
+    assert np.abs(far - near).max() > 0.1 * np.abs(near).max()
+    with pytest.raises(ValueError, match="context=39"):
+        means(39, dkv.Centered())
