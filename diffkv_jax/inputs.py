@@ -12,7 +12,6 @@ from jax.core import Tracer
 
 from diffkv_jax.arguments import integer, refuse, shown
 from diffkv_jax.cache.cache import KVCache
-from diffkv_jax.choice.fitted import FittedPolicy
 from diffkv_jax.methods.registry import load_policy
 from diffkv_jax.model import CausalLM
 from diffkv_jax.policy.policy import CompressionPolicy
@@ -101,14 +100,10 @@ def as_policy(policy: Any) -> CompressionPolicy:
     """
     if policy is None:
         return CompressionPolicy.none()
-    if isinstance(policy, FittedPolicy):
+    inner = getattr(policy, "policy", None)
+    if isinstance(inner, CompressionPolicy):  # a `FittedPolicy`
         rule = "a CompressionPolicy here: give its .policy, and its .calibration as calibration="
-        refuse("policy", policy.policy.name, rule)
-    if isinstance(policy, str) and policy == "auto":
-        rule = (
-            "a policy here: give .policy and .calibration of what fit_policy(model, params) finds"
-        )
-        refuse("policy", policy, rule)
+        refuse("policy", inner.name, rule)
     return load_policy(policy)
 
 
