@@ -108,6 +108,7 @@ def test_meets_its_share_and_reports_on_other_text():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_more_bytes_cost_less():
     model, params = tiny_model()
     larger = dkv.fit_policy(model, params, TEXTS, share=0.7, drop=False, **QUICK)
