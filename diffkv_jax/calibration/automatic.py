@@ -1,15 +1,13 @@
 """What a policy learns of the built-in text where no calibration is given: fitted once, kept."""
 
-import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from diffkv_jax.calibration.calibrate import calibrate, spec_of
 from diffkv_jax.calibration.calibration import Calibration, fingerprint, learned_codecs
-from diffkv_jax.calibration.kept import Kept
+from diffkv_jax.calibration.kept import Kept, kept_name, read_for
 from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.native.build import cache_directory
@@ -35,20 +33,11 @@ def fitted(
         return None
     if learned_codecs(spec_of(model, policy, 1)):
         return None
-    key = _key(fingerprint(model, params), policy)
-
-    def read(folder: Path) -> Calibration:
-        found = Calibration.load(folder)
-        found.check(model, params)
-        return found
+    what = [VERSION, policy.tiers, to_mapping(policy.transform), policy.protect.sinks]
+    name = kept_name(fingerprint(model, params), json.dumps(what))
 
     def make() -> Calibration:
         return calibrate(model, params, policy=policy, progress=sys.stderr.isatty())
 
-    return _known.get(cache_directory() / "calibrations" / key, read, make)
-
-
-def _key(model: str, policy: CompressionPolicy) -> str:
-    """Of the model's fingerprint and of what is learned."""
-    what = [VERSION, policy.tiers, to_mapping(policy.transform), policy.protect.sinks]
-    return f"{model[:16]}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
+    folder = cache_directory() / "calibrations" / name
+    return _known.get(folder, read_for(model, params, Calibration.load), make)

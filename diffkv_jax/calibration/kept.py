@@ -1,13 +1,16 @@
 """`Kept`: what takes long to learn of a model, made once, kept in this process and on disk."""
 
+import hashlib
 import logging
 import os
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+
+from diffkv_jax.model import CausalLM
 
 HELD = 16  # in this process
 
@@ -20,7 +23,32 @@ class Saved(Protocol):
     def save(self, path: Path, /) -> None: ...
 
 
+class OfModel(Saved, Protocol):
+    """And refuses another model than its own (ValueError)."""
+
+    def check(self, model: CausalLM, params: Mapping[str, Any]) -> None: ...
+
+
 T = TypeVar("T", bound=Saved)
+M = TypeVar("M", bound=OfModel)
+
+
+def kept_name(fingerprint: str, what: str) -> str:
+    """What a file or folder is called that keeps `what` of the model with this fingerprint."""
+    return f"{fingerprint[:16]}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+
+
+def read_for(
+    model: CausalLM, params: Mapping[str, Any], load: Callable[[Path], M]
+) -> Callable[[Path], M]:
+    """`load`, and a refusal of what was made with another model."""
+
+    def read(folder: Path) -> M:
+        found = load(folder)
+        found.check(model, params)
+        return found
+
+    return read
 
 
 class Kept(Generic[T]):

@@ -1,17 +1,16 @@
 """`policy="auto"`: what `fit_policy` finds for a model, once, and what is kept of it."""
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffkv_jax.arguments import flag, instance, number, refuse
 from diffkv_jax.calibration.automatic import fitted
+from diffkv_jax.calibration.calibrate import USUAL
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
-from diffkv_jax.calibration.kept import Kept
+from diffkv_jax.calibration.kept import Kept, kept_name, read_for
 from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.choice.fitted import FittedPolicy
 from diffkv_jax.inputs import as_policy
@@ -23,7 +22,7 @@ from diffkv_jax.units import parse_bytes
 AUTO = "auto"
 PRESETS = {"quality": 0.003, "balanced": 0.01, "small": 0.03}  # targets of the mean KL, nats
 FILLED = 0.9  # of a pool that never grows: some texts take 5 % more bytes than those of a fit
-USUAL, LEAST = 4096, 256  # tokens of context that bytes are told for
+LEAST = 256  # tokens of context that bytes are told for
 VERSION = 1  # of the text, the candidates and the search: raised where one of them changes
 CALIBRATE = "calibrate(model, params, tokens, policy) makes it"
 
@@ -72,10 +71,8 @@ class AutoPolicy:
             raise ValueError(
                 f"share={self.share} and target_kl={self.target_kl!r} are two goals: take one"
             )
-        share, target_kl = (
-            number("share", self.share, above=0, most=1, optional=True),
-            self.target_kl,
-        )
+        share = number("share", self.share, above=0, most=1, optional=True)
+        target_kl = self.target_kl
         if not (isinstance(target_kl, str) and target_kl in PRESETS):
             rule = f"a mean KL in nats, or one of {list(PRESETS)}"
             target_kl = number("target_kl", target_kl, above=0, optional=True, rule=rule)
@@ -145,25 +142,17 @@ def _fitted(
     goal["context"] = _rounded_up(
         model.attention.max_position_embeddings, context if by_bytes else None
     )
-    key = _key(fingerprint(model, params), goal)
-
-    def read(folder: Path) -> FittedPolicy:
-        found = FittedPolicy.load(folder)
-        found.check(model, params)
-        return found
+    what = json.dumps([VERSION, goal], sort_keys=True)
+    name = kept_name(fingerprint(model, params), what)
 
     def make() -> FittedPolicy:
         return _fits[0](model, params, progress=sys.stderr.isatty(), **goal)
 
-    return _known.get(cache_directory() / "policies" / key, read, make)
+    folder = cache_directory() / "policies" / name
+    return _known.get(folder, read_for(model, params, FittedPolicy.load), make)
 
 
 def _rounded_up(most: int, tokens: int | None) -> int:
     """A power of two for nearly equal lengths; None: the usual one."""
     tokens = USUAL if tokens is None else max(tokens, LEAST)
     return min(1 << (tokens - 1).bit_length(), most)
-
-
-def _key(model: str, goal: Mapping[str, Any]) -> str:
-    what = json.dumps([VERSION, goal], sort_keys=True)
-    return f"{model[:16]}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffkv_jax.arguments import file_path, flag, number, refuse, text
-from diffkv_jax.calibration.calibration import Calibration
+from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.model import CausalLM
 from diffkv_jax.policy.policy import CompressionPolicy
 
@@ -76,8 +76,6 @@ class FittedPolicy:
 
     def check(self, model: CausalLM, params: Mapping[str, Any]) -> None:
         """Refuse another model or other parameters (ValueError)."""
-        from diffkv_jax.calibration.calibration import fingerprint
-
         if self.fingerprint != fingerprint(model, params):
             raise ValueError(
                 f"policy {self.policy.name!r} was fitted to another model or other parameters: "

@@ -1,6 +1,5 @@
 """A warning, or an error, where a policy collapses on a model: its KL is measured once and kept."""
 
-import hashlib
 import json
 import logging
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
+from diffkv_jax.calibration.kept import kept_name
 from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.native.build import cache_directory
@@ -91,8 +91,7 @@ def _can_be_judged(policy: CompressionPolicy, model: CausalLM) -> bool:
 
 def _key(model: str, policy: CompressionPolicy, calibration: Calibration | None) -> str:
     learned = calibration.digest if calibration else ""
-    what = f"{VERSION}{replace(policy, name='any').to_json()}{learned}"
-    return f"{model[:16]}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+    return kept_name(model, f"{VERSION}{replace(policy, name='any').to_json()}{learned}")
 
 
 def _read_or_measured(key: str, *given: Any) -> float:

@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from diffkv_jax.arguments import flag, integer
 from diffkv_jax.batching import as_batch
+from diffkv_jax.calibration.calibrate import USUAL
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.calibration.sample_text import built_in_rows
-from diffkv_jax.choice.automatic import USUAL, fits_policies
+from diffkv_jax.choice.automatic import fits_policies
 from diffkv_jax.choice.fitted import FitReport, FittedPolicy
 from diffkv_jax.fitting.candidates import (
     DROPPING,
@@ -222,10 +223,8 @@ def _check_possible(goal: Goal, attention: AttentionSpec, context: int) -> None:
         return
     schedules = [path.policy(EXACT, (1.0,)).schedule for path in (*KEEPING, *DROPPING)]
     recent = min(one.window + one.flush for one in schedules)
-    paged, itemsize = (
-        len(attention.sliding_windows) - len(rings),
-        jnp.dtype(attention.dtype).itemsize,
-    )
+    paged = len(attention.sliding_windows) - len(rings)
+    itemsize = jnp.dtype(attention.dtype).itemsize
     least = (paged * recent + sum(rings)) * itemsize / (2 * (paged * context + sum(rings)))
     if goal.share < least:
         raise ValueError(

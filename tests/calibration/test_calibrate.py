@@ -12,7 +12,6 @@ import diffkv_jax as dkv
 from diffkv_jax.calibration.calibration import fingerprint
 from diffkv_jax.calibration.kmeans import weighted_kmeans
 from diffkv_jax.calibration.probe import Probe, activations
-from diffkv_jax.models import ModelConfig, build_model
 from diffkv_jax.testing.tiny import prompt, tiny_latent_model, tiny_model
 
 TEXT = np.random.default_rng(1).integers(0, 97, (2, 40))
@@ -29,26 +28,12 @@ def calibrated():
     )
 
 
-@lru_cache
 def biased_model():
     """A model whose keys and values have biases: the gradient by one is the sum over tokens of that
     by the keys or values.
     """
-    config = ModelConfig(
-        model_type="qwen2",
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-    )
-    model = build_model(config, "float32")
-    one = jnp.zeros((1, 1), jnp.int32)
-    return model, jax.jit(model.init)(jax.random.key(0), one, one)["params"]
+    shape = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "max_len": 128}
+    return tiny_model(model_type="qwen2", sharpness=1.0, **shape)
 
 
 @jax.jit

@@ -5,7 +5,6 @@ import warnings
 from functools import lru_cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +15,6 @@ from diffkv_jax.choice import automatic, judged
 from diffkv_jax.evaluation import teacher_forced
 from diffkv_jax.fitting.measure import Bench, learned, share_at
 from diffkv_jax.fitting.texts import GOES_ON, LEAST, REPEATS, STEPS, split
-from diffkv_jax.models import ModelConfig, build_model
 from diffkv_jax.testing.tiny import prompt, tiny_latent_model, tiny_model
 
 TEXTS = np.stack([prompt(LEAST + STEPS + 8, seed) for seed in range(4)])
@@ -25,23 +23,9 @@ QUICK = {"context": 1024, "progress": False}
 
 def biased(change):
     """A tiny model with what `change` makes of random key biases float32 [layers, kv_heads, 32]."""
-    config = ModelConfig(
-        model_type="qwen2",
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    )
-    model, one = build_model(config, "float32"), jnp.zeros((1, 1), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(0), one, one)["params"]
+    model, params = tiny_model(model_type="qwen2", q_heads=4, kv_heads=2, head_dim=32, max_len=2048)
+    params = jax.tree.map(lambda x: x, params)  # dictionaries of its own
     attention = params["layers"]["self_attn"]
-    for name in ("q_proj", "k_proj"):
-        attention[name]["kernel"] = attention[name]["kernel"] * 2
     bias = 0.1 * jax.random.normal(jax.random.key(1), (2, 2, 32))
     attention["k_proj"]["bias"] = change(bias).reshape(attention["k_proj"]["bias"].shape)
     return model, params
