@@ -57,12 +57,8 @@ class Probe:
             lax.dynamic_update_slice_in_dim(x, lax.stop_gradient(new), layer, 0)
             for x, new in ((self.k, k), (self.v, v))
         )
-        windows = jnp.asarray(
-            [q.shape[1] if window is None else window for window in self.attention.sliding_windows]
-        )
-        mixed = v[0] if self.attention.latent is None else k[0, ..., : self.attention.latent]
         exact = q[0].astype(jnp.float32)
-        out, weight = _causal_attention(self.attention, windows[layer], exact, k[0], mixed)
+        out, weight = causal_attention(self.attention, layer, exact, k[0], v[0])
         moments, weight = (
             x.at[layer].set(lax.stop_gradient(new))
             for x, new in ((self.queries, _moments(exact, k.shape[2])), (self.weight, weight))
@@ -81,13 +77,16 @@ def _moments(q: Array, kv_heads: int) -> Array:
 
 # the backward pass takes the weights anew: those of all layers would not fit
 @partial(jax.checkpoint, static_argnums=0)
-def _causal_attention(
-    attention: AttentionSpec, window: Array, q: Array, k: Array, v: Array
+def causal_attention(
+    attention: AttentionSpec, layer: Array, q: Array, k: Array, v: Array
 ) -> tuple[Array, Array]:
-    """softmax(cap(scale q k)) v over the `window` last tokens: `q [N, num_q_heads, d]`, `k`, `v [N,
-    num_kv_heads, d]`; and each token's squared attention, summed, `[N, num_kv_heads]`.
+    """softmax(cap(scale q k)) v of one sequence in a layer: float32 `q [N, num_q_heads, d]`, `k`,
+    `v [N, num_kv_heads, d]` (or latents), as `attend` is given them; and each token's squared
+    attention, summed, `[N, num_kv_heads]`.
     """
     n, kv_heads, d = k.shape
+    window = jnp.asarray([n if one is None else one for one in attention.sliding_windows])[layer]
+    v = v if attention.latent is None else k[..., : attention.latent]
     logits = jnp.einsum("tkgd,skd->kgts", q.reshape(n, kv_heads, -1, d), k) * attention.sm_scale
     behind = jnp.arange(n)[:, None] - jnp.arange(n)
     seen = (behind >= 0) & (behind < window)

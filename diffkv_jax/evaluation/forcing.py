@@ -78,7 +78,7 @@ def teacher_forced(
     cache = make_cache(model, policy, sizes, **given, calibration=calibration)
     logits, cache = prefill(model, params, cache, batch, np.full_like(sizes, context), size)
     begin = np.asarray(_log_softmax(logits.astype(jnp.float32), cache.spec.kernels))[:, None]
-    log_probs, cache = _feed_segments(model, params, cache, batch[:, context:], progress)
+    log_probs, cache = feed(model, params, cache, batch[:, context:], progress)
     log_probs = np.concatenate([begin, log_probs], axis=1) if first else log_probs
     full = np.flatnonzero(np.asarray(cache.counters.overflow))
     if full.size:
@@ -107,8 +107,8 @@ def _checked(model: CausalLM, tokens: Any, context: int) -> tuple[np.ndarray, np
     return batch, sizes, context
 
 
-def _feed_segments(
-    model: CausalLM, params: Any, cache: KVCache, tokens: np.ndarray, progress: str | None
+def feed(
+    model: CausalLM, params: Any, cache: KVCache, tokens: np.ndarray, progress: str | None = None
 ) -> tuple[np.ndarray, KVCache]:
     """Feed `tokens` int32 [R, S]; log-probabilities float32 [R, S, vocab]."""
     held = tokens.T

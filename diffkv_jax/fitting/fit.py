@@ -92,7 +92,7 @@ def fit_policy(
     _check_possible(goal, attention, length)
     texts, others = texts_of(model, tokens, length)
     with tqdm(desc="fitting a policy", unit=" runs", disable=not progress) as bar:
-        bench = Bench(model, params, texts, length, requests)
+        bench = Bench(model, params, texts, length, requests, replays=True)
         dropping = () if not drop else DROPPING if memory_budget is None else IN_A_POOL
         best, transform, calibration = _best(bench, goal, dropping, bar)
         policy = replace(best.path.policy(transform, (best.point,)), name="fitted")

@@ -8,17 +8,22 @@ from typing import Any
 
 import numpy as np
 
+from diffkv_jax.batching import power_of_two
 from diffkv_jax.cache.cache import KVCache, complete
 from diffkv_jax.cache.pool_size import tree_bytes
 from diffkv_jax.cache.report import memory_report
 from diffkv_jax.calibration.calibrate import calibrate
 from diffkv_jax.calibration.calibration import Calibration
 from diffkv_jax.evaluation import quality, teacher_forced
+from diffkv_jax.evaluation.forcing import feed
 from diffkv_jax.fitting.candidates import Path
+from diffkv_jax.fitting.recorded import Prompts, Replayed, record
 from diffkv_jax.fitting.texts import GOES_ON, LEARNED, Texts
+from diffkv_jax.make_cache import make_cache
 from diffkv_jax.model import CausalLM
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.transform import Transform
+from diffkv_jax.read_prompts import prefill
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,9 @@ def learned(
 class Bench:
     """A model, texts and the full cache's log-probabilities on them.
 
-    `context` is the length of the `requests` that bytes are told for; texts may be shorter.
+    `context` is the length of the `requests` that bytes are told for; texts may be shorter. With
+    `replays` the model reads the texts' contexts once for all policies, which takes the room of
+    their queries, keys and values.
     """
 
     def __init__(
@@ -92,9 +99,12 @@ class Bench:
         texts: Texts,
         context: int,
         requests: int = 1,
+        *,
+        replays: bool = False,
     ):
         self.model, self.params, self.texts = model, params, texts
         self.context, self.requests = context, requests
+        self.replays, self.prompts = replays, None
         self.full = self._run(CompressionPolicy.none(), None)[0]
 
     def along(
@@ -118,15 +128,22 @@ class Bench:
     def _run(
         self, policy: CompressionPolicy, calibration: Calibration | None, copies: int = 1
     ) -> tuple[np.ndarray, KVCache]:
-        texts = self.texts
-        return teacher_forced(
-            self.model,
-            self.params,
-            np.tile(texts.fed, (copies, 1)),
-            texts.context,
-            policy,
-            calibration=calibration,
-        )
+        model, params, n = self.model, self.params, self.texts.context
+        rows = np.tile(self.texts.fed, (copies, 1))
+        if not self.replays:
+            return teacher_forced(model, params, rows, n, policy, calibration=calibration)
+        lengths = np.full(len(rows), rows.shape[1])
+        cache = make_cache(model, policy, lengths, calibration=calibration)
+        twice = policy.score is not None and policy.score.has_passes
+        given = cache, rows, np.full_like(lengths, n), power_of_two(n)
+        _, cache = prefill(Replayed(model.attention), self._recorded(twice), *given)
+        return feed(model, params, cache, rows[:, n:])
+
+    def _recorded(self, twice: bool) -> Prompts:
+        if self.prompts is None or (twice and self.prompts.again is None):
+            rows = self.texts.rows[:, : self.texts.context]
+            self.prompts = record(self.model, self.params, rows, twice)
+        return self.prompts
 
     def _measured(self, log_probs: np.ndarray, cache: KVCache, first: int = 0) -> Measured:
         """Of the requests from `first` on, one for each row."""
