@@ -62,6 +62,7 @@ from diffkv_jax.policy.transform import (
     Exact as Exact,
     Hadamard as Hadamard,
     Transform as Transform,
+    Usual as Usual,
     WithoutRope as WithoutRope,
 )
 from diffkv_jax.sampling import Greedy as Greedy, Sample as Sample

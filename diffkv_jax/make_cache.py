@@ -24,6 +24,7 @@ from diffkv_jax.cache.kernels import kernels_for
 from diffkv_jax.cache.pool_size import bound, cache_bytes, kept_within, with_pool
 from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.calibration.calibration import Calibration, learned_for
+from diffkv_jax.calibration.usual import as_calibrated
 from diffkv_jax.choice.automatic import (
     CALIBRATE,
     AutoPolicy,
@@ -192,6 +193,7 @@ def make_cache(
     policy, totals = as_policy(policy), _as_totals(totals)
     if calibration is not None:
         instance("calibration", calibration, Calibration, CALIBRATE)
+    policy = as_calibrated(policy, calibration)
     spec, room = _spec_for(model.attention, policy, totals, max_len, cache_dtype, kernels)
     tables, transform = learned_for(spec, policy, calibration)
     policy = with_leaves(policy, transform=transform)

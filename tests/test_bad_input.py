@@ -249,7 +249,7 @@ def test_smallest_budget_in_the_message_is_enough(model):
 def test_units_of_the_budget():
     def pool(budget):
         return dkv.make_cache(
-            tiny_model(max_len=32_768)[0], dkv.load_policy("small"), [20_000], memory_budget=budget
+            tiny_model(max_len=32_768)[0], dkv.diffkv(1.0, 0.02), [20_000], memory_budget=budget
         ).spec.num_pages
 
     assert pool("512KiB") == pool(2**19) == pool(str(2**19)) == pool(" 0.5 mib ")
@@ -265,7 +265,7 @@ NESTED = (((0.5, 1.0),), ((0.25, 2.0),))
         NONE,
         dkv.quantized("K4V2:2,4"),
         dkv.diffkv(NESTED, 0.1, queries="all", flush=1),
-        dkv.load_policy("small"),
+        dkv.diffkv(1.0, 0.02),
     ],
 )
 def test_policy_as_json(policy, tmp_path):
@@ -341,7 +341,7 @@ def test_json_with_tiers_of_a_wrong_type():
 def test_load_policy_of_a_missing_file(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"must be one of \[.*'balanced', .*'small'.*\] or a JSON "
+        match=r"must be one of \[.*'diffkv', .*'snapkv'.*\] or a JSON "
         r"file; no such file",
     ):
         dkv.load_policy(tmp_path / "none.json")

@@ -110,7 +110,7 @@ def test_every_named_policy(name: str, size: float):
 @pytest.mark.slow
 @pytest.mark.skipif("cpu" not in PLATFORMS, reason="no native kernels here")
 @pytest.mark.parametrize("size", [1e6, 1e-8, 1e30])
-@pytest.mark.parametrize("name", ["K8V4", "K8V8", "small", "turboquant", "kvquant"])
+@pytest.mark.parametrize("name", ["K8V4", "K8V8", "diffkv_rotated", "turboquant", "kvquant"])
 def test_native_kernels(name: str, size: float):
     check(name, size, "cpu")
 

@@ -14,7 +14,7 @@ from diffkv_jax.pallas_kernels.native.build import cache_directory
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.stage import to_mapping
 
-VERSION = 1  # of the text and of what is fitted: raised where either changes
+VERSION = 2  # of the text and of what is fitted: raised where either changes
 
 _known: Kept[Calibration] = Kept()
 
@@ -23,7 +23,8 @@ def fitted(
     model: CausalLM, params: Mapping[str, Any], policy: CompressionPolicy
 ) -> Calibration | None:
     """What `calibrate` learns of the model's built-in text where only the transform learns, in
-    seconds; None where a codec does (minutes) or nothing, or the model has no text.
+    seconds; None where a codec does (minutes) or nothing, or the model has no text. The policy has
+    another transform than `Usual`.
 
     It is kept in this process and in the folder `calibrations` of $DIFFKV_JAX_CACHE (else
     diffkv_jax in the user's cache folder) under the model's fingerprint.

@@ -18,6 +18,7 @@ from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.calibration.kmeans import weighted_kmeans
 from diffkv_jax.calibration.probe import Activations, activations
 from diffkv_jax.calibration.sample_text import built_in_tokens
+from diffkv_jax.calibration.usual import with_usual
 from diffkv_jax.inputs import as_params, as_policy, check_model, check_outside_jit
 from diffkv_jax.model import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.codecs import Codec, Fitting
@@ -120,10 +121,11 @@ def _first_positions(attention: AttentionSpec, batch: np.ndarray, context: Any) 
 
 
 def _in_place(model: CausalLM, tokens: Any, policy: Any) -> tuple[Any, CompressionPolicy]:
-    """Tokens and policy, where either the tokens or both are left to us."""
+    """Tokens and policy, where either the tokens or both are left to us, and its transform."""
     if policy is None and isinstance(tokens, CompressionPolicy | str):
         tokens, policy = None, tokens
-    return built_in_tokens(model, *BUILT_IN) if tokens is None else tokens, as_policy(policy)
+    tokens = built_in_tokens(model, *BUILT_IN) if tokens is None else tokens
+    return tokens, with_usual(as_policy(policy), model.attention)
 
 
 def spec_of(model: CausalLM, policy: CompressionPolicy, length: int) -> CacheSpec:

@@ -216,7 +216,9 @@ def _with_maps(spec: CacheSpec, transform: Transform, maps: tuple) -> Transform:
             f"the calibration's maps have shapes {found}, transform={transform} needs {wanted} of "
             f"{shape} or {known[1]}: calibrate with this model and policy"
         )
-    return with_maps(transform, list(maps))
+    exact = spec.attention.dtype == "float32"
+    kept = (x if exact or np.ndim(x) == 3 else np.asarray(x, np.float16) for x in maps)
+    return with_maps(transform, list(kept))
 
 
 def fingerprint(model: CausalLM, params: Mapping[str, Any]) -> str:

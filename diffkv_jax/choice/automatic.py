@@ -12,18 +12,19 @@ from diffkv_jax.calibration.calibrate import USUAL
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.calibration.kept import Kept, kept_name, read_for
 from diffkv_jax.calibration.sample_text import SampleText
+from diffkv_jax.calibration.usual import with_usual
 from diffkv_jax.choice.fitted import FittedPolicy
 from diffkv_jax.inputs import as_policy
+from diffkv_jax.methods.registry import PRESETS
 from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.native.build import cache_directory
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.units import parse_bytes
 
 AUTO = "auto"
-PRESETS = {"quality": 0.003, "balanced": 0.01, "small": 0.03}  # targets of the mean KL, nats
 FILLED = 0.9  # of a pool that never grows: some texts take 5 % more bytes than those of a fit
 LEAST = 256  # tokens of context that bytes are told for
-VERSION = 1  # of the text, the candidates and the search: raised where one of them changes
+VERSION = 2  # of the text, the candidates and the search: raised where one of them changes
 CALIBRATE = "calibrate(model, params, tokens, policy) makes it"
 
 _known: Kept[FittedPolicy] = Kept()
@@ -54,7 +55,7 @@ class Choice(NamedTuple):
 class AutoPolicy:
     """A policy that `fit_policy` is to choose on the model's built-in text, kept in the folder
     `policies` of $DIFFKV_JAX_CACHE (else diffkv_jax in the user's cache folder). "auto" stands for
-    `AutoPolicy()`.
+    `AutoPolicy()`, "quality", "balanced" and "small" for `AutoPolicy(target_kl=...)` of that name.
 
     Attributes:
         share, target_kl, drop: as `fit_policy` has them. Without share and target_kl a
@@ -82,8 +83,16 @@ class AutoPolicy:
 
 
 def asks_for_fit(policy: Any) -> bool:
-    """Whether it is "auto" or an `AutoPolicy`."""
-    return isinstance(policy, AutoPolicy) or (isinstance(policy, str) and policy == AUTO)
+    """Whether it is "auto", a preset or an `AutoPolicy`."""
+    named = isinstance(policy, str) and policy in (AUTO, *PRESETS)
+    return named or isinstance(policy, AutoPolicy)
+
+
+def as_auto(policy: Any) -> AutoPolicy:
+    """What asks for a fit, as what it asks for."""
+    if isinstance(policy, AutoPolicy):
+        return policy
+    return AutoPolicy() if policy == AUTO else AutoPolicy(target_kl=policy)
 
 
 def chosen(
@@ -105,13 +114,14 @@ def chosen(
     if asks_for_fit(policy) or isinstance(policy, FittedPolicy):
         check_no_calibration(calibration)
     if asks_for_fit(policy):
-        auto = policy if isinstance(policy, AutoPolicy) else AutoPolicy()
-        policy = _fitted(model, params, auto, memory_budget, context, requests)
+        policy = _fitted(model, params, as_auto(policy), memory_budget, context, requests)
     elif isinstance(policy, FittedPolicy):
         policy.check(model, params)
     if isinstance(policy, FittedPolicy):
         return Choice(policy.policy, policy.calibration, measured=True)
     policy = as_policy(policy)
+    if calibration is None and isinstance(getattr(model, "text", None), SampleText):
+        policy = with_usual(policy, model.attention)
     if calibration is None:
         return Choice(policy, fitted(model, params, policy), measured=False)
     instance("calibration", calibration, Calibration, CALIBRATE).check(model, params)

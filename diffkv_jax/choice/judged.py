@@ -66,9 +66,9 @@ def judge(
     _warned.add(key)
     message = (
         f"policy {policy.name!r} has a mean KL of {_known[key]:.2f} from the full cache on this "
-        f"model, and above {MOST_KL} its text goes astray: take policy='auto', or "
-        "transform=Chain((Centered(), Learned())), more bits or more tokens (inspect_model shows "
-        "what the model's keys are like)"
+        f"model, and above {MOST_KL} its text goes astray: take policy='auto', the usual "
+        "transform=Usual(), more bits or more tokens (inspect_model shows what the model's keys "
+        "are like)"
     )
     if strict:
         raise ValueError(message)

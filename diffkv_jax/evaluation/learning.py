@@ -8,6 +8,7 @@ import numpy as np
 
 from diffkv_jax.calibration.calibrate import calibrate
 from diffkv_jax.calibration.calibration import Calibration
+from diffkv_jax.calibration.usual import with_usual
 from diffkv_jax.choice.automatic import chosen
 from diffkv_jax.evaluation.answers import encoded
 from diffkv_jax.evaluation.policies import Given
@@ -31,6 +32,7 @@ def learned(
     Raises:
         ValueError: the text is too short.
     """
+    policy = with_usual(policy, model.attention)
     if text is None or not learns(policy):
         return None
     # up to twelve characters a token are tokenised, not the whole of a long text

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffkv_jax import methods
 from diffkv_jax.arguments import nearest, shown
-from diffkv_jax.choice.automatic import AUTO, AutoPolicy
+from diffkv_jax.choice.automatic import AUTO, AutoPolicy, as_auto, asks_for_fit
 from diffkv_jax.choice.fitted import FILE, FittedPolicy
 from diffkv_jax.methods.registry import load_policy
 from diffkv_jax.policy import affine, learned, transform
@@ -21,6 +21,7 @@ _TRANSFORMS = (
     learned.Learned,
     transform.Exact,
     transform.Hadamard,
+    transform.Usual,
     transform.WithoutRope,
 )
 _METHODS = [getattr(methods, name) for name in methods.__all__ if name.islower()]
@@ -35,8 +36,8 @@ Given = CompressionPolicy | AutoPolicy | FittedPolicy
 
 
 def policy_of(spelled: str) -> Given:
-    """What `load_policy` takes as text, a call such as "diffkv(1, 0, transform=Hadamard())", "auto"
-    or "auto(share=0.3)", or a folder that `FittedPolicy.save` wrote.
+    """What `load_policy` takes as text, a call such as "diffkv(1, 0, transform=Hadamard())",
+    "auto", "balanced" or "auto(share=0.3)", or a folder that `FittedPolicy.save` wrote.
 
     A call is a method, "none" or "auto", with literals, methods and transforms as arguments;
     nothing else is run.
@@ -44,8 +45,8 @@ def policy_of(spelled: str) -> Given:
     Raises:
         ValueError: it is neither; arguments that do not fit.
     """
-    if spelled.strip() == AUTO:
-        return AutoPolicy()
+    if asks_for_fit(spelled.strip()):
+        return as_auto(spelled.strip())
     if (Path(spelled) / FILE).is_file():
         return FittedPolicy.load(spelled)
     if "(" not in spelled or spelled.endswith(".json"):

@@ -10,7 +10,7 @@ from diffkv_jax.methods.diffkv import diffkv
 from diffkv_jax.methods.evicting import evicting
 from diffkv_jax.methods.kvzip import ContextReconstruction
 from diffkv_jax.model import AttentionSpec
-from diffkv_jax.policy.affine import Centered, Chain
+from diffkv_jax.policy.affine import Centered, Chain, even_channels
 from diffkv_jax.policy.keep import Budget
 from diffkv_jax.policy.learned import Learned
 from diffkv_jax.policy.policy import CompressionPolicy
@@ -77,11 +77,11 @@ def possible(paths: Sequence[Path], attention: AttentionSpec) -> list[Path]:
 
 
 def transforms(attention: AttentionSpec) -> list[Transform]:
-    """Two that the model can have, the one that helps most models first."""
-    centered = Centered()
-    choices: list[Transform] = [Chain((centered, one)) for one in (Learned(), Hadamard())]
-    choices += [Hadamard(), EXACT]
-    return [one for one in choices if fits(KEEPING[0].policy(one, (1.0,)), attention)][:2]
+    """Those that the model can have, the one that helps most models first."""
+    centered = Chain((Centered(), Learned())), even_channels(), Chain((Centered(), Hadamard()))
+    choices: list[Transform] = [*centered, Learned(), Hadamard()]
+    found = [one for one in choices if fits(KEEPING[0].policy(one, (1.0,)), attention)]
+    return found[:3] or [EXACT]
 
 
 def fits(policy: CompressionPolicy, attention: AttentionSpec) -> bool:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffkv_jax.calibration.probe import activations
+from diffkv_jax.calibration.usual import with_usual
 from diffkv_jax.fitting.candidates import fits
 from diffkv_jax.fitting.fit import texts_of
 from diffkv_jax.fitting.measure import Bench, learned
@@ -18,8 +19,7 @@ from diffkv_jax.methods.diffkv import diffkv
 from diffkv_jax.methods.quantized import quantized
 from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.precision import in_32_bits
-from diffkv_jax.policy.affine import even_channels
-from diffkv_jax.policy.transform import Hadamard
+from diffkv_jax.policy.transform import EXACT, Hadamard
 
 CONTEXT = 512  # tokens that candidates are measured behind
 LEAST_SPREAD = 1e-6
@@ -86,17 +86,17 @@ def inspect_model(model: CausalLM, params: Mapping[str, Any], tokens: Any = None
     k, v = (np.asarray(x, np.float64)[paged, FIRST_TOKENS:] for x in (seen.k, seen.v))
     if attention.latent is not None:
         v = k[..., : attention.latent]
-    even, turned = even_channels(), Hadamard()
     candidates = {
-        "K8V4": quantized("K8V4"),
+        "K8V4, Exact()": quantized("K8V4", transform=EXACT),
+        "K4V4, Exact()": quantized("K4V4", transform=EXACT),
+        "K4V4, Hadamard()": quantized("K4V4", transform=Hadamard()),
         "K4V4": quantized("K4V4"),
-        "K4V4, Hadamard()": quantized("K4V4", transform=turned),
-        "K4V4, even_channels()": quantized("K4V4", transform=even),
+        "diffkv(1, 0), Exact()": diffkv(1.0, 0.0, transform=EXACT),
         "diffkv(1, 0)": diffkv(1.0, 0.0),
-        "diffkv(1, 0), even_channels()": diffkv(1.0, 0.0, transform=even),
     }
-    bench, mean_kl = Bench(model, params, others, CONTEXT), {}
+    bench, mean_kl = Bench(model, params, others, CONTEXT, replays=True), {}
     for name, policy in candidates.items():
+        policy = with_usual(policy, attention)
         if paged and fits(policy, attention):
             mean_kl[name] = bench.of(policy, learned(model, params, texts, policy)).going_on
     return ModelReport(

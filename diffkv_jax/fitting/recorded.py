@@ -73,7 +73,8 @@ class Replayed:
 
         def layer(cache: KVCache, inputs: tuple[Array, Recorded]) -> tuple[KVCache, None]:
             number, heads = inputs
-            return attend(cache, number, *map(batch, heads), step)[1], None
+            q, k, v = map(batch, heads)
+            return attend(cache, number, q, k, v, step)[1], None
 
         cache, _ = lax.scan(layer, cache, (jnp.arange(self.attention.num_layers), seen))
         rows = 1 if last_only else width
@@ -111,9 +112,7 @@ def _recorded(model: CausalLM, params: Mapping[str, Any], tokens: Array) -> Reco
 
     values = attention.head_dim if attention.latent is None else 0
     kv_heads = attention.num_kv_heads
-    nothing = Recorded(
-        empty(attention.num_q_heads), empty(kv_heads), empty(kv_heads, values)
-    )
+    nothing = Recorded(empty(attention.num_q_heads), empty(kv_heads), empty(kv_heads, values))
     _, recorder = model.apply(
         {"params": params},
         tokens[None],

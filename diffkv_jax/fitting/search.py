@@ -1,5 +1,5 @@
 """The search of `fit_policy`: every path at a few points, then the best two where they meet the
-goal.
+goal, then the best once more.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from diffkv_jax.fitting.measure import Measured
 
 FINALISTS = 2
 NEAR = (-0.1, -0.03, 0.05)  # around the place where a path is foreseen to meet the goal
+NEARER = (-0.03, -0.01, 0.01)  # likewise, for the best path
 SLACK = 0.995  # of the bytes: what is counted later differs by part-filled pages
 
 
@@ -29,15 +30,16 @@ def search(
     tried: dict[Path, list[Tried]] = {path: [] for path in paths}
 
     def at(path: Path, points: Sequence[float]) -> None:
-        found = measure(path, points)
-        tried[path] += [Tried(path, *one) for one in zip(points, found, strict=True)]
-        tried[path].sort(key=lambda one: one.point)
+        found = zip(points, measure(path, points), strict=True)
+        every = tried[path] + [Tried(path, *one) for one in found]
+        tried[path] = sorted({one.point: one for one in every}.values(), key=lambda one: one.point)
 
     for path in paths:
         at(path, COARSE)
-    for path in sorted(paths, key=lambda path: _foreseen(tried[path], goal)[0])[:FINALISTS]:
-        place = _foreseen(tried[path], goal)[1]
-        at(path, np.clip([place + step for step in NEAR], 0.0, 1.0).tolist())
+    for steps, finalists in ((NEAR, FINALISTS), (NEARER, 1)):
+        for path in sorted(paths, key=lambda path: _foreseen(tried[path], goal)[0])[:finalists]:
+            place = _foreseen(tried[path], goal)[1]
+            at(path, np.clip([place + step for step in steps], 0.0, 1.0).tolist())
     every = [one for some in tried.values() for one in some]
     return sorted(every, key=lambda one: goal.order(one.measured))
 

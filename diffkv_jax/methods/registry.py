@@ -1,24 +1,19 @@
-"""Policies by name or from a file: presets, published methods and recipes."""
+"""Policies by name or from a file: published methods and recipes."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from diffkv_jax.arguments import WrongType, file_path, nearest, refuse, shown
-from diffkv_jax.methods import METHODS, diffkv, quantized
+from diffkv_jax.methods import METHODS
 from diffkv_jax.methods.recipes import RECIPES
 from diffkv_jax.policy.policy import CompressionPolicy
 
-PRESETS = {
-    "quality": partial(quantized, "K8V4"),
-    "balanced": partial(diffkv, 1.0, 0.0),
-    "small": partial(diffkv, 1.0, 0.02),
-}
+PRESETS = {"quality": 0.003, "balanced": 0.01, "small": 0.03}  # targets of the mean KL, nats
+FITTED = ("auto", *PRESETS)
 NAMED: Mapping[str, Callable[[], CompressionPolicy]] = {
     "none": CompressionPolicy.none,
-    **PRESETS,
     **{make.__name__: make for make in (*METHODS, *RECIPES)},
 }
 
@@ -28,15 +23,14 @@ Source = (
 
 
 def load_policy(source: Source) -> CompressionPolicy:
-    """A preset ("none", "quality", "balanced", "small"), a method or recipe with its defaults
-    ("snapkv" ...) or a JSON file of `to_json`.
+    """ "none", a method or recipe with its defaults ("snapkv" ...) or a JSON file of `to_json`.
 
     A policy is returned as it is, a method itself (`diffkv_jax.snapkv`) called, and a mapping is
     read as JSON's.
 
     Raises:
         TypeError: it is none of these.
-        ValueError: neither a preset nor a readable policy file.
+        ValueError: neither a name nor a readable policy file, or one that is fitted to a model.
     """
     if isinstance(source, CompressionPolicy):
         return source
@@ -44,10 +38,10 @@ def load_policy(source: Source) -> CompressionPolicy:
         return CompressionPolicy.from_mapping(source)
     if callable(source) and any(source == make for make in NAMED.values()):
         return source()
-    if isinstance(source, str) and source == "auto":
+    if isinstance(source, str) and source in FITTED:
         raise ValueError(
-            "policy='auto' is fitted to a model, by generate and teacher_forced alone: elsewhere "
-            "take what fit_policy(model, params) returns, or its .policy and .calibration"
+            f"policy={source!r} is fitted to a model, by generate and teacher_forced alone: "
+            "elsewhere take what fit_policy(model, params) returns, or its .policy and .calibration"
         )
     if isinstance(source, str | PathLike):
         return NAMED[str(source)]() if str(source) in NAMED else _from_file(source)

@@ -3,10 +3,10 @@
 Such a codec errs alike in all channels of k' = k A, in proportion to the size of k'. The error of a
 logit is then E|k A|^2 E|q A^-T|^2 = tr(S B) tr(M B^-1), where B = A A^T, and S and M are the second
 moments of keys and queries: least where B is the geometric mean of S^-1 and M. `Balanced` with the
-power .5 is the diagonal case of queries that are all alike. For values, whose errors count alike in
-all directions, M is the identity. A is the root of B in its own axes, before a Hadamard matrix that
-spreads them over the channels. With the power 0 only axes are left: those of queries for keys, of
-values for values (OSCAR, arXiv:2605.17757).
+power .5 is the diagonal case of queries that are all alike. A is the root of B in its own axes,
+before a Hadamard matrix that spreads them over the channels. With the power 0 only axes are left,
+those of queries (OSCAR, arXiv:2605.17757). Errors of values count alike in all directions: axes of
+their own gain nothing that would be worth their bytes (docs/log.md), a Hadamard matrix is enough.
 """
 
 from functools import partial
@@ -20,33 +20,27 @@ from diffkv_jax.model import AttentionSpec
 from diffkv_jax.policy.stage import data, static, with_leaves
 from diffkv_jax.policy.transform import Seen, Transform, rotated
 
+_PRECISE = lax.Precision.HIGHEST
 FLOOR = 1e-3  # least eigenvalue of a second moment, of their mean
 
 
 class Learned(Transform):
-    """Keys and queries scaled along axes of their head by a number and its inverse, values along
-    axes of their own, all then turned by a Hadamard matrix.
+    """Keys and queries scaled along axes of their head by a number and its inverse, then turned by
+    a Hadamard matrix, and so are values.
 
     `power` .5 gives the least error, 0 a rotation alone. Best behind `Centered()`. The axes take
-    2 head_dim^2 float32 numbers a layer and KV head of a cache, whatever its requests.
+    head_dim^2 numbers a layer and KV head of a cache, whatever its requests: float32 in a model
+    that computes in it, else float16.
     """
 
     power: float = static(default=0.5, convert=partial(number, least=0, most=1))
     key_axes: Array | None = data(default=None)
     key_scale: Array | None = data(default=None)
-    value_axes: Array | None = data(default=None)
-    value_scale: Array | None = data(default=None)
 
     def fit(self, seen: Seen, attention: AttentionSpec) -> "Learned":
-        root = jnp.sqrt(seen.weight)
-        queries, keys, values = map(_moments, (seen.q, root * seen.k, root * seen.v))
-        same = np.broadcast_to(np.eye(values.shape[-1]), values.shape)
-        names = ("key_axes", "key_scale", "value_axes", "value_scale")
-        found = (
-            *_axes(queries, keys, queries, self.power),
-            *_axes(same, values, values, self.power),
-        )
-        return with_leaves(self, **dict(zip(names, found, strict=True)))
+        queries, keys = _moments(seen.q), _moments(jnp.sqrt(seen.weight) * seen.k)
+        axes, scale = _axes(queries, keys, self.power)
+        return with_leaves(self, key_axes=axes, key_scale=scale)
 
     def check_model(self, attention: AttentionSpec) -> None:
         if attention.latent is not None:
@@ -56,36 +50,34 @@ class Learned(Transform):
             )
 
     def queries(self, x: Array, attention: AttentionSpec, *, back: bool = False) -> Array:
-        return _back(x, self.key_axes, self.key_scale, 1) if back else self._keys(x, -1)
+        return self._turned_back(x, 1) if back else self._turned(x, -1)
 
     def keys(self, x: Array, attention: AttentionSpec, *, back: bool = False) -> Array:
-        return _back(x, self.key_axes, self.key_scale, -1) if back else self._keys(x, 1)
+        return self._turned_back(x, -1) if back else self._turned(x, 1)
 
     def values(self, x: Array) -> Array:
-        return _along(x, self.value_axes, self.value_scale, 1)
+        return rotated(x)
 
     def output(self, x: Array) -> Array:
-        return _back(x, self.value_axes, self.value_scale, -1)
+        return rotated(x, back=True)
 
-    def _keys(self, x: Array, power: int) -> Array:
-        return _along(x, self.key_axes, self.key_scale, power)
+    def _turned(self, x: Array, power: int) -> Array:
+        """`x [..., d]` in its dtype, along the axes times the scale or its inverse, turned."""
+        axes, scale = self._maps(power)
+        found = jnp.einsum("...d,...de->...e", x.astype(jnp.float32), axes, precision=_PRECISE)
+        return rotated(found * scale).astype(x.dtype)
 
+    def _turned_back(self, x: Array, power: int) -> Array:
+        """Inverse of `_turned` with the other power."""
+        axes, scale = self._maps(power)
+        found = rotated(x.astype(jnp.float32), back=True) * scale
+        found = jnp.einsum("...e,...de->...d", found, axes, precision=_PRECISE)
+        return found.astype(x.dtype)
 
-def _along(x: Array, axes: Array | None, scale: Array | None, power: int) -> Array:
-    """`x [..., d]` in its dtype, along the axes times the scale or its inverse, turned."""
-    assert axes is not None and scale is not None, "a cache has what `calibrate` learned"
-    found = jnp.einsum(
-        "...d,...de->...e", x.astype(jnp.float32), axes, precision=lax.Precision.HIGHEST
-    )
-    return rotated(found * (scale if power > 0 else 1 / scale)).astype(x.dtype)
-
-
-def _back(x: Array, axes: Array | None, scale: Array | None, power: int) -> Array:
-    """Inverse of `_along` with the other power."""
-    assert axes is not None and scale is not None, "a cache has what `calibrate` learned"
-    found = rotated(x.astype(jnp.float32), back=True) * (scale if power > 0 else 1 / scale)
-    found = jnp.einsum("...e,...de->...d", found, axes, precision=lax.Precision.HIGHEST)
-    return found.astype(x.dtype)
+    def _maps(self, power: int) -> tuple[Array, Array]:
+        axes, scale = self.key_axes, self.key_scale
+        assert axes is not None and scale is not None, "a cache has what `calibrate` learned"
+        return axes.astype(jnp.float32), scale if power > 0 else 1 / scale
 
 
 def _moments(x: Array) -> np.ndarray:
@@ -96,14 +88,12 @@ def _moments(x: Array) -> np.ndarray:
     return found / np.where(size > 0, size, 1) + FLOOR * np.eye(x.shape[-1])
 
 
-def _axes(
-    wanted: np.ndarray, given: np.ndarray, plain: np.ndarray, power: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _axes(queries: np.ndarray, keys: np.ndarray, power: float) -> tuple[np.ndarray, np.ndarray]:
     """Axes float32 [K, d, d] in columns and their scales [K, d], of geometric mean one, from second
-    moments: of queries, of keys, and those whose axes are taken where the power is zero.
+    moments.
     """
-    root, inverse = _power(given, 0.5), _power(given, -0.5)
-    best = inverse @ _power(root @ wanted @ root, 0.5) @ inverse if power else plain
+    root, inverse = _power(keys, 0.5), _power(keys, -0.5)
+    best = inverse @ _power(root @ queries @ root, 0.5) @ inverse if power else queries
     sizes, axes = np.linalg.eigh(best)
     logs = power * np.log(np.maximum(sizes, 1e-12))
     scale = np.exp(logs - logs.mean(axis=-1, keepdims=True))

@@ -21,7 +21,7 @@ from diffkv_jax.policy.stage import (
     to_mapping,
     with_leaves,
 )
-from diffkv_jax.policy.transform import EXACT, Transform
+from diffkv_jax.policy.transform import USUAL, Transform
 
 VERSION = 2  # of the JSON
 _FIRST_VERSION = {  # its flat fields, and where what they said stands now
@@ -49,7 +49,7 @@ class CompressionPolicy(Stage):
 
     Attributes:
         name: shown in reports.
-        transform: what keys and values go through before they are stored.
+        transform: what keys and values go through before they are stored; `Exact()`: nothing.
         score: what tokens are ranked by; None: nothing ranks them.
         keep: which of them stay.
         protect: tokens that always stay.
@@ -68,7 +68,7 @@ class CompressionPolicy(Stage):
     """
 
     name: str = static(convert=partial(text, rule="the text that reports show"))
-    transform: Transform = data(default=EXACT, convert=partial(_stage, Transform))
+    transform: Transform = data(default=USUAL, convert=partial(_stage, Transform))
     score: Score | None = data(default=None, convert=partial(_stage, Score, optional=True))
     keep: Keep = data(default=KeepAll(), convert=partial(_stage, Keep))
     protect: Protect = data(default=Protect(), convert=partial(_stage, Protect))

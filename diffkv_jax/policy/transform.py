@@ -90,7 +90,14 @@ class Exact(Transform):
     """Keys and values as the model makes them."""
 
 
-EXACT = Exact()
+class Usual(Transform):
+    """`Chain((Centered(), Learned()))` for codecs with one scale a token, wherever there is a text
+    to learn it from: that of a model of `load_pretrained`, or one given to `calibrate`. Else
+    nothing.
+    """
+
+
+EXACT, USUAL = Exact(), Usual()
 
 
 class Hadamard(Transform):

@@ -71,8 +71,8 @@ STEPPED = {
         "expected_attention",
         "coupled_quantization",
     ],
-    "windows and global": ["small", "kivi"],
-    "windows only": ["small"],
+    "windows and global": ["diffkv", "kivi"],
+    "windows only": ["diffkv"],
     "latent": ["none", "snapkv"],
 }
 

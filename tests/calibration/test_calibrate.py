@@ -226,7 +226,7 @@ def test_bad_calibration_text():
         with pytest.raises(ValueError, match=message):
             dkv.calibrate(model, params, tokens, POLICY)
     with pytest.raises(ValueError, match="no learned codec"):
-        dkv.calibrate(model, params, TEXT, dkv.quantized("K8V4"))
+        dkv.calibrate(model, params, TEXT, dkv.quantized("K8V4", transform=dkv.Exact()))
     with pytest.raises(ValueError, match="samples=0"):
         dkv.calibrate(model, params, TEXT, POLICY, samples=0)
 

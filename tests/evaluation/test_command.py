@@ -76,7 +76,7 @@ def test_a_policy_that_is_refused_does_not_end_the_others(given, problems, monke
     (*arguments, _), _ = given
 
     def retrieval(model, params, tokenizer, policy, *, problems, question_after, **options):
-        if policy.name == "small":
+        if policy.name == "tova":
             raise ValueError("no room")
         right = [float(policy.name == "none")]
         said = problems[0].value() if right[0] else "?"
@@ -86,16 +86,16 @@ def test_a_policy_that_is_refused_does_not_end_the_others(given, problems, monke
         )
 
     monkeypatch.setattr("diffkv_jax.evaluation.run.key_value_retrieval", retrieval)
-    assert run(*arguments, "small", "--policy", "balanced", *problems, "--context", 512) == 1
+    assert run(*arguments, "tova", "--policy", "diffkv", *problems, "--context", 512) == 1
     with open("evaluation/results.json") as file:
         whole = json.load(file)
     full, found = whole["tasks"]
-    assert (full["policy"], found["policy"]) == ("full cache", "balanced")
+    assert (full["policy"], found["policy"]) == ("full cache", "diffkv")
     assert found["difference"]["value"] == -1 and 0 < found["difference"]["error"] < 1
-    assert whole["failed"] == {"small": {"retrieval": "no room"}}
+    assert whole["failed"] == {"tova": {"retrieval": "no room"}}
     said = capsys.readouterr().out
-    assert "| `balanced` | retrieval | 1 | 0.250 | 0.000 ± 0.219 | 1.000 ± 0.219 |" in said
-    assert "Not measured:\n\n- `small`, retrieval: no room" in said
+    assert "| `diffkv` | retrieval | 1 | 0.250 | 0.000 ± 0.219 | 1.000 ± 0.219 |" in said
+    assert "Not measured:\n\n- `tova`, retrieval: no room" in said
 
 
 def test_a_policy_that_cannot_be_fitted_does_not_end_the_others(given, problems, monkeypatch):
@@ -107,11 +107,11 @@ def test_a_policy_that_cannot_be_fitted_does_not_end_the_others(given, problems,
         ),
     )
     # the model has no text to fit one on
-    policies = ("auto", "--policy", "balanced")
+    policies = ("auto", "--policy", "diffkv")
     assert run(*arguments, *policies, *problems, "--context", 512) == 1
     with open("evaluation/results.json") as file:
         whole = json.load(file)
-    assert list(whole["policies"]) == ["balanced"] and len(whole["tasks"]) == 2
+    assert list(whole["policies"]) == ["diffkv"] and len(whole["tasks"]) == 2
     assert "fit_policy" in whole["failed"]["auto"]["retrieval"]
 
 

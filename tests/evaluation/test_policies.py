@@ -9,7 +9,7 @@ from diffkv_jax.evaluation.policies import policy_of
 @pytest.mark.parametrize(
     ("spelled", "policy"),
     [
-        ("balanced", dkv.load_policy("balanced")),
+        ("balanced", dkv.AutoPolicy(target_kl="balanced")),
         ("diffkv(1, 0)", dkv.diffkv(1, 0)),
         (
             "diffkv(1, 0.02, tiers=('K8V4', 'K4nV2n'), transform=Hadamard())",
@@ -53,7 +53,7 @@ def test_a_file(tmp_path):
         ("diffkv(nothing=3)", r"nothing"),
         ("diffkv(1, 0", r"was never closed"),
         ("Hadamard()", r"must be a call of a method.*is of a Hadamard"),
-        ("balancd", r"did you mean 'balanced'"),
+        ("diffkw", r"did you mean 'diffkv'"),
     ],
 )
 def test_what_is_refused(spelled, rule):

@@ -142,7 +142,7 @@ def test_results_are_compared_problem_by_problem(monkeypatch):
     answering(monkeypatch, "retrieval", lambda *_: [[*values[:3], ""]])
     full = key_value_retrieval(*GIVEN, "none", problems)
     answering(monkeypatch, "retrieval", lambda *_: [[*values[:2], "", ""]])
-    found = key_value_retrieval(*GIVEN, "small", problems)
+    found = key_value_retrieval(*GIVEN, "tova", problems)
     assert found.score == pytest.approx((0.5, 0.5 / 8**0.5))
     # one difference of -1 and the two that are added, in six
     assert found.against(full) == pytest.approx((-0.25, (2 / 6 - 1 / 36) ** 0.5 / 6**0.5))

@@ -261,10 +261,10 @@ def test_inspect_model_sees_offsets():
     plain, offset = (dkv.inspect_model(*biased(x), TEXTS) for x in (lambda bias: bias, slow_pair))
     assert plain.key_offset.max() < 8 < 12 < offset.key_offset.max()
     assert (offset.value_offset < 8).all() and offset.layers.tolist() == [0, 1]
-    assert offset.mean_kl["K4V4"] > 5 * plain.mean_kl["K4V4"]
-    assert offset.mean_kl["K4V4, even_channels()"] < 2 * plain.mean_kl["K4V4"] + 1e-3
+    assert offset.mean_kl["K4V4, Exact()"] > 5 * plain.mean_kl["K4V4, Exact()"]
+    assert offset.mean_kl["K4V4"] < 2 * plain.mean_kl["K4V4"] + 1e-3
     text = str(offset)
-    assert "key offset" in text and "even_channels()" in text and "K8V4" in text
+    assert "key offset" in text and "Exact()" in text and "K8V4" in text
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_out_of_reach_comes_nearest():
 def test_only_the_best_two_are_refined():
     asked = []
     found(Goal(0.36, None), asked)
-    assert [path for path, _ in asked] == [WIDE, NARROW, WORSE, NARROW, WIDE]
+    assert [path for path, _ in asked] == [WIDE, NARROW, WORSE, NARROW, WIDE, NARROW]
     assert all(points == COARSE for _, points in asked[:3])
     assert all(0 <= point <= 1 for _, points in asked for point in points)
 

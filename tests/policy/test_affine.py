@@ -244,3 +244,14 @@ def test_json():
     policy = policy_of("K4V4", transform=dkv.Chain((dkv.Centered(), dkv.Balanced(0.25))))
     again = dkv.CompressionPolicy.from_json(policy.to_json())
     assert again == policy and again.transform.parts[1].power == 0.25
+
+
+def test_axes_are_float16_where_the_model_does_not_compute_in_float32():
+    model, params = model_with_offsets(1)
+    policy = policy_of("K4V4", transform=LEARNED)
+    learned = dkv.calibrate(model, params, CALIBRATED_ON, policy, progress=False)
+    half = model.clone(dtype="bfloat16")
+    for of, dtype in ((model, "float32"), (half, "float16")):
+        found = dkv.make_cache(of, policy, [200], calibration=learned).policy.transform
+        assert found.parts[1].key_axes.dtype == dtype, of.attention.dtype
+        assert found.parts[0].key_mean.dtype == found.parts[1].key_scale.dtype == "float32"
