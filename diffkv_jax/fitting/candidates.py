@@ -1,5 +1,5 @@
-"""What `fit_policy` chooses from: a transform, and paths from many bytes to few, each of two tiers
-and what ranks tokens.
+"""What `fit_policy` chooses from: a transform, and paths from many bytes to few, each of one tier,
+or of two and what ranks tokens.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.methods.diffkv import diffkv
 from diffkv_jax.methods.evicting import evicting
 from diffkv_jax.methods.kvzip import ContextReconstruction
+from diffkv_jax.methods.quantized import quantized
 from diffkv_jax.model import AttentionSpec
 from diffkv_jax.policy.affine import Centered, Chain, even_channels
 from diffkv_jax.policy.keep import Budget
@@ -18,22 +19,32 @@ from diffkv_jax.policy.transform import EXACT, Hadamard, Transform
 
 SINKS = 4
 COARSE = (0.1, 0.5, 0.9)  # places on a path that are measured first
+WINDOW, SHORT_WINDOW = 64, 32  # exact tokens; half as many leave at once
+SHORT = 2048  # tokens of context below which those of `WINDOW` would be much of it
 
 
 class Path(NamedTuple):
     """Policies from 0 (most bytes) to 1 (fewest).
 
     Attributes:
-        ranks: "attention": DiffKV's, nothing is dropped, the first tier shrinks; "dropping":
-            DiffKV's too, tokens go as they come, so that a pool need never hold them all;
-            "repeating": KVzip's, which reads the whole prompt a second time before tokens go.
+        ranks: "nothing": all tokens are in one tier, in every place; "attention": DiffKV's, nothing
+            is dropped, the first tier shrinks; "dropping": DiffKV's too, tokens go as they come, so
+            that a pool need never hold them all; "repeating": KVzip's, which reads the whole prompt
+            a second time before tokens go.
         tiers: a precise one for tokens of high rank, a narrow one for the others.
         high: share of the tokens that stay which "repeating" puts into the first.
+        window: tokens that stay exact.
     """
 
-    ranks: Literal["attention", "dropping", "repeating"]
-    tiers: tuple[str, str]
+    ranks: Literal["nothing", "attention", "dropping", "repeating"]
+    tiers: tuple[str, ...]
     high: float = 0.0
+    window: int = WINDOW
+
+    @property
+    def coarse(self) -> tuple[float, ...]:
+        """Places that are measured first."""
+        return COARSE[1:2] if self.ranks == "nothing" else COARSE
 
     def policy(
         self, transform: Transform, points: Sequence[float], rows: int = 1
@@ -47,7 +58,10 @@ class Path(NamedTuple):
                 return values[0]
             return (tuple((value,) for value in values for _ in range(rows)),)  # [1, R, 1]
 
-        options: Any = {"tiers": self.tiers, "transform": transform, "sinks": SINKS}
+        recent: Any = {"window": self.window, "flush": self.window // 2}
+        if self.ranks == "nothing":
+            return quantized(*self.tiers, transform=transform, **recent)
+        options: Any = {"tiers": self.tiers, "transform": transform, "sinks": SINKS, **recent}
         if self.ranks == "attention":
             return diffkv(amounts([0.25 * 64**point for point in points]), 0.0, **options)
         if self.ranks == "dropping":
@@ -59,11 +73,13 @@ class Path(NamedTuple):
 
 
 KEEPING = (
+    *(Path("nothing", (tier,)) for tier in ("K8V8", "K8V4", "K4nV4n", "K4nV2n")),
     Path("attention", ("K8V8", "K4nV4n")),
     Path("attention", ("K8V8", "K4nV2n")),
     Path("attention", ("K8V4", "K4nV2n")),
 )
 DROPPING = (
+    Path("repeating", ("K8V8", "K4nV4n"), 0.08),
     Path("repeating", ("K8V8", "K4nV2n"), 0.08),
     Path("repeating", ("K8V4", "K2nV2n"), 0.3),
 )
@@ -71,9 +87,11 @@ IN_A_POOL = (Path("dropping", ("K8V4", "K4nV2n")),)
 ROUGH = Path("attention", ("K8V4", "K2nV2n"))  # where a transform matters most
 
 
-def possible(paths: Sequence[Path], attention: AttentionSpec) -> list[Path]:
-    """Those that the model can have."""
-    return [path for path in paths if fits(path.policy(EXACT, (1.0,)), attention)]
+def possible(paths: Sequence[Path], attention: AttentionSpec, context: int) -> list[Path]:
+    """Those that the model can have, for requests of `context` tokens."""
+    window = SHORT_WINDOW if context < SHORT else WINDOW
+    given = [path._replace(window=window) for path in paths]
+    return [path for path in given if fits(path.policy(EXACT, (1.0,)), attention)]
 
 
 def transforms(attention: AttentionSpec) -> list[Transform]:

@@ -32,7 +32,7 @@ from diffkv_jax.fitting.texts import GOES_ON, LEAST, STEPS, Texts, split
 from diffkv_jax.inputs import as_params, check_model, check_outside_jit
 from diffkv_jax.model import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.precision import in_32_bits
-from diffkv_jax.policy.transform import EXACT, Transform
+from diffkv_jax.policy.transform import Transform
 
 MEASURED = 1024  # most tokens of context in the texts
 FITTED_ROWS = 4
@@ -113,7 +113,7 @@ def _best(
         ValueError: nothing meets it.
     """
     attention = bench.model.attention
-    paths, rough = possible(KEEPING, attention), possible((ROUGH,), attention)
+    paths, rough = (possible(some, attention, bench.context) for some in (KEEPING, (ROUGH,)))
     transform, calibration = _best_transform(bench, (rough or paths)[-1], bar)
 
     def measure(path: Path, points: Sequence[float]) -> list[Measured]:
@@ -122,7 +122,7 @@ def _best(
         return found
 
     tried = search(measure, paths, goal)
-    if not goal.met(tried[0].measured) and (more := possible(dropping, attention)):
+    if not goal.met(tried[0].measured) and (more := possible(dropping, attention, bench.context)):
         tried += search(measure, more, goal)
         tried.sort(key=lambda one: goal.order(one.measured))
     _check_met(goal, tried[0], bool(dropping))
@@ -219,10 +219,14 @@ def _check_possible(goal: Goal, attention: AttentionSpec, context: int) -> None:
             "every layer of the model has a sliding window, whose tokens are not compressed: there "
             "is nothing to choose; take policy=None"
         )
+    paths = possible(KEEPING, attention, context)
+    if not paths:
+        raise ValueError(
+            f"no candidate can hold heads of {attention.head_dim} channels: take policy=None"
+        )
     if goal.share is None:
         return
-    schedules = [path.policy(EXACT, (1.0,)).schedule for path in (*KEEPING, *DROPPING)]
-    recent = min(one.window + one.flush for one in schedules)
+    recent = min(path.window + path.window // 2 for path in paths)
     paged = len(attention.sliding_windows) - len(rings)
     itemsize = jnp.dtype(attention.dtype).itemsize
     least = (paged * recent + sum(rings)) * itemsize / (2 * (paged * context + sum(rings)))

@@ -36,6 +36,8 @@ class Measured:
         recall, recall_full: share of the repeated tokens that the compressed and the full cache
             rank first.
         share: allocated bytes of the plain bfloat16 cache's, at the asked length.
+        by_head: [layers, S, kv_heads, tiers + 1] share of the tokens in each tier and, last, in the
+            recent window, at the end.
     """
 
     kl: np.ndarray
@@ -43,6 +45,12 @@ class Measured:
     recall: float
     recall_full: float
     share: float
+    by_head: np.ndarray
+
+    @property
+    def kept(self) -> np.ndarray:
+        """The mean of `by_head` over layers, rows and heads, [tiers + 1]."""
+        return self.by_head.mean(axis=(0, 1, 2))
 
     @property
     def mean_kl(self) -> float:
@@ -154,12 +162,16 @@ class Bench:
         def recall(run: np.ndarray) -> float:
             return float((run[:, seen].argmax(axis=-1) == given[:, seen]).mean())
 
+        rows = slice(first, first + len(given))
+        report = memory_report(cache)
+        tokens, dropped = report.tokens[:, rows], report.dropped[:, rows]
         return Measured(
             kl=np.stack([one.kl for one in found]),
             top1=np.stack([one.top1 for one in found]),
             recall=recall(log_probs),
             recall_full=recall(self.full),
-            share=share_at(cache, slice(first, first + len(given)), self.context, self.requests),
+            share=share_at(cache, rows, self.context, self.requests),
+            by_head=tokens / np.maximum(tokens.sum(axis=-1) + dropped, 1)[..., None],
         )
 
 

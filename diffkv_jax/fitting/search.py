@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffkv_jax.fitting.candidates import COARSE, Path
+from diffkv_jax.fitting.candidates import Path
 from diffkv_jax.fitting.goal import Goal
 from diffkv_jax.fitting.measure import Measured
 
@@ -35,9 +35,10 @@ def search(
         tried[path] = sorted({one.point: one for one in every}.values(), key=lambda one: one.point)
 
     for path in paths:
-        at(path, COARSE)
+        at(path, path.coarse)
+    longer = [path for path in paths if len(path.coarse) > 1]
     for steps, finalists in ((NEAR, FINALISTS), (NEARER, 1)):
-        for path in sorted(paths, key=lambda path: _foreseen(tried[path], goal)[0])[:finalists]:
+        for path in sorted(longer, key=lambda path: _foreseen(tried[path], goal)[0])[:finalists]:
             place = _foreseen(tried[path], goal)[1]
             at(path, np.clip([place + step for step in steps], 0.0, 1.0).tolist())
     every = [one for some in tried.values() for one in some]

@@ -12,6 +12,7 @@ COMMANDS = {
     "methods": "benchmarks.methods.compare",
     "quality": "benchmarks.methods.quality",
     "needle": "benchmarks.methods.needle",
+    "paper": "benchmarks.paper.command",
     "roofline": "benchmarks.roofline.command",
 }
 

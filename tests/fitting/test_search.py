@@ -16,7 +16,7 @@ def costs(path: Path, point: float) -> Measured:
     """Bytes fall and the KL grows along a path; NARROW is smaller, WORSE dominated by NARROW."""
     share = {WIDE: 0.5, NARROW: 0.4, WORSE: 0.45}[path] - 0.15 * point
     kl = {WIDE: 0.002, NARROW: 0.004, WORSE: 0.02}[path] * np.exp(2 * point)
-    return Measured(np.full((1, 64), kl), np.ones((1, 64)), 1.0, 1.0, share)
+    return Measured(np.full((1, 64), kl), np.ones((1, 64)), 1.0, 1.0, share, np.ones((1, 1, 1, 2)))
 
 
 def found(goal: Goal, asked: list | None = None):
