@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from diffkv_jax.fitting.candidates import COARSE, Path
+import diffkv_jax as dkv
+from diffkv_jax.fitting.candidates import COARSE, Path, possible
 from diffkv_jax.fitting.goal import Goal, goal_of
 from diffkv_jax.fitting.measure import Measured
 from diffkv_jax.fitting.search import search
@@ -11,12 +12,14 @@ from diffkv_jax.testing.tiny import tiny_model
 
 WIDE, NARROW, WORSE = (Path("attention", (name, "K4V2")) for name in ("K8V8", "K8V4", "K4V4"))
 
+ONE = np.ones((1, 1, 1, 2))
+
 
 def costs(path: Path, point: float) -> Measured:
     """Bytes fall and the KL grows along a path; NARROW is smaller, WORSE dominated by NARROW."""
     share = {WIDE: 0.5, NARROW: 0.4, WORSE: 0.45}[path] - 0.15 * point
     kl = {WIDE: 0.002, NARROW: 0.004, WORSE: 0.02}[path] * np.exp(2 * point)
-    return Measured(np.full((1, 64), kl), np.ones((1, 64)), 1.0, 1.0, share, np.ones((1, 1, 1, 2)))
+    return Measured(np.full((1, 64), kl), np.ones((1, 64)), 1.0, 1.0, share, ONE)
 
 
 def found(goal: Goal, asked: list | None = None):
@@ -68,6 +71,30 @@ def test_only_the_best_two_are_refined():
     assert [path for path, _ in asked] == [WIDE, NARROW, WORSE, NARROW, WIDE, NARROW]
     assert all(points == COARSE for _, points in asked[:3])
     assert all(0 <= point <= 1 for _, points in asked for point in points)
+
+
+def test_a_path_of_one_tier_is_measured_once():
+    flat, asked = Path("nothing", ("K4V4",)), []
+
+    def measure(path, points):
+        asked.append((path, len(points)))
+        kl, share = (0.003, 0.35) if path == flat else (costs(path, points[0]).mean_kl, 0.5)
+        return [Measured(np.full((1, 64), kl), np.ones((1, 64)), 1.0, 1.0, share, ONE)] * len(
+            points
+        )
+
+    tried = search(measure, (flat, WIDE), Goal(0.36, None))
+    assert tried[0].path == flat and asked.count((flat, 1)) == 1
+    assert [path for path, _ in asked] == [flat, WIDE, WIDE, WIDE]
+    assert flat.policy(dkv.Exact(), (0.5,)) == flat.policy(dkv.Exact(), (0.1, 0.9))
+
+
+def test_short_contexts_have_a_short_window():
+    attention = tiny_model()[0].attention
+    for context, window in ((2047, 32), (2048, 64)):
+        (path,) = possible([WIDE], attention, context)
+        policy = path.policy(dkv.Exact(), (0.5,))
+        assert (policy.schedule.window, policy.schedule.flush) == (window, window // 2)
 
 
 def test_goals():
