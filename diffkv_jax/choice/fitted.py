@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from diffkv_jax.arguments import file_path, flag, number, refuse, text
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.model import CausalLM
+from diffkv_jax.policy.keep import Keep, Thresholds
 from diffkv_jax.policy.policy import CompressionPolicy
 
 FILE, ARRAYS, VERSION = "fitted_policy.json", "calibration", 1
@@ -54,6 +56,15 @@ def _number(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         refuse(name, value, "a number", True)
     return value
+
+
+def _shown(keep: Keep) -> str:
+    """Thresholds of each head as how many have which."""
+    if not isinstance(keep, Thresholds) or not np.ndim(keep.alpha_high):
+        return repr(keep)
+    values, counts = np.unique(np.asarray(keep.alpha_high), return_counts=True)
+    high = (f"{value:g} in {count} heads" for value, count in zip(values, counts, strict=True))
+    return f"alpha_high {' and '.join(high)}, alpha_low {keep.alpha_low:g}"
 
 
 @dataclass(frozen=True)
@@ -142,7 +153,7 @@ class FittedPolicy:
         tiers = " and ".join(self.policy.tiers)
         table.add_row("tiers", tiers)
         table.add_row("transform", repr(self.policy.transform))
-        table.add_row("keep", repr(self.policy.keep))
+        table.add_row("keep", _shown(self.policy.keep))
         table.add_row("bytes", f"{report.share:.1%} of bfloat16 at {report.context} tokens")
         kl = f"{report.kl:.4f} +- {report.kl_error:.4f} (on the texts of the fit "
         table.add_row("mean KL", f"{kl}{report.fitted_kl:.4f})")

@@ -5,6 +5,8 @@ or of two and what ranks tokens.
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.methods.diffkv import diffkv
 from diffkv_jax.methods.evicting import evicting
@@ -21,6 +23,9 @@ SINKS = 4
 COARSE = (0.1, 0.5, 0.9)  # places on a path that are measured first
 WINDOW, SHORT_WINDOW = 64, 32  # exact tokens; half as many leave at once
 SHORT = 2048  # tokens of context below which those of `WINDOW` would be much of it
+OTHERS = 4.0  # alpha_high of heads that are not in the first tier as a whole
+
+Head = tuple[int, int]  # numbers of a layer without a sliding window, and of its KV head
 
 
 class Path(NamedTuple):
@@ -28,18 +33,23 @@ class Path(NamedTuple):
 
     Attributes:
         ranks: "nothing": all tokens are in one tier, in every place; "attention": DiffKV's, nothing
-            is dropped, the first tier shrinks; "dropping": DiffKV's too, tokens go as they come, so
-            that a pool need never hold them all; "repeating": KVzip's, which reads the whole prompt
-            a second time before tokens go.
+            is dropped, the first tier shrinks; "heads": likewise, and heads from the beginning of
+            `order` are in it as a whole, fewer and fewer; "dropping": DiffKV's too, tokens go as
+            they come, so that a pool need never hold them all; "repeating": KVzip's, which reads
+            the whole prompt a second time before tokens go.
         tiers: a precise one for tokens of high rank, a narrow one for the others.
         high: share of the tokens that stay which "repeating" puts into the first.
         window: tokens that stay exact.
+        order: all heads, those that need the first tier most before the others (`neediest`).
+        shape: how many layers without a sliding window and KV heads there are.
     """
 
-    ranks: Literal["nothing", "attention", "dropping", "repeating"]
+    ranks: Literal["nothing", "attention", "heads", "dropping", "repeating"]
     tiers: tuple[str, ...]
     high: float = 0.0
     window: int = WINDOW
+    order: tuple[Head, ...] = ()
+    shape: Head = (0, 0)
 
     @property
     def coarse(self) -> tuple[float, ...]:
@@ -58,10 +68,13 @@ class Path(NamedTuple):
                 return values[0]
             return (tuple((value,) for value in values for _ in range(rows)),)  # [1, R, 1]
 
-        recent: Any = {"window": self.window, "flush": self.window // 2}
+        options = self._options(transform)
         if self.ranks == "nothing":
-            return quantized(*self.tiers, transform=transform, **recent)
-        options: Any = {"tiers": self.tiers, "transform": transform, "sinks": SINKS, **recent}
+            recent: Any = {name: options[name] for name in ("window", "flush", "transform")}
+            return quantized(*self.tiers, **recent)
+        if self.ranks == "heads":
+            counts = [round(len(self.order) * (1 - point) ** 2) for point in points]
+            return self.raising(transform, [self.order[:count] for count in counts], rows)
         if self.ranks == "attention":
             return diffkv(amounts([0.25 * 64**point for point in points]), 0.0, **options)
         if self.ranks == "dropping":
@@ -71,6 +84,25 @@ class Path(NamedTuple):
         budget = Budget(keep=amounts(keep), keep_high=high, share_heads=0.0, share_layers=True)
         return evicting("kvzip", ContextReconstruction(), budget, **options)
 
+    def raising(
+        self, transform: Transform, sets: Sequence[Sequence[Head]], rows: int
+    ) -> CompressionPolicy:
+        """The policy whose requests have these heads in the first tier, `rows` of them each set;
+        with one set it is for any batch.
+        """
+        layers, heads = self.shape
+        alphas = np.full((layers, len(sets), heads), OTHERS)
+        for i, one in enumerate(sets):
+            for layer, head in one:
+                alphas[layer, i, head] = 0.0
+        alphas = alphas if len(sets) == 1 else alphas.repeat(rows, axis=1)  # [L, R, K]
+        alpha_high: Any = alphas.tolist()
+        return diffkv(alpha_high, 0.0, **self._options(transform))
+
+    def _options(self, transform: Transform) -> Any:
+        options = {"tiers": self.tiers, "transform": transform, "sinks": SINKS}
+        return options | {"window": self.window, "flush": self.window // 2}
+
 
 KEEPING = (
     *(Path("nothing", (tier,)) for tier in ("K8V8", "K8V4", "K4nV4n", "K4nV2n")),
@@ -78,6 +110,12 @@ KEEPING = (
     Path("attention", ("K8V8", "K4nV2n")),
     Path("attention", ("K8V4", "K4nV2n")),
 )
+BY_HEADS = (
+    Path("heads", ("K8V8", "K4nV2n")),
+    Path("heads", ("K8V4", "K4nV2n")),
+    Path("heads", ("K4nV4n", "K4nV2n")),
+)
+NARROW = (Path("heads", ("K8V4", "K2nV2n")), Path("heads", ("K4nV4n", "K2nV2n")))
 DROPPING = (
     Path("repeating", ("K8V8", "K4nV4n"), 0.08),
     Path("repeating", ("K8V8", "K4nV2n"), 0.08),
@@ -90,7 +128,9 @@ ROUGH = Path("attention", ("K8V4", "K2nV2n"))  # where a transform matters most
 def possible(paths: Sequence[Path], attention: AttentionSpec, context: int) -> list[Path]:
     """Those that the model can have, for requests of `context` tokens."""
     window = SHORT_WINDOW if context < SHORT else WINDOW
-    given = [path._replace(window=window) for path in paths]
+    layers = sum(one is None for one in attention.sliding_windows)
+    shape = layers, attention.num_kv_heads
+    given = [path._replace(window=window, shape=shape) for path in paths]
     return [path for path in given if fits(path.policy(EXACT, (1.0,)), attention)]
 
 

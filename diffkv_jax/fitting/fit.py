@@ -17,15 +17,18 @@ from diffkv_jax.calibration.sample_text import built_in_rows
 from diffkv_jax.choice.automatic import fits_policies
 from diffkv_jax.choice.fitted import FitReport, FittedPolicy
 from diffkv_jax.fitting.candidates import (
+    BY_HEADS,
     DROPPING,
     IN_A_POOL,
     KEEPING,
+    NARROW,
     ROUGH,
     Path,
     possible,
     transforms,
 )
 from diffkv_jax.fitting.goal import Goal, goal_of
+from diffkv_jax.fitting.heads import neediest
 from diffkv_jax.fitting.measure import Bench, Measured, learned
 from diffkv_jax.fitting.search import Tried, search
 from diffkv_jax.fitting.texts import GOES_ON, LEAST, STEPS, Texts, split
@@ -38,6 +41,7 @@ MEASURED = 1024  # most tokens of context in the texts
 FITTED_ROWS = 4
 ROWS = 8  # of text, if there is enough
 KL_BY_BYTES = 2.5  # the KL grows as the bytes to this power fall, about, on every path
+NARROW_SHARE, NARROW_KL = 0.3, 0.01
 COMPARED = 0.7  # place on a path where transforms are compared
 
 
@@ -121,12 +125,24 @@ def _best(
         bar.update()
         return found
 
+    for some in (BY_HEADS, NARROW if _is_narrow(goal) else ()):
+        if by_heads := possible(some, attention, bench.context):
+            known = _for_tiers(calibration, by_heads[0].tiers)
+            order = neediest(bench, by_heads[0], transform, known, bar.update)
+            paths += [path._replace(order=order) for path in by_heads]
     tried = search(measure, paths, goal)
     if not goal.met(tried[0].measured) and (more := possible(dropping, attention, bench.context)):
         tried += search(measure, more, goal)
         tried.sort(key=lambda one: goal.order(one.measured))
     _check_met(goal, tried[0], bool(dropping))
     return tried[0], transform, calibration
+
+
+def _is_narrow(goal: Goal) -> bool:
+    """Whether four bits of all keys may be too many."""
+    if goal.share is not None:
+        return goal.share < NARROW_SHARE
+    return goal.target_kl is not None and goal.target_kl >= NARROW_KL
 
 
 def _length(attention: AttentionSpec, context: Any) -> int:

@@ -123,10 +123,16 @@ class Bench:
         calibration: Calibration | None,
     ) -> list[Measured]:
         """All rows at each of the `points` of a path, in one batch."""
+        policy = path.policy(transform, points, len(self.texts.rows))
+        return self.each(policy, calibration, len(points))
+
+    def each(
+        self, policy: CompressionPolicy, calibration: Calibration | None, copies: int
+    ) -> list[Measured]:
+        """All rows in each of `copies` parts of a batch, for which the policy says what differs."""
         count = len(self.texts.rows)
-        policy = path.policy(transform, points, count)
-        log_probs, cache = self._run(policy, calibration, len(points))
-        parts = np.split(log_probs, len(points))
+        log_probs, cache = self._run(policy, calibration, copies)
+        parts = np.split(log_probs, copies)
         return [self._measured(part, cache, i * count) for i, part in enumerate(parts)]
 
     def of(self, policy: CompressionPolicy, calibration: Calibration | None) -> Measured:
