@@ -18,13 +18,14 @@ from diffkv_jax.evaluation import Quality, quality, teacher_forced
 from diffkv_jax.models import load_pretrained
 from diffkv_jax.testing.texts import TEXTS, text_tokens
 
+EXACT = dkv.Exact()  # keys and values as the papers have them
 POLICIES = {
-    "K8V4": dkv.quantized("K8V4"),
-    "alpha (0.5, 0)": dkv.diffkv(0.5, 0.0),
-    "alpha (1, 0)": dkv.diffkv(1.0, 0.0),
-    "alpha (3, 0)": dkv.diffkv(3.0, 0.0),
-    "alpha (1, 0.02)": dkv.diffkv(1.0, 0.02),
-    "alpha (1, 0.1)": dkv.diffkv(1.0, 0.1),
+    "K8V4": dkv.quantized("K8V4", transform=EXACT),
+    "alpha (0.5, 0)": dkv.diffkv(0.5, 0.0, transform=EXACT),
+    "alpha (1, 0)": dkv.diffkv(1.0, 0.0, transform=EXACT),
+    "alpha (3, 0)": dkv.diffkv(3.0, 0.0, transform=EXACT),
+    "alpha (1, 0.02)": dkv.diffkv(1.0, 0.02, transform=EXACT),
+    "alpha (1, 0.1)": dkv.diffkv(1.0, 0.1, transform=EXACT),
 }
 
 
