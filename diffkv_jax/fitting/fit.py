@@ -37,11 +37,12 @@ from diffkv_jax.model import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.policy.transform import Transform
 
-MEASURED = 1024  # most tokens of context in the texts
+MEASURED = 2048  # most tokens of context in the texts
 FITTED_ROWS = 4
 ROWS = 8  # of text, if there is enough
 KL_BY_BYTES = 2.5  # the KL grows as the bytes to this power fall, about, on every path
-NARROW_SHARE, NARROW_KL = 0.3, 0.01
+ORDERED_BY = 2  # rows that say which heads need most
+LEAST_SHARE = 1.02  # a policy of so few bytes, of the fewest, might do with fewer bits
 COMPARED = 0.7  # place on a path where transforms are compared
 
 
@@ -63,7 +64,7 @@ def fit_policy(
     """Choose transform, tiers and thresholds by what they cost on some text: the least mean KL from
     the full cache within `share` or `memory_budget`, or the fewest bytes with `target_kl`.
 
-    Candidates run in the real cache, behind at most 1,024 tokens. The KL is the mean over text that
+    Candidates run in the real cache, behind at most 2,048 tokens. The KL is the mean over text that
     goes on and a passage of it that is repeated: what was dropped or blurred shows there. The
     report is of other text. Tokens are dropped only where the goal is not met otherwise: by KVzip's
     ranks, after a second reading of a prompt, or, with a `memory_budget`, which need not hold a
@@ -125,24 +126,24 @@ def _best(
         bar.update()
         return found
 
-    for some in (BY_HEADS, NARROW if _is_narrow(goal) else ()):
-        if by_heads := possible(some, attention, bench.context):
-            known = _for_tiers(calibration, by_heads[0].tiers)
-            order = neediest(bench, by_heads[0], transform, known, bar.update)
-            paths += [path._replace(order=order) for path in by_heads]
-    tried = search(measure, paths, goal)
-    if not goal.met(tried[0].measured) and (more := possible(dropping, attention, bench.context)):
-        tried += search(measure, more, goal)
+    def by_heads(paths: Sequence[Path]) -> list[Path]:
+        """Those that the model can have, with one order of heads."""
+        found = possible(paths, attention, bench.context)
+        if not found:
+            return []
+        known = _for_tiers(calibration, found[0].tiers)
+        order = neediest(bench.with_rows(ORDERED_BY), found[0], transform, known, bar.update)
+        return [path._replace(order=order) for path in found]
+
+    tried = search(measure, paths + by_heads(BY_HEADS), goal)
+    best = tried[0].measured
+    smallest = best.share <= LEAST_SHARE * min(one.measured.share for one in tried)
+    if not goal.met(best) or (goal.share is None and smallest):
+        more = possible(() if goal.met(best) else dropping, attention, bench.context)
+        tried += search(measure, by_heads(NARROW) + more, goal)
         tried.sort(key=lambda one: goal.order(one.measured))
     _check_met(goal, tried[0], bool(dropping))
     return tried[0], transform, calibration
-
-
-def _is_narrow(goal: Goal) -> bool:
-    """Whether four bits of all keys may be too many."""
-    if goal.share is not None:
-        return goal.share < NARROW_SHARE
-    return goal.target_kl is not None and goal.target_kl >= NARROW_KL
 
 
 def _length(attention: AttentionSpec, context: Any) -> int:

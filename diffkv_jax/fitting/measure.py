@@ -115,6 +115,16 @@ class Bench:
         self.replays, self.prompts = replays, None
         self.full = self._run(CompressionPolicy.none(), None)[0]
 
+    def with_rows(self, count: int) -> "Bench":
+        """The same with `count` rows of the texts, evenly spaced."""
+        rows = len(self.texts.rows)
+        if count >= rows:
+            return self
+        chosen = np.linspace(0, rows - 1, count).astype(int)
+        texts = self.texts._replace(rows=self.texts.rows[chosen])
+        given = self.model, self.params, texts, self.context, self.requests
+        return Bench(*given, replays=self.replays)
+
     def along(
         self,
         path: Path,
