@@ -27,6 +27,7 @@ from diffkv_jax.fitting.candidates import (
     possible,
     transforms,
 )
+from diffkv_jax.fitting.finals import decided
 from diffkv_jax.fitting.goal import Goal, goal_of
 from diffkv_jax.fitting.heads import neediest
 from diffkv_jax.fitting.measure import Bench, Measured, learned
@@ -121,8 +122,8 @@ def _best(
     paths, rough = (possible(some, attention, bench.context) for some in (KEEPING, (ROUGH,)))
     transform, calibration = _best_transform(bench, (rough or paths)[-1], bar)
 
-    def measure(path: Path, points: Sequence[float]) -> list[Measured]:
-        found = bench.along(path, points, transform, _for_tiers(calibration, path.tiers))
+    def measure(path: Path, points: Sequence[float], on: Bench = bench) -> list[Measured]:
+        found = on.along(path, points, transform, _for_tiers(calibration, path.tiers))
         bar.update()
         return found
 
@@ -136,14 +137,15 @@ def _best(
         return [path._replace(order=order) for path in found]
 
     tried = search(measure, paths + by_heads(BY_HEADS), goal)
-    best = tried[0].measured
-    smallest = best.share <= LEAST_SHARE * min(one.measured.share for one in tried)
-    if not goal.met(best) or (goal.share is None and smallest):
-        more = possible(() if goal.met(best) else dropping, attention, bench.context)
+    found = tried[0].measured
+    smallest = found.share <= LEAST_SHARE * min(one.measured.share for one in tried)
+    if not goal.met(found) or (goal.share is None and smallest):
+        more = possible(() if goal.met(found) else dropping, attention, bench.context)
         tried += search(measure, by_heads(NARROW) + more, goal)
         tried.sort(key=lambda one: goal.order(one.measured))
     _check_met(goal, tried[0], bool(dropping))
-    return tried[0], transform, calibration
+    best = decided(bench, goal, tried, lambda on, one: measure(one.path, (one.point,), on)[0])
+    return best, transform, calibration
 
 
 def _length(attention: AttentionSpec, context: Any) -> int:

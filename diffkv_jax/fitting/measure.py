@@ -121,7 +121,10 @@ class Bench:
         if count >= rows:
             return self
         chosen = np.linspace(0, rows - 1, count).astype(int)
-        texts = self.texts._replace(rows=self.texts.rows[chosen])
+        return self.with_texts(self.texts._replace(rows=self.texts.rows[chosen]))
+
+    def with_texts(self, texts: Texts) -> "Bench":
+        """The same with other texts."""
         given = self.model, self.params, texts, self.context, self.requests
         return Bench(*given, replays=self.replays)
 

@@ -91,8 +91,17 @@ class Recorder:
 
     def attend(self, layer: Array, q: Array, k: Array, v: Array) -> tuple[Array, "Recorder"]:
         """`attend` of the cache: `q [1, N, num_q_heads, d]`, `k`, `v [1, N, num_kv_heads, d]`."""
-        exact = (x[0].astype(jnp.float32) for x in (q, k, v))
-        out, _ = causal_attention(self.attention, layer, *exact)
+        n, kv_heads = k.shape[1:3]
+
+        def head(heads: tuple[Array, Array, Array]) -> Array:  # the weights of one exist at a time
+            exact = (x.astype(jnp.float32) for x in heads)
+            return causal_attention(self.attention, layer, *exact)[0]
+
+        heads = (
+            jnp.moveaxis(x[0].reshape(n, kv_heads, x.shape[2] // kv_heads, x.shape[3]), 1, 0)
+            for x in (q, k, v)
+        )
+        out = jnp.moveaxis(lax.map(head, tuple(heads)), 0, 1).reshape(n, q.shape[2], -1)
         seen = Recorded(
             *(
                 lax.dynamic_update_slice_in_dim(kept, new.astype(kept.dtype), layer, 0)

@@ -53,3 +53,19 @@ def _with_repeat(row: np.ndarray, context: int, number: int, rows: int) -> np.nd
     """The row and REPEATS tokens of its context, from another depth in each row."""
     depth = (2 * number + 1) * (context - 2 * REPEATS) // (2 * rows)
     return np.concatenate([row, row[depth : depth + REPEATS]]).astype(np.int32)
+
+
+def joined(texts: Texts, context: int) -> Texts:
+    """Rows of as many whole contexts one behind the other as `context` tokens hold: each begins
+    with another, goes on as the last does, and repeats a passage of its first.
+    """
+    count = min(max(context // texts.context, 1), len(texts.rows))
+    if count == 1:
+        return texts
+    contexts, rows = texts.rows[:, : texts.context], []
+    for i in range(len(texts.rows)):
+        places = [(i + j) % len(texts.rows) for j in range(count)]
+        last = texts.rows[places[-1], : texts.context + GOES_ON + 1]
+        row = np.concatenate([*contexts[places[:-1]], last])
+        rows.append(_with_repeat(row, texts.context, i, len(texts.rows)))
+    return Texts(np.stack(rows), count * texts.context)

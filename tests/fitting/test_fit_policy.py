@@ -14,7 +14,7 @@ from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.choice import automatic, judged
 from diffkv_jax.evaluation import teacher_forced
 from diffkv_jax.fitting.measure import Bench, learned, share_at
-from diffkv_jax.fitting.texts import GOES_ON, LEAST, REPEATS, STEPS, split
+from diffkv_jax.fitting.texts import GOES_ON, LEAST, REPEATS, STEPS, joined, split
 from diffkv_jax.testing.tiny import prompt, tiny_latent_model, tiny_model
 
 TEXTS = np.stack([prompt(LEAST + STEPS + 8, seed) for seed in range(4)])
@@ -282,3 +282,17 @@ def test_large_key_biases_do_not_matter_with_a_learned_map():
     (protected, open_), (protected_after, open_after) = found
     assert protected_after < 2 * protected
     assert open_after > 3 * open_
+
+
+def test_texts_one_behind_the_other():
+    rows = np.arange(3 * 300).reshape(3, 300)
+    fit = split(np.concatenate([rows, rows + 900]), LEAST, 3)[0]
+    assert joined(fit, 2 * LEAST - 1) is fit
+    longer = joined(fit, 2 * LEAST + 5)
+    assert longer.context == 2 * LEAST and longer.rows.shape == (3, 2 * LEAST + STEPS + 1)
+    for i, row in enumerate(longer.rows):
+        first, second = fit.rows[i], fit.rows[(i + 1) % 3]
+        assert (row[:LEAST] == first[:LEAST]).all()
+        assert (row[LEAST : 2 * LEAST + GOES_ON + 1] == second[: LEAST + GOES_ON + 1]).all()
+        assert set(row[-REPEATS:]) <= set(first[:LEAST])
+    assert joined(fit, 100 * LEAST).context == 3 * LEAST
