@@ -17,7 +17,7 @@ from diffkv_jax.cache.spec import CacheSpec
 from diffkv_jax.calibration.calibration import Calibration, fingerprint
 from diffkv_jax.calibration.kmeans import weighted_kmeans
 from diffkv_jax.calibration.probe import Activations, activations
-from diffkv_jax.calibration.sample_text import built_in_tokens
+from diffkv_jax.calibration.sample_text import built_in_rows
 from diffkv_jax.calibration.usual import with_usual
 from diffkv_jax.inputs import as_params, as_policy, check_model, check_outside_jit
 from diffkv_jax.model import AttentionSpec, CausalLM
@@ -30,7 +30,7 @@ from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.transform import Seen, Transform
 
 USUAL = 4096  # tokens of context
-BUILT_IN = (4, 1024)  # sequences and their length, where no tokens are given
+SEQUENCES, LENGTH = 4, 1024  # at most, where no tokens are given
 
 
 class Samples(NamedTuple):
@@ -124,7 +124,7 @@ def _in_place(model: CausalLM, tokens: Any, policy: Any) -> tuple[Any, Compressi
     """Tokens and policy, where either the tokens or both are left to us, and its transform."""
     if policy is None and isinstance(tokens, CompressionPolicy | str):
         tokens, policy = None, tokens
-    tokens = built_in_tokens(model, *BUILT_IN) if tokens is None else tokens
+    tokens = built_in_rows(model, LENGTH)[:SEQUENCES] if tokens is None else tokens
     return tokens, with_usual(as_policy(policy), model.attention)
 
 

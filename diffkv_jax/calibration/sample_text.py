@@ -80,12 +80,15 @@ def built_in_tokens(model: CausalLM, count: int, length: int) -> np.ndarray:
 
 
 def built_in_rows(model: CausalLM, length: int) -> np.ndarray:
-    """As many sequences of `length` tokens as the built-in text has, int32 [count, length].
+    """As many sequences of `length` tokens as the built-in text has, int32 [count, length]; one of
+    all its tokens where it has fewer.
 
     Raises:
-        ValueError: the model has no such text, or it is shorter.
+        ValueError: the model has no such text.
     """
     text = getattr(model, "text", None)
-    fresh = length - text.prefix.size if isinstance(text, SampleText) else 1
-    count = text.ids.size // max(fresh, 1) if isinstance(text, SampleText) else 1
+    if not isinstance(text, SampleText):
+        return built_in_tokens(model, 1, length)  # which says so
+    length = min(length, text.ids.size + text.prefix.size)
+    count = text.ids.size // max(length - text.prefix.size, 1)
     return built_in_tokens(model, count, length)

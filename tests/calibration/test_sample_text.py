@@ -12,6 +12,7 @@ from diffkv_jax.calibration import automatic
 from diffkv_jax.calibration.sample_text import (
     ORDER,
     SampleText,
+    built_in_rows,
     built_in_tokens,
     calibration_text,
     sample_text,
@@ -179,3 +180,11 @@ def test_nothing_to_learn(fits):
         dkv.generate(model, params, [prompt(60)], policy=codecs, max_new_tokens=8)
     assert automatic.fitted(*tiny_model(), POLICY) is None  # no text
     assert not fits
+
+
+def test_a_short_text_is_taken_whole():
+    model, _ = reading(50, context=4096)
+    assert built_in_rows(model, 1024).shape == (1, 50)
+    assert built_in_rows(model, 20).shape == (2, 20)
+    with pytest.raises(ValueError, match="no calibration text"):
+        built_in_rows(tiny_model()[0], 20)

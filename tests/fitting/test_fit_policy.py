@@ -1,5 +1,6 @@
 """`fit_policy`, "auto" and the warning of policies that collapse, on tiny seeded models."""
 
+import dataclasses
 import json
 import warnings
 from functools import lru_cache
@@ -235,7 +236,7 @@ RUN = {"max_new_tokens": 2}
 @pytest.mark.slow
 def test_a_policy_that_collapses_warns_once(folder):
     model, params = reading()
-    bad = dkv.quantized("K2V2")
+    bad = dkv.quantized("K2V2", transform=dkv.Exact())
     with pytest.warns(UserWarning, match="mean KL of .* policy='auto'") as seen:
         dkv.generate(model, params, [prompt(80)], policy=bad, **RUN)
     assert seen[0].filename == __file__
@@ -244,7 +245,7 @@ def test_a_policy_that_collapses_warns_once(folder):
         dkv.generate(model, params, [prompt(80)], policy=bad, **RUN)  # once
         dkv.generate(model, params, [prompt(80)], policy=dkv.quantized("K8V8"), **RUN)
         dkv.generate(model, params, [prompt(80)], policy=None, **RUN)
-        other = dkv.quantized("K2V2", window=32)
+        other = dataclasses.replace(bad, schedule=dkv.Schedule(window=32))
         dkv.generate(model, params, [prompt(80)], policy=other, strict=None, **RUN)
     assert len(list((folder / "judged").iterdir())) == 2
     with pytest.raises(ValueError, match="mean KL"):
