@@ -24,7 +24,7 @@ from diffkv_jax.units import parse_bytes
 AUTO = "auto"
 FILLED = 0.9  # of a pool that never grows: some texts take 5 % more bytes than those of a fit
 LEAST = 256  # tokens of context that bytes are told for
-VERSION = 3  # of the text, the candidates and the search: raised where one of them changes
+VERSION = 4  # of the text, the candidates and the search: raised where one of them changes
 CALIBRATE = "calibrate(model, params, tokens, policy) makes it"
 
 _known: Kept[FittedPolicy] = Kept()

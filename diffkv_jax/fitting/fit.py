@@ -34,6 +34,7 @@ from diffkv_jax.fitting.measure import Bench, Measured, learned
 from diffkv_jax.fitting.search import Tried, search
 from diffkv_jax.fitting.texts import GOES_ON, LEAST, STEPS, Texts, split
 from diffkv_jax.inputs import as_params, check_model, check_outside_jit
+from diffkv_jax.methods.registry import PRESETS
 from diffkv_jax.model import AttentionSpec, CausalLM
 from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.policy.transform import Transform
@@ -43,7 +44,8 @@ FITTED_ROWS = 4
 ROWS = 8  # of text, if there is enough
 KL_BY_BYTES = 2.5  # the KL grows as the bytes to this power fall, about, on every path
 ORDERED_BY = 2  # rows that say which heads need most
-LEAST_SHARE = 1.02  # a policy of so few bytes, of the fewest, might do with fewer bits
+LEAST_SHARE = 1.02
+DEAR = PRESETS["balanced"]  # a KL from which on dropping tokens may be the better way to few bytes
 COMPARED = 0.7  # place on a path where transforms are compared
 
 
@@ -112,7 +114,7 @@ def fit_policy(
 def _best(
     bench: Bench, goal: Goal, dropping: Sequence[Path], bar: tqdm
 ) -> tuple[Tried, Transform, Calibration | None]:
-    """What meets the goal best, where nothing is dropped if that meets it at all; the transform and
+    """What meets the goal best, where nothing is dropped if that meets it well; the transform and
     what that has learned.
 
     Raises:
@@ -138,14 +140,19 @@ def _best(
 
     tried = search(measure, paths + by_heads(BY_HEADS), goal)
     found = tried[0].measured
-    smallest = found.share <= LEAST_SHARE * min(one.measured.share for one in tried)
-    if not goal.met(found) or (goal.share is None and smallest):
-        more = possible(() if goal.met(found) else dropping, attention, bench.context)
+    dear = not goal.met(found) or (goal.share is not None and found.mean_kl > DEAR)
+    if dear or (goal.share is None and _is_smallest(tried)):
+        more = possible(dropping if dear else (), attention, bench.context)
         tried += search(measure, by_heads(NARROW) + more, goal)
         tried.sort(key=lambda one: goal.order(one.measured))
     _check_met(goal, tried[0], bool(dropping))
     best = decided(bench, goal, tried, lambda on, one: measure(one.path, (one.point,), on)[0])
     return best, transform, calibration
+
+
+def _is_smallest(tried: Sequence[Tried]) -> bool:
+    """Whether the best has next to the fewest bytes, so that fewer bits might do too."""
+    return tried[0].measured.share <= LEAST_SHARE * min(one.measured.share for one in tried)
 
 
 def _length(attention: AttentionSpec, context: Any) -> int:
