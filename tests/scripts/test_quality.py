@@ -28,7 +28,8 @@ def measured(
     """
     smollm2_gguf_path()  # skips, with the reason, where the model's package is missing
     alphas = {KEEP_ALL: (1.0, 0.0), DROPPING: (1.0, 0.02)}
-    policies = {name: dkv.diffkv(*alpha, forgets=forgets) for name, alpha in alphas.items()}
+    given = {"forgets": forgets, "transform": dkv.Exact()}
+    policies = {name: dkv.diffkv(*alpha, **given) for name, alpha in alphas.items()}
     lines = quality.measure(context, steps, (text,), policies, chunk=context)
     print("\n" + quality.markdown(lines))
     return {line.policy: line for line in lines}
