@@ -119,7 +119,6 @@ NARROW = (Path("heads", ("K8V4", "K2nV2n")), Path("heads", ("K4nV4n", "K2nV2n"))
 DROPPING = (
     Path("repeating", ("K8V8", "K4nV4n"), 0.08),
     Path("repeating", ("K8V8", "K4nV2n"), 0.08),
-    Path("repeating", ("K8V4", "K2nV2n"), 0.3),
 )
 IN_A_POOL = (Path("dropping", ("K8V4", "K4nV2n")),)
 ROUGH = Path("attention", ("K8V4", "K2nV2n"))  # where a transform matters most

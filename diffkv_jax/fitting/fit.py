@@ -143,7 +143,7 @@ def _best(
     dear = not goal.met(found) or (goal.share is not None and found.mean_kl > DEAR)
     if dear or (goal.share is None and _is_smallest(tried)):
         more = possible(dropping if dear else (), attention, bench.context)
-        tried += search(measure, by_heads(NARROW) + more, goal)
+        tried += search(measure, more or by_heads(NARROW), goal)
         tried.sort(key=lambda one: goal.order(one.measured))
     _check_met(goal, tried[0], bool(dropping))
     best = decided(bench, goal, tried, lambda on, one: measure(one.path, (one.point,), on)[0])
