@@ -15,13 +15,12 @@ from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.calibration.usual import with_usual
 from diffkv_jax.choice.fitted import FittedPolicy
 from diffkv_jax.inputs import as_policy
-from diffkv_jax.methods.registry import PRESETS
+from diffkv_jax.methods.registry import AUTO, FITTED, PRESETS
 from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.native.build import cache_directory
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.units import parse_bytes
 
-AUTO = "auto"
 FILLED = 0.9  # of a pool that never grows: some texts take 5 % more bytes than those of a fit
 LEAST = 256  # tokens of context that bytes are told for
 VERSION = 4  # of the text, the candidates and the search: raised where one of them changes
@@ -84,8 +83,7 @@ class AutoPolicy:
 
 def asks_for_fit(policy: Any) -> bool:
     """Whether it is "auto", a preset or an `AutoPolicy`."""
-    named = isinstance(policy, str) and policy in (AUTO, *PRESETS)
-    return named or isinstance(policy, AutoPolicy)
+    return isinstance(policy, AutoPolicy) or (isinstance(policy, str) and policy in FITTED)
 
 
 def as_auto(policy: Any) -> AutoPolicy:

@@ -7,9 +7,9 @@ from typing import Any
 
 from diffkv_jax import methods
 from diffkv_jax.arguments import nearest, shown
-from diffkv_jax.choice.automatic import AUTO, AutoPolicy, as_auto, asks_for_fit
+from diffkv_jax.choice.automatic import AutoPolicy, as_auto, asks_for_fit
 from diffkv_jax.choice.fitted import FILE, FittedPolicy
-from diffkv_jax.methods.registry import load_policy
+from diffkv_jax.methods.registry import AUTO, load_policy
 from diffkv_jax.policy import affine, learned, transform
 from diffkv_jax.policy.policy import CompressionPolicy
 

@@ -129,13 +129,15 @@ def _best(
         bar.update()
         return found
 
+    few = bench.with_rows(ORDERED_BY)
+
     def by_heads(paths: Sequence[Path]) -> list[Path]:
         """Those that the model can have, with one order of heads."""
         found = possible(paths, attention, bench.context)
         if not found:
             return []
         known = _for_tiers(calibration, found[0].tiers)
-        order = neediest(bench.with_rows(ORDERED_BY), found[0], transform, known, bar.update)
+        order = neediest(few, found[0], transform, known, bar.update)
         return [path._replace(order=order) for path in found]
 
     tried = search(measure, paths + by_heads(BY_HEADS), goal)

@@ -24,20 +24,20 @@ def neediest(
     layers, heads = path.shape
     whole = [tuple((layer, head) for head in range(heads)) for layer in range(layers)]
 
-    def gains(sets: Sequence[Sequence[Head]]) -> list[float]:
-        """What each set of heads gains together, of the KL without any."""
+    def costs(sets: Sequence[Sequence[Head]]) -> list[float]:
+        """The mean KL with each set of heads in the first tier."""
         found = []
-        for first in range(0, len(sets), COPIES - 1):
-            part = [(), *sets[first : first + COPIES - 1]]
+        for first in range(0, len(sets), COPIES):
+            part = list(sets[first : first + COPIES])
             part += [()] * (COPIES - len(part))  # one program
             policy = path.raising(transform, part, len(bench.texts.rows))
-            costs = [one.mean_kl for one in bench.each(policy, calibration, COPIES)]
-            found += [1 - cost / costs[0] for cost in costs[1:]]
+            found += [one.mean_kl for one in bench.each(policy, calibration, COPIES)]
             seen()
         return found[: len(sets)]
 
-    by_layer = list(zip(gains(whole), whole, strict=True))
-    single = [(head,) for gain, one in by_layer if gain > MUCH for head in one]
-    sets = list(zip(gains(single), single, strict=True))
-    sets += [(gain / heads, one) for gain, one in by_layer if gain <= MUCH]
+    without, *found = costs([(), *whole])
+    by_layer = [(without - cost, one) for cost, one in zip(found, whole, strict=True)]
+    single = [(head,) for gain, one in by_layer if gain > MUCH * without for head in one]
+    sets = [(without - cost, one) for cost, one in zip(costs(single), single, strict=True)]
+    sets += [(gain / heads, one) for gain, one in by_layer if gain <= MUCH * without]
     return tuple(head for _, one in sorted(sets, key=lambda one: -one[0]) for head in one)

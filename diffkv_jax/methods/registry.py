@@ -11,7 +11,8 @@ from diffkv_jax.methods.recipes import RECIPES
 from diffkv_jax.policy.policy import CompressionPolicy
 
 PRESETS = {"quality": 0.003, "balanced": 0.01, "small": 0.03}  # targets of the mean KL, nats
-FITTED = ("auto", *PRESETS)
+AUTO = "auto"
+FITTED = (AUTO, *PRESETS)
 NAMED: Mapping[str, Callable[[], CompressionPolicy]] = {
     "none": CompressionPolicy.none,
     **{make.__name__: make for make in (*METHODS, *RECIPES)},
