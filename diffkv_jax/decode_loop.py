@@ -1,6 +1,7 @@
 """The decode loop on the device: sample, feed, sample ..., back in Python a few times a second."""
 
 import time
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from diffkv_jax.cache.cache import KVCache, with_counters
+from diffkv_jax.cache.cache import Counters, KVCache, with_counters
 from diffkv_jax.interrupt import Held
 from diffkv_jax.model import CausalLM
 from diffkv_jax.sampling import Rules, next_token
@@ -25,8 +26,8 @@ class Requests(NamedTuple):
 
     rules: Rules
     keys: Array  # a random key a request [R]
-    limit: Array  # int32 [] most tokens to generate
-    stops: Array  # int32 [n] ids that end a request, -1 for none
+    limit: Array  # int32 [] or [R] most tokens to generate
+    stops: Array  # int32 [n] or [R, n] ids that end a request, -1 for none
 
 
 class State(NamedTuple):
@@ -68,7 +69,10 @@ def begin(
     waiting = jnp.where(fresh | (requests.limit > 0), RUNNING, LENGTH)
     reason = jnp.where(rests, RESTING, jnp.where(full, CACHE_FULL, waiting)).astype(jnp.int32)
     state = State(jnp.zeros((count, width), jnp.int32), jnp.zeros(count, jnp.int32), reason)
-    return (state, cache) if logits is None else _take(state, cache, logits, fresh, requests)
+    if logits is None:
+        return state, cache
+    state, counters = take_tokens(state, cache.counters, logits, fresh, requests)
+    return state, replace(cache, counters=counters)
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames=("cache", "state"))
@@ -86,7 +90,9 @@ def advance(
         full = running & cache.counters.overflow
         cache = with_counters(cache, pending=jnp.where(full, -1, cache.counters.pending))
         state = state._replace(reason=jnp.where(full, CACHE_FULL, state.reason))
-        return *_take(state, cache, logits, running & ~full, requests), left - 1
+        asked = running & ~full
+        state, counters = take_tokens(state, cache.counters, logits, asked, requests)
+        return state, replace(cache, counters=counters), left - 1
 
     def goes_on(carry: tuple[State, KVCache, Array]) -> Array:
         return jnp.any(carry[0].reason == RUNNING) & (carry[2] > 0)
@@ -94,9 +100,9 @@ def advance(
     return lax.while_loop(goes_on, turn, (state, cache, steps))[:2]
 
 
-def _take(
-    state: State, cache: KVCache, logits: Array, asked: Array, requests: Requests
-) -> tuple[State, KVCache]:
+def take_tokens(
+    state: State, counters: Counters, logits: Array, asked: Array, requests: Requests
+) -> tuple[State, Counters]:
     """One token for every running request that is `asked` (bool [R]), and whether it ends there.
 
     The draw depends on the request's key and the token's position alone, so that turns draw as one
@@ -105,14 +111,14 @@ def _take(
     asked &= state.reason == RUNNING
     broken = asked & ~jnp.isfinite(logits.max(axis=-1))  # NaN, infinity, or nothing to choose
     draws = asked & ~broken & (state.lengths < requests.limit)
-    keys = jax.vmap(jax.random.fold_in)(requests.keys, cache.counters.seq_len)
+    keys = jax.vmap(jax.random.fold_in)(requests.keys, counters.seq_len)
     drawn = next_token(requests.rules, logits, keys)
     rows, width = jnp.arange(len(asked)), state.tokens.shape[1]
     lengths = state.lengths + draws
     ended = jnp.where(lengths >= requests.limit, LENGTH, RUNNING)
     ended = jnp.where(draws & (drawn[:, None] == requests.stops).any(axis=1), EOS, ended)
     reason = jnp.where(broken, ERROR, jnp.where(asked, ended, state.reason))
-    pending = jnp.where(draws, drawn, jnp.where(asked, -1, cache.counters.pending))
+    pending = jnp.where(draws, drawn, jnp.where(asked, -1, counters.pending))
     column = jnp.where(draws, state.lengths, width)
     tokens = state.tokens.at[rows, column].set(drawn, mode="drop")
-    return State(tokens, lengths, reason), with_counters(cache, pending=pending)
+    return State(tokens, lengths, reason), counters._replace(pending=pending)

@@ -82,7 +82,9 @@ class CacheOptions(TypedDict, total=False):
     interpret: bool | Literal["checked"]
 
 
-def check_options(options: Mapping[str, Any], fixed: str | None = None) -> None:
+def check_options(
+    options: Mapping[str, Any], fixed: str | None = None, caller: str = "generate"
+) -> None:
     """Refuse names that are no `CacheOptions`, and all of them where the cache is `fixed`.
 
     Raises:
@@ -91,7 +93,7 @@ def check_options(options: Mapping[str, Any], fixed: str | None = None) -> None:
     known = CacheOptions.__annotations__
     if unknown := [name for name in options if name not in known]:
         like = nearest(unknown, [*known, "max_new_tokens", "sampling", "prefill_chunk", "cache"])
-        raise TypeError(f"generate() got unexpected keyword arguments {unknown}{like}")
+        raise TypeError(f"{caller}() got unexpected keyword arguments {unknown}{like}")
     if fixed and options:
         raise WrongType(f"{' and '.join(options)} beside cache=: {fixed}; leave them out")
 
@@ -103,9 +105,12 @@ def cache_for(
     longest: int,
     prefill_chunk: int,
     options: CacheOptions,
+    *,
+    fits_budget: bool = True,
 ) -> KVCache:
     """An empty cache for requests that come to `totals` int [R] tokens, their longest prompt to
-    `longest`, which goes in chunks of `prefill_chunk`.
+    `longest`, which goes in chunks of `prefill_chunk`. With `fits_budget` a memory budget is the
+    goal of a policy that is to be fitted, without it is but the size of the pool.
 
     Raises:
         TypeError, ValueError: bad input, named.
@@ -125,7 +130,7 @@ def cache_for(
         params,
         policy,
         calibration,
-        memory_budget=given.get("memory_budget"),
+        memory_budget=given.get("memory_budget") if fits_budget else None,
         context=given.get("max_len") or int(totals.max()),
         requests=len(totals),
     )

@@ -39,10 +39,10 @@ def make_room(cache: KVCache, needed: Array) -> KVCache:
         )
 
     def give_up(small: KVCache) -> KVCache:
-        size = jnp.where(starving(small), _held_pages(small) + needed, -1)
+        size = jnp.where(starving(small), held_pages(small) + needed, -1)
         largest = jnp.arange(needed.shape[0]) == jnp.argmax(size)
         small = with_counters(small, overflow=small.counters.overflow | largest)
-        return _without(small, largest)
+        return released(small, largest)
 
     without_pages = cache.stored._replace(pages=None)  # the loop changes ring and tables only
     small = dataclasses.replace(cache, stored=without_pages)
@@ -50,16 +50,18 @@ def make_room(cache: KVCache, needed: Array) -> KVCache:
     return dataclasses.replace(small, stored=small.stored._replace(pages=cache.stored.pages))
 
 
-def _held_pages(cache: KVCache) -> Array:
+def held_pages(cache: KVCache) -> Array:
     """Pages of each request over all layers and heads, int32 [R]."""
     layout = cache.spec.layout
+    if cache.stored.tier_len is None:  # no layer has pages
+        return jnp.zeros(cache.spec.num_requests, jnp.int32)
     held = jnp.stack(
         [layout.pages_for(tier, cache.stored.tier_len[..., tier]) for tier in range(layout.tiers)]
     )
     return held.sum(axis=(0, 1, 3))
 
 
-def _without(cache: KVCache, gone: Array) -> KVCache:
+def released(cache: KVCache, gone: Array) -> KVCache:
     """The cache with all pages of the requests `gone` bool [R] free."""
 
     def release_layer(layer, cache):

@@ -70,7 +70,7 @@ def with_pool(
             for n in (least, most)
         )
         raise ValueError(
-            f"memory_budget={budget!r} cannot hold {list(totals)} tokens with policy "
+            f"memory_budget={budget!r} cannot hold {[n for n in totals if n]} tokens with policy "
             f"{policy.name!r}: the smallest budget that can is "
             f"{fixed + least * per_page} bytes ({needs}), {fixed + most * per_page} bytes "
             f"({suffices}) always suffice; "

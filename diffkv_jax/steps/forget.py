@@ -17,6 +17,7 @@ from diffkv_jax.pallas_kernels.plan_event import scored_by
 from diffkv_jax.policy.score import is_protected
 
 PAGES_AT_ONCE = 1024
+MANY = 2**30  # queries
 
 
 def forget(cache: KVCache, requests: Array, coming: Array | int) -> KVCache:
@@ -34,8 +35,9 @@ def forget(cache: KVCache, requests: Array, coming: Array | int) -> KVCache:
 
     def faded(scores: Array, position: Array, request: Array) -> Array:
         """`scores` [n, ...] of tokens of the `request` int32 [n], each n of one request."""
+        known, request = request >= 0, jnp.maximum(request, 0)
         queries = scored_by(position, spans[..., request])
-        most = weight[request].reshape(-1, *(1,) * (scores.ndim - 1))
+        most = jnp.where(known, weight[request], MANY).reshape(-1, *(1,) * (scores.ndim - 1))
         new = scores * (most.astype(jnp.float32) / jnp.maximum(queries, 1).astype(jnp.float32))
         return jnp.where((queries > most) & ~is_protected(scores), new, scores)
 
@@ -78,7 +80,9 @@ def _in_parts(change: Callable, changes: Array, pages: Pages, owner: Array) -> A
 
 
 def _owners(cache: KVCache) -> Array:
-    """Request of each page, int32 [num_pages]; 0 of free ones."""
+    """Request of each page, int32 [num_pages]; -1 of free ones, and where another cache has the pool
+    too (`diffkv_jax.serving`) of its pages.
+    """
     _, _, page_table, tier_len = cache.stored
     width, layout = page_table.shape[-1], cache.spec.layout
     column = jnp.arange(width)
@@ -89,7 +93,7 @@ def _owners(cache: KVCache) -> Array:
     request = jnp.broadcast_to(jnp.arange(cache.spec.num_requests)[:, None, None], page_table.shape)
     num_pages = cache.stored.pages.num_pages
     ids = jnp.where(held, page_table, num_pages)
-    return jnp.zeros(num_pages, jnp.int32).at[ids.ravel()].set(request.ravel(), mode="drop")
+    return jnp.full(num_pages, -1, jnp.int32).at[ids.ravel()].set(request.ravel(), mode="drop")
 
 
 def _recent_positions(cache: KVCache, view: LayerView) -> tuple[Array, Array]:

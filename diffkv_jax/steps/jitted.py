@@ -50,9 +50,19 @@ def prefill_chunk(
 
     Returns logits float32 [R, vocab] of the last token and the cache, which is donated.
     """
+    return feed_chunk(model, params, cache, tokens, length, last | _runs_low(cache, length))
+
+
+@in_32_bits
+def feed_chunk(
+    model: CausalLM, params, cache: KVCache, tokens: Array, length: Array, decides: Array
+) -> tuple[Array, KVCache]:
+    """`prefill_chunk`, whose caller says whether the policy `decides` (bool []) after this chunk.
+    Pure; call it under jit.
+    """
     cache, chunk_len, score = complete(cache), tokens.shape[1], cache.policy.score
-    after_passes = score is not None and score.has_passes  # then `end_passes` decides
-    decides = jnp.asarray(False) if after_passes else last | _runs_low(cache, length)
+    if score is not None and score.has_passes:  # then `end_passes` decides
+        decides = jnp.asarray(False)
     step = PrefillStep(length, decides)
     index, positions = _places(cache, chunk_len, length)
     cache = reset_scores(note_classes(cache, tokens, positions), step.compress)
@@ -134,7 +144,7 @@ def _runs_low(cache: KVCache, length: Array) -> Array:
     Where a small pool has layers with unequal budgets it always does: a layer could not take its
     pages from later ones that hold more.
     """
-    spec = cache.spec
+    cache, spec = complete(cache), cache.spec
     pages = jnp.where(length > 0, spec.layout.pages_for(0, length) + 1, 0).sum()
     pages = pages * spec.unmerged_layers * spec.attention.num_kv_heads
     if spec.pairs is not None:

@@ -1,0 +1,91 @@
+"""What users submit, checked and made into a `Request`."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffkv_jax.arguments import integer, refuse
+from diffkv_jax.batching import as_batch
+from diffkv_jax.inputs import as_samplings, request_keys, stop_ids
+from diffkv_jax.model import CausalLM
+from diffkv_jax.sampling import Sample
+from diffkv_jax.serving.logprobs import MOST
+from diffkv_jax.serving.request import Request
+from diffkv_jax.serving.slots import STOPS
+from diffkv_jax.serving.text import Words, as_stop
+
+PROMPT = "token ids, a text, or messages such as [{'role': 'user', 'content': 'Hello'}]"
+
+
+def as_request(
+    number: int,
+    model: CausalLM,
+    tokenizer: Any,
+    prompt: Any,
+    *,
+    max_new_tokens: Any = 128,
+    sampling: Any = None,
+    seed: Any = None,
+    stop: Any = (),
+    stop_token_ids: Any = None,
+    logprobs: Any = None,
+    priority: Any = 0,
+) -> Request:
+    """
+    Raises:
+        TypeError, ValueError: bad input, named.
+    """
+    tokens, _ = as_batch([as_tokens(prompt, tokenizer)], model.attention.vocab_size)
+    (chosen,) = as_samplings(sampling, 1)
+    if seed is None:
+        seed = secrets.randbits(32) if isinstance(chosen, Sample) else 0
+    if isinstance(seed, jax.Array):
+        key = request_keys((chosen,), seed, 1)
+    else:
+        seed = integer("seed", seed, least=-(2**63), most=2**63 - 1)
+        key = request_keys((chosen,), seed, 1)
+    stops = np.asarray(stop_ids(stop_token_ids, model))
+    stops = stops[stops >= 0]
+    if len(stops) > STOPS:
+        refuse("stop_token_ids", stop_token_ids, f"at most {STOPS} token ids")
+    found = as_stop(stop, tokenizer)
+    return Request(
+        number=number,
+        prompt=tokens[0],
+        max_new_tokens=integer("max_new_tokens", max_new_tokens, least=1),
+        sampling=chosen,
+        seed=seed,
+        key=np.asarray(jax.random.key_data(key))[0],
+        stop_token_ids=np.pad(stops, (0, STOPS - len(stops)), constant_values=-1),
+        top_logprobs=integer("logprobs", logprobs, least=0, most=MOST, optional=True),
+        priority=integer("priority", priority),
+        words=None if tokenizer is None else Words(tokenizer, found),
+    )
+
+
+def as_tokens(prompt: Any, tokenizer: Any) -> Any:
+    """Token ids of a prompt: text and messages by the tokenizer, the latter by its chat template.
+
+    Raises:
+        TypeError, ValueError: text without a tokenizer, or no such messages.
+    """
+    messages = (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and len(prompt) > 0
+        and all(isinstance(part, Mapping) for part in prompt)
+    )
+    if (messages or isinstance(prompt, str)) and tokenizer is None:
+        refuse("prompt", prompt, "token ids: text needs an engine with tokenizer=")
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    if not messages:
+        return prompt
+    try:
+        found = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True)
+    except Exception as error:
+        raise ValueError(f"prompt: the chat template refuses these messages: {error}") from error
+    return found["input_ids"] if isinstance(found, Mapping) else found
