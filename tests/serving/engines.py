@@ -39,6 +39,7 @@ def alone(request: Request, policy: Any, loaded: Any = None, **options: Any) -> 
         max_new_tokens=request.max_new_tokens,
         sampling=request.sampling,
         key=request.seed,
+        stop_token_ids=[i for i in request.stop_token_ids.tolist() if i >= 0],
         prefill_chunk=SIZES["prefill_chunk"],
         max_len=SIZES["max_len"],
         **options,
