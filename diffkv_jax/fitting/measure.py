@@ -161,10 +161,21 @@ class Bench:
             return teacher_forced(model, params, rows, n, policy, calibration=calibration)
         lengths = np.full(len(rows), rows.shape[1])
         cache = make_cache(model, policy, lengths, calibration=calibration)
-        twice = policy.score is not None and policy.score.has_passes
         given = cache, rows, np.full_like(lengths, n), power_of_two(n)
-        _, cache = prefill(Replayed(model.attention), self._recorded(twice), *given)
+        passes = self._passes(policy)
+        if passes > 1:  # each reads a part of the prompt behind all of it: another text
+            _, cache = prefill(model, params, *given)
+        else:
+            _, cache = prefill(Replayed(model.attention), self._recorded(passes == 1), *given)
         return feed(model, params, cache, rows[:, n:])
+
+    def _passes(self, policy: CompressionPolicy) -> int:
+        """How often a policy goes over the contexts again."""
+        if policy.score is None:
+            return 0
+        rows = self.texts.rows[:, : self.texts.context]
+        lengths = np.full(len(rows), rows.shape[1], np.int32)
+        return sum(1 for _ in policy.score.passes(rows, lengths))
 
     def _recorded(self, twice: bool) -> Prompts:
         if self.prompts is None or (twice and self.prompts.again is None):

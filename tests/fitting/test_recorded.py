@@ -37,7 +37,8 @@ def test_decides_and_predicts_as_a_model_that_reads():
 @pytest.mark.parametrize("windows", [None, (48, None)])
 def test_reads_once_more_what_is_ranked_by_a_repetition(windows):
     model, params = tiny_model() if windows is None else tiny_model(windows=windows)
-    same(model, params, [dkv.kvzip(0.4, **SMALL)])
+    shorter = dkv.Replay(chunk=64)  # than the text: four passes
+    same(model, params, [dkv.kvzip(0.4, **SMALL), dkv.kvzip(0.4, replay=shorter, **SMALL)])
 
 
 @pytest.mark.slow
