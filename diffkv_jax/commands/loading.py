@@ -1,5 +1,6 @@
 """Models, engines and prompts from what a command line says."""
 
+import sys
 from typing import Any
 
 from diffkv_jax.commands.failing import say
@@ -55,6 +56,8 @@ def engine_for(loaded: Any, policy: Any, memory_budget: str | None, **options: A
 
     if asks_for_fit(policy):
         say("the policy is fitted to the model first, once: this may take minutes")
+    elif sys.stderr.isatty():
+        say("preparing the cache; the first time with a model and policy takes a minute or two")
     return Engine(
         loaded.model,
         loaded.params,
