@@ -13,7 +13,9 @@ from diffkv_jax.commands import options
 from diffkv_jax.commands.failing import say, told
 
 SHARE = 4  # of the requests one in so many fits the default budget in bf16
-SPARE = 160  # tokens a request: recent window, tables
+# of a request in tokens: the recent window, what of it is not in the pool, part-filled pages
+WINDOW, EXACT, SPARE = 96, 64, 32
+PLANNED = 0.9  # of a pool, at most
 
 
 @told
@@ -54,7 +56,7 @@ def bench(
         caches = [asdict(one) for one in found]
         typer.echo(json.dumps({"memory_budget": budget, **given, "caches": caches}))
         return
-    _show(found, f"{requests} requests of {prompt_tokens} + {new_tokens} tokens")
+    _show(found, f"{requests} requests of {prompt_tokens} + {new_tokens} tokens in {_size(budget)}")
 
 
 command = bench
@@ -139,17 +141,24 @@ def _default_budget(attention: Any, requests: int, total: int) -> int:
 
     channels = attention.head_dim * (1 if attention.latent else 2)
     token = 2 * attention.num_layers * attention.num_kv_heads * channels
-    full = max(1, requests // SHARE) * (total + SPARE)
-    return token * (full + (requests + READINGS) * SPARE)
+    full = max(1, requests // SHARE) * (max(total - EXACT, 0) + SPARE) / PLANNED
+    return int(token * (full + (requests + READINGS) * WINDOW))
+
+
+def _size(budget: int | str) -> str:
+    import humanize
+
+    from diffkv_jax.units import parse_bytes
+
+    return humanize.naturalsize(parse_bytes(budget), binary=True)
 
 
 def _show(found: list[Measured], title: str) -> None:
-    import humanize
     from rich.console import Console
     from rich.table import Table
 
     table = Table("cache", title=title)
-    for name in ("at once", "tokens/s", "first token", "bytes held", "of bf16", "reserved"):
+    for name in ("at once", "tokens/s", "first token", "bytes", "of bf16"):
         table.add_column(name, justify="right")
     for one in found:
         table.add_row(
@@ -157,8 +166,7 @@ def _show(found: list[Measured], title: str) -> None:
             str(one.at_once),
             f"{one.tokens_per_second:.1f}",
             f"{one.first_token_seconds:.2f} s",
-            humanize.naturalsize(one.held_bytes, binary=True),
+            _size(max(one.held_bytes, 1)),
             f"{one.held_bytes / max(one.bf16_bytes, 1):.0%}",
-            humanize.naturalsize(one.pool_bytes, binary=True),
         )
     Console().print(table)

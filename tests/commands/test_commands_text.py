@@ -16,10 +16,16 @@ POLICY = "diffkv(1, 0, window=16, flush=8, transform=Exact())"
 CAT = "the cat sat on the mat, where is the cat"
 
 
+def ids_of(model: str, text: str) -> list[int]:
+    tokenizer = load_pretrained(model).tokenizer
+    assert tokenizer is not None
+    return tokenizer(text).input_ids
+
+
 def alone(model: str, text: str, count: int) -> list[int]:
     """What `generate` writes after a text."""
     loaded = load_pretrained(model)
-    ids = loaded.tokenizer(text).input_ids
+    ids = ids_of(model, text)
     out = dkv.generate(
         loaded.model, loaded.params, [ids], policy=policy_of(POLICY), max_new_tokens=count
     )
@@ -42,7 +48,7 @@ def test_json_is_all_of_stdout_and_holds_the_tokens(diffkv, model):
     found = json.loads(said.stdout)
     assert said.exit_code == 0 and said.stderr == ""
     assert found["tokens"] == alone(model, CAT, 24)
-    ids = load_pretrained(model).tokenizer(CAT).input_ids
+    ids = ids_of(model, CAT)
     assert (found["prompt_tokens"], found["new_tokens"]) == (len(ids), 24)
     assert found["finish_reason"] == "length" and 0 < found["seconds_to_first_token"]
     assert found["seconds_to_first_token"] < found["seconds"]
