@@ -26,7 +26,7 @@ def run(page: str, names: dict, given: str = "", shorter: str = "") -> None:
     exec(compile(code.replace(given, shorter) if given else code, page, "exec"), names)
 
 
-@pytest.mark.parametrize("package", ["diffkv_jax", "diffkv_jax.evaluation"])
+@pytest.mark.parametrize("package", ["diffkv_jax.public", "diffkv_jax.evaluation"])
 def test_every_public_name_is_on_the_api_page(package):
     """But for methods, which have pages of their own."""
     source = Path(importlib.import_module(package).__file__ or "").read_text("utf-8")

@@ -69,8 +69,9 @@ class Measured:
     Attributes:
         at_once: most requests that decoded at the same time.
         first_token_seconds: median over the requests, from when all were submitted.
-        held_bytes, bf16_bytes: most that the cache took in use, and the same tokens in bfloat16.
-        pool_bytes: all that was reserved.
+        held_bytes, bf16_bytes: most that the cache took in use, and the same tokens in bfloat16;
+            None where all answers ended in the steps that they began in.
+        pool_bytes: all that was reserved; None as those.
     """
 
     cache: str
@@ -78,9 +79,9 @@ class Measured:
     tokens_per_second: float
     first_token_seconds: float
     seconds: float
-    held_bytes: int
-    bf16_bytes: int
-    pool_bytes: int
+    held_bytes: int | None
+    bf16_bytes: int | None
+    pool_bytes: int | None
     finish_reasons: tuple[str, ...]
 
 
@@ -110,9 +111,9 @@ def _measured(engine: Any, name: str, prompts: Sequence[Any], new_tokens: int) -
         tokens_per_second=sum(len(one.tokens) for one in asked) / seconds,
         first_token_seconds=median(firsts) if firsts else float("nan"),
         seconds=seconds,
-        held_bytes=0 if most is None else most.allocated,
-        bf16_bytes=0 if most is None else most.bf16,
-        pool_bytes=0 if most is None else most.pool,
+        held_bytes=None if most is None else most.allocated,
+        bf16_bytes=None if most is None else most.bf16,
+        pool_bytes=None if most is None else most.pool,
         finish_reasons=tuple(str(one.finish_reason) for one in asked),
     )
 
@@ -161,12 +162,13 @@ def _show(found: list[Measured], title: str) -> None:
     for name in ("at once", "tokens/s", "first token", "bytes", "of bf16"):
         table.add_column(name, justify="right")
     for one in found:
+        held = one.held_bytes and (_size(one.held_bytes), one.held_bytes / (one.bf16_bytes or 1))
         table.add_row(
             one.cache,
             str(one.at_once),
             f"{one.tokens_per_second:.1f}",
             f"{one.first_token_seconds:.2f} s",
-            _size(max(one.held_bytes, 1)),
-            f"{one.held_bytes / max(one.bf16_bytes, 1):.0%}",
+            held[0] if held else "-",
+            f"{held[1]:.0%}" if held else "-",
         )
     Console().print(table)

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tomllib
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -101,3 +103,9 @@ def test_ctrl_c_is_130(monkeypatch):
 
     monkeypatch.setattr("diffkv_jax.models.load_pretrained", pressed)
     assert CliRunner().invoke(app, ["inspect", "m"]).exit_code == 130
+
+
+def test_the_entry_point_is_there():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    module, function = project["scripts"]["diffkv"].split(":")
+    assert callable(getattr(import_module(module), function))

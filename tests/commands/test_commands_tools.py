@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from diffkv_jax.commands import bench
 from diffkv_jax.models import load_pretrained
 from helpers_model import same_trees
 
@@ -47,7 +48,7 @@ def test_inspect_measures(diffkv):
 
 
 def test_bench_compares_two_caches_in_one_budget(diffkv):
-    sizes = ("--requests", 6, "--prompt-tokens", 96, "--new-tokens", 8)
+    sizes = ("--requests", 6, "--prompt-tokens", 96, "--new-tokens", 40)  # no step has so many
     policy = 'quantized("K4V2", window=16, flush=8, transform=Exact())'
     said = diffkv("bench", *sizes, "--json", policy=policy)
     assert said.exit_code == 0, said.output
@@ -59,7 +60,7 @@ def test_bench_compares_two_caches_in_one_budget(diffkv):
         assert one["finish_reasons"] == ["length"] * 6
         assert 0 < one["held_bytes"] <= one["pool_bytes"] <= 1.1 * budget
         assert 0 < one["first_token_seconds"] < one["seconds"]
-        assert one["tokens_per_second"] == pytest.approx(48 / one["seconds"])
+        assert one["tokens_per_second"] == pytest.approx(240 / one["seconds"])
         assert 1 <= one["at_once"] <= 6
     assert small["at_once"] >= full["at_once"]
     held = [one["held_bytes"] / one["bf16_bytes"] for one in (full, small)]
@@ -122,3 +123,16 @@ def test_serve_without_its_extra_says_how_to_install_it(diffkv, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffkv_jax.server", None)  # importing it fails
     said = diffkv("serve")
     assert said.exit_code == 2 and "pip install 'diffkv-jax[serve]'" in said.stderr
+
+
+def test_the_table_of_a_benchmark(capsys):
+    sizes = {"at_once": 3, "tokens_per_second": 12.34, "first_token_seconds": 0.5, "seconds": 9.0}
+    held = {"held_bytes": 2**20, "bf16_bytes": 2**22, "pool_bytes": 2**21}
+    one = bench.Measured("none", **sizes, **held, finish_reasons=("length",))
+    unseen = bench.Measured("other", **sizes, **dict.fromkeys(held), finish_reasons=("length",))
+    bench._show([one, unseen], "title")
+    lines = capsys.readouterr().out.splitlines()
+    (first,) = (line for line in lines if "none" in line)
+    assert all(part in first for part in ("3", "12.3", "0.50 s", "1.0 MiB", "25%"))
+    (second,) = (line for line in lines if "other" in line)
+    assert "-" in second and "MiB" not in second
