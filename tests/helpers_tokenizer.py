@@ -1,8 +1,13 @@
-"""A small tokenizer on disk."""
+"""A small tokenizer on disk, and models that are loaded once."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from diffkv_jax.models import load_pretrained
+
+loaded_once = cache(load_pretrained)  # one object compiles once
 
 
 def tokenizer_folder(folder: Path) -> Path:

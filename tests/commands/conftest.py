@@ -5,7 +5,7 @@ from typer.testing import CliRunner, Result
 
 from diffkv_jax.commands.app import app
 from helpers_model import tiny_config, tiny_tensors, write_folder
-from helpers_tokenizer import tokenizer_folder
+from helpers_tokenizer import loaded_once, tokenizer_folder
 
 EXACT = "diffkv(1, 0, window=16, flush=8, transform=Exact())"  # which learns nothing
 
@@ -19,8 +19,10 @@ def model(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def diffkv(model):
+def diffkv(model, monkeypatch):
     """`diffkv(command, *arguments)` of that model."""
+
+    monkeypatch.setattr("diffkv_jax.models.load_pretrained", loaded_once)
 
     def run(command: str, *arguments: object, policy: str | None = EXACT, **options) -> Result:
         chosen = [] if policy is None else ["--policy", policy]

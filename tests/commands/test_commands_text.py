@@ -9,22 +9,22 @@ import diffkv_jax as dkv
 from diffkv_jax.commands import chat as chat_command
 from diffkv_jax.commands.answer import answered
 from diffkv_jax.evaluation.policies import policy_of
-from diffkv_jax.models import load_pretrained
 from diffkv_jax.serving import Engine
+from helpers_tokenizer import loaded_once
 
 POLICY = "diffkv(1, 0, window=16, flush=8, transform=Exact())"
 CAT = "the cat sat on the mat, where is the cat"
 
 
 def ids_of(model: str, text: str) -> list[int]:
-    tokenizer = load_pretrained(model).tokenizer
+    tokenizer = loaded_once(model, "auto").tokenizer
     assert tokenizer is not None
     return tokenizer(text).input_ids
 
 
 def alone(model: str, text: str, count: int) -> list[int]:
     """What `generate` writes after a text."""
-    loaded = load_pretrained(model)
+    loaded = loaded_once(model, "auto")
     ids = ids_of(model, text)
     out = dkv.generate(
         loaded.model, loaded.params, [ids], policy=policy_of(POLICY), max_new_tokens=count
@@ -35,7 +35,7 @@ def alone(model: str, text: str, count: int) -> list[int]:
 def test_text_on_stdout_and_one_line_of_figures_on_stderr(diffkv, model):
     said = diffkv("generate", CAT, "--no-chat", "--max-new-tokens", 24)
     assert said.exit_code == 0, said.output
-    expected = load_pretrained(model).tokenizer.decode(
+    expected = loaded_once(model, "auto").tokenizer.decode(
         alone(model, CAT, 24), skip_special_tokens=True
     )
     assert said.stdout == expected + "\n"
@@ -57,7 +57,7 @@ def test_json_is_all_of_stdout_and_holds_the_tokens(diffkv, model):
 
 def test_the_prompt_from_stdin_and_by_the_chat_template(diffkv, model):
     written = diffkv("generate", "-", "--json", "--max-new-tokens", 4, input=CAT)
-    template = load_pretrained(model).tokenizer.apply_chat_template(
+    template = loaded_once(model, "auto").tokenizer.apply_chat_template(
         [{"role": "user", "content": CAT}], tokenize=False, add_generation_prompt=True
     )
     found = json.loads(written.stdout)
@@ -102,7 +102,7 @@ def test_what_is_refused_is_one_line_and_code_2(diffkv, options, message):
 
 
 def engine_of(model: str) -> Engine:
-    loaded = load_pretrained(model)
+    loaded = loaded_once(model, "auto")
     return Engine(
         loaded.model,
         loaded.params,
@@ -207,7 +207,7 @@ def test_the_report_of_an_engine_is_of_what_its_requests_hold(model):
     engine, reports = engine_of(model), []
     tokens = np.arange(5, 105)
     answer = answered(engine, tokens, reports.append, max_new_tokens=40)
-    loaded = load_pretrained(model)
+    loaded = loaded_once(model, "auto")
     options = {"policy": policy_of(POLICY), "max_len": 256}
     seen = answer.memory.bf16 // (2 * 2 * 2 * 16 * 2)  # layers, KV heads, K and V, channels, bytes
     assert 100 < seen <= 139

@@ -9,6 +9,7 @@ import pytest
 from diffkv_jax.commands import bench
 from diffkv_jax.models import load_pretrained
 from helpers_model import same_trees
+from helpers_tokenizer import loaded_once
 
 
 def test_convert_writes_a_checkpoint(diffkv, model, tmp_path):
@@ -67,8 +68,10 @@ def test_bench_compares_two_caches_in_one_budget(diffkv):
     assert held[1] < held[0]
 
 
-def test_bench_refuses_a_model_without_the_text(diffkv, monkeypatch):
-    monkeypatch.setattr("diffkv_jax.calibration.sample_text.calibration_text", lambda: "")
+def test_bench_refuses_a_model_without_the_text(diffkv, model, monkeypatch):
+    loaded = loaded_once(model, "auto")
+    silent = loaded._replace(model=loaded.model.clone(text=None))
+    monkeypatch.setattr("diffkv_jax.models.load_pretrained", lambda *given: silent)
     said = diffkv("bench", "--requests", 1)
     assert said.exit_code == 2 and "no calibration text" in said.stderr
 
