@@ -15,6 +15,7 @@ import pytest
 import diffkv_jax as dkv
 from diffkv_jax.calibration.sample_text import SampleText
 from diffkv_jax.testing.tiny import prompt, tiny_model
+from helpers_tokenizer import tokenizer_folder
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -91,10 +92,13 @@ def test_a_fitted_policy(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_many_requests_at_once(capsys):
-    pytest.importorskip("tokenizers")
-    model, params = tiny_model()
-    names = {"dkv": dkv, "model": model, "params": params, "policy": dkv.diffkv(queries=32)}
-    run("serving.md", names | {"tokenizer": letters_tokenizer()}, "256MiB", "64MiB")
-    printed = capsys.readouterr().out
-    assert printed.startswith("0 ") and ("length" in printed or "stop" in printed)
+def test_many_requests_at_once(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder(tmp_path))
+    model, params = tiny_model(vocab=len(tokenizer))
+    policy = dkv.diffkv(queries=32)
+    names = {"dkv": dkv, "model": model, "params": params, "policy": policy}
+    run("serving.md", names | {"tokenizer": tokenizer}, "256MiB", "64MiB")
+    assert capsys.readouterr().out.startswith("0 ")
+    assert {request.finish_reason for request in names["asked"]} <= {"length", "stop", "eos"}
+    assert len(names["asked"][1].logprobs) == len(names["asked"][1].tokens) > 0

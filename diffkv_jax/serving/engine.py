@@ -9,6 +9,7 @@ import numpy as np
 
 from diffkv_jax.arguments import integer
 from diffkv_jax.batching import check_context, chunk_size
+from diffkv_jax.cache.report import MemoryReport, memory_report
 from diffkv_jax.inputs import as_params, as_policy, check_model
 from diffkv_jax.interrupt import held_back
 from diffkv_jax.make_cache import CacheOptions
@@ -67,6 +68,7 @@ class Engine:
         slots = empty_slots(model, params, most, self.max_len, self.prefill_chunk, options)
         self._scheduler = Scheduler(slots, self.prefill_chunk, READINGS)
         self._inbox: list[Request] = []
+        self._told: list[Event] = []  # by a step that Ctrl-C ended, for the next one
         self._numbers, self._stepping = itertools.count(), threading.Lock()
 
     def submit(
@@ -142,9 +144,18 @@ class Engine:
             with held_back():
                 while self._inbox:
                     self._scheduler.waiting.append(self._inbox.pop(0))
-                return self._scheduler.step()
+                self._told += self._scheduler.step()
         finally:
             self._stepping.release()
+        told, self._told = self._told, []
+        return told
+
+    def memory_report(self) -> MemoryReport | None:
+        """`memory_report` of the pool and the requests that decode now; None where none does. For
+        the thread that steps, between two steps.
+        """
+        cache = self._scheduler.slots.cache
+        return None if cache is None else memory_report(cache)
 
     def warm_up(self) -> None:
         """Compile every program that requests may need, now and not when they come, but for scores

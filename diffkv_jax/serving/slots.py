@@ -167,11 +167,16 @@ class Slots:
 
     # --- slots
 
+    @property
+    def cache(self) -> KVCache | None:
+        """Of the requests that decode, as it is now; None where none does."""
+        if self.rows is None or not self.running:
+            return None
+        return together(self.fixed, self.pool, self.rows)
+
     def log_errors(self, slots: Sequence[int]) -> None:
         """Say where the numbers of requests in slots stopped being finite."""
-        if not slots or self.rows is None:
-            return
-        found = described(together(self.fixed, self.pool, self.rows), slots)
+        found = described(self.cache, slots) if slots and self.cache is not None else ()
         for slot, text in zip(slots, found, strict=True):
             _log.error("%r: %s", self.requests[slot], text)
 

@@ -11,32 +11,16 @@ import convert_weights
 from diffkv_jax.models import load_pretrained
 from diffkv_jax.models.checkpoint import save_checkpoint
 from diffkv_jax.models.load import convert_pretrained
-from helpers_model import FAMILIES, same_trees, tiny_config, tiny_tensors, write_folder
+from helpers_model import (
+    FAMILIES,
+    same_trees,
+    tiny_config,
+    tiny_tensors,
+    write_folder,
+)
+from helpers_tokenizer import tokenizer_folder
 
 pytest.importorskip("safetensors")
-
-
-def tokenizer_folder(folder: Path) -> Path:
-    """A folder with a small byte-level tokenizer that has a chat template."""
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        initial_alphabet=alphabet,
-        special_tokens=["<s>", "</s>"],
-        show_progress=False,
-    )
-    backend.train_from_iterator(["the cat sat on the mat", "where is the cat"], trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
-    )
-    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -132,4 +116,4 @@ def test_the_script_converts_and_refuses(tmp_path: Path) -> None:
         load_pretrained(tmp_path / "out", "bfloat16").params,
     )
     again = CliRunner().invoke(convert_weights.app, arguments)
-    assert again.exit_code == 1 and "error: " in again.stderr and "--overwrite" in again.stderr
+    assert again.exit_code == 2 and "must be empty or absent" in again.stderr
