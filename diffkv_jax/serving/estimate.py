@@ -56,14 +56,20 @@ class Estimate:
         stored = max(tokens - self.spec.window, 0)
         return self._part_filled + self.rate * stored if stored else 0.0
 
-    def chunk_pages(self, tokens: int) -> int:
-        """Most pages that a chunk of so many tokens takes before anything is dropped."""
-        spec = self.spec
-        return most_pages(spec, [tokens + spec.window + spec.flush]) + self._heads
+    def chunk_pages(self, before: int, tokens: int) -> int:
+        """Most pages that a chunk of so many tokens behind `before` takes, before anything is
+        dropped.
+        """
+        spec, window = self.spec, self.spec.window
+        leaving = max(before + tokens - window, 0) - max(before - window, 0)
+        if not leaving:
+            return 0
+        waiting = spec.layout.tokens_per_group - 1  # outside of whole blocks until now
+        return most_pages(spec, [leaving + waiting + window]) + self._heads
 
     def event_pages(self) -> int:
         """Most pages that one event takes."""
-        return self.chunk_pages(0)
+        return self.chunk_pages(self.spec.window, self.spec.flush)
 
     def to_come(self, generated: int, most: int) -> float:
         """Tokens that a request will still generate."""

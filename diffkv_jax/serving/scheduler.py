@@ -86,7 +86,7 @@ class Scheduler:
         return now <= self._planned and self._fits(self._load_of(request))
 
     def _prompt_pages(self, request: Request) -> int:
-        return self.estimate.chunk_pages(len(request.prompt))
+        return self.estimate.chunk_pages(0, len(request.prompt))
 
     @property
     def _planned(self) -> float:
@@ -208,7 +208,10 @@ class Scheduler:
         part = group[0].parts[0]
         if part.kind == "pass":
             return 0
-        return sum(self.estimate.chunk_pages(int(one.parts[0].length[0])) for one in group)
+        if part.kind == "event":
+            return self.estimate.event_pages()
+        chunk = self.estimate.chunk_pages
+        return sum(chunk(one.tokens, int(one.parts[0].length[0])) for one in group)
 
     def _answer_first(self, one: Reading) -> None:
         state, logprobs = self.slots.first_token(one)
