@@ -9,11 +9,11 @@ from functools import cache
 from types import SimpleNamespace
 
 import httpx
-from helpers_text import LETTERS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from diffkv_jax.serving import Engine
 from diffkv_jax.testing.tiny import tiny_model
+from helpers_text import LETTERS
 
 NAME = "org/tiny"
 END = "<end>"
@@ -80,11 +80,11 @@ def inside(app) -> httpx.AsyncClient:
 
 
 @contextmanager
-def on_loopback(app) -> Iterator[str]:
+def on_loopback(app, graceful: int = 5) -> Iterator[str]:
     """The server's address; shuts down as Ctrl-C does."""
     import uvicorn
 
-    config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=graceful)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

@@ -26,6 +26,7 @@ from diffkv_jax.server.metrics import Metrics
 from diffkv_jax.server.watch import Watch
 from diffkv_jax.serving import Engine
 
+TOLD = (ApiError, HTTPException, Full, Closed, EngineFailed, TimeoutError, Exception)
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -86,13 +87,7 @@ def app(
     found = Starlette(
         routes=_routes(Endpoints(driver, **options), watch, metrics),
         middleware=[Middleware(_Keys, api_key)] if api_key is not None else [],
-        exception_handlers={
-            kind: answer_error
-            for kind in (
-                *(ApiError, HTTPException, Full, Closed, EngineFailed, TimeoutError),
-                Exception,
-            )
-        },
+        exception_handlers=dict.fromkeys(TOLD, answer_error),
         lifespan=lifespan,
     )
     found.router.redirect_slashes = False

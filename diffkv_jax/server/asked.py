@@ -87,7 +87,7 @@ class Completion(Asked):
             ApiError: it is none.
         """
         given = self.prompt if isinstance(self.prompt, list) else [self.prompt]
-        if given and all(_is_id(x) for x in given):
+        if given is self.prompt and _is_ids(given):
             return [given]
         texts = all(isinstance(x, str) for x in given)
         if not given or not (texts or all(_is_ids(x) for x in given)):

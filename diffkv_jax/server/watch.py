@@ -11,6 +11,7 @@ from diffkv_jax.serving import Engine, Event
 
 SECONDS = 180  # of tokens a second
 SHOWN = 200  # most requests that are listed
+EVERY = 1.0  # seconds between two counts of pages by head
 STALE = 5.0  # seconds without a reader, after which pages are not counted by head any more
 
 
@@ -28,7 +29,7 @@ class Watch:
 
     def __call__(self, events: Sequence[Event]) -> None:
         now = monotonic()
-        heads = now - self._asked_at < STALE and now - self._heads_at >= 1
+        heads = now - self._asked_at < STALE and now - self._heads_at >= EVERY
         found = self._engine.stats(heads=heads)
         self._metrics.step(events, found)
         with self._lock:

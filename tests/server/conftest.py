@@ -12,9 +12,8 @@ def engine():
 
 @pytest.fixture(scope="module")
 def served(engine):
-    from helpers_server import NAME, all_free, wait_until
-
     from diffkv_jax.server import app
+    from helpers_server import NAME, all_free, wait_until
 
     found = app(engine, model_name=NAME)
     yield found

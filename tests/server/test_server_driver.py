@@ -8,10 +8,9 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("tokenizers")
 
-from helpers_server import all_free, alone, tiny_engine, wait_until
-
 from diffkv_jax.server import Driver
 from diffkv_jax.server.driver import Closed, EngineFailed, Full
+from helpers_server import all_free, alone, tiny_engine, wait_until
 
 LONG = {"prompt": "long", "max_new_tokens": 400}
 
