@@ -61,20 +61,18 @@ def app(
     instance("engine", engine, Engine, "Engine(model, params, tokenizer=...) makes one")
     if engine.tokenizer is None:
         raise ValueError("a server answers in text: make the engine with tokenizer=")
-    text("model_name", model_name)
     if api_key is not None:
         text("api_key", api_key)
     drain_seconds = number("drain_seconds", drain_seconds, least=0)
     queue = integer("max_queue", max_queue, least=0, optional=True)
     most_open = None if queue is None else engine.max_requests + queue
-    metrics = Metrics()
-    watch = Watch(engine, metrics)
     options: dict[str, Any] = {
-        "model_name": model_name,
+        "model_name": text("model_name", model_name),
         "max_body_bytes": integer("max_body_bytes", max_body_bytes, least=1, most=None),
         "max_choices": most_open,
         "timeout_seconds": number("timeout_seconds", timeout_seconds, above=0, optional=True),
     }
+    watch = Watch(engine, metrics := Metrics())
     driver = Driver(engine, most_open=most_open, watch=watch)
 
     @asynccontextmanager

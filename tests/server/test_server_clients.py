@@ -11,7 +11,9 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("tokenizers")
-httpx = pytest.importorskip("httpx")
+pytest.importorskip("httpx")
+
+import httpx
 
 from diffkv_jax.server import app, watch
 from helpers_server import NAME, all_free, alone, inside, on_loopback, tiny_engine, wait_until
@@ -162,9 +164,8 @@ def test_pages_by_head_are_those_that_are_held(engine):
     while len(request.tokens) < 150:
         engine.step()
     found = engine.stats(heads=True)
-    assert (
-        0 < found["pool"]["held"] == sum(map(sum, found["heads"])) == found["requests"][0]["pages"]
-    )
+    held, (one,) = found["pool"]["held"], found["requests"]
+    assert 0 < held == sum(map(sum, found["heads"])) == one["pages"]
     request.cancel()
     engine.step()
     assert engine.stats(heads=True)["heads"] is None and all_free(engine)

@@ -5,7 +5,9 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("tokenizers")
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
+
+import openai
 
 from diffkv_jax.server import app
 from helpers_server import NAME, all_free, alone, on_loopback, tiny_engine, wait_until
