@@ -66,3 +66,10 @@ from diffkv_jax.policy.transform import (
     WithoutRope as WithoutRope,
 )
 from diffkv_jax.sampling import Greedy as Greedy, Sample as Sample
+from diffkv_jax.serving import (
+    Engine as Engine,
+    Event as Event,
+    Penalties as Penalties,
+    Request as Request,
+    TokenLogprob as TokenLogprob,
+)

@@ -42,8 +42,7 @@ def app(
 ) -> Starlette:
     """An ASGI application that serves an engine, which nobody else may step.
 
-    Its lifespan ends with `app.state.driver.close(drain_seconds)`; what runs it without one has to
-    call that itself.
+    Its lifespan ends with `app.state.driver.close(drain_seconds)`, to be called without one too.
 
     Args:
         engine: with a tokenizer.

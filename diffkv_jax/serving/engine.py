@@ -9,11 +9,13 @@ import numpy as np
 
 from diffkv_jax.arguments import integer
 from diffkv_jax.batching import check_context, chunk_size
-from diffkv_jax.inputs import as_params, check_model
+from diffkv_jax.inputs import as_params, as_policy, check_model
 from diffkv_jax.interrupt import held_back
 from diffkv_jax.make_cache import CacheOptions
 from diffkv_jax.model import CausalLM
+from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.sampling import Greedy, Sample
+from diffkv_jax.serving.penalties import Penalties
 from diffkv_jax.serving.pool import READINGS, empty_slots
 from diffkv_jax.serving.request import Event, Request
 from diffkv_jax.serving.scheduler import Scheduler
@@ -33,12 +35,12 @@ class Engine:
         tokenizer: of transformers or tokenizers, for prompts and answers in text.
         max_requests: most that decode at once. Each has a recent window of its own, which the
             memory budget pays for.
-        max_len: most tokens of a request, prompt and answer; None: the model's context, 8,192 at
-            most.
         prefill_chunk: tokens of prompts that are read between two steps of decoding, a power of
             two. A prompt that fits one chunk is attended exactly.
-        options: `CacheOptions`. The memory budget is for pool and windows together; None takes what
-            all requests need in the highest tier. "auto" is fitted to its own target, not to it.
+        options: `CacheOptions`. `max_len`, prompt and answer of a request, is the model's context
+            when None, 8,192 at most. The memory budget is for pool and windows together; None takes
+            what all requests need in the highest tier. "auto" is fitted to its own target, not to
+            the budget.
 
     Raises:
         TypeError, ValueError: bad input, named.
@@ -51,7 +53,6 @@ class Engine:
         *,
         tokenizer: Any = None,
         max_requests: int = 32,
-        max_len: int | None = None,
         prefill_chunk: int = 256,
         **options: Unpack[CacheOptions],
     ):
@@ -60,8 +61,8 @@ class Engine:
         params = as_params("Engine", params)
         self.max_requests = integer("max_requests", max_requests, least=1, most=1024)
         context = model.attention.max_position_embeddings
-        max_len = integer("max_len", max_len, least=1, most=None, optional=True)
-        self.max_len = min(8192, context) if max_len is None else max_len
+        given = integer("max_len", options.get("max_len"), least=1, most=None, optional=True)
+        self.max_len = min(8192, context) if given is None else given
         self.prefill_chunk = integer("prefill_chunk", prefill_chunk)
         slots = empty_slots(
             model, params, self.max_requests, self.max_len, self.prefill_chunk, options
@@ -80,6 +81,8 @@ class Engine:
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] | None = None,
         logprobs: int | None = None,
+        penalties: Penalties | Mapping | None = None,
+        policy: CompressionPolicy | str | None = None,
         priority: int = 0,
     ) -> Request:
         """Queue a prompt; nothing is computed before the next `step`.
@@ -93,6 +96,9 @@ class Engine:
             stop: strings that end it with "stop"; the text ends before the first of them.
             stop_token_ids: ids that end it with "eos"; the model's when None.
             logprobs: with the log-probability of each token, and of so many likeliest ones.
+            penalties: `Penalties(...)` or a mapping of its fields.
+            policy: the engine's with thresholds or budgets of the request's own, such as
+                `diffkv(1.0, 0.1)` for an engine of `diffkv(1.0, 0.0)`; they compile nothing.
             priority: larger ones come first, equals in order.
 
         Raises:
@@ -110,8 +116,11 @@ class Engine:
             stop=stop,
             stop_token_ids=stop_token_ids,
             logprobs=logprobs,
+            penalties=penalties,
             priority=priority,
         )
+        if policy is not None:
+            request.policy = self._scheduler.slots.with_keep(as_policy(policy))
         self._check(request)
         self._inbox.append(request)
         return request

@@ -45,6 +45,7 @@ def unparked(pool: Pool, found: Parked) -> tuple[Pool, Rows]:
     """
     rows, num_pages = found.rows, pool.pages.num_pages
     if found.num_pages:
+        assert rows.page_table is not None
         ids, ring = _taken(pool.ring, jnp.int32(found.num_pages), rows.page_table.size)
         pool = Pool(pool.pages, ring)
         ids = np.asarray(ids)[: found.num_pages]

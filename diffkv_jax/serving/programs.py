@@ -11,10 +11,12 @@ from jax import Array, lax
 
 from diffkv_jax.cache.admission import held_pages, released
 from diffkv_jax.cache.cache import KVCache, with_counters, without_empty
-from diffkv_jax.decode_loop import RESTING, RUNNING, Requests, State, take_tokens
+from diffkv_jax.decode_loop import RESTING, RUNNING, State, take_tokens
 from diffkv_jax.model import CausalLM
 from diffkv_jax.pallas_kernels.precision import in_32_bits
+from diffkv_jax.serving.asked import Asked
 from diffkv_jax.serving.logprobs import Logprobs, noted, room
+from diffkv_jax.serving.penalties import changed
 from diffkv_jax.serving.rows import Pool, Rows, completed, joined, one_by_one, parts_of, together
 from diffkv_jax.steps.decode_event import compress
 from diffkv_jax.steps.jitted import decode_step, end_passes, feed_chunk, score_pass
@@ -87,16 +89,15 @@ def end_reading_again(fixed: KVCache, pool: Pool, rows: Rows) -> tuple[Standing,
 
 @partial(jax.jit, donate_argnames="rows")
 @in_32_bits
-def first_token(
-    logits: Array, rows: Rows, requests: Requests, told: Array
-) -> tuple[State, Logprobs, Rows]:
-    """The first token of one row, of `logits` float32 [1, vocab]; `told` bool [1]: with its
-    log-probability.
-    """
-    asked = jnp.ones(1, bool)
-    state = State(jnp.zeros((1, 1), jnp.int32), *jnp.zeros((2, 1), jnp.int32))
-    state, counters = take_tokens(state, rows.counters, logits, asked, requests)
-    logprobs = noted(room(*logits.shape, 1), logits, counters.pending, jnp.int32(0), told)
+def first_token(logits: Array, rows: Rows, asked: Asked) -> tuple[State, Logprobs, Rows]:
+    """The first token of one row, of `logits` float32 [1, vocab]."""
+    zero = jnp.zeros(1, jnp.int32)
+    state = State(zero[:, None], zero, zero)
+    logits = changed(asked.penalties, logits, state)
+    state, counters = take_tokens(state, rows.counters, logits, zero == 0, asked.requests)
+    logprobs = noted(
+        room(1, logits.shape[1], 1), logits, counters.pending, jnp.int32(0), asked.told
+    )
     return state, logprobs, rows._replace(counters=counters)
 
 
@@ -109,16 +110,14 @@ def decode(
     pool: Pool,
     rows: Rows,
     running: Array,
-    requests: Requests,
+    asked: Asked,
     steps: Array,
-    told: Array,
     until_end: Array,
     width: int,
 ) -> tuple[Turn, Pool, Rows]:
     """Up to `steps` int32 [] (at most `width`) steps of the rows that are `running` bool [R]; with
     `until_end` (bool []) no more once one of them ends. `Requests.limit` int32 [R] counts from
-    here; of rows that are `told` bool [R] the
-    log-probabilities are kept. A row whose event finds no pages is `STALLED`: it keeps the token that it has drawn, and
+    here. A row whose event finds no pages is `STALLED`: it keeps the token that it has drawn, and
     goes on after `retry`.
     """
     count = len(running)
@@ -128,13 +127,14 @@ def decode(
 
     def turn(carry: tuple) -> tuple:
         state, logprobs, cache, done = carry
-        asked = state.reason == RUNNING
+        active = state.reason == RUNNING
         pending = jnp.maximum(cache.counters.pending, 0)
-        logits, cache = decode_step(model, params, cache, pending, asked)
-        state, counters = take_tokens(state, cache.counters, logits, asked, requests)
-        waits = asked & counters.overflow & (state.reason == RUNNING)
+        logits, cache = decode_step(model, params, cache, pending, active)
+        logits = changed(asked.penalties, logits, state)
+        state, counters = take_tokens(state, cache.counters, logits, active, asked.requests)
+        waits = active & counters.overflow & (state.reason == RUNNING)
         state = state._replace(reason=jnp.where(waits, STALLED, state.reason))
-        logprobs = noted(logprobs, logits, counters.pending, done, told)
+        logprobs = noted(logprobs, logits, counters.pending, done, asked.told)
         return state, logprobs, with_counters(cache, pending=counters.pending), done + 1
 
     def goes_on(carry: tuple) -> Array:
@@ -142,16 +142,19 @@ def decode(
         ended = (state.reason != reason).any()
         return (state.reason == RUNNING).any() & (done < steps) & ~(until_end & ended)
 
-    carry = start, room(count, model.attention.vocab_size, width), together(fixed, pool, rows), jnp.int32(0)
+    carry = (
+        start,
+        room(count, model.attention.vocab_size, width),
+        together(fixed, pool, rows),
+        jnp.int32(0),
+    )
     state, logprobs, cache, _ = lax.while_loop(goes_on, turn, carry)
     return Turn(state, logprobs, _standing(cache)), *parts_of(cache)
 
 
 @partial(jax.jit, donate_argnames=("pool", "rows"))
 @in_32_bits
-def retry(
-    fixed: KVCache, pool: Pool, rows: Rows, due: Array
-) -> tuple[Standing, Pool, Rows]:
+def retry(fixed: KVCache, pool: Pool, rows: Rows, due: Array) -> tuple[Standing, Pool, Rows]:
     """The event that the rows `due` bool [R] had no pages for, now."""
     cache = completed(fixed, pool, rows)
     cache = with_counters(cache, overflow=cache.counters.overflow & ~due)

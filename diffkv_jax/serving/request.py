@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.sampling import Greedy, Sample
+from diffkv_jax.serving.penalties import Penalties
 from diffkv_jax.serving.text import Words
 
 WAITING, READING, RUNNING, PARKED, FINISHED = "waiting", "reading", "running", "parked", "finished"
@@ -49,10 +51,12 @@ class Request:
     prompt: np.ndarray
     max_new_tokens: int
     sampling: Greedy | Sample
-    seed: int
+    seed: Any  # a number or a random key
     key: np.ndarray  # data of a random key
     stop_token_ids: np.ndarray  # int32 [STOPS]
     top_logprobs: int | None
+    penalties: Penalties
+    policy: CompressionPolicy | None  # bound; None: the engine's
     priority: int
     words: Words | None
     tokens: list[int] = field(default_factory=list)

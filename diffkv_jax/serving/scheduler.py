@@ -72,7 +72,7 @@ class Scheduler:
         policy = self.slots.policy
         size = chunk_size(len(request.prompt), self.prefill_chunk, policy.queries)
         parts = list(parts_of(request.prompt, size, policy.score))
-        self.reading.append(Reading(request, self.slots.blank(), parts))
+        self.reading.append(Reading(request, self.slots.blank(request.policy), parts))
         request.state = READING
 
     def _has_room(self, request: Request) -> bool:

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffkv_jax.cache.cache import KVCache
-from diffkv_jax.cache.pool_size import check_pool
-from diffkv_jax.decode_loop import Requests, State
+from diffkv_jax.cache.pool_size import bound, check_pool
+from diffkv_jax.decode_loop import State
 from diffkv_jax.model import CausalLM
 from diffkv_jax.policy.policy import CompressionPolicy
+from diffkv_jax.policy.stage import with_leaves
+from diffkv_jax.policy.transform import Usual
 from diffkv_jax.read_prompts import check_evicts_once
-from diffkv_jax.sampling import Greedy, rules
 from diffkv_jax.serving import programs
+from diffkv_jax.serving.asked import Asked, asked_of, later
 from diffkv_jax.serving.logprobs import Logprobs
 from diffkv_jax.serving.parking import Parked, parked, unparked
 from diffkv_jax.serving.programs import Standing
@@ -26,7 +28,7 @@ from diffkv_jax.serving.request import Request
 from diffkv_jax.serving.rows import Pool, Rows, blank, picked, placed, several
 
 WIDTH = 32  # most steps of one call
-STOPS = 32  # stop ids of one request
+OWN = "a request has thresholds or budgets of its own, for all else make another engine"
 
 
 class Slots:
@@ -56,7 +58,31 @@ class Slots:
         self.requests: list[Request | None] = []
         self.pages = np.zeros(0, np.int64)
         self.stalled = np.zeros(0, bool)
-        self._asked: Requests | None = None
+        self._asked: Asked | None = None
+
+    def with_keep(self, policy: CompressionPolicy) -> CompressionPolicy:
+        """The engine's policy with the thresholds or budgets of a request's own, bound to it.
+
+        Raises:
+            ValueError: `policy` differs in more than these.
+        """
+        for name in ("score", "protect", "tiers", "schedule"):
+            mine, given = getattr(self.policy, name), getattr(policy, name)
+            if mine != given:
+                raise ValueError(f"policy has {name}={given}, the engine's has {mine}: {OWN}")
+        if not isinstance(policy.transform, Usual | type(self.policy.transform)):
+            raise ValueError(f"policy has transform={policy.transform}, the engine another: {OWN}")
+        keep = jax.tree.map(jnp.asarray, bound(self.fixed.spec, policy).keep)
+        mine, given = (
+            (jax.tree.structure(one), [jax.typeof(x) for x in jax.tree.leaves(one)])
+            for one in (self.policy.keep, keep)
+        )
+        if mine != given:
+            raise ValueError(
+                f"policy has keep={policy.keep}, which is not of the kind that the "
+                f"engine's policy has: {OWN}"
+            )
+        return with_leaves(self.policy, keep=keep)
 
     def check(self, length: int, total: int, size: int) -> None:
         """Refuse a prompt of so many tokens, in chunks of `size`, that comes to `total` tokens.
@@ -122,9 +148,8 @@ class Slots:
     def first_token(self, one: Reading) -> tuple[State, Logprobs]:
         """Of a request whose prompt is read, on the host; its row has it pending."""
         assert one.logits is not None
-        told = np.array([one.request.top_logprobs is not None])
-        asked = _requests([one.request])
-        state, logprobs, one.row = programs.first_token(one.logits, one.row, asked, told)
+        asked = asked_of([one.request], self.fixed.spec.max_len)
+        state, logprobs, one.row = programs.first_token(one.logits, one.row, asked)
         one.logits = None
         return jax.device_get((state, logprobs))
 
@@ -182,10 +207,9 @@ class Slots:
 
     def decode(self, steps: int, *, until_end: bool) -> tuple[State, Logprobs]:
         """Up to `steps` steps of all slots that are not stalled; on the host."""
-        if self._asked is None:
-            self._asked = _requests(self.requests)
-        left = [0 if r is None else r.max_new_tokens - len(r.tokens) for r in self.requests]
-        told = [r is not None and r.top_logprobs is not None for r in self.requests]
+        before, max_len = self._asked, self.fixed.spec.max_len
+        now = later(before, self.requests, max_len) if before else None
+        self._asked = now or asked_of(self.requests, max_len)
         there = np.array([r is not None for r in self.requests])
         turn, self.pool, self.rows = programs.decode(
             self.model,
@@ -194,13 +218,12 @@ class Slots:
             self.pool,
             self.rows,
             there & ~self.stalled,
-            self._asked._replace(limit=np.array(left, np.int32)),
+            self._asked,
             np.int32(min(steps, WIDTH)),
-            np.array(told),
             np.bool_(until_end),
             WIDTH,
         )
-        if not any(told):
+        if not any(r is not None and r.top_logprobs is not None for r in self.requests):
             turn = turn._replace(logprobs=None)
         state, logprobs, standing = jax.device_get(turn)
         self._note(standing)
@@ -243,15 +266,3 @@ class Slots:
     def _note(self, standing: Standing) -> None:
         self._standing = jax.device_get(standing)
         self.free = int(self._standing.free)
-
-
-def _requests(requests: Sequence[Request | None]) -> Requests:
-    """What `decode_loop` asks of each row; the limits are told later."""
-    none = np.full(STOPS, -1, np.int32)
-    found = [r.sampling if r else Greedy() for r in requests]
-    none_key = np.zeros_like(next(r.key for r in requests if r))
-    keys = [r.key if r else none_key for r in requests]
-    stops = np.stack([r.stop_token_ids if r else none for r in requests])
-    limits = np.array([r.max_new_tokens if r else 0 for r in requests], np.int32)
-    return Requests(rules(found), jax.random.wrap_key_data(np.stack(keys)), limits, stops)
-

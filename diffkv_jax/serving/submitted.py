@@ -7,14 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffkv_jax.arguments import integer, refuse
+from diffkv_jax.arguments import instance, integer, refuse
 from diffkv_jax.batching import as_batch
 from diffkv_jax.inputs import as_samplings, request_keys, stop_ids
 from diffkv_jax.model import CausalLM
 from diffkv_jax.sampling import Sample
+from diffkv_jax.serving.asked import STOPS
 from diffkv_jax.serving.logprobs import MOST
+from diffkv_jax.serving.penalties import NONE, Penalties
 from diffkv_jax.serving.request import Request
-from diffkv_jax.serving.slots import STOPS
 from diffkv_jax.serving.text import Words, as_stop
 
 PROMPT = "token ids, a text, or messages such as [{'role': 'user', 'content': 'Hello'}]"
@@ -32,6 +33,7 @@ def as_request(
     stop: Any = (),
     stop_token_ids: Any = None,
     logprobs: Any = None,
+    penalties: Any = None,
     priority: Any = 0,
 ) -> Request:
     """
@@ -42,11 +44,7 @@ def as_request(
     (chosen,) = as_samplings(sampling, 1)
     if seed is None:
         seed = secrets.randbits(32) if isinstance(chosen, Sample) else 0
-    if isinstance(seed, jax.Array):
-        key = request_keys((chosen,), seed, 1)
-    else:
-        seed = integer("seed", seed, least=-(2**63), most=2**63 - 1)
-        key = request_keys((chosen,), seed, 1)
+    key = request_keys((chosen,), seed, 1)
     stops = np.asarray(stop_ids(stop_token_ids, model))
     stops = stops[stops >= 0]
     if len(stops) > STOPS:
@@ -61,9 +59,21 @@ def as_request(
         key=np.asarray(jax.random.key_data(key))[0],
         stop_token_ids=np.pad(stops, (0, STOPS - len(stops)), constant_values=-1),
         top_logprobs=integer("logprobs", logprobs, least=0, most=MOST, optional=True),
+        penalties=_as_penalties(penalties, model),
+        policy=None,
         priority=integer("priority", priority),
         words=None if tokenizer is None else Words(tokenizer, found),
     )
+
+
+def _as_penalties(given: Any, model: CausalLM) -> Penalties:
+    if isinstance(given, Mapping) and set(given) <= set(Penalties.__dataclass_fields__):
+        given = Penalties(**given)
+    found: Any = NONE if given is None else given
+    instance("penalties", found, Penalties, "Penalties(repetition=1.1) makes one")
+    if beyond := [i for i in found.bias if i >= model.attention.vocab_size]:
+        refuse("bias", beyond[0], f"a token id below {model.attention.vocab_size}")
+    return found
 
 
 def as_tokens(prompt: Any, tokenizer: Any) -> Any:

@@ -71,7 +71,7 @@ def as_stop(stop: Any, tokenizer: Any) -> tuple[str, ...]:
     Raises:
         TypeError, ValueError: not such strings, or there is no tokenizer to look for them.
     """
-    given = (stop,) if isinstance(stop, str) else stop or ()
+    given = (stop,) if isinstance(stop, str) else () if stop is None else stop
     rule = "a string, or a list of strings that are not empty"
     if not isinstance(given, Sequence) or not all(isinstance(s, str) for s in given):
         refuse("stop", stop, rule, True)

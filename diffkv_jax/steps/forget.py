@@ -80,8 +80,8 @@ def _in_parts(change: Callable, changes: Array, pages: Pages, owner: Array) -> A
 
 
 def _owners(cache: KVCache) -> Array:
-    """Request of each page, int32 [num_pages]; -1 of free ones, and where another cache has the pool
-    too (`diffkv_jax.serving`) of its pages.
+    """Request of each page, int32 [num_pages]; -1: it is free, or another cache's on the same pool
+    (`diffkv_jax.serving`).
     """
     _, _, page_table, tier_len = cache.stored
     width, layout = page_table.shape[-1], cache.spec.layout
