@@ -13,9 +13,10 @@
 | GET `/`, `/stats.json` | a page of what the engine does, and its numbers |
 
 Both take `n`, `max_tokens` (and `max_completion_tokens`; 16 by default, for a chat as many as there
-is room for), `temperature` (0: the likeliest token), `top_p`, `top_k`, `min_p`, `stop`, `seed` (of
-the i-th choice `seed + i`), `logprobs`, `stream`, `stream_options.include_usage`; `user` means
-nothing. What is not known or not supported is refused, not ignored.
+is room for), `temperature` (0: the likeliest token), `top_p`, `top_k`, `min_p`, `seed` (of the i-th
+choice `seed + i`), `frequency_penalty`, `presence_penalty`, `repetition_penalty`, `logit_bias`,
+`stop`, `logprobs`, `stream`, `stream_options.include_usage`; `user` means nothing. What is not
+known or not supported is refused, not ignored.
 
 A request that outgrows the pool even alone ends with "length", or with 503 where nothing was
 generated. Clients that leave cancel their requests. In a stream errors come as

@@ -7,6 +7,7 @@ from pydantic_core import from_json
 
 from diffkv_jax.sampling import Greedy, Sample
 from diffkv_jax.server.errors import ApiError
+from diffkv_jax.serving import Penalties
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 PROMPT = "a text, a list of texts, token ids, or a list of lists of token ids"
@@ -48,6 +49,7 @@ class Asked(BaseModel):
     stream_options: StreamOptions | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     logit_bias: dict[str, float] | None = None
     user: str | None = None
 
@@ -181,29 +183,31 @@ def _said(kind: str, name: str | None, where: str | None, message: str) -> str:
     return f"{where or name}: {message}"
 
 
-def penalties(body: Asked) -> dict[str, Any]:
-    """What penalties and biases come to for `Engine.submit`.
-
-    Raises:
-        ApiError: one is asked for.
-    """
-    for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
-        if getattr(body, name):
-            raise ApiError(400, f"{name} is not supported", param=name, code="unsupported")
-    return {}
+def _penalties(body: Asked) -> Penalties:
+    try:
+        bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+    except ValueError as error:
+        message = "logit_bias must be an object of token ids and numbers"
+        raise ApiError(400, message, param="logit_bias") from error
+    return Penalties(
+        bias=bias,
+        repetition=body.repetition_penalty or 1.0,
+        frequency=body.frequency_penalty or 0.0,
+        presence=body.presence_penalty or 0.0,
+    )
 
 
 def choices(body: Asked) -> list[dict[str, Any]]:
     """Keywords of `Engine.submit` for each choice of one prompt, without prompt and length.
 
     Raises:
-        ApiError: something is not supported.
+        ApiError, ValueError: a value is out of range.
     """
     common = {
         "sampling": _sampling(body),
         "stop": body.stop or (),
         "logprobs": body.top_logprobs_told,
-        **penalties(body),
+        "penalties": _penalties(body),
     }
     seeds = [None if body.seed is None else body.seed + i for i in range(body.num_choices)]
     return [{**common, "seed": seed} for seed in seeds]

@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import Any
 
 from diffkv_jax.serving import Engine, Event, Request
@@ -99,14 +99,12 @@ class Driver:
         """
         with self._submitting:
             self._check(len(asked))
-            now = perf_counter()
             try:
                 for options in asked:
                     found.append(self.engine.submit(**options))
                 with self._changed:
                     self._check(0)  # it may have closed meanwhile
                     for request in found:
-                        request.times.setdefault("submitted", now)
                         self._mail[request] = _Mail()
                         self._open.add(request)
             except BaseException:

@@ -223,9 +223,9 @@ def _line(told: dict[str, Any]) -> bytes:
 def _refused(message: str, is_chat: bool) -> ApiError:
     """An error of the engine, which names its argument first, in the names of the API."""
     message = re.sub(r"^(tokens: )?prompt 0\b", "prompt", message)  # each is submitted by itself
-    name = re.split("[=: ]", message)[0]
-    prompt = "messages" if is_chat else "prompt"
-    param = {"prompt": prompt, "tokens": prompt, "max_new_tokens": "max_tokens"}.get(name, name)
+    name, prompt = re.split("[=: ]", message)[0], "messages" if is_chat else "prompt"
+    api = {"max_new_tokens": "max_tokens", "bias": "logit_bias", "key": "seed"}
+    param = prompt if name in ("prompt", "tokens") else api.get(name, name)
     if param not in (Chat if is_chat else Completion).model_fields:
         return ApiError(400, message)
     return ApiError(400, param + message[len(name) :], param=param)

@@ -63,8 +63,7 @@ class Metrics:
         if event.tokens and request not in self._begun:
             self._begun.add(request)
             self._prompt.inc(len(request.prompt))
-            if "submitted" in times:
-                self._first.observe(times["first"] - times["submitted"])
+            self._first.observe(times["first"] - times["submitted"])
         if event.finish_reason is None:
             return
         self._begun.discard(request)

@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from time import perf_counter
 from typing import Any, Unpack
 
 import numpy as np
@@ -122,6 +123,7 @@ class Engine:
         if policy is not None:
             request.policy = self._scheduler.slots.with_keep(as_policy(policy))
         self._check(request)
+        request.times["submitted"] = perf_counter()
         self._inbox.append(request)
         return request
 

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("tokenizers")
 
-from helpers_server import END, NAME, Letters, alone, inside
+from helpers_server import END, NAME, Letters, alone, inside, tiny_engine
 from helpers_text import LETTERS
 
 GREEDY = {"model": NAME, "temperature": 0}
@@ -160,6 +160,24 @@ def test_logprobs_of_a_chat(served, engine):
     without = post(served, "chat/completions", **body)["choices"][0]["logprobs"]["content"]
     assert [one["logprob"] for one in without] == [one["logprob"] for one in told]
     assert all(one["top_logprobs"] == [] for one in without)
+
+
+def test_penalties_and_biases_are_those_of_the_engine(served):
+    engine, e = tiny_engine(), LETTERS.index("e")
+    api = {
+        "frequency_penalty": 0.5,
+        "presence_penalty": -0.5,
+        "repetition_penalty": 1.3,
+        "logit_bias": {str(e): 3.5},
+    }
+    own = {"frequency": 0.5, "presence": -0.5, "repetition": 1.3, "bias": {e: 3.5}}
+    texts = []
+    for (name, value), (field, same) in zip(api.items(), own.items(), strict=True):
+        body = {"prompt": "Hello", "max_tokens": 60, name: value}
+        texts.append(post(served, "completions", **body)["choices"][0]["text"])
+        request = engine.submit("Hello", max_new_tokens=60, penalties={field: same})
+        assert [*engine.run()] and texts[-1] == request.text
+    assert len({*texts, alone("Hello", 60)}) == 5
 
 
 def test_what_asks_for_nothing_is_taken(served):

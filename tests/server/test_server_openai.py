@@ -104,7 +104,7 @@ def test_errors(client, address):
         ask(model=NAME, messages=TALK, max_tokens=0)
     assert caught.value.param == "max_tokens" and caught.value.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError, match="frequency_penalty"):
-        ask(model=NAME, messages=TALK, frequency_penalty=1)
+        ask(model=NAME, messages=TALK, frequency_penalty=3)
     with pytest.raises(openai.NotFoundError):
         ask(model="other", messages=TALK)
     other = openai.OpenAI(base_url=f"{address}/v1", api_key="other", max_retries=0)
