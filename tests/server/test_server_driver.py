@@ -1,6 +1,7 @@
 """The thread that steps: no event is lost, nobody waits in vain."""
 
 import asyncio
+import time
 from contextlib import aclosing
 
 import pytest
@@ -32,6 +33,21 @@ def test_events_before_somebody_listens_are_kept(driver):
     wait_until(lambda: request.finish_reason)
     assert asyncio.run(text_of(driver, request)) == alone("late", 20)
     assert not driver._mail and driver.num_open == 0
+
+
+def test_events_of_a_step_during_the_submission_are_kept(driver, monkeypatch):
+    """The thread is already stepping when a request is queued, before it has a mailbox."""
+    other, submit = driver.submit(**LONG), driver.engine.submit
+
+    def slow(**options):
+        request = submit(**options)
+        time.sleep(0.3)
+        return request
+
+    monkeypatch.setattr(driver.engine, "submit", slow)
+    request = driver.submit("race", max_new_tokens=20)
+    assert asyncio.run(text_of(driver, request, seconds=10)) == alone("race", 20)
+    driver.drop([other])
 
 
 def test_several_requests_in_one_stream(driver):
