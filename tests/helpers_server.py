@@ -80,12 +80,11 @@ def inside(app) -> httpx.AsyncClient:
 
 
 @contextmanager
-def on_loopback(app, graceful: int = 5) -> Iterator[str]:
+def on_loopback(app, drain_seconds: float = 5.0) -> Iterator[str]:
     """The server's address; shuts down as Ctrl-C does."""
-    import uvicorn
+    from diffkv_jax.server.application import Server
 
-    config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=graceful)
-    server = uvicorn.Server(config)
+    server = Server(app, port=0, log_level="warning", drain_seconds=drain_seconds)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     try:

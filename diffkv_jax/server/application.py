@@ -1,11 +1,13 @@
 """The application: routes, keys, shutdown."""
 
+import asyncio
 import hmac
 import math
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from socket import socket
 from typing import Any
 
 import uvicorn
@@ -19,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from diffkv_jax.arguments import instance, integer, number, text
-from diffkv_jax.server.driver import Closed, Driver, EngineFailed, Full
+from diffkv_jax.server.driver import GRACE, Closed, Driver, EngineFailed, Full
 from diffkv_jax.server.endpoints import Endpoints
 from diffkv_jax.server.errors import ApiError, answer_error
 from diffkv_jax.server.metrics import Metrics
@@ -100,13 +102,29 @@ def serve(
     Raises:
         TypeError, ValueError: bad input, named.
     """
+    drain = number("drain_seconds", options.get("drain_seconds", 30.0), least=0)
     made = app(engine, model_name=model_name, **options)
-    drain = math.ceil(number("drain_seconds", options.get("drain_seconds", 30.0), least=0))
     try:
-        # connections have so long to end; the requests of those that do not are cancelled
-        uvicorn.run(made, host=host, port=port, timeout_graceful_shutdown=drain)
+        Server(made, host=host, port=port, drain_seconds=drain).run()
+    except KeyboardInterrupt:
+        pass  # it has been heeded
     finally:
         made.state.driver.close(0)
+
+
+class Server(uvicorn.Server):
+    """Closes the driver as soon as it is told to end: connections end when their requests do."""
+
+    def __init__(self, made: Starlette, *, drain_seconds: float, **options: Any):
+        self._driver, self._drain_seconds = made.state.driver, drain_seconds
+        late = math.ceil(drain_seconds + 2 * GRACE + 1)  # for clients that do not read
+        super().__init__(uvicorn.Config(made, timeout_graceful_shutdown=late, **options))
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        closing = asyncio.ensure_future(run_in_threadpool(self._driver.close, self._drain_seconds))
+        await super().shutdown(sockets)
+        while not (closing.done() or self.force_exit):
+            await asyncio.sleep(0.02)
 
 
 def _routes(endpoints: Endpoints, watch: Watch, metrics: Metrics) -> list[Route]:
@@ -133,8 +151,8 @@ def _routes(endpoints: Endpoints, watch: Watch, metrics: Metrics) -> list[Route]
         return Response(metrics.text(), media_type=METRICS)
 
     async def stats(_: Request) -> Response:
-        found = {"model": name, "open": driver.num_open, **watch.stats()}
-        return JSONResponse({**found, "failed": driver.failed is not None})
+        failed = driver.failed is not None
+        return JSONResponse({"model": name, "failed": failed, **watch.stats(driver.num_open)})
 
     async def home(_: Request) -> Response:
         return HTMLResponse(page)

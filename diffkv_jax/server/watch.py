@@ -44,8 +44,9 @@ class Watch:
             tokens += self._rates.pop()[1]
         self._rates.append((second, tokens))
 
-    def stats(self) -> dict[str, Any]:
-        """As JSON for the page. `rates`: tokens of each of the last `SECONDS` whole seconds;
+    def stats(self, num_open: int) -> dict[str, Any]:
+        """As JSON for the page, with `num_open` requests that have not finished; those that came
+        during a step wait. `rates`: tokens of each of the last `SECONDS` whole seconds;
         `heads`: pages by layer and KV head, a mean over requests that decode.
         """
         now = monotonic()
@@ -56,7 +57,10 @@ class Watch:
             states: dict[str, int] = {}
             for one in requests:
                 states[one["state"]] = states.get(one["state"], 0) + 1
+            if (later := num_open - len(requests)) > 0:
+                states["waiting"] = states.get("waiting", 0) + later
             return {
+                "open": num_open,
                 "states": states,
                 "requests": requests[:SHOWN],
                 "pool": self._snapshot["pool"],

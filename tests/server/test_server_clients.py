@@ -203,20 +203,22 @@ def test_shutdown_while_requests_run(drain):
     assert all_free(engine) and not served.state.driver._thread.is_alive()
 
 
-def test_shutdown_of_a_real_server_does_not_wait_for_clients():
+@pytest.mark.parametrize("stream", [False, True])
+def test_shutdown_of_a_real_server_tells_its_clients(stream):
     engine, told = tiny_engine(), []
-    served = app(engine, model_name=NAME, drain_seconds=0)
+    served = app(engine, model_name=NAME)
+    body = {**LONG, "n": 40, "stream": stream}
 
     def ask(address):
-        try:
-            told.append(httpx.post(f"{address}/v1/completions", json={**LONG, "n": 40}))
-        except httpx.HTTPError as error:
-            told.append(error)
+        told.append(httpx.post(f"{address}/v1/completions", json=body, timeout=30))
 
-    with on_loopback(served, graceful=0) as address:
+    with on_loopback(served, drain_seconds=0.1) as address:
         client = threading.Thread(target=ask, args=[address])
         client.start()
         wait_until(lambda: served.state.driver.num_open == 40)
     client.join(10)
-    assert len(told) == 1 and getattr(told[0], "status_code", 500) >= 500
+    (answer,) = told
+    assert answer.status_code == (200 if stream else 503)
+    last = answer.text.strip().split("\n\n")[-1].removeprefix("data: ")
+    assert json.loads(last)["error"]["type"] == "server_error"
     assert all_free(engine) and not served.state.driver._thread.is_alive()

@@ -38,6 +38,7 @@ def test_events_before_somebody_listens_are_kept(driver):
 def test_events_of_a_step_during_the_submission_are_kept(driver, monkeypatch):
     """The thread is already stepping when a request is queued, before it has a mailbox."""
     other, submit = driver.submit(**LONG), driver.engine.submit
+    wait_until(lambda: other.tokens)
 
     def slow(**options):
         request = submit(**options)

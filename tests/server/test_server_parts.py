@@ -1,7 +1,6 @@
 """Parts of the server by themselves: how ends are told, what is counted, `serve`."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +11,7 @@ pytest.importorskip("tokenizers")
 import uvicorn
 
 from diffkv_jax.server import serve
+from diffkv_jax.server.driver import GRACE
 from diffkv_jax.server.errors import ApiError
 from diffkv_jax.server.metrics import Metrics
 from diffkv_jax.server.told import Choice
@@ -19,14 +19,17 @@ from diffkv_jax.serving import Event
 from helpers_server import NAME, tiny_engine
 
 
-class Request(SimpleNamespace):
-    __hash__ = object.__hash__
+class Ended:
+    """A request that has been parked twice."""
+
+    def __init__(self, tokens: int):
+        self.prompt, self.tokens, self.parks = [0] * 5, [0] * tokens, 2
+        self.times = {"submitted": 1.0, "first": 3.0, "end": 7.0}
 
 
 def ended(reason: str, tokens: int = 0) -> Event:
-    """The last event of a request that has been parked twice."""
-    times = {"submitted": 1.0, "first": 3.0, "end": 7.0}
-    request = Request(prompt=[0] * 5, tokens=[0] * tokens, times=times, parks=2)
+    """The last event of a request."""
+    request = Ended(tokens)
     return Event(request, (0,) * tokens, "", (), reason)
 
 
@@ -81,14 +84,13 @@ def test_what_is_counted():
 def test_serve_closes_what_it_made(monkeypatch):
     seen = {}
 
-    def run(made, **options):
-        seen.update(options, driver=made.state.driver)
-        assert made.state.driver._thread.is_alive()
+    def run(server):
+        seen.update(vars(server.config), driver=server.config.app.state.driver)
+        assert seen["driver"]._thread.is_alive()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(uvicorn, "run", run)
-    with pytest.raises(KeyboardInterrupt):
-        serve(tiny_engine(), model_name=NAME, port=1234, drain_seconds=2.5)
-    driver = seen.pop("driver")
-    assert driver.closing and not driver._thread.is_alive()
-    assert seen == {"host": "127.0.0.1", "port": 1234, "timeout_graceful_shutdown": 3}
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    serve(tiny_engine(), model_name=NAME, port=1234, drain_seconds=2.5)
+    assert seen["driver"].closing and not seen["driver"]._thread.is_alive()
+    assert (seen["host"], seen["port"]) == ("127.0.0.1", 1234)
+    assert seen["timeout_graceful_shutdown"] > 2.5 + 2 * GRACE
