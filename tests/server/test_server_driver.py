@@ -37,6 +37,8 @@ def test_events_before_somebody_listens_are_kept(driver):
 
 def test_events_of_a_step_during_the_submission_are_kept(driver, monkeypatch):
     """The thread is already stepping when a request is queued, before it has a mailbox."""
+    for request in [driver.submit("both", max_new_tokens=20) for _ in range(2)]:
+        asyncio.run(text_of(driver, request))  # compiles what is run below
     other, submit = driver.submit(**LONG), driver.engine.submit
     wait_until(lambda: other.tokens)
 
