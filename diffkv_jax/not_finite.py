@@ -15,8 +15,15 @@ def warn_of_errors(cache: KVCache, rows: Sequence[int], stacklevel: int) -> None
 
     `stacklevel` is that of the user's line: 4 from a public function in `in_32_bits`.
     """
+    for row, found in zip(rows, described(cache, rows), strict=True):
+        said = f"request {row} ended with finish reason 'error': {found}"
+        warnings.warn(said, RuntimeWarning, stacklevel=stacklevel)
+
+
+def described(cache: KVCache, rows: Sequence[int]) -> list[str]:
+    """Where the numbers of each of the requests `rows` stopped being finite, and what helps."""
     if not len(rows):
-        return
+        return []
     spec = cache.spec
     paged = _finite(cache.recent.k, cache.recent.v, cache.counters.recent_len)
     # zeros where nothing came yet
@@ -25,17 +32,17 @@ def warn_of_errors(cache: KVCache, rows: Sequence[int], stacklevel: int) -> None
     )
     layers = spec.paged_layers + spec.window_layers
     finite = dict(zip(layers, jax.device_get((*paged, *windowed)), strict=True))
+    texts = []
     for row in rows:
         bad = (layer for layer in sorted(finite) if not finite[layer][:, row].all())
         found = next(((layer, *finite[layer][:, row]) for layer in bad), None)
-        warnings.warn(
-            f"request {row} ended with finish reason 'error': its logits are not finite. "
+        texts.append(
+            f"its logits are not finite. "
             f"{_cause(found)} The model computes in {spec.attention.dtype} and the cache keeps "
             f"{spec.dtype}: load it with dtype='bfloat16' or 'float32', whose range is wider than "
-            "float16's, or look for NaN in the parameters",
-            RuntimeWarning,
-            stacklevel=stacklevel,
+            "float16's, or look for NaN in the parameters"
         )
+    return texts
 
 
 def _cause(found: tuple[int, bool, bool] | None) -> str:

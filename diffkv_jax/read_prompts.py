@@ -37,13 +37,20 @@ def prefill(
 
 
 def read_prompts(
-    model: CausalLM, params, held: Held, tokens: np.ndarray, lengths: np.ndarray, size: int
+    model: CausalLM,
+    params,
+    held: Held,
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    size: int,
+    *,
+    drops: bool = True,
 ) -> None:
     """Feed prompts `[R, N]` of `lengths` int [R] (0: the request rests) in chunks of `size`;
     `held.value` becomes a `Read`.
 
-    A score with passes (`Score.passes`) goes over the first prompt of a request again, then drops;
-    later prompts stay as they are.
+    A score with passes (`Score.passes`) goes over the first prompt of a request again, then drops
+    (without `drops`, `end_passes` is left to the caller); later prompts stay as they are.
 
     Raises:
         ValueError: the policy drops tokens before they are encoded, and the prompt takes more than
@@ -80,7 +87,8 @@ def read_prompts(
         passes = held.bar(score.passes(tokens, again), desc="going over it again", unit=" passes")
         for part, real, first in passes:
             held.update(read_again, jnp.asarray(part), jnp.asarray(real), jnp.int32(first))
-        held.update(lambda found, cache: (found, end_passes(cache, jnp.asarray(again > 0))))
+        if drops:
+            held.update(lambda found, cache: (found, end_passes(cache, jnp.asarray(again > 0))))
 
 
 def check_evicts_once(cache: KVCache, seen: np.ndarray, lengths: np.ndarray, size: int) -> None:

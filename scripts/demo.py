@@ -1,5 +1,5 @@
 """The main job in one command: a real model writes from a compressed KV cache, beside the same
-model with the full cache.
+model with the full cache; then the engine serves a dozen requests in a fixed memory with each.
 
 `make demo` runs it with SmolLM2-135M-Instruct, `make demo MODEL=M` with any model that
 `load_pretrained` takes. Two requests go as one batch: a question about a few thousand tokens of
@@ -25,6 +25,8 @@ from diffkv_jax.testing.texts import load_text, text_tokens
 MAX_LEN, LEAST, CHUNK = 3328, 1024, 1024
 SPARE = 328  # of MAX_LEN, for template and question, and for what is written
 BUDGET = "48MiB"  # of the compressed cache of SmolLM2
+# of the engine: tokens whose bfloat16 bytes are its memory
+REQUESTS, NEW_TOKENS, MEMORY = 12, 64, 3000
 QUESTION = "What is the name of the play above, and who wrote it?"
 CHAT = "Give me three short tips for learning to cook."
 console = Console(width=110)
@@ -144,6 +146,45 @@ def print_quality(loaded, policy, steps: int, context: int, **run) -> None:
     console.print(table)
 
 
+def serve_many(loaded, policies, **run) -> None:
+    """A dozen requests of different lengths in the same memory, with each policy."""
+    model, params, tokenizer = loaded
+    spec = model.attention
+    memory = MEMORY * 4 * spec.num_layers * spec.num_kv_heads * spec.head_dim  # K and V, bfloat16
+    ids = tokenizer(load_text("hamlet")[:20_000], add_special_tokens=False, verbose=False).input_ids
+    lengths = [24 + 44 * i for i in range(REQUESTS)]
+    table = Table(
+        "cache",
+        "at once",
+        "tokens/s",
+        "seconds",
+        title=f"{REQUESTS} requests in {memory / 2**20:.0f} MiB",
+    )
+    for policy, calibration in policies:
+        engine = dkv.Engine(
+            model,
+            params,
+            policy=policy,
+            calibration=calibration,
+            memory_budget=memory,
+            max_requests=REQUESTS,
+            max_len=1024,
+            **run,
+        )
+        for tokens in (24, NEW_TOKENS):  # the first time compiles
+            began, most = time.perf_counter(), 0
+            asked = [
+                engine.submit(ids[:n], max_new_tokens=tokens, stop_token_ids=()) for n in lengths
+            ]
+            with console.status(f"{policy.name}: {REQUESTS} requests …"):
+                for _ in engine.run():
+                    most = max(most, sum(one.state == "running" for one in asked))
+        seconds = time.perf_counter() - began
+        speed = f"{REQUESTS * NEW_TOKENS / seconds:.1f}"
+        table.add_row(policy.name, str(most), speed, f"{seconds:.1f}")
+    console.print(table)
+
+
 def load(path):
     """The model with its tokenizer, and the tokens of context that the demo has room for.
 
@@ -195,6 +236,7 @@ def main(
         del cache
     print_memory(reports)
     print_quality(loaded, chosen, steps, min(2048, room - SPARE), **held)
+    serve_many(loaded, [(plain, None), (chosen, calibration)], cache_dtype="bfloat16")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The Python of docs/quality.md, scale_and_limits.md, choosing_a_policy.md and fitting.md, with
-tiny models.
+"""The Python of docs/quality.md, scale_and_limits.md, choosing_a_policy.md, fitting.md and
+serving.md, with tiny models.
 """
 
 import importlib
@@ -88,3 +88,13 @@ def test_a_fitted_policy(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "my_policy" / "fitted_policy.json").is_file()
     assert names["out"].cache.policy.tiers == names["fitted"].policy.tiers
     assert names["fitted"].report.share <= 0.75 and names["fitted"].report.context == 512
+
+
+@pytest.mark.slow
+def test_many_requests_at_once(capsys):
+    pytest.importorskip("tokenizers")
+    model, params = tiny_model()
+    names = {"dkv": dkv, "model": model, "params": params, "policy": dkv.diffkv(queries=32)}
+    run("serving.md", names | {"tokenizer": letters_tokenizer()}, "256MiB", "64MiB")
+    printed = capsys.readouterr().out
+    assert printed.startswith("0 ") and ("length" in printed or "stop" in printed)

@@ -3,14 +3,16 @@ length.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffkv_jax.batching import power_of_two
 from diffkv_jax.cache.cache import KVCache, complete
-from diffkv_jax.cache.pool_size import tree_bytes
+from diffkv_jax.cache.pool_size import bound, tree_bytes
 from diffkv_jax.cache.report import memory_report
 from diffkv_jax.calibration.calibrate import calibrate
 from diffkv_jax.calibration.calibration import Calibration
@@ -19,11 +21,14 @@ from diffkv_jax.evaluation.forcing import feed
 from diffkv_jax.fitting.candidates import Path
 from diffkv_jax.fitting.recorded import Prompts, Replayed, record
 from diffkv_jax.fitting.texts import GOES_ON, LEARNED, Texts
+from diffkv_jax.interrupt import Held
 from diffkv_jax.make_cache import make_cache
 from diffkv_jax.model import CausalLM
 from diffkv_jax.policy.policy import CompressionPolicy
+from diffkv_jax.policy.stage import with_leaves
 from diffkv_jax.policy.transform import Transform
-from diffkv_jax.read_prompts import prefill
+from diffkv_jax.read_prompts import prefill, read_prompts
+from diffkv_jax.steps.jitted import end_passes
 
 
 @dataclass(frozen=True)
@@ -135,9 +140,32 @@ class Bench:
         transform: Transform,
         calibration: Calibration | None,
     ) -> list[Measured]:
-        """All rows at each of the `points` of a path, in one batch."""
-        policy = path.policy(transform, points, len(self.texts.rows))
-        return self.each(policy, calibration, len(points))
+        """All rows at each of the `points` of a path: in one batch, or after one reading where
+        policies that go over the prompt again rank its tokens alike.
+        """
+        count = len(self.texts.rows)
+        apart = [path.policy(transform, [point], count) for point in points]
+        if self.replays and self._passes(apart[0]) == 1:
+            return self._scored_once(apart, calibration)
+        return self.each(path.policy(transform, points, count), calibration, len(points))
+
+    def _scored_once(
+        self, policies: Sequence[CompressionPolicy], calibration: Calibration | None
+    ) -> list[Measured]:
+        """All rows with policies that differ in how many tokens they keep, of one ranking."""
+        n, fed = self.texts.context, self.texts.fed
+        lengths = np.full(len(fed), fed.shape[1])
+        held = Held(None, make_cache(self.model, policies[0], lengths, calibration=calibration))
+        reads = Replayed(self.model.attention), self._recorded(twice=True)
+        read_prompts(*reads, held, fed, np.full_like(lengths, n), power_of_two(n), drops=False)
+        found = []
+        for policy in policies:
+            cache = jax.tree.map(jnp.copy, held.cache)
+            keep = jax.tree.map(jnp.asarray, bound(cache.spec, policy).keep)
+            cache = replace(cache, policy=with_leaves(cache.policy, keep=keep))
+            cache = end_passes(cache, jnp.ones(len(fed), bool))
+            found.append(self._measured(*feed(self.model, self.params, cache, fed[:, n:])))
+        return found
 
     def each(
         self, policy: CompressionPolicy, calibration: Calibration | None, copies: int
@@ -161,10 +189,21 @@ class Bench:
             return teacher_forced(model, params, rows, n, policy, calibration=calibration)
         lengths = np.full(len(rows), rows.shape[1])
         cache = make_cache(model, policy, lengths, calibration=calibration)
-        twice = policy.score is not None and policy.score.has_passes
         given = cache, rows, np.full_like(lengths, n), power_of_two(n)
-        _, cache = prefill(Replayed(model.attention), self._recorded(twice), *given)
+        passes = self._passes(policy)
+        if passes > 1:  # each reads a part of the prompt behind all of it: another text
+            _, cache = prefill(model, params, *given)
+        else:
+            _, cache = prefill(Replayed(model.attention), self._recorded(passes == 1), *given)
         return feed(model, params, cache, rows[:, n:])
+
+    def _passes(self, policy: CompressionPolicy) -> int:
+        """How often a policy goes over the contexts again."""
+        if policy.score is None:
+            return 0
+        rows = self.texts.rows[:, : self.texts.context]
+        lengths = np.full(len(rows), rows.shape[1], np.int32)
+        return sum(1 for _ in policy.score.passes(rows, lengths))
 
     def _recorded(self, twice: bool) -> Prompts:
         if self.prompts is None or (twice and self.prompts.again is None):

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from diffkv_jax.cache.pool_size import most_pages
 from diffkv_jax.cache.spec import CacheSpec
 
 WEIGHT = 0.1  # of a new observation in a running mean
@@ -57,8 +58,8 @@ class Estimate:
 
     def chunk_pages(self, tokens: int) -> int:
         """Most pages that a chunk of so many tokens takes before anything is dropped."""
-        layout = self.spec.layout
-        return self._heads * (layout.pages_for(0, tokens + self.spec.flush) + layout.tiers)
+        spec = self.spec
+        return most_pages(spec, [tokens + spec.window + spec.flush]) + self._heads
 
     def event_pages(self) -> int:
         """Most pages that one event takes."""

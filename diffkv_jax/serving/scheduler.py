@@ -233,6 +233,7 @@ class Scheduler:
         ended = [i for i in running if self._take(self._at(i), state, logprobs, i)]
         for slot in set(running) - set(ended):
             self.estimate.saw(self._at(slot).seq_len, int(slots.pages[slot]))
+        slots.log_errors([i for i in ended if self._at(i).finish_reason == "error"])
         slots.free_slots(ended)
         if not self.waiting:
             slots.narrow()

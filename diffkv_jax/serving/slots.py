@@ -2,6 +2,7 @@
 change them. What it knows of them on the host is as of the last call.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from diffkv_jax.cache.cache import KVCache
 from diffkv_jax.cache.pool_size import bound, check_pool
 from diffkv_jax.decode_loop import State
 from diffkv_jax.model import CausalLM
+from diffkv_jax.not_finite import described
 from diffkv_jax.policy.policy import CompressionPolicy
 from diffkv_jax.policy.stage import with_leaves
 from diffkv_jax.policy.transform import Usual
@@ -25,8 +27,9 @@ from diffkv_jax.serving.parking import Parked, parked, unparked
 from diffkv_jax.serving.programs import Standing
 from diffkv_jax.serving.reading import Reading
 from diffkv_jax.serving.request import Request
-from diffkv_jax.serving.rows import Pool, Rows, blank, picked, placed, several
+from diffkv_jax.serving.rows import Pool, Rows, blank, picked, placed, several, together
 
+_log = logging.getLogger("diffkv_jax")
 WIDTH = 32  # most steps of one call
 OWN = "a request has thresholds or budgets of its own, for all else make another engine"
 
@@ -159,6 +162,14 @@ class Slots:
         self._note(standing)
 
     # --- slots
+
+    def log_errors(self, slots: Sequence[int]) -> None:
+        """Say where the numbers of requests in slots stopped being finite."""
+        if not slots or self.rows is None:
+            return
+        found = described(together(self.fixed, self.pool, self.rows), slots)
+        for slot, text in zip(slots, found, strict=True):
+            _log.error("%r: %s", self.requests[slot], text)
 
     @property
     def running(self) -> list[int]:

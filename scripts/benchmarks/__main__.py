@@ -13,6 +13,7 @@ COMMANDS = {
     "quality": "benchmarks.methods.quality",
     "needle": "benchmarks.methods.needle",
     "paper": "benchmarks.paper.command",
+    "serving": "benchmarks.serving.command",
     "roofline": "benchmarks.roofline.command",
 }
 

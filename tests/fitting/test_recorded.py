@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import diffkv_jax as dkv
+from diffkv_jax.fitting.candidates import Path
 from diffkv_jax.fitting.measure import Bench
 from diffkv_jax.fitting.texts import STEPS, Texts
 from diffkv_jax.testing.tiny import prompt, tiny_latent_model, tiny_model
@@ -37,7 +38,8 @@ def test_decides_and_predicts_as_a_model_that_reads():
 @pytest.mark.parametrize("windows", [None, (48, None)])
 def test_reads_once_more_what_is_ranked_by_a_repetition(windows):
     model, params = tiny_model() if windows is None else tiny_model(windows=windows)
-    same(model, params, [dkv.kvzip(0.4, **SMALL)])
+    shorter = dkv.Replay(chunk=64)  # than the text: four passes
+    same(model, params, [dkv.kvzip(0.4, **SMALL), dkv.kvzip(0.4, replay=shorter, **SMALL)])
 
 
 @pytest.mark.slow
@@ -54,3 +56,16 @@ def test_requests_at_several_places_of_a_path_are_those_rows_over_and_over():
     log_probs, _ = replayed._run(mixed, None, copies=2)
     for rows, policy in ((log_probs[:2], one), (log_probs[2:], two)):
         np.testing.assert_allclose(rows, replayed._run(policy, None)[0], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_one_ranking_serves_all_places_of_a_path():
+    model, params = tiny_model()
+    replayed = Bench(model, params, TEXTS, CONTEXT, replays=True)
+    path = Path("repeating", ("K8V8", "K4V4"), high=0.3, window=16)
+    once = replayed.along(path, [0.4, 0.9], dkv.Exact(), None)
+    apart = [replayed.of(path.policy(dkv.Exact(), [point]), None) for point in (0.4, 0.9)]
+    assert once[0].mean_kl < 0.9 * once[1].mean_kl
+    for one, other in zip(once, apart, strict=True):
+        np.testing.assert_allclose(one.kl, other.kl, atol=1e-5, rtol=1e-2)
+        assert one.share == pytest.approx(other.share, rel=1e-6)

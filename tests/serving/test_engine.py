@@ -219,3 +219,20 @@ def test_one_thread_steps():
     e._stepping.acquire()
     with pytest.raises(RuntimeError, match="one thread"):
         e.step()
+
+
+def test_numbers_that_are_not_finite_end_one_request_alone(caplog):
+    model, params = tiny()
+    table = params["embed_tokens"]["embedding"]
+    poisoned = params | {"embed_tokens": {"embedding": table.at[50].set(np.nan)}}
+    e = engine(loaded=(model, poisoned))
+    bad = [e.submit([1, 50, 3] * 20, max_new_tokens=9) for _ in range(2)]
+    finish(e)
+    good = [e.submit([5, 6] * n, max_new_tokens=30) for n in (10, 40, 60)]
+    late = e.submit([1, 2, 3], max_new_tokens=30, penalties={"bias": {50: 100.0}})
+    finish(e)
+    assert {request.finish_reason for request in bad} == {"error"} and not bad[0].tokens
+    assert late.finish_reason == "error" and late.tokens == [50]
+    assert "layer 0" in caplog.text and "Request(5" in caplog.text
+    check_alone(good, DIFFKV, (model, poisoned))
+    check_pool_whole(e)
