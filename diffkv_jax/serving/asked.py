@@ -25,8 +25,8 @@ class Asked(NamedTuple):
 
 
 def asked_of(requests: Sequence[Request | None], max_len: int) -> Asked:
-    """By the requests of rows, at least one; None asks for nothing."""
-    nobody = np.zeros_like(next(r.key for r in requests if r))
+    """By the requests of rows; None asks for nothing."""
+    nobody = np.asarray(jax.random.key_data(jax.random.key(0)))
     keys = np.stack([r.key if r else nobody for r in requests])
     no_stops = np.full(STOPS, -1, np.int32)
     stops = np.stack([r.stop_token_ids if r else no_stops for r in requests])

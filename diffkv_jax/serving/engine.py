@@ -22,6 +22,7 @@ from diffkv_jax.serving.request import Event, Request
 from diffkv_jax.serving.scheduler import Scheduler
 from diffkv_jax.serving.stats import held_by_head, stats
 from diffkv_jax.serving.submitted import as_request
+from diffkv_jax.serving.warm_up import warm_up
 
 
 class Engine:
@@ -149,6 +150,18 @@ class Engine:
                 return self._scheduler.step()
         finally:
             self._stepping.release()
+
+    def warm_up(self) -> None:
+        """Compile every program that requests may need, now and not when they come, but for scores
+        that go over a prompt again (`kvzip`), whose programs are as long as it. Before the first
+        request.
+
+        Raises:
+            RuntimeError: there are requests already.
+        """
+        if self.busy:
+            raise RuntimeError("warm_up() comes before the first request: this engine has some")
+        warm_up(self._scheduler.slots, self.prefill_chunk, READINGS)
 
     @property
     def busy(self) -> bool:

@@ -35,7 +35,7 @@ def parked(pool: Pool, row: Rows) -> Parked:
     table = np.zeros(0, np.int32) if rows.page_table is None else rows.page_table.ravel()
     held = np.flatnonzero(table != num_pages)
     ids = _parts(table[held], num_pages)
-    return Parked(rows, held, tuple(jax.device_get(_fetched(pool.pages, part)) for part in ids))
+    return Parked(rows, held, tuple(jax.device_get(fetched(pool.pages, part)) for part in ids))
 
 
 def unparked(pool: Pool, found: Parked) -> tuple[Pool, Rows]:
@@ -46,14 +46,14 @@ def unparked(pool: Pool, found: Parked) -> tuple[Pool, Rows]:
     rows, num_pages = found.rows, pool.pages.num_pages
     if found.num_pages:
         assert rows.page_table is not None
-        ids, ring = _taken(pool.ring, jnp.int32(found.num_pages), rows.page_table.size)
+        ids, ring = taken(pool.ring, jnp.int32(found.num_pages), rows.page_table.size)
         pool = Pool(pool.pages, ring)
         ids = np.asarray(ids)[: found.num_pages]
         table = rows.page_table.copy()
         table.reshape(-1)[found.held] = ids
         rows = rows._replace(page_table=table)
         for part, pages in zip(_parts(ids, num_pages), found.pages, strict=True):
-            pool = pool._replace(pages=_returned(pool.pages, part, pages))
+            pool = pool._replace(pages=returned(pool.pages, part, pages))
     return pool, jax.tree.map(jnp.asarray, rows)
 
 
@@ -65,17 +65,19 @@ def _parts(ids: np.ndarray, none: int) -> list[np.ndarray]:
 
 
 @jax.jit
-def _fetched(pages: Pages, ids: Array) -> Pages:
+def fetched(pages: Pages, ids: Array) -> Pages:
+    """The pages `ids` int32 [PAGES]."""
     return jax.tree.map(lambda x: x.at[ids].get(mode="clip"), pages)
 
 
 @partial(jax.jit, donate_argnames="pages")
-def _returned(pages: Pages, ids: Array, values: Pages) -> Pages:
+def returned(pages: Pages, ids: Array, values: Pages) -> Pages:
+    """`pages`, donated, with `values` at `ids` int32 [PAGES]; none where there is no such page."""
     return jax.tree.map(lambda x, new: x.at[ids].set(new, mode="drop"), pages, values)
 
 
 @partial(jax.jit, donate_argnames="ring", static_argnames="most")
-def _taken(ring: FreeRing, count: Array, most: int) -> tuple[Array, FreeRing]:
+def taken(ring: FreeRing, count: Array, most: int) -> tuple[Array, FreeRing]:
     """`count` free ids (int32 [most], more behind them), and the ring without them."""
     num_pages = ring.ids.shape[0]
     ids = ring.ids[(ring.start + jnp.arange(most)) % num_pages]

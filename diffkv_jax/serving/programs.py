@@ -21,6 +21,7 @@ from diffkv_jax.serving.rows import Pool, Rows, completed, joined, one_by_one, p
 from diffkv_jax.steps.decode_event import compress
 from diffkv_jax.steps.jitted import decode_step, end_passes, feed_chunk, score_pass
 
+WIDTH = 32  # most steps of one call of `decode`
 STALLED = 6  # a reason beside those of `decode_loop`: its event waits for pages
 
 
@@ -52,14 +53,15 @@ def read(
     tokens: Array,
     length: Array,
     decides: Array,
-) -> tuple[Array, Standing, Pool, tuple[Rows, ...]]:
+) -> tuple[tuple[Array, ...], Standing, Pool, tuple[Rows, ...]]:
     """Feed a right-aligned chunk `tokens` int32 [n, C], `length` int32 [n] of them real, to n
-    single rows; with `decides` (bool []) the policy runs. Logits float32 [n, vocab].
+    single rows; with `decides` (bool []) the policy runs. Logits float32 [1, vocab] of each.
     """
     cache = together(fixed, pool, joined(rows))
     logits, cache = feed_chunk(model, params, cache, tokens, length, decides)
     pool, after = parts_of(cache)
-    return logits, _standing(cache), pool, one_by_one(after)
+    each = tuple(logits[i : i + 1] for i in range(len(rows)))
+    return each, _standing(cache), pool, one_by_one(after)
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames=("pool", "rows"))

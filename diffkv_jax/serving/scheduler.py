@@ -9,10 +9,10 @@ from diffkv_jax.decode_loop import FINISH_REASONS
 from diffkv_jax.serving.answers import Answers
 from diffkv_jax.serving.estimate import Estimate, Load, peak
 from diffkv_jax.serving.parking import Parked
-from diffkv_jax.serving.programs import STALLED
+from diffkv_jax.serving.programs import STALLED, WIDTH
 from diffkv_jax.serving.reading import Reading, parts_of
 from diffkv_jax.serving.request import PARKED, READING, RUNNING, WAITING, Event, Request
-from diffkv_jax.serving.slots import WIDTH, Slots
+from diffkv_jax.serving.slots import Slots
 
 FILLED = 0.98  # of the pool that is planned for
 SECONDS = 0.1  # about how long a step of the engine decodes where no prompt is being read

@@ -24,13 +24,12 @@ from diffkv_jax.serving import programs
 from diffkv_jax.serving.asked import Asked, asked_of, later
 from diffkv_jax.serving.logprobs import Logprobs
 from diffkv_jax.serving.parking import Parked, parked, unparked
-from diffkv_jax.serving.programs import Standing
+from diffkv_jax.serving.programs import WIDTH, Standing
 from diffkv_jax.serving.reading import Reading
 from diffkv_jax.serving.request import Request
 from diffkv_jax.serving.rows import Pool, Rows, blank, picked, placed, several, together
 
 _log = logging.getLogger("diffkv_jax")
-WIDTH = 32  # most steps of one call
 OWN = "a request has thresholds or budgets of its own, for all else make another engine"
 
 
@@ -62,6 +61,11 @@ class Slots:
         self.pages = np.zeros(0, np.int64)
         self.stalled = np.zeros(0, bool)
         self._asked: Asked | None = None
+
+    def asked(self, requests: Sequence[Request | None], before: Asked | None = None) -> Asked:
+        """What rows with these requests are asked for; `before`: of the same, some tokens ago."""
+        max_len = self.fixed.spec.max_len
+        return asked_of(requests, max_len) if before is None else later(before, requests, max_len)
 
     def with_keep(self, policy: CompressionPolicy) -> CompressionPolicy:
         """The engine's policy with the thresholds or budgets of a request's own, bound to it.
@@ -133,7 +137,7 @@ class Slots:
         for i, (one, row) in enumerate(zip(readings, rows, strict=True)):
             one.row, one.pages = row, int(self._standing.pages[i])
             one.overflow = bool(self._standing.overflow[i])
-            one.logits = logits[i : i + 1] if first.last else None
+            one.logits = logits[i] if first.last else None
             del one.parts[0]
 
     def _read_again(self, one: Reading) -> None:
@@ -151,7 +155,7 @@ class Slots:
     def first_token(self, one: Reading) -> tuple[State, Logprobs]:
         """Of a request whose prompt is read, on the host; its row has it pending."""
         assert one.logits is not None
-        asked = asked_of([one.request], self.fixed.spec.max_len)
+        asked = self.asked([one.request])
         state, logprobs, one.row = programs.first_token(one.logits, one.row, asked)
         one.logits = None
         return jax.device_get((state, logprobs))
@@ -218,9 +222,7 @@ class Slots:
 
     def decode(self, steps: int, *, until_end: bool) -> tuple[State, Logprobs]:
         """Up to `steps` steps of all slots that are not stalled; on the host."""
-        before, max_len = self._asked, self.fixed.spec.max_len
-        now = later(before, self.requests, max_len) if before else None
-        self._asked = now or asked_of(self.requests, max_len)
+        self._asked = self.asked(self.requests, self._asked)
         there = np.array([r is not None for r in self.requests])
         turn, self.pool, self.rows = programs.decode(
             self.model,
