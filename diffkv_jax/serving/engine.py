@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from time import perf_counter
 from typing import Any, Unpack
 
 import numpy as np
@@ -20,6 +21,7 @@ from diffkv_jax.serving.penalties import Penalties
 from diffkv_jax.serving.pool import READINGS, empty_slots
 from diffkv_jax.serving.request import Event, Request
 from diffkv_jax.serving.scheduler import Scheduler
+from diffkv_jax.serving.stats import held_by_head, stats
 from diffkv_jax.serving.submitted import as_request
 from diffkv_jax.serving.warm_up import warm_up
 
@@ -60,12 +62,14 @@ class Engine:
         check_model("Engine", model)
         self.model, self.tokenizer = model, tokenizer
         params = as_params("Engine", params)
-        most = integer("max_requests", max_requests, least=1, most=1024)
+        self.max_requests = integer("max_requests", max_requests, least=1, most=1024)
         context = model.attention.max_position_embeddings
         given = integer("max_len", options.get("max_len"), least=1, most=None, optional=True)
         self.max_len = min(8192, context) if given is None else given
         self.prefill_chunk = integer("prefill_chunk", prefill_chunk)
-        slots = empty_slots(model, params, most, self.max_len, self.prefill_chunk, options)
+        slots = empty_slots(
+            model, params, self.max_requests, self.max_len, self.prefill_chunk, options
+        )
         self._scheduler = Scheduler(slots, self.prefill_chunk, READINGS)
         self._inbox: list[Request] = []
         self._told: list[Event] = []  # by a step that Ctrl-C ended, for the next one
@@ -122,6 +126,7 @@ class Engine:
         if policy is not None:
             request.policy = self._scheduler.slots.with_keep(as_policy(policy))
         self._check(request)
+        request.times["submitted"] = perf_counter()
         self._inbox.append(request)
         return request
 
@@ -178,3 +183,10 @@ class Engine:
         """Step until every request has finished, those too that are submitted meanwhile."""
         while self.busy:
             yield from self.step()
+
+    def stats(self, *, heads: bool = False) -> dict[str, Any]:
+        """Open requests and the pool's pages, as of the last step; with `heads` the pages of each
+        layer and KV head too, which waits for the device. For the thread that steps.
+        """
+        found = stats(self._scheduler)
+        return {**found, "heads": held_by_head(self._scheduler)} if heads else found

@@ -1,6 +1,5 @@
 """A request of the engine, as its user holds it, and what a step tells of it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -66,7 +65,6 @@ class Request:
     cancelled: bool = False
     parks: int = 0
     times: dict[str, float] = field(default_factory=dict)
-    listener: Callable[[Event], None] | None = None
 
     @property
     def text(self) -> str:

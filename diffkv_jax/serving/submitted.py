@@ -44,6 +44,8 @@ def as_request(
     (chosen,) = as_samplings(sampling, 1)
     if seed is None:
         seed = secrets.randbits(32) if isinstance(chosen, Sample) else 0
+    if not isinstance(seed, jax.Array | np.ndarray):
+        seed = integer("seed", seed, least=-(2**63), most=2**63 - 1)
     key = request_keys((chosen,), seed, 1)
     stops = np.asarray(stop_ids(stop_token_ids, model))
     stops = stops[stops >= 0]
@@ -91,7 +93,9 @@ def as_tokens(prompt: Any, tokenizer: Any) -> Any:
     if (messages or isinstance(prompt, str)) and tokenizer is None:
         refuse("prompt", prompt, "token ids: text needs an engine with tokenizer=")
     if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
+        encode = tokenizer if callable(tokenizer) else tokenizer.encode  # of tokenizers itself
+        found = encode(prompt)
+        return found.input_ids if hasattr(found, "input_ids") else found.ids
     if not messages:
         return prompt
     try:

@@ -88,7 +88,9 @@ def test_a_stop_string_ends_a_request_and_gives_its_pages_back(bytes_tokenizer):
     events = finish(plain)
     assert (request.text, request.finish_reason) == (first.text[:cut], "stop")
     assert request.tokens == first.tokens[: cut + 2]
+    assert plain.submit(letters[5]).prompt.tolist() == [5]
     assert "".join(event.text for event in events) == request.text
+    finish(plain)
     check_pool_whole(plain)
 
 
