@@ -30,6 +30,9 @@ def serve(
     model_name: Annotated[
         str | None, typer.Option(help="As clients call it; else the file's or folder's.")
     ] = None,
+    warm_up: Annotated[
+        bool, typer.Option(help="Compile all programs first: no request waits for it.")
+    ] = True,
     dtype: options.Dtype = "auto",
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients speak it."""
@@ -48,6 +51,9 @@ def serve(
     limits = {"max_queue": max_queue, "timeout_seconds": timeout}
     given = {name: value for name, value in limits.items() if value is not None}
     name = model_name or (Path(model).name if Path(model).exists() else model)
+    if warm_up:
+        say("compiling; what is compiled is kept for the next time")
+        engine.warm_up()
     say(f"{name} on http://{host}:{port}")
     run(engine, host=host, port=port, model_name=name, api_key=api_key, **given)
 

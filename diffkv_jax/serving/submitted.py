@@ -94,7 +94,7 @@ def as_tokens(prompt: Any, tokenizer: Any) -> Any:
         refuse("prompt", prompt, "token ids: text needs an engine with tokenizer=")
     if isinstance(prompt, str):
         encode = tokenizer if callable(tokenizer) else tokenizer.encode  # of tokenizers itself
-        found = encode(prompt)
+        found: Any = encode(prompt)
         return found.input_ids if hasattr(found, "input_ids") else found.ids
     if not messages:
         return prompt

@@ -84,7 +84,7 @@ def test_repetition_is_that_of_transformers():
 
 def test_penalised_requests_follow_a_loop_by_hand():
     """Greedy, with the model's logits without a cache, token by token; others are as without."""
-    penalties = Penalties({5: 2.5}, repetition=2.0, frequency=1.0, presence=1.5)
+    penalties = Penalties({7: -100.0}, repetition=2.0, frequency=1.0, presence=1.5)
     e = engine(FULL)
     request = e.submit([3, 4, 5], max_new_tokens=6, penalties=penalties, stop_token_ids=())
     other = e.submit([3, 4, 5], max_new_tokens=6, stop_token_ids=())
