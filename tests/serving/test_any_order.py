@@ -107,6 +107,7 @@ def test_nothing_is_lost_or_changed(hopeful, plan):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=150, **EFFORT)
 @given(plan=st.lists(moves, min_size=10, max_size=60))
 def test_nothing_is_lost_or_changed_for_long(hopeful, plan):

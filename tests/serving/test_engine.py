@@ -48,9 +48,16 @@ POLICIES = {
 }
 
 
+SELDOM = ("h2o", "key_norm", "pyramidkv")
+LONG = (pytest.mark.slow, pytest.mark.long)
+
+
 @native
 @pytest.mark.daily(8)
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=LONG if one in SELDOM else ()) for one in POLICIES],
+)
 def test_tokens_are_those_of_generate_alone(name):
     e = engine(POLICIES[name])
     requests = mixed(e)
@@ -65,7 +72,9 @@ def test_tokens_are_those_of_generate_alone(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["windows", "latent", "xla", "pairs"])
+@pytest.mark.parametrize(
+    "kind", ["windows", "latent", pytest.param("xla", marks=pytest.mark.long), "pairs"]
+)
 def test_other_models_and_kernels(kind):
     """Plain XLA rows agree with the request alone within rounding: greedy tokens do here."""
     loaded, policy, options = tiny(), DIFFKV, {"implementation": "xla"}

@@ -53,6 +53,7 @@ class Traffic:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
 def test_memory_stays_flat_and_nothing_compiles():
     traffic, compiled = Traffic(0), []
