@@ -20,7 +20,7 @@ class Run:
     Attributes:
         seconds: wall time.
         at_once: requests that decode at once, a step of the system each.
-        scheduling: share of the time that is not spent in device calls, where known.
+        scheduling: share of the busy time that is not spent in device calls, where known.
     """
 
     served: list[Served]

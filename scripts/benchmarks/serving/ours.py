@@ -18,7 +18,7 @@ def serve(loaded: tuple, policy: Any, workload: Sequence[Arrival], **options: An
     engine = Engine(model, params, tokenizer=tokenizer, policy=policy, **options)
     _warm_up(engine, workload)
     waits = _Waits(engine._scheduler.slots)
-    served, at_once, coming = {}, [], list(workload)
+    served, at_once, coming, idle = {}, [], list(workload), 0.0
     began = time.perf_counter()
     while coming or engine.busy:
         now = time.perf_counter() - began
@@ -28,13 +28,15 @@ def serve(loaded: tuple, policy: Any, workload: Sequence[Arrival], **options: An
             served[engine.submit(one.prompt, **how)] = Served(began + one.seconds)
         if not engine.busy:
             time.sleep(min(coming[0].seconds - now, 0.05))
+            idle += time.perf_counter() - began - now
             continue
         for event in engine.step():
             served[event.request].tokens += [time.perf_counter()] * len(event.tokens)
         at_once.append(len(engine._scheduler.slots.running))
     seconds = time.perf_counter() - began
     parks = sum(request.parks for request in served)
-    return Run(list(served.values()), seconds, at_once, 1 - waits.seconds / seconds, parks)
+    scheduling = 1 - waits.seconds / (seconds - idle)
+    return Run(list(served.values()), seconds, at_once, scheduling, parks)
 
 
 def _warm_up(engine: Engine, workload: Sequence[Arrival]) -> None:
