@@ -5,12 +5,12 @@ one on the path.
 import os
 import re
 import shutil
-import subprocess
 import threading
-from pathlib import Path
 
 import httpx
 import pytest
+
+import diffkv_jax as dkv
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -25,46 +25,62 @@ pytestmark = [
 ]
 
 
-def looked_at(url: str, folder: Path, picture: str = "page.png") -> str:
-    """The page's elements after a few seconds; a picture of it in the folder."""
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--single-process", "--no-zygote"]
-    quiet += ["--disable-dev-shm-usage", f"--user-data-dir={folder / 'profile'}"]
-    shown = ["--window-size=1100,1400", "--timeout=6000", url]
-    dumped = [f"--screenshot={folder / picture}", "--dump-dom"]
-    ran = subprocess.run(
-        [str(CHROMIUM), *quiet, *dumped, *shown], capture_output=True, text=True, timeout=90
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    return ran.stdout
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    plain = ["--no-zygote", "--single-process", "--in-process-gpu", "--use-angle=swiftshader"]
+    with sync_api.sync_playwright() as found:
+        running = found.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *plain])
+        yield running
+        running.close()
 
 
-def number(page: str, name: str) -> float:
+def number(page, name: str) -> float:
     """What stands in an element."""
-    found = re.search(rf'id="{name}"[^>]*>([^<]*)<', page)
-    assert found is not None, name
-    return float(re.sub(r"[^\d.]", "", found[1]) or "nan")
+    return float(re.sub(r"[^\d.]", "", page.locator(f"#{name}").inner_text()) or "nan")
 
 
-def test_the_page_shows_what_runs_and_moves(tmp_path):
+def cells(page) -> list[str]:
+    """Colours of the heat map of layers and heads."""
+    style = "cells => cells.map(cell => getComputedStyle(cell).backgroundColor)"
+    return page.locator("#heads td").evaluate_all(style)
+
+
+def test_the_page_shows_what_runs_and_moves(browser, tmp_path):
     from diffkv_jax.server import app
     from helpers_server import NAME, on_loopback, tiny_engine
 
-    engine = tiny_engine()
+    engine = tiny_engine(policy=dkv.diffkv(queries=32, window=16, flush=8))
     with on_loopback(app(engine, model_name=NAME)) as url:
-        body = {"model": NAME, "prompt": "abc " * 40, "max_tokens": 300, "n": 4}
-        post = threading.Thread(target=lambda: [_completed(url, body) for _ in range(40)])
+        body = {"model": NAME, "prompt": "abc " * 60, "max_tokens": 200, "n": 4}
+        stop = threading.Event()
+        post = threading.Thread(target=_ask_on, args=(url, body, stop))
         post.start()
-        pages = [looked_at(url, tmp_path, f"{i}.png") for i in range(2)]
-        post.join()
-    for page in pages:
-        assert NAME in page and number(page, "running") == 2 and number(page, "waiting") >= 1
-        heat = re.search(r'<table id="heads">(.*?)</table>', page, re.DOTALL)
-        assert heat is not None and heat[1].count("<td") >= 2
-    assert number(pages[1], "generated") > number(pages[0], "generated") > 0
-    cells = [re.findall(r"<td[^>]*>", page) for page in pages]
-    assert cells[0] != cells[1]
-    assert all((tmp_path / f"{i}.png").stat().st_size > 10_000 for i in range(2))
+        try:
+            page, errors = browser.new_page(viewport={"width": 1100, "height": 1200}), []
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.goto(url)
+            page.wait_for_function(
+                "document.querySelectorAll('#heads td').length > 0", timeout=30_000
+            )
+            assert NAME in page.inner_text("body")
+            assert number(page, "running") >= 1 and number(page, "waiting") >= 1
+            assert len(cells(page)) >= 2
+            first, colours, seen = number(page, "generated"), cells(page), set()
+            for _ in range(8):
+                page.wait_for_timeout(700)
+                seen.add(tuple(cells(page)))
+            assert len(seen | {tuple(colours)}) > 1, "the heat map does not move"
+            assert number(page, "generated") > first > 0
+            picture = page.screenshot(path=os.environ.get("DIFFKV_JAX_PICTURE"))
+            assert len(picture) > 10_000 and errors == []
+            page.set_viewport_size({"width": 380, "height": 800})  # a phone
+            assert page.evaluate("document.documentElement.scrollWidth") <= 380
+        finally:
+            stop.set()
+            post.join()
 
 
-def _completed(url: str, body: dict) -> None:
-    httpx.post(f"{url}/v1/completions", json=body, timeout=120).raise_for_status()
+def _ask_on(url: str, body: dict, stop: threading.Event) -> None:
+    while not stop.is_set():
+        httpx.post(f"{url}/v1/completions", json=body, timeout=120).raise_for_status()
