@@ -72,6 +72,7 @@ class Engine:
         )
         self._scheduler = Scheduler(slots, self.prefill_chunk, READINGS)
         self._inbox: list[Request] = []
+        self._failed: BaseException | None = None
         self._told: list[Event] = []  # by a step that Ctrl-C ended, for the next one
         self._numbers, self._stepping = itertools.count(), threading.Lock()
 
@@ -141,19 +142,31 @@ class Engine:
         """Read some of a prompt, decode some tokens: what came of it. Ctrl-C waits for its end.
 
         Raises:
-            RuntimeError: another thread is in it.
+            RuntimeError: another thread is in it, or an earlier step has failed.
         """
+        if self._failed is not None:
+            raise RuntimeError(
+                f"an earlier step failed with {self._failed!r}, and took the pool with it: make "
+                "another engine and submit what had not finished"
+            ) from self._failed
         if not self._stepping.acquire(blocking=False):
             raise RuntimeError("another thread is in step(): let one thread step an engine")
         try:
             with held_back():
-                while self._inbox:
-                    self._scheduler.waiting.append(self._inbox.pop(0))
-                self._told += self._scheduler.step()
+                self._told += self._turn()
         finally:
             self._stepping.release()
         told, self._told = self._told, []
         return told
+
+    def _turn(self) -> list[Event]:
+        while self._inbox:
+            self._scheduler.waiting.append(self._inbox.pop(0))
+        try:
+            return self._scheduler.step()
+        except BaseException as error:
+            self._failed = error
+            raise
 
     def memory_report(self) -> MemoryReport | None:
         """`memory_report` of the pool and the requests that decode now; None where none does. For

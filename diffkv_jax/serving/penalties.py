@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from diffkv_jax.arguments import integer, number, refuse
 from diffkv_jax.decode_loop import State
+from diffkv_jax.pallas_kernels.precision import in_32_bits
 
 BIASES = 300  # tokens of one request, as OpenAI has it
 _finite = partial(number, least=-100, most=100)
@@ -96,6 +97,7 @@ def changes(given: Sequence[tuple[Penalties, list[int], list[int]]], width: int)
     )
 
 
+@in_32_bits
 def changed(what: Changes, logits: Array, state: State) -> Array:
     """`logits` float32 [R, vocab] for the next token behind history and `state`; untouched rows,
     and all where nobody asks for it, keep their bits.

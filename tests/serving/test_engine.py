@@ -1,5 +1,7 @@
 """The engine: a request's tokens are those of `generate()` alone, whatever else is there."""
 
+import signal
+
 import numpy as np
 import pytest
 from engines import DIFFKV, WINDOW, alone, check_pool_whole, engine, finish, prompts, tiny
@@ -245,3 +247,31 @@ def test_numbers_that_are_not_finite_end_one_request_alone(caplog):
     assert "layer 0" in caplog.text and "Request(5" in caplog.text
     check_alone(good, DIFFKV, (model, poisoned))
     check_pool_whole(e)
+
+
+def test_after_a_step_has_failed_the_engine_says_so(monkeypatch):
+    e = engine()
+    e.submit([1, 2, 3], max_new_tokens=4)
+    monkeypatch.setattr(programs, "read", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        e.step()
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="an earlier step failed with ZeroDivisionError"):
+        e.step()
+
+
+def test_ctrl_c_in_a_step_comes_after_it_and_loses_nothing(monkeypatch):
+    e = engine()
+    request = e.submit([1, 2, 3], max_new_tokens=30)
+    read = programs.read
+
+    def pressed(*given):
+        signal.raise_signal(signal.SIGINT)
+        return read(*given)
+
+    monkeypatch.setattr(programs, "read", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        e.step()
+    events = finish(e)
+    assert sum((list(event.tokens) for event in events), []) == request.tokens
+    check_alone([request], DIFFKV)
