@@ -208,8 +208,14 @@ def _check_ids(i: int, row: np.ndarray, vocab_size: int) -> None:
         )
 
 
-def check_context(attention: AttentionSpec, totals: np.ndarray, max_len: int) -> None:
-    """Refuse requests that outgrow model or cache: `totals` int [R] tokens that each may reach.
+def check_context(
+    attention: AttentionSpec,
+    totals: np.ndarray,
+    max_len: int,
+    remedy: str = "make the first call with a larger max_len",
+) -> None:
+    """Refuse requests that outgrow model or cache: `totals` int [R] tokens that each may reach;
+    `remedy`: how a larger cache is made.
 
     Raises:
         ValueError: names the request, the limit and the remedy.
@@ -224,7 +230,7 @@ def check_context(attention: AttentionSpec, totals: np.ndarray, max_len: int) ->
     if totals[worst] > max_len:
         raise ValueError(
             f"request {worst} may come to {totals[worst]} tokens, more than the cache's "
-            f"max_len={max_len}; make the first call with a larger max_len or lower max_new_tokens"
+            f"max_len={max_len}; {remedy} or lower max_new_tokens"
         )
 
 

@@ -63,6 +63,8 @@ def held_pages(cache: KVCache) -> Array:
 
 def released(cache: KVCache, gone: Array) -> KVCache:
     """The cache with all pages of the requests `gone` bool [R] free."""
+    if not cache.spec.paged_layers:
+        return cache
 
     def release_layer(layer, cache):
         view = LayerView(cache.spec, layer)

@@ -149,9 +149,13 @@ def _addressable(spec: CacheSpec) -> CacheSpec:
     return spec
 
 
-def check_pool(cache: KVCache, totals: Sequence[int]) -> None:
+def check_pool(
+    cache: KVCache,
+    totals: Sequence[int],
+    remedy: str = "make the first call with a larger memory_budget or max_len",
+) -> None:
     """Refuse tokens that cannot fit the pool of an existing cache, even in the cheapest form.
-    `totals` is that of `with_pool`.
+    `totals` is that of `with_pool`; `remedy`: how a larger pool is made.
 
     Raises:
         ValueError: names the pool and the pages that the tokens need at least.
@@ -163,7 +167,7 @@ def check_pool(cache: KVCache, totals: Sequence[int]) -> None:
         raise ValueError(
             f"the pool of {cache.spec.num_pages} pages cannot hold {list(totals)} tokens, which "
             f"need at least {least}; "
-            "make the first call with a larger memory_budget or max_len, or ask for fewer tokens"
+            f"{remedy}, or ask for fewer tokens"
         )
 
 

@@ -78,7 +78,6 @@ def answered(
             engine.step()
             if request.tokens and first is None:
                 first, warm = request.times["first"] - began, (perf_counter(), len(request.tokens))
-            # of the request: events of a step that Ctrl-C interrupts are lost
             show(request.text[shown:])
             shown = len(request.text)
             seen = (memory and engine.memory_report()) or seen

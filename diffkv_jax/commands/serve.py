@@ -24,9 +24,11 @@ def serve(
         str | None, typer.Option(envvar="DIFFKV_API_KEY", help="Asked of every client.")
     ] = None,
     max_queue: Annotated[
-        int | None, typer.Option(help="Requests that may wait; more are refused.")
+        int | None, typer.Option(min=0, help="Requests that may wait; more are refused.")
     ] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds a request may take.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds a request may take.")
+    ] = None,
     model_name: Annotated[
         str | None, typer.Option(help="As clients call it; else the file's or folder's.")
     ] = None,

@@ -20,7 +20,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from diffkv_jax.arguments import instance, integer, number, text
+from diffkv_jax.arguments import instance, integer, number, refuse, text
 from diffkv_jax.server.driver import GRACE, Closed, Driver, EngineFailed, Full
 from diffkv_jax.server.endpoints import Endpoints
 from diffkv_jax.server.errors import ApiError, answer_error
@@ -64,6 +64,9 @@ def app(
         raise ValueError("a server answers in text: make the engine with tokenizer=")
     if api_key is not None:
         text("api_key", api_key)
+        if not api_key or api_key != api_key.strip():
+            rule = "text that is not empty, without spaces around it; None: no key is asked for"
+            refuse("api_key", "***", rule)
     drain_seconds = number("drain_seconds", drain_seconds, least=0)
     queue = integer("max_queue", max_queue, least=0, optional=True)
     most_open = None if queue is None else engine.max_requests + queue
@@ -176,7 +179,8 @@ class _Keys:
         self._inner, self._key = inner, f"bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if scope["type"] == "http" and path.startswith("/v1"):
             given = dict(scope["headers"]).get(b"authorization", b"")
             kind, _, key = given.partition(b" ")
             if not hmac.compare_digest(kind.lower() + b" " + key.strip(), self._key):

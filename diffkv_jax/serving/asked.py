@@ -31,7 +31,11 @@ def asked_of(requests: Sequence[Request | None], max_len: int) -> Asked:
     no_stops = np.full(STOPS, -1, np.int32)
     stops = np.stack([r.stop_token_ids if r else no_stops for r in requests])
     told = [r is not None and r.top_logprobs is not None for r in requests]
-    found = [(r.penalties, r.prompt.tolist(), r.tokens) if r else (NONE, [], []) for r in requests]
+    # the history of those alone who are penalised for it
+    found = [
+        (r.penalties, r.prompt.tolist(), r.tokens) if r and r.penalties.change else (NONE, [], [])
+        for r in requests
+    ]
     return Asked(
         Requests(
             rules([r.sampling if r else Greedy() for r in requests]),

@@ -25,6 +25,8 @@ from diffkv_jax.serving.stats import held_by_head, stats
 from diffkv_jax.serving.submitted import as_request
 from diffkv_jax.serving.warm_up import warm_up
 
+LARGER = "make the engine with a larger max_len"
+
 
 class Engine:
     """Serves requests with a compressed cache in fixed memory: prompts are read in chunks beside
@@ -134,9 +136,9 @@ class Engine:
     def _check(self, request: Request) -> None:
         slots, length = self._scheduler.slots, len(request.prompt)
         total = np.array([length + request.max_new_tokens - 1])
-        check_context(self.model.attention, total, self.max_len)
+        check_context(self.model.attention, total, self.max_len, remedy=LARGER)
         size = chunk_size(length, self.prefill_chunk, slots.policy.queries)
-        slots.check(length, int(total[0]), size)
+        slots.check(length, int(total[0]), size, request.policy)
 
     def step(self) -> list[Event]:
         """Read some of a prompt, decode some tokens: what came of it. Ctrl-C waits for its end.
@@ -189,13 +191,15 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request has not finished."""
-        return bool(self._inbox) or self._scheduler.busy
+        """Whether a request has not finished, or events were not handed out."""
+        return bool(self._inbox or self._told) or self._scheduler.busy
 
     def run(self) -> Iterator[Event]:
         """Step until every request has finished, those too that are submitted meanwhile."""
         while self.busy:
-            yield from self.step()
+            self._told = self.step()
+            while self._told:  # one by one: what is left by `break` comes next time
+                yield self._told.pop(0)
 
     def stats(self, *, heads: bool = False) -> dict[str, Any]:
         """Open requests and the pool's pages, as of the last step; with `heads` the pages of each

@@ -62,7 +62,7 @@ class Estimate:
         """
         spec, window = self.spec, self.spec.window
         leaving = max(before + tokens - window, 0) - max(before - window, 0)
-        if not leaving:
+        if not leaving or not spec.paged_layers:
             return 0
         waiting = spec.layout.tokens_per_group - 1  # outside of whole blocks until now
         return most_pages(spec, [leaving + waiting + window]) + self._heads

@@ -17,7 +17,7 @@ from diffkv_jax.pallas_kernels.precision import in_32_bits
 from diffkv_jax.serving.asked import Asked
 from diffkv_jax.serving.logprobs import Logprobs, noted, room
 from diffkv_jax.serving.penalties import changed
-from diffkv_jax.serving.rows import Pool, Rows, completed, joined, one_by_one, parts_of, together
+from diffkv_jax.serving.rows import Pool, Rows, completed, joined, one_by_one, taken_apart, together
 from diffkv_jax.steps.decode_event import compress
 from diffkv_jax.steps.jitted import decode_step, end_passes, feed_chunk, score_pass
 
@@ -59,7 +59,7 @@ def read(
     """
     cache = together(fixed, pool, joined(rows))
     logits, cache = feed_chunk(model, params, cache, tokens, length, decides)
-    pool, after = parts_of(cache)
+    pool, after = taken_apart(cache)
     each = tuple(logits[i : i + 1] for i in range(len(rows)))
     return each, _standing(cache), pool, one_by_one(after)
 
@@ -78,7 +78,7 @@ def read_again(
 ) -> tuple[Pool, Rows]:
     """One of the passes that a score goes over a prompt with (`steps.jitted.score_pass`)."""
     cache = score_pass(model, params, together(fixed, pool, rows), tokens, length, first)
-    return parts_of(cache)
+    return taken_apart(cache)
 
 
 @partial(jax.jit, donate_argnames=("pool", "rows"))
@@ -86,7 +86,7 @@ def read_again(
 def end_reading_again(fixed: KVCache, pool: Pool, rows: Rows) -> tuple[Standing, Pool, Rows]:
     """The event after those passes."""
     cache = end_passes(together(fixed, pool, rows), jnp.ones(1, bool))
-    return _standing(cache), *parts_of(cache)
+    return _standing(cache), *taken_apart(cache)
 
 
 @partial(jax.jit, donate_argnames="rows")
@@ -151,7 +151,7 @@ def decode(
         jnp.int32(0),
     )
     state, logprobs, cache, _ = lax.while_loop(goes_on, turn, carry)
-    return Turn(state, logprobs, _standing(cache)), *parts_of(cache)
+    return Turn(state, logprobs, _standing(cache)), *taken_apart(cache)
 
 
 @partial(jax.jit, donate_argnames=("pool", "rows"))
@@ -161,15 +161,18 @@ def retry(fixed: KVCache, pool: Pool, rows: Rows, due: Array) -> tuple[Standing,
     cache = completed(fixed, pool, rows)
     cache = with_counters(cache, overflow=cache.counters.overflow & ~due)
     cache = without_empty(compress(cache, due))
-    return _standing(cache), *parts_of(cache)
+    return _standing(cache), *taken_apart(cache)
 
 
 @partial(jax.jit, donate_argnames=("pool", "rows"))
 @in_32_bits
 def release(fixed: KVCache, pool: Pool, rows: Rows, gone: Array) -> tuple[Standing, Pool, Rows]:
     """Free all pages of the rows `gone` bool [R]."""
-    cache = without_empty(released(completed(fixed, pool, rows), gone))
-    return _standing(cache), *parts_of(cache)
+    cache = released(completed(fixed, pool, rows), gone)
+    now = cache.counters
+    none = {name: jnp.where(gone, 0, getattr(now, name)) for name in ("seq_len", "recent_len")}
+    cache = without_empty(with_counters(cache, overflow=now.overflow & ~gone, **none))
+    return _standing(cache), *taken_apart(cache)
 
 
 def _standing(cache: KVCache) -> Standing:

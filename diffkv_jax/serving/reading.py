@@ -47,7 +47,7 @@ class Reading:
         )
 
 
-def parts_of(prompt: np.ndarray, size: int, score: Score | None) -> Iterator[Part]:
+def pieces_of(prompt: np.ndarray, size: int, score: Score | None) -> Iterator[Part]:
     """How `read_prompts` reads a prompt int32 [N] in chunks of `size`."""
     tokens, length = prompt[None], np.array([len(prompt)], np.int32)
     for part, real, last in chunks(tokens, length, size):

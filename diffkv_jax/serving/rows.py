@@ -133,7 +133,7 @@ def completed(fixed: KVCache, pool: Pool, rows: Rows) -> KVCache:
     return complete(together(fixed, pool, rows))
 
 
-def parts_of(cache: KVCache) -> tuple[Pool, Rows]:
+def taken_apart(cache: KVCache) -> tuple[Pool, Rows]:
     """Pool and rows of a cache that a step has returned."""
     _, pool, rows = apart(without_empty(cache))
     return pool, rows

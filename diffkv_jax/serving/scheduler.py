@@ -4,13 +4,14 @@ the few numbers that each call on the device gives back.
 
 from time import perf_counter
 
+from diffkv_jax import decode_loop
 from diffkv_jax.batching import chunk_size
 from diffkv_jax.decode_loop import FINISH_REASONS
 from diffkv_jax.serving.answers import Answers
 from diffkv_jax.serving.estimate import Estimate, Load, peak
 from diffkv_jax.serving.parking import Parked
 from diffkv_jax.serving.programs import STALLED, WIDTH
-from diffkv_jax.serving.reading import Reading, parts_of
+from diffkv_jax.serving.reading import Reading, pieces_of
 from diffkv_jax.serving.request import PARKED, READING, RUNNING, WAITING, Event, Request
 from diffkv_jax.serving.slots import Slots
 
@@ -45,19 +46,18 @@ class Scheduler:
         self._drop_cancelled()
         self._find_pages()
         self._admit()
-        self._read()
-        self._decode()
+        self._decode(beside=self._read())
         return self._answers.events()
 
     # --- who comes in
 
     def _admit(self) -> None:
+        self.waiting.sort(key=_order)
         while self._active < self.slots.most and self._unpark_one():
             pass
-        self.waiting.sort(key=_order)
         while (
             self.waiting
-            and not self.parked
+            and not any(_order(one[0]) < _order(self.waiting[0]) for one in self.parked)
             and self._active < self.slots.most
             and len(self.reading) < self.readings
             and self._has_room(self.waiting[0])
@@ -71,7 +71,8 @@ class Scheduler:
     def _begin(self, request: Request) -> None:
         policy = self.slots.policy
         size = chunk_size(len(request.prompt), self.prefill_chunk, policy.queries)
-        parts = list(parts_of(request.prompt, size, policy.score))
+        score = policy.score if self.slots.fixed.spec.paged_layers else None
+        parts = list(pieces_of(request.prompt, size, score))
         self.reading.append(Reading(request, self.slots.blank(request.policy), parts))
         request.state = READING
 
@@ -114,6 +115,8 @@ class Scheduler:
             return False
         self.parked.sort(key=lambda one: _order(one[0]))
         request, found = self.parked[0]
+        if self.waiting and _order(self.waiting[0]) < _order(request):
+            return False
         need = found.num_pages + self.estimate.event_pages()
         if self._active and not (
             need <= self.slots.free and self._fits(self._load_of(request, need))
@@ -127,24 +130,22 @@ class Scheduler:
     # --- who has to leave
 
     def _drop_cancelled(self) -> None:
-        gone = [i for i in self.slots.running if self._at(i).cancelled]
-        left = [*map(self._at, gone), *(one.request for one in self.reading)]
+        left = [*map(self._at, self.slots.running), *(one.request for one in self.reading)]
         left += [*(request for request, _ in self.parked), *self.waiting]
-        for request in left:
-            if request.cancelled:
-                self._answers.finish(request, "cancelled")
-        self.slots.free_slots(gone)
-        for one in [one for one in self.reading if one.request.cancelled]:
+        gone = {request for request in left if request.cancelled}  # once: others cancel meanwhile
+        for request in gone:
+            self._answers.finish(request, "cancelled")
+        self.slots.free_slots([i for i in self.slots.running if self._at(i) in gone])
+        for one in [one for one in self.reading if one.request in gone]:
             self._stop_reading(one)
-        self.parked = [one for one in self.parked if not one[0].cancelled]
-        self.waiting = [request for request in self.waiting if not request.cancelled]
+        self.parked = [one for one in self.parked if one[0] not in gone]
+        self.waiting = [request for request in self.waiting if request not in gone]
 
     def _find_pages(self) -> None:
         """Pages for the events of stalled requests, the first ones first."""
-        stalled = [i for i in self.slots.running if self.slots.stalled[i]]
-        for slot in sorted(stalled, key=lambda i: _order(self._at(i))):
-            request = self.slots.requests[slot]
-            while request is self.slots.requests[slot] and not self.slots.retry(slot):
+        stalled = [(i, self._at(i)) for i in self.slots.running if self.slots.stalled[i]]
+        for slot, request in sorted(stalled, key=lambda one: _order(one[1])):
+            while self.slots.requests[slot] is request and not self.slots.retry(slot):
                 if self._active == 1:
                     self._answers.finish(self._at(slot), "cache_full")
                     self.slots.free_slots([slot])
@@ -175,19 +176,19 @@ class Scheduler:
 
     # --- prompts
 
-    def _read(self) -> None:
-        """The next part of the prompts that came first."""
+    def _read(self) -> bool:
+        """The next part of the prompts that came first; whether there were pages for it."""
         if not self.reading:
-            return
+            return False
         group = self._alike()
         while len(group) > 1 and self._needs(group) > self.slots.free:
             group = group[: len(group) // 2]
         early = self._needs(group) > self.slots.free
         if early and self._active > 1:
             if len(self.slots.running) > self.slots.stalled.sum():
-                return  # others go on, and end, or stall
+                return False  # others go on, and end, or stall
             self._park_youngest()
-            return
+            return False
         self.slots.read(group, early=early)
         for one in group:
             if one.overflow:
@@ -195,6 +196,7 @@ class Scheduler:
                 self._stop_reading(one)
             elif not one.parts:
                 self._answer_first(one)
+        return True
 
     def _alike(self) -> list[Reading]:
         """A power of two of prompts whose next parts go in one call."""
@@ -217,6 +219,8 @@ class Scheduler:
         state, logprobs = self.slots.first_token(one)
         self.reading.remove(one)
         if self._take(one.request, state, logprobs, 0):
+            if one.request.finish_reason == "error":
+                self.slots.log_error(one)
             self.slots.forget(one)
         else:
             one.request.state = RUNNING
@@ -224,13 +228,16 @@ class Scheduler:
 
     # --- answers
 
-    def _decode(self) -> None:
+    def _decode(self, *, beside: bool) -> None:
+        """Some steps of all that are not stalled; one `beside` a prompt that is being read."""
         slots, running = self.slots, self.slots.running
         if not [i for i in running if not slots.stalled[i]]:
             slots.narrow()
             return
-        steps, began = (1 if self.reading else self._steps), perf_counter()
-        state, logprobs = slots.decode(steps, until_end=bool(self.waiting or self.parked))
+        steps, began = (1 if beside else self._steps), perf_counter()
+        state, logprobs = slots.decode(
+            steps, until_end=bool(self.waiting or self.parked or self.reading)
+        )
         pace = (perf_counter() - began) / max(int(state.lengths.max()), 1)
         self._steps = max(1, min(2 * self._steps, WIDTH, int(SECONDS / pace)))
         ended = [i for i in running if self._take(self._at(i), state, logprobs, i)]
@@ -245,7 +252,8 @@ class Scheduler:
         """Give a request what row `row` of a call has drawn; whether it has ended."""
         tokens = state.tokens[row, : state.lengths[row]]
         code = int(state.reason[row])
-        reason = None if code in (0, STALLED, 5) else FINISH_REASONS[code]
+        goes_on = code in (decode_loop.RUNNING, decode_loop.RESTING, STALLED)
+        reason = None if goes_on else FINISH_REASONS[code]
         told = None if logprobs is None else [x[row] for x in logprobs]
         self._answers.add(request, tokens, told, reason)
         if request.finish_reason in ("eos", "stop", "length"):

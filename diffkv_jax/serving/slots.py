@@ -77,7 +77,12 @@ class Slots:
             mine, given = getattr(self.policy, name), getattr(policy, name)
             if mine != given:
                 raise ValueError(f"policy has {name}={given}, the engine's has {mine}: {OWN}")
-        if not isinstance(policy.transform, Usual | type(self.policy.transform)):
+        if (policy.pairs is None) != (self.fixed.spec.pairs is None):
+            raise ValueError(
+                f"policy has pairs={policy.pairs}, the engine's has not the same: {OWN}"
+            )
+        mine = jax.tree.structure(self.policy.transform)
+        if not isinstance(policy.transform, Usual) and jax.tree.structure(policy.transform) != mine:
             raise ValueError(f"policy has transform={policy.transform}, the engine another: {OWN}")
         keep = jax.tree.map(jnp.asarray, bound(self.fixed.spec, policy).keep)
         mine, given = (
@@ -91,8 +96,11 @@ class Slots:
             )
         return with_leaves(self.policy, keep=keep)
 
-    def check(self, length: int, total: int, size: int) -> None:
-        """Refuse a prompt of so many tokens, in chunks of `size`, that comes to `total` tokens.
+    def check(
+        self, length: int, total: int, size: int, policy: CompressionPolicy | None = None
+    ) -> None:
+        """Refuse a prompt of so many tokens, in chunks of `size`, that comes to `total` tokens,
+        with a bound `policy` of its own.
 
         Raises:
             ValueError: the policy cannot read it so, or the pool cannot hold it even alone.
@@ -101,7 +109,8 @@ class Slots:
         check_evicts_once(self.fixed, np.zeros(1, np.int32), lengths, size)
         if score is not None and self.fixed.spec.paged_layers:
             score.check_prompts(self.fixed.spec.attention, lengths)
-        check_pool(replace(self.fixed, policy=self.policy), [total])
+        larger = "make the engine with a larger memory_budget"
+        check_pool(replace(self.fixed, policy=policy or self.policy), [total], larger)
 
     # --- prompts
 
@@ -179,6 +188,11 @@ class Slots:
         found = described(self.cache, slots) if slots and self.cache is not None else ()
         for slot, text in zip(slots, found, strict=True):
             _log.error("%r: %s", self.requests[slot], text)
+
+    def log_error(self, one: Reading) -> None:
+        """The same of a request whose prompt has been read."""
+        (text,) = described(together(self.fixed, self.pool, one.row), [0])
+        _log.error("%r: %s", one.request, text)
 
     @property
     def running(self) -> list[int]:

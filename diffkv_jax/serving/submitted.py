@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffkv_jax.arguments import instance, integer, refuse
@@ -44,9 +45,11 @@ def as_request(
     (chosen,) = as_samplings(sampling, 1)
     if seed is None:
         seed = secrets.randbits(32) if isinstance(chosen, Sample) else 0
-    if not isinstance(seed, jax.Array | np.ndarray):
+    if not (_is_key(seed) or (isinstance(seed, jax.Array | np.ndarray) and seed.ndim == 1)):
         seed = integer("seed", seed, least=-(2**63), most=2**63 - 1)
     key = request_keys((chosen,), seed, 1)
+    if jax.random.key_impl(key) != jax.random.key_impl(jax.random.key(0)):
+        refuse("seed", seed, "a number, or a key of JAX's default kind: jax.random.key(number)")
     stops = np.asarray(stop_ids(stop_token_ids, model))
     stops = stops[stops >= 0]
     if len(stops) > STOPS:
@@ -66,6 +69,10 @@ def as_request(
         priority=integer("priority", priority),
         words=None if tokenizer is None else Words(tokenizer, found),
     )
+
+
+def _is_key(seed: Any) -> bool:
+    return isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
 
 
 def _as_penalties(given: Any, model: CausalLM) -> Penalties:

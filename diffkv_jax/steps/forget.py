@@ -44,7 +44,7 @@ def forget(cache: KVCache, requests: Array, coming: Array | int) -> KVCache:
     changes, view = (after != before).any(), LayerView(cache.spec, None)
     position, request = _recent_positions(cache, view)
     recent = faded(view.take(cache.recent.significance), position, request)
-    stored = _in_parts(faded, changes, cache.stored.pages, _owners(cache))
+    stored = _in_parts(faded, changes, cache.stored.pages, owners(cache))
     cache = with_significance(cache, stored, view.put(cache.recent.significance, recent))
     return with_counters(cache, query_spans=after)
 
@@ -79,7 +79,7 @@ def _in_parts(change: Callable, changes: Array, pages: Pages, owner: Array) -> A
     return lax.fori_loop(0, parts, of_part, pages.significance)
 
 
-def _owners(cache: KVCache) -> Array:
+def owners(cache: KVCache) -> Array:
     """Request of each page, int32 [num_pages]; -1: it is free, or another cache's on the same pool
     (`diffkv_jax.serving`).
     """

@@ -34,7 +34,7 @@ def decode_step(
     positions = jnp.where(active, cache.counters.seq_len, -1)[:, None]
     cache = note_classes(complete(cache), token[:, None], positions)
     if cache.policy.in_decode:
-        due = jnp.any(active & ((cache.counters.steps + 1) % cache.spec.flush == 0))
+        due = active & ((cache.counters.steps + 1) % cache.spec.flush == 0)
         cache = reset_scores(cache, due)
     logits, cache = model.apply({"params": params}, token[:, None], positions, cache, step)
     return logits[:, 0], without_empty(after_decode(cache, step))
@@ -65,7 +65,8 @@ def feed_chunk(
         decides = jnp.asarray(False)
     step = PrefillStep(length, decides)
     index, positions = _places(cache, chunk_len, length)
-    cache = reset_scores(note_classes(cache, tokens, positions), step.compress)
+    cache = note_classes(cache, tokens, positions)
+    cache = reset_scores(cache, step.compress & (length > 0))
     coming = jnp.maximum(scoring_queries(cache, step, chunk_len), cache.spec.flush)
     cache = forget(cache, step.compress & (length > 0), coming)
     cache = _before_prefill(cache, index >= 0)

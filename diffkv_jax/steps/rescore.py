@@ -25,6 +25,7 @@ from diffkv_jax.pallas_kernels.decode_attention.stream import (
 from diffkv_jax.pallas_kernels.pages import read_token_data, write_token_array
 from diffkv_jax.policy.score import ScoreView, is_protected, scores_of
 from diffkv_jax.steps.event import entered, recent_tokens
+from diffkv_jax.steps.forget import owners
 
 
 class Outside(NamedTuple):
@@ -35,20 +36,24 @@ class Outside(NamedTuple):
     leaving: Array  # bool [B, n]
 
 
-def reset_scores(cache: KVCache, decides: Array) -> KVCache:
-    """The cache without what earlier queries gave (protected tokens stay so), where the policy is
-    about to decide: `decides` bool [].
+def reset_scores(cache: KVCache, requests: Array) -> KVCache:
+    """The cache without what earlier queries gave (protected tokens stay so) to the tokens of the
+    `requests` (bool [R]) that the policy is about to decide on.
     """
     if cache.policy.score is None or not cache.policy.score.resets:
         return cache
 
     def reset(scores: tuple[Array, Array]) -> tuple[Array, Array]:
-        stored, recent = (jnp.where(is_protected(x), x, 0.0) for x in scores)
+        owner = owners(cache)
+        theirs = (owner >= 0) & requests[jnp.maximum(owner, 0)]
+        of_them = theirs[:, None, None], requests[None, :, None, None]
+        stored, recent = (
+            jnp.where(of & ~is_protected(x), 0.0, x) for of, x in zip(of_them, scores, strict=True)
+        )
         return stored, recent
 
-    stored, recent = when(
-        decides, reset, (cache.stored.pages.significance, cache.recent.significance)
-    )
+    before = cache.stored.pages.significance, cache.recent.significance
+    stored, recent = when(requests.any(), reset, before)
     return with_significance(cache, stored, recent)
 
 

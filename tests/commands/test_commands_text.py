@@ -143,7 +143,7 @@ class _Submitted:
 
     def __init__(self, engine, request):
         self.submit, self.step = lambda *_, **__: request, engine.step
-        self._scheduler = engine._scheduler
+        self.memory_report = engine.memory_report
 
 
 def test_a_conversation_from_stdin_is_submitted_whole_each_turn(diffkv, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 
 from diffkv_jax.commands import bench
 from diffkv_jax.models import load_pretrained
+from diffkv_jax.serving import Engine
 from helpers_model import same_trees
 from helpers_tokenizer import loaded_once
 
@@ -91,6 +92,7 @@ def test_serve_makes_the_engine_and_calls_the_server(diffkv, model, server):
     said = diffkv(
         *("serve", "--max-requests", 3, "--max-len", 256, "--prefill-chunk", 64),
         *("--memory-budget", "2MiB", "--port", 8123, "--max-queue", 5, "--timeout", 9.5),
+        "--no-warm-up",
         env={"DIFFKV_API_KEY": "secret"},
     )
     assert said.exit_code == 0, said.output
@@ -110,7 +112,9 @@ def test_serve_makes_the_engine_and_calls_the_server(diffkv, model, server):
     assert request.text is not None and len(request.tokens) == 2
 
 
-def test_serve_leaves_what_is_not_given_to_the_server(diffkv, server):
+def test_serve_leaves_what_is_not_given_to_the_server(diffkv, server, monkeypatch):
+    warmed = []
+    monkeypatch.setattr(Engine, "warm_up", warmed.append)
     said = diffkv("serve", "--max-requests", 1, "--max-len", 64, "--model-name", "cat")
     assert said.exit_code == 0, said.output
     ((_, options),) = server
@@ -120,6 +124,7 @@ def test_serve_leaves_what_is_not_given_to_the_server(diffkv, server):
         "model_name": "cat",
         "api_key": None,
     }
+    assert len(warmed) == 1
 
 
 def test_serve_without_its_extra_says_how_to_install_it(diffkv, monkeypatch):

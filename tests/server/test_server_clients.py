@@ -70,13 +70,15 @@ def test_who_leaves_before_an_answer_frees_the_pages(address, engine, served):
             task = asyncio.create_task(client.post("/v1/completions", json={**LONG, "n": 8}))
             while driver.num_open < 8:
                 await asyncio.sleep(0.002)
+            requests = list(driver._open)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            return requests
 
-    asyncio.run(run())
-    requests = list(driver._mail)
+    requests = asyncio.run(run())
+    assert len(requests) == 8
     wait_until(lambda: all_free(engine) and not driver._mail)
-    assert all(request.finish_reason == "cancelled" for request in requests[-4:])
+    assert all(request.finish_reason == "cancelled" for request in requests)
 
 
 def test_sixteen_clients_of_whom_some_leave(address, engine):

@@ -70,7 +70,7 @@ def pages_are_conserved(e) -> None:
     free = np.asarray(ring.ids)[(int(ring.start) + np.arange(int(ring.count))) % none]
     tables = [one.row.page_table for one in e._scheduler.reading]
     if slots.rows is not None:
-        tables.append(slots.rows.page_table)
+        tables.append(np.asarray(slots.rows.page_table)[:, slots.running])
     held = np.concatenate([np.zeros(0, int), *(np.asarray(t).ravel() for t in tables)])
     held = held[held != none]
     assert slots.free == len(free)

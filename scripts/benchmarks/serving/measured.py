@@ -31,6 +31,7 @@ class Run:
 
     def row(self) -> dict[str, float]:
         """Tokens a second, and medians and 99th percentiles in milliseconds."""
+        self.served = [one for one in self.served if one.tokens]
         first = [1e3 * (one.tokens[0] - one.came) for one in self.served]
         # tokens of one call come together: what a reader waits for is the next of them
         gaps = np.concatenate([1e3 * np.diff(np.unique(one.tokens)) for one in self.served])

@@ -1,6 +1,5 @@
 """The engine under a workload."""
 
-import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,14 +8,27 @@ from benchmarks.serving.measured import Run, Served
 from benchmarks.serving.workload import Arrival
 from diffkv_jax.serving.engine import Engine
 
-CALLS = ("read", "decode", "first_token", "seat", "free_slots", "narrow", "forget", "retry")
+CALLS = (
+    "read",
+    "decode",
+    "first_token",
+    "seat",
+    "free_slots",
+    "narrow",
+    "forget",
+    "retry",
+    "park",
+    "unpark",
+)
 
 
 def serve(loaded: tuple, policy: Any, workload: Sequence[Arrival], **options: Any) -> Run:
     """All requests of a workload; programs are compiled by one like it first."""
     model, params, tokenizer = loaded
     engine = Engine(model, params, tokenizer=tokenizer, policy=policy, **options)
-    _warm_up(engine, workload)
+    engine.warm_up()
+    engine.submit(workload[0].prompt, max_new_tokens=1)  # passes of a score, which are as long
+    list(engine.run())
     waits = _Waits(engine._scheduler.slots)
     served, at_once, coming, idle = {}, [], list(workload), 0.0
     began = time.perf_counter()
@@ -39,32 +51,22 @@ def serve(loaded: tuple, policy: Any, workload: Sequence[Arrival], **options: An
     return Run(list(served.values()), seconds, at_once, scheduling, parks)
 
 
-def _warm_up(engine: Engine, workload: Sequence[Arrival]) -> None:
-    """Every program that the workload needs: decoding of as many requests as there are slots."""
-    width, slots = 1, engine._scheduler.slots
-    while width <= slots.most:
-        for one in itertools.islice(itertools.cycle(workload), width):
-            engine.submit(one.prompt[:300], max_new_tokens=12, stop_token_ids=())
-        list(engine.run())
-        width = width + 1 if width == slots.most else min(2 * width, slots.most)
-    engine._scheduler.estimate.__post_init__()
-    engine._scheduler.estimate.used = 1.0
-
-
 class _Waits:
     """Seconds in calls of the slots, which wait for the device."""
 
     def __init__(self, slots: Any):
-        self.seconds = 0.0
+        self.seconds, self._inside = 0.0, False
         for name in CALLS:
             setattr(slots, name, self._timed(getattr(slots, name)))
 
     def _timed(self, call: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
+            if self._inside:  # another one that is timed
+                return call(*args, **kwargs)
+            began, self._inside = time.perf_counter(), True
             try:
                 return call(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - began
+                self.seconds, self._inside = self.seconds + time.perf_counter() - began, False
 
         return timed
