@@ -1,5 +1,6 @@
 """Every program that requests may need, compiled before the first of them comes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -71,6 +72,7 @@ def _release(slots: Slots, width: int) -> None:
 
 def _park(slots: Slots) -> None:
     pool, row = slots.pool, slots.blank()
+    jax.tree.map(jnp.asarray, jax.device_get(row))  # a copy is a program too
     if row.page_table is None:
         return
     none = np.full(PAGES, pool.pages.num_pages, np.int32)

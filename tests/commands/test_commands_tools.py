@@ -114,7 +114,7 @@ def test_serve_makes_the_engine_and_calls_the_server(diffkv, model, server):
 
 def test_serve_leaves_what_is_not_given_to_the_server(diffkv, server, monkeypatch):
     warmed = []
-    monkeypatch.setattr(Engine, "warm_up", warmed.append)
+    monkeypatch.setattr(Engine, "warm_up", lambda _: warmed.append(True))
     said = diffkv("serve", "--max-requests", 1, "--max-len", 64, "--model-name", "cat")
     assert said.exit_code == 0, said.output
     ((_, options),) = server

@@ -26,8 +26,9 @@ class Traffic:
 
     def __init__(self, seed: int):
         self.rng, self.open, self.ended = np.random.default_rng(seed), [], 0
-        self.engine = engine(memory_budget="0.7MiB")
-        self.engine._scheduler._fits = lambda *_: True  # so that some are parked
+        self.engine = engine(memory_budget="0.6MiB")
+        scheduler = self.engine._scheduler
+        scheduler._fits = scheduler._has_room = lambda *_: True  # so that some are parked
 
     def step(self) -> int:
         """One step; tokens that it made."""
