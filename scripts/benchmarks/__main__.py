@@ -14,6 +14,7 @@ COMMANDS = {
     "needle": "benchmarks.methods.needle",
     "paper": "benchmarks.paper.command",
     "serving": "benchmarks.serving.command",
+    "serving-on-paper": "benchmarks.serving.on_paper",
     "roofline": "benchmarks.roofline.command",
 }
 
