@@ -58,3 +58,4 @@ def test_writes_with_a_given_model(any_text, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert seen == ["some.gguf"]
     assert "K8V4" in printed and "3 tokens after 696" in printed
+    assert "12 requests in" in printed
