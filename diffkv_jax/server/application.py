@@ -62,11 +62,7 @@ def app(
     instance("engine", engine, Engine, "Engine(model, params, tokenizer=...) makes one")
     if engine.tokenizer is None:
         raise ValueError("a server answers in text: make the engine with tokenizer=")
-    if api_key is not None:
-        text("api_key", api_key)
-        if not api_key or api_key != api_key.strip():
-            rule = "text that is not empty, without spaces around it; None: no key is asked for"
-            refuse("api_key", "***", rule)
+    _check_key(api_key)
     drain_seconds = number("drain_seconds", drain_seconds, least=0)
     queue = integer("max_queue", max_queue, least=0, optional=True)
     most_open = None if queue is None else engine.max_requests + queue
@@ -170,6 +166,15 @@ def _routes(endpoints: Endpoints, watch: Watch, metrics: Metrics) -> list[Route]
         Route("/stats.json", stats),
         Route("/", home),
     ]
+
+
+def _check_key(api_key: str | None) -> None:
+    if api_key is None:
+        return
+    text("api_key", api_key)
+    if not api_key or api_key != api_key.strip():
+        rule = "text that is not empty, without spaces around it; None: no key is asked for"
+        refuse("api_key", "***", rule)
 
 
 class _Keys:

@@ -49,6 +49,7 @@ def test_inspect_measures(diffkv):
     assert found["layers"] == [0, 1] and found["mean_kl"]["K8V4, Exact()"] >= 0
 
 
+@pytest.mark.slow
 def test_bench_compares_two_caches_in_one_budget(diffkv):
     sizes = ("--requests", 6, "--prompt-tokens", 96, "--new-tokens", 40)  # no step has so many
     policy = 'quantized("K4V2", window=16, flush=8, transform=Exact())'

@@ -100,7 +100,7 @@ def hopeful():
 EFFORT = dict(deadline=None, derandomize=True, phases=[Phase.generate], database=None)
 
 
-@settings(max_examples=12, **EFFORT)
+@settings(max_examples=6, **EFFORT)
 @given(plan=st.lists(moves, min_size=5, max_size=20))
 def test_nothing_is_lost_or_changed(hopeful, plan):
     check(hopeful, play(hopeful, plan))

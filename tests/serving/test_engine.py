@@ -331,8 +331,12 @@ def test_ctrl_c_in_a_step_comes_after_it_and_loses_nothing(monkeypatch):
         return read(*given)
 
     monkeypatch.setattr(programs, "read", pressed)
-    with pytest.raises(KeyboardInterrupt):
-        e.step()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            e.step()
+    finally:
+        signal.signal(signal.SIGINT, before)
     events = finish(e)
     assert sum((list(event.tokens) for event in events), []) == request.tokens
     check_alone([request], DIFFKV)

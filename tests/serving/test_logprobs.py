@@ -82,6 +82,7 @@ def test_repetition_is_that_of_transformers():
     assert (wanted != logits).any()
 
 
+@pytest.mark.slow
 def test_penalised_requests_follow_a_loop_by_hand():
     """Greedy, with the model's logits without a cache, token by token; others are as without."""
     penalties = Penalties({7: -100.0}, repetition=2.0, frequency=1.0, presence=1.5)
