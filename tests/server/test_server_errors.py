@@ -9,6 +9,9 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("tokenizers")
 
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
 from diffkv_jax.server import app
 from helpers_server import NAME, alone, inside, tiny_engine, wait_until
 
@@ -173,6 +176,9 @@ def test_keys(engine):
     assert right.json()["choices"][0]["text"] == alone("Hello", 4)
     for path in ("/health", "/", "/metrics", "/stats.json"):
         assert ask(served, "GET", path).status_code == 200
+    below = Starlette(routes=[Mount("/llm", served)])  # behind a prefix too
+    error_of(ask(below, "GET", "/llm/v1/models"), 401)
+    assert ask(below, "GET", "/llm/v1/models", headers=headers).status_code == 200
     served.state.driver.close(5)
 
 
@@ -252,6 +258,8 @@ def test_bad_options(engine):
     wrong = [
         {"model_name": 3},
         {"api_key": 3},
+        {"api_key": ""},
+        {"api_key": "secret\n"},
         {"max_queue": -1},
         {"max_body_bytes": 0},
         {"timeout_seconds": 0},
