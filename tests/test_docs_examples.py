@@ -98,7 +98,8 @@ def test_many_requests_at_once(tmp_path, capsys):
     model, params = tiny_model(vocab=len(tokenizer))
     policy = dkv.diffkv(queries=32)
     names = {"dkv": dkv, "model": model, "params": params, "policy": policy}
-    run("serving.md", names | {"tokenizer": tokenizer}, "256MiB", "64MiB")
+    names["tokenizer"] = tokenizer
+    run("serving.md", names, "256MiB", "64MiB")
     assert capsys.readouterr().out.startswith("0 ")
     assert {request.finish_reason for request in names["asked"]} <= {"length", "stop", "eos"}
     assert len(names["asked"][1].logprobs) == len(names["asked"][1].tokens) > 0

@@ -160,7 +160,9 @@ def retry(fixed: KVCache, pool: Pool, rows: Rows, due: Array) -> tuple[Standing,
     """The event that the rows `due` bool [R] had no pages for, now."""
     cache = completed(fixed, pool, rows)
     cache = with_counters(cache, overflow=cache.counters.overflow & ~due)
-    cache = without_empty(compress(cache, due))
+    if cache.spec.paged_layers:
+        cache = compress(cache, due)
+    cache = without_empty(cache)
     return _standing(cache), *taken_apart(cache)
 
 
