@@ -26,7 +26,7 @@ MAX_LEN, LEAST, CHUNK = 3328, 1024, 1024
 SPARE = 328  # of MAX_LEN, for template and question, and for what is written
 BUDGET = "48MiB"  # of the compressed cache of SmolLM2
 # of the engine: tokens whose bfloat16 bytes are its memory
-REQUESTS, NEW_TOKENS, MEMORY = 12, 64, 3000
+REQUESTS, NEW_TOKENS, MEMORY = 12, 128, 3500
 QUESTION = "What is the name of the play above, and who wrote it?"
 CHAT = "Give me three short tips for learning to cook."
 console = Console(width=110)
@@ -152,7 +152,7 @@ def serve_many(loaded, policies, **run) -> None:
     spec = model.attention
     memory = MEMORY * 4 * spec.num_layers * spec.num_kv_heads * spec.head_dim  # K and V, bfloat16
     ids = tokenizer(load_text("hamlet")[:20_000], add_special_tokens=False, verbose=False).input_ids
-    lengths = [24 + 44 * i for i in range(REQUESTS)]
+    lengths = [64 + 64 * i for i in range(REQUESTS)]
     table = Table(
         "cache",
         "at once",
