@@ -31,6 +31,7 @@ def chat(
 ) -> None:
     """Talk with a model; each turn reads the whole conversation."""
     from diffkv_jax.commands.loading import (
+        asked_with,
         check_template,
         engine_for,
         load,
@@ -38,12 +39,8 @@ def chat(
         sampling_of,
     )
 
-    asked = {
-        "sampling": sampling_of(temperature, top_k, top_p, min_p),
-        "seed": seed,
-        "stop": stop or (),
-        "max_new_tokens": max_new_tokens,
-    }
+    sampling = sampling_of(temperature, top_k, top_p, min_p)
+    asked = asked_with(sampling, seed, stop, max_new_tokens)
     chosen = policy_from(policy)
     loaded = load(model, dtype)
     check_template(loaded.tokenizer, model)

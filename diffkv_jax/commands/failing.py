@@ -8,21 +8,18 @@ from typing import Any
 
 import typer
 
-import diffkv_jax
-
 tracebacks: ContextVar[bool] = ContextVar("tracebacks", default=False)
 BAD, INTERRUPTED = 2, 130
 
 
 def told(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, with the whole library loaded; a bad argument or file ends it with one line on
+    """The command; a bad argument or file ends it with one line on
     stderr and code 2, Ctrl-C with 130.
     """
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            _ = diffkv_jax.Greedy  # the console script loads the library with its first name
             with warnings.catch_warnings():
                 warnings.showwarning = _warn
                 command(*args, **kwargs)

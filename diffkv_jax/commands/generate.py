@@ -34,14 +34,10 @@ def generate(
 ) -> None:
     """Write text from a compressed cache, as it comes; speed and memory on stderr."""
     from diffkv_jax.commands.answer import answered
-    from diffkv_jax.commands.loading import engine_for, load, policy_from, sampling_of
+    from diffkv_jax.commands.loading import asked_with, engine_for, load, policy_from, sampling_of
 
-    asked = {
-        "sampling": sampling_of(temperature, top_k, top_p, min_p),
-        "seed": seed,
-        "stop": stop or (),
-        "max_new_tokens": max_new_tokens,
-    }
+    sampling = sampling_of(temperature, top_k, top_p, min_p)
+    asked = asked_with(sampling, seed, stop, max_new_tokens)
     chosen = policy_from(policy)
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded = load(model, dtype)
@@ -49,8 +45,7 @@ def generate(
     context = loaded.model.attention.max_position_embeddings
     room = -(-(len(tokens) + max(max_new_tokens, 1)) // ROUND) * ROUND
     engine = engine_for(loaded, chosen, memory_budget, max_requests=1, max_len=min(room, context))
-    quiet = as_json
-    answer = answered(engine, tokens, lambda new: None if quiet else _write(new), **asked)
+    answer = answered(engine, tokens, lambda new: None if as_json else _write(new), **asked)
     if as_json:
         typer.echo(json.dumps(answer.as_json()))
     else:

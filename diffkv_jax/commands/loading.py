@@ -84,6 +84,14 @@ def sampling_of(
     return sample if asked and temperature != 0 else Greedy()
 
 
+def asked_with(
+    sampling: Any, seed: int | None, stop: list[str] | None, max_new_tokens: int
+) -> dict[str, Any]:
+    """What `Engine.submit` is given beside the prompt."""
+    given = {"sampling": sampling, "seed": seed, "stop": stop or ()}
+    return {**given, "max_new_tokens": max_new_tokens}
+
+
 def has_template(tokenizer: Any) -> bool:
     """Whether it knows how a conversation is written."""
     return bool(getattr(tokenizer, "chat_template", None))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from diffkv_jax.pallas_kernels.apply_event import FreeRing
+from diffkv_jax.pallas_kernels.apply_event import FreeRing, allocate
 from diffkv_jax.pallas_kernels.pages import Pages
 from diffkv_jax.serving.rows import Pool, Rows
 
@@ -78,8 +78,6 @@ def returned(pages: Pages, ids: Array, values: Pages) -> Pages:
 
 @partial(jax.jit, donate_argnames="ring", static_argnames="most")
 def taken(ring: FreeRing, count: Array, most: int) -> tuple[Array, FreeRing]:
-    """`count` free ids (int32 [most], more behind them), and the ring without them."""
-    num_pages = ring.ids.shape[0]
-    ids = ring.ids[(ring.start + jnp.arange(most)) % num_pages]
-    start = (ring.start + count) % num_pages
-    return ids, FreeRing(ring.ids, start, ring.count - count)
+    """`count` free ids (int32 [most], none behind them), and the ring without them."""
+    ids, ring = allocate(ring, count[None], most)
+    return ids[0], ring

@@ -30,7 +30,6 @@ class Standing(NamedTuple):
 
     free: Array  # int32 [] pages
     pages: Array  # int32 [R] that each row holds
-    seq_len: Array  # int32 [R]
     overflow: Array  # bool [R]
 
 
@@ -178,5 +177,4 @@ def release(fixed: KVCache, pool: Pool, rows: Rows, gone: Array) -> tuple[Standi
 
 
 def _standing(cache: KVCache) -> Standing:
-    now = cache.counters
-    return Standing(cache.stored.ring.count, held_pages(cache), now.seq_len, now.overflow)
+    return Standing(cache.stored.ring.count, held_pages(cache), cache.counters.overflow)

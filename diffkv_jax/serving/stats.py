@@ -29,8 +29,8 @@ def held_by_head(scheduler: Scheduler) -> list[list[float]] | None:
     if not slots.running or slots.rows is None or slots.rows.tier_len is None:
         return None
     lengths, layout = np.asarray(slots.rows.tier_len)[:, slots.running], slots.fixed.spec.layout
-    full = np.array([layout.tokens_per_page(tier) for tier in range(lengths.shape[-1])])
-    return np.round((-(-lengths // full)).sum(-1).mean(1), 2).tolist()
+    pages = sum(layout.pages_for(tier, lengths[..., tier]) for tier in range(layout.tiers))
+    return np.round(np.mean(pages, axis=1), 2).tolist()
 
 
 def _told(

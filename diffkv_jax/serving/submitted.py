@@ -19,8 +19,6 @@ from diffkv_jax.serving.penalties import NONE, Penalties
 from diffkv_jax.serving.request import Request
 from diffkv_jax.serving.text import Words, as_stop
 
-PROMPT = "token ids, a text, or messages such as [{'role': 'user', 'content': 'Hello'}]"
-
 
 def as_request(
     number: int,

@@ -21,8 +21,9 @@ def warm_up(slots: Slots, prefill_chunk: int, readings: int) -> None:
     for width in widths:
         _decode(slots, width)
     for width in widths:
+        rows = several((slots.blank(),) * width)
         for smaller in [w for w in widths if w < width]:
-            picked(several((slots.blank(),) * width), np.arange(smaller, dtype=np.int32))
+            picked(rows, np.arange(smaller, dtype=np.int32))
     _park(slots)
 
 

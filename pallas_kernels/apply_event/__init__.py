@@ -10,4 +10,4 @@ from .reference import (
     release_all as release_all,
     remove_tokens as remove_tokens,
 )
-from .ring import FreeRing as FreeRing
+from .ring import FreeRing as FreeRing, allocate as allocate
